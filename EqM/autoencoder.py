@@ -25,11 +25,18 @@ def make_autoencoder(widths, latent_channels, image_size):
     from diffusers import AutoencoderKL  # takes seconds to import
 
     model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=tuple(widths), layers_per_block=1, latent_channels=latent_channels, norm_num_groups=GROUPS,
-        mid_block_add_attention=False, sample_size=image_size,
-    )  # fmt: skip
-    for block in residual_blocks(model):  # a deep network learns faster if its blocks change nothing at first
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=tuple(widths),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=GROUPS,
+        mid_block_add_attention=False,
+        sample_size=image_size,
+    )
+    for block in residual_blocks(
+        model
+    ):  # a deep network learns faster if its blocks change nothing at first
         nn.init.zeros_(block.conv2.weight)
         nn.init.zeros_(block.conv2.bias)
     nn.init.constant_(model.quant_conv.bias[latent_channels:], LOG_VARIANCE)
@@ -38,7 +45,12 @@ def make_autoencoder(widths, latent_channels, image_size):
 
 def hidden_parts(model):
     """The parts of an AutoencoderKL between its first and last convolutions."""
-    return *model.encoder.down_blocks, model.encoder.mid_block, model.decoder.mid_block, *model.decoder.up_blocks
+    return (
+        *model.encoder.down_blocks,
+        model.encoder.mid_block,
+        model.decoder.mid_block,
+        *model.decoder.up_blocks,
+    )
 
 
 def residual_blocks(model):
@@ -48,7 +60,12 @@ def residual_blocks(model):
 
 def hidden_matrices(model):
     """The weights that Muon trains: of the convolutions in these parts."""
-    return [layer.weight for part in hidden_parts(model) for layer in part.modules() if isinstance(layer, nn.Conv2d)]
+    return [
+        layer.weight
+        for part in hidden_parts(model)
+        for layer in part.modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
 
 
 class Autoencoder(nn.Module):
@@ -61,7 +78,11 @@ class Autoencoder(nn.Module):
     def forward(self, x, noise):
         """x (B, 3, H, W) in [-1, 1], noise (B, C, h, w) -> (reconstructions, mean and log variance of the latents)."""
         posterior = self.model.encode(x).latent_dist
-        return self.model.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
+        return (
+            self.model.decode(posterior.mean + posterior.std * noise).sample,
+            posterior.mean,
+            posterior.logvar,
+        )
 
 
 def draw_colors(random, most):
@@ -84,7 +105,9 @@ def jitter_colors(x, seed, indices, share):
             colors, shift = draw_colors(random, most=4)  # pale videos become colorful
             matrix.copy_(colors[torch.randperm(3, generator=random)])
             offset.copy_(shift)
-    return (torch.einsum("bij,bjhw->bihw", matrices.to(x.device), x) + offsets.to(x.device)).clamp(-1, 1)
+    return (torch.einsum("bij,bjhw->bihw", matrices.to(x.device), x) + offsets.to(x.device)).clamp(
+        -1, 1
+    )
 
 
 def losses_of(x, reconstruction, mean, logvar):
@@ -121,8 +144,14 @@ def measure(model, loader, device):
         columns = batch["indices"], errors, mean.mean(dim=1), second_moments
         rows += torch.stack([column.double().cpu() for column in columns], dim=1).tolist()
         corrupt += batch["corrupt"]
-    values, means, squares = (math.fsum(column) / len(column) for column in distributed.gather_in_order(rows))
-    return {"psnr": values, "latent_mean": means, "latent_std": math.sqrt(squares - means**2)}, corrupt
+    values, means, squares = (
+        math.fsum(column) / len(column) for column in distributed.gather_in_order(rows)
+    )
+    return {
+        "psnr": values,
+        "latent_mean": means,
+        "latent_std": math.sqrt(squares - means**2),
+    }, corrupt
 
 
 def export(model, folder, statistics):
@@ -131,7 +160,9 @@ def export(model, folder, statistics):
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
-    model.register_to_config(scaling_factor=1 / statistics["latent_std"], shift_factor=statistics["latent_mean"])
+    model.register_to_config(
+        scaling_factor=1 / statistics["latent_std"], shift_factor=statistics["latent_mean"]
+    )
     model.save_pretrained(temporary)
     for path in (*temporary.iterdir(), temporary):
         sync(path)

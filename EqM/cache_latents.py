@@ -26,7 +26,17 @@ import torch
 
 from runtime import cli, distributed
 from runtime.atomic import write_file
-from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, one_line_errors, plural, say, wrong_input
+from runtime.cli import (
+    COUNT,
+    SHARE,
+    ArgumentParser,
+    Bar,
+    UserError,
+    one_line_errors,
+    plural,
+    say,
+    wrong_input,
+)
 from runtime.distributed import rank, world_size
 from runtime.runs import remove_temporary_files
 from runtime.untrusted import read_json
@@ -40,22 +50,51 @@ CHUNK = 16  # frames to encode at once, while the next ones are decoded
 
 
 def parse_args():
-    parser = ArgumentParser(description="Decode and encode every video once: videos -> a cache to train on.")
+    parser = ArgumentParser(
+        description="Decode and encode every video once: videos -> a cache to train on."
+    )
     add = parser.add_argument
-    add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
-    add("--out", required=True, metavar="DIR", help="the cache: a new folder, or a cache to continue or update")
+    add(
+        "--data-path",
+        required=True,
+        metavar="DIR",
+        help="folder of <class>/<video>, or of videos without classes",
+    )
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the cache: a new folder, or a cache to continue or update",
+    )
     vae = "ema, mse or the directory of a diffusers AutoencoderKL; none: cache pixels"
     add("--vae", default="ema", metavar="VAE", help=vae)
-    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the clips in pixels")
-    add("--with-flips", action="store_true", help="also encode mirrored frames, to train with flips; doubles the size")
-    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the files that may be corrupt; one always may")
+    add(
+        "--image-size",
+        type=COUNT,
+        default=256,
+        metavar="PX",
+        help="height and width of the clips in pixels",
+    )
+    add(
+        "--with-flips",
+        action="store_true",
+        help="also encode mirrored frames, to train with flips; doubles the size",
+    )
+    add(
+        "--max-bad-fraction",
+        type=SHARE,
+        default=0.1,
+        help="share of the files that may be corrupt; one always may",
+    )
     return parser.parse_args()
 
 
 def cache_settings(args, vae):
     """The settings in latents.json, which all videos share. Raises UserError if --image-size does not fit the VAE."""
     if args.image_size % vae.downsample:
-        raise UserError(f"--image-size {args.image_size}: not a multiple of {vae.downsample}, the VAE's downsampling")
+        raise UserError(
+            f"--image-size {args.image_size}: not a multiple of {vae.downsample}, the VAE's downsampling"
+        )
     names = "channels", "downsample", "scale", "shift"
     settings = {"format": source.LATENTS_FORMAT, "vae": vae.name, "vae_sha256": vae.sha256}
     settings |= {"image_size": args.image_size} | {name: getattr(vae, name) for name in names}
@@ -70,12 +109,18 @@ def check_out(out, settings):
             found = read_json(Path(out, present[0]))
             other = next((name for name in settings if found[name] != settings[name]), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--out {out}: its {present[0]} is damaged ({error}); name another folder") from error
+            raise UserError(
+                f"--out {out}: its {present[0]} is damaged ({error}); name another folder"
+            ) from error
         if other:
             different = f"a latent cache with {other} {found[other]}, not {settings[other]}"
             raise UserError(f"--out {out}: {different}; use the same flags or name another folder")
-    elif foreign := sorted(name for name in names if name[0] != "." and name != PARTIAL_FILE + ".tmp"):
-        raise UserError(f"--out {out}: contains {foreign[0]} but no latent cache; name a new or an empty folder")
+    elif foreign := sorted(
+        name for name in names if name[0] != "." and name != PARTIAL_FILE + ".tmp"
+    ):
+        raise UserError(
+            f"--out {out}: contains {foreign[0]} but no latent cache; name a new or an empty folder"
+        )
 
 
 def plan_encoding(args):
@@ -85,11 +130,19 @@ def plan_encoding(args):
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is skipped")
     for video in files.videos():
-        if (excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255) > 0:  # .tmp: while it is written
+        if (
+            excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255
+        ) > 0:  # .tmp: while it is written
             name = f"the name of {video.path[:60]}... is too long for a file of the cache"
-            raise UserError(f"--data-path {args.data_path}: {name}; shorten it by {plural(excess, 'byte')}")
+            raise UserError(
+                f"--data-path {args.data_path}: {name}; shorten it by {plural(excess, 'byte')}"
+            )
     todo = find_changed(args.out, files)
-    return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos  # ranks get similar numbers of frames
+    return (
+        files,
+        sorted(todo, key=lambda video: -video.num_frames),
+        bad_videos,
+    )  # ranks get similar numbers of frames
 
 
 def find_changed(out, files):
@@ -110,7 +163,9 @@ def find_changed(out, files):
             changed.append(video)
     if num_untimed:
         kept = f"{plural(num_untimed, 'file')} of an earlier version, without the times of change of the videos"
-        say(f"note: {out}: keeps {kept}; if you replaced videos by older ones of equal size, delete their files")
+        say(
+            f"note: {out}: keeps {kept}; if you replaced videos by older ones of equal size, delete their files"
+        )
     return changed
 
 
@@ -170,12 +225,18 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
             tensors = encode_video(vae, device, files, video, args.with_flips)
             write_file(path, safetensors.torch.save(tensors, metadata))
 
-    threads = source.THREADS if args.vae == "none" else 1  # a thread keeps all latents of its video in memory
+    threads = (
+        source.THREADS if args.vae == "none" else 1
+    )  # a thread keeps all latents of its video in memory
     size, hidden = ROUND * world_size(), rank() != 0 or not todo
-    with Bar(total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden) as bar:
+    with Bar(
+        total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden
+    ) as bar:
         for first in range(0, len(todo), size):
             part, corrupt = todo[first : first + size], []
-            for video, is_readable in source.write_each(part[rank() :: world_size()], cache, threads):
+            for video, is_readable in source.write_each(
+                part[rank() :: world_size()], cache, threads
+            ):
                 corrupt += [] if is_readable else [video.path]
                 bar.update(video.num_frames)
             for path in bad_videos.add(sorted(itertools.chain(*distributed.gather(corrupt)))):
@@ -186,7 +247,9 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
 def encode_video(vae, device, files, video, with_flips):
     """{name: float16 (T, C, h, w)} of a video's cache file. Raises UnreadableError."""
     chunks, parts = read_all_frames(files.root, video, CHUNK), defaultdict(list)
-    for frames in source.in_threads(lambda _: files.fit(next(chunks)), range(0, video.num_frames, CHUNK), threads=1):
+    for frames in source.in_threads(
+        lambda _: files.fit(next(chunks)), range(0, video.num_frames, CHUNK), threads=1
+    ):
         clip = frames.transpose(0, 1)[None].to(device)  # (1, 3, T, H, W)
         for suffix, view in (("", clip), ("_flipped", clip.flip(-1)))[: 1 + with_flips]:
             for name, latents in zip(("mean", "std"), vae.posterior(view), strict=True):
@@ -198,9 +261,15 @@ def encode_video(vae, device, files, video, with_flips):
 
 def finish_cache(args, settings, files, bad_videos):
     """Write latents.json, which completes the cache. Raises CorruptDataError if no video could be decoded."""
-    videos = [replace(video, path=cached_path(video)) for video in files.videos() if video.path not in bad_videos.paths]
+    videos = [
+        replace(video, path=cached_path(video))
+        for video in files.videos()
+        if video.path not in bad_videos.paths
+    ]
     if not videos:
-        raise index.CorruptDataError(f"--data-path {args.data_path}: can't decode any of its videos; name others")
+        raise index.CorruptDataError(
+            f"--data-path {args.data_path}: can't decode any of its videos; name others"
+        )
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
     content = settings | {"num_videos": len(videos), "num_frames": count_frames(videos)}
     content |= {"classes": files.scan.classes, "videos": [asdict(video) for video in videos]}
@@ -222,7 +291,9 @@ def size_text(videos, settings):
     if settings["vae"] != "none":
         per_frame *= 2 * (1 + settings["flips"]) * 2  # mean and std; float16
     count = count_frames(videos)
-    return f"{plural(count, 'frame')} of {per_frame / 1024:.3g} KB, {count * per_frame / 1e9:.3g} GB"
+    return (
+        f"{plural(count, 'frame')} of {per_frame / 1024:.3g} KB, {count * per_frame / 1e9:.3g} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -94,7 +94,11 @@ def run_state(config, model, ema, optimizers, scaler, progress):
         "config": config,
         "model": dict(model.state_dict()),
         "ema": dict(ema.state_dict()),
-        "optimizer": {"kind": config["training"]["optimizer"], "states": states, "scaler": scaler.state_dict()},
+        "optimizer": {
+            "kind": config["training"]["optimizer"],
+            "states": states,
+            "scaler": scaler.state_dict(),
+        },
         "step": phase.pop("step"),
         "best_loss": phase.pop("best_loss"),
         "phase": phase,
@@ -200,10 +204,16 @@ def load(path, parts=PARTS, model=None, ebm=None):
         expected = f"a dict with {', '.join(sorted(KEYS))}"
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {expected}")
     if state["version"] != VERSION:
-        raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
-    lacking = [part for part, names in SETTINGS.items() if not names <= state["config"][part].keys()]
+        raise UserError(
+            f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}"
+        )
+    lacking = [
+        part for part, names in SETTINGS.items() if not names <= state["config"][part].keys()
+    ]
     if lacking or not isinstance(state["step"], int):
-        raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")  # the last one to
+        raise UserError(
+            f"--ckpt {path}: lacks settings; commit f311e33 reads older files"
+        )  # the last one to
     return state
 
 
@@ -216,16 +226,27 @@ def load_inflated(args):
         raise UserError(f"{flag}: {str(error).removeprefix(f'--ckpt {path}: ')}") from error
     config, data = config_of(flag, state, args.model), state["config"]["data"]
     if (config.num_frames, config.temporal_patch_size) != (1, 1):
-        raise UserError(f"{flag}: holds a video model, expected an image model (for a video model, use --ckpt)")
+        raise UserError(
+            f"{flag}: holds a video model, expected an image model (for a video model, use --ckpt)"
+        )
     if config.ebm != "none":
-        raise UserError(f"{flag}: trained with --ebm {config.ebm}; --inflate does not support gradients of energies")
+        raise UserError(
+            f"{flag}: trained with --ebm {config.ebm}; --inflate does not support gradients of energies"
+        )
     shape = args.num_frames, args.temporal_patch_size, args.rope_theta
     try:
         weights, config = inflate(state["ema"], config, *shape, data["time_scale"])
     except ValueError as error:
-        raise UserError(f"{flag}: {error}; change --temporal-patch-size, the clips' length or the model") from error
-    training = state["config"]["training"] | {"num_frames": 1, "video": True}  # with the settings of its sampler
-    return from_elsewhere({"model": asdict(config), "data": data, "training": training}, weights, weights, 0)
+        raise UserError(
+            f"{flag}: {error}; change --temporal-patch-size, the clips' length or the model"
+        ) from error
+    training = state["config"]["training"] | {
+        "num_frames": 1,
+        "video": True,
+    }  # with the settings of its sampler
+    return from_elsewhere(
+        {"model": asdict(config), "data": data, "training": training}, weights, weights, 0
+    )
 
 
 def read_file(path, parts=()):
@@ -235,7 +256,9 @@ def read_file(path, parts=()):
     except FileNotFoundError:
         reason = "no such file; expected a checkpoint, for example RUN/checkpoints/best.pt"
     except pickle.UnpicklingError:
-        reason = "not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
+        reason = (
+            "not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
+        )
     except OSError as error:
         reason = f"can't be read ({error.strerror or error}); expected a checkpoint file"
     except Exception as error:
@@ -245,8 +268,18 @@ def read_file(path, parts=()):
 
 def from_elsewhere(config, model, ema, step, version=VERSION):
     """The dict of a checkpoint of another program than train.py: without optimizer and phase."""
-    state = {"version": version, "config": config, "model": model, "ema": ema, "optimizer": None, "step": step}
-    return state | {"phase": {"first_step": step, "position": 0, "ema_start": step}, "best_loss": math.inf}
+    state = {
+        "version": version,
+        "config": config,
+        "model": model,
+        "ema": ema,
+        "optimizer": None,
+        "step": step,
+    }
+    return state | {
+        "phase": {"first_step": step, "position": 0, "ema_start": step},
+        "best_loss": math.inf,
+    }
 
 
 def load_model(path, use_ema=True, model=None, video=None, **checks):
@@ -271,7 +304,9 @@ def note_old_best(path, state):
         newest = int((path.parents[1] / SAVED_STEP).read_text()) if path.name == "best.pt" else 0
         if newest - state["step"] > (newest - state["phase"]["first_step"]) / 5:
             steps = f"best.pt has step {state['step']}, latest.pt has step {newest}"
-            say(f"note: {steps}: no later validation loss was lower; latest.pt has the newest weights")
+            say(
+                f"note: {steps}: no later validation loss was lower; latest.pt has the newest weights"
+            )
 
 
 def weights_sha256(weights):
@@ -288,10 +323,14 @@ def load_run(start, model, ema, optimizers, scaler):
     state = start.state
     for network, weights in ((model, state["model"]), (ema, state["ema"])):  # sharded or not
         own = network.state_dict()
-        network.load_state_dict({name: shard_like(value, own[name]) for name, value in weights.items()})
+        network.load_state_dict(
+            {name: shard_like(value, own[name]) for name, value in weights.items()}
+        )
     if state["optimizer"]:  # exported and published models have none
         load_optimizers(optimizers, state["optimizer"]["states"])
-        if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
+        if (
+            scaler.is_enabled() and state["optimizer"]["scaler"]
+        ):  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
 
 
@@ -300,10 +339,15 @@ def load_optimizers(optimizers, saved):
     for optimizer, state in zip(optimizers, saved, strict=True):
         weights = optimizer.param_groups[0]["params"]
         parts = {
-            index: {name: shard_like(value, weights[index]) if value.dim() else value for name, value in values.items()}
+            index: {
+                name: shard_like(value, weights[index]) if value.dim() else value
+                for name, value in values.items()
+            }
             for index, values in state["state"].items()
         }
-        optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": parts, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
         for values in optimizer.state.values():  # on the CPU they still map the file
             values |= {name: value.clone() for name, value in values.items()}
 
@@ -322,14 +366,20 @@ def config_of(flag, state, model=None, video=None, **asked):
     try:
         config = EqMConfig(**state["config"]["model"])
     except (ValueError, TypeError) as error:
-        raise UserError(f"{flag}: damaged: the settings of its model are invalid ({error})") from error
+        raise UserError(
+            f"{flag}: damaged: the settings of its model are invalid ({error})"
+        ) from error
     with torch.device("meta"):  # shapes only, without memory
         expected = {name: value.shape for name, value in EqM(config).state_dict().items()}
     for part in ("model", "ema"):
         got = {name: value.shape for name, value in state[part].items()}
         if wrong := [name for name in expected | got if expected.get(name) != got.get(name)]:
-            shapes = " and ".join(str(shape and tuple(shape)) for shape in (got.get(wrong[0]), expected.get(wrong[0])))
-            raise UserError(f"{flag}: its weights do not match its config: shapes of {wrong[0]} are {shapes}")
+            shapes = " and ".join(
+                str(shape and tuple(shape)) for shape in (got.get(wrong[0]), expected.get(wrong[0]))
+            )
+            raise UserError(
+                f"{flag}: its weights do not match its config: shapes of {wrong[0]} are {shapes}"
+            )
     check(flag, config, **asked)
     return config
 
@@ -348,9 +398,17 @@ def check(flag, saved, **asked):
         raise UserError(f"{flag}: holds {got}, --model is {expected}: {advice}")
     for name in asked.keys() - set(SHAPE):
         if getattr(saved, name) != asked[name]:
-            own = {"input_size": "--image-size", "in_channels": "--vae"}.get(name, f"--{name.replace('_', '-')}")
-            tied = " (fixed positions are tied to it; --use-rope models are not)" if name == "num_frames" else ""
-            words = f"has {name.replace('_', ' ')} {getattr(saved, name)}, {own} gives {asked[name]}"
+            own = {"input_size": "--image-size", "in_channels": "--vae"}.get(
+                name, f"--{name.replace('_', '-')}"
+            )
+            tied = (
+                " (fixed positions are tied to it; --use-rope models are not)"
+                if name == "num_frames"
+                else ""
+            )
+            words = (
+                f"has {name.replace('_', ' ')} {getattr(saved, name)}, {own} gives {asked[name]}"
+            )
             raise UserError(f"{flag}: {words}: they must agree{tied}; change or remove {own}")
 
 
@@ -375,7 +433,11 @@ class Start:
     @property
     def flag(self):
         """The checkpoint's name in messages."""
-        return f"--resume of {self.path}" if self.resumes else f"--{'inflate' if self.inflates else 'ckpt'} {self.path}"
+        return (
+            f"--resume of {self.path}"
+            if self.resumes
+            else f"--{'inflate' if self.inflates else 'ckpt'} {self.path}"
+        )
 
     @property
     def config(self):
@@ -388,7 +450,11 @@ class Start:
 
     def read(self, args):
         """The content of the checkpoint for the flags of train.py. Raises UserError."""
-        return load_inflated(args) if self.inflates else load(self.path, model=args.model, ebm=args.ebm)
+        return (
+            load_inflated(args)
+            if self.inflates
+            else load(self.path, model=args.model, ebm=args.ebm)
+        )
 
 
 def find_start(args, name):
@@ -411,7 +477,9 @@ def find_start(args, name):
         start.sha256 = start_weights(args, args.model)[0]
     state, step = start.state, start.state["step"]
     check_last_step(args, step, least=step + 1)
-    start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
+    start.progress = Progress(
+        step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"]
+    )
     return start
 
 
@@ -419,7 +487,9 @@ def check_optimizer(start, args):
     """Raise UserError if the checkpoint of a Start holds the states of another --optimizer."""
     kind = start.state["optimizer"]["kind"] if start.state["optimizer"] else args.optimizer
     if kind != args.optimizer:
-        raise UserError(f"{start.flag}: trained with --optimizer {kind}, got {args.optimizer}: give the same")
+        raise UserError(
+            f"{start.flag}: trained with --optimizer {kind}, got {args.optimizer}: give the same"
+        )
 
 
 def find_resumed(args, name, ckpt=None, read=load):
@@ -427,7 +497,9 @@ def find_resumed(args, name, ckpt=None, read=load):
     folder, start = newest_run(args.results_dir, name), Start(Progress())
     if folder is None and args.resume:
         similar = "" if ckpt else name_similar(args.results_dir, name)
-        say(f"--resume: no run {name} in {args.results_dir}{similar}; starting from {ckpt or 'the beginning'}")
+        say(
+            f"--resume: no run {name} in {args.results_dir}{similar}; starting from {ckpt or 'the beginning'}"
+        )
     start.restarts = folder is not None and is_restarted(folder)
     if folder is None or not (args.resume or start.restarts):
         return start
@@ -438,7 +510,9 @@ def find_resumed(args, name, ckpt=None, read=load):
     start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read)
     if state := start.state:
         start.resumes, start.bad_videos = True, state["run"]["bad_videos"]
-        start.unlogged = deepcopy(state["run"]["window"])  # or the file would stay open during the run
+        start.unlogged = deepcopy(
+            state["run"]["window"]
+        )  # or the file would stay open during the run
         check_optimizer(start, args)
         check_last_step(args, state["step"], least=state["step"])
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
@@ -489,8 +563,14 @@ def check_not_deleted(folder):
     """Raise UserError if the run has saved checkpoints and all are gone. A run killed before it saved starts over."""
     place, metrics = Path(folder, "checkpoints"), Path(folder, "metrics.jsonl")
     rows = read_metrics(metrics)[0] if metrics.exists() else []
-    if rows and (Path(folder, SAVED_STEP).exists() or not place.exists()) and not any(place.glob("*.pt")):
-        reached = f"the checkpoints of {folder} were deleted (its metrics reach step {rows[-1]['step']})"
+    if (
+        rows
+        and (Path(folder, SAVED_STEP).exists() or not place.exists())
+        and not any(place.glob("*.pt"))
+    ):
+        reached = (
+            f"the checkpoints of {folder} were deleted (its metrics reach step {rows[-1]['step']})"
+        )
         raise UserError(f"--resume: {reached}: restore one, or remove --resume to start a new run")
 
 

@@ -15,15 +15,63 @@ from pathlib import Path
 import torch
 
 from runtime import cli, distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, plural, say
-from scoring import census, classifier, consistency, frechet, manifest, nearest, prediction, shapes, sources
+from runtime.cli import (
+    COUNT,
+    NATURAL,
+    NON_NEGATIVE,
+    SHARE,
+    UserError,
+    fail,
+    number,
+    one_line_errors,
+    plural,
+    say,
+)
+from scoring import (
+    census,
+    classifier,
+    consistency,
+    frechet,
+    manifest,
+    nearest,
+    prediction,
+    shapes,
+    sources,
+)
 from video.source import check_data_path
 
 # Default number of real clips
-NUM_REAL = {"motion": 96, "fvd": 2048, "fid": 2048, "consistency": 256, "nearest": 256, "census": 1000}
-FREE_FLAGS = {"manifest", "out", "samples", "data_path", "detector", "vae", "cache", "num_workers", "tolerance"}
-OWN = {"samples", "sheet", "grid", "evaluations", "energy"}  # file names that sample_gd.py uses in its folders
-CHOOSES = {"nearest": {"split"}, "prediction": {"split", "num_real"}, "classifier": {"split", "num_real"}}
+NUM_REAL = {
+    "motion": 96,
+    "fvd": 2048,
+    "fid": 2048,
+    "consistency": 256,
+    "nearest": 256,
+    "census": 1000,
+}
+FREE_FLAGS = {
+    "manifest",
+    "out",
+    "samples",
+    "data_path",
+    "detector",
+    "vae",
+    "cache",
+    "num_workers",
+    "tolerance",
+}
+OWN = {
+    "samples",
+    "sheet",
+    "grid",
+    "evaluations",
+    "energy",
+}  # file names that sample_gd.py uses in its folders
+CHOOSES = {
+    "nearest": {"split"},
+    "prediction": {"split", "num_real"},
+    "classifier": {"split", "num_real"},
+}
 CHOOSES["census"] = {"split"}
 
 
@@ -32,34 +80,93 @@ def parse_args(words=None):
     add = parser.add_argument_group("clips and metric").add_argument
     metrics = [*NUM_REAL, "prediction", "classifier"]
     add("--metric", choices=metrics, default="motion", help="motion: Moving Shapes only")
-    add("--samples", nargs="+", metavar="DIR", help="folders of sample_gd.py; with several, --out is a file in each")
-    add("--data-path", metavar="DIR", help="folder of the training videos or images, not a latent cache")
+    add(
+        "--samples",
+        nargs="+",
+        metavar="DIR",
+        help="folders of sample_gd.py; with several, --out is a file in each",
+    )
+    add(
+        "--data-path",
+        metavar="DIR",
+        help="folder of the training videos or images, not a latent cache",
+    )
     detector = "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, or inception-"
-    detector += "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file that you trust"
+    detector += (
+        "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file that you trust"
+    )
     add("--detector", metavar="FILE", help=detector)
     split = "real clips of motion and consistency (default: val), fvd and fid (default: train)"
     add("--split", choices=["train", "val", "all"], help=split)
-    add("--val-fraction", type=SHARE, default=0.05, help="fraction of the videos in val; use the value of training")
+    add(
+        "--val-fraction",
+        type=SHARE,
+        default=0.05,
+        help="fraction of the videos in val; use the value of training",
+    )
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
     counts = f"number of real clips; census: of each split; prediction, classifier: all; default: {counts}"
     add("--num-real", type=number(int, least=2), help=counts)
-    add("--keep-background", action="store_true", help="prediction: accept samples of --keep-background")
+    add(
+        "--keep-background",
+        action="store_true",
+        help="prediction: accept samples of --keep-background",
+    )
     test = "real clips that test the classifier. groups: each group of few videos (equal file stems), held out once; "
-    test += "val: the validation split of many videos, without mirrored windows; default: %(default)s"
+    test += (
+        "val: the validation split of many videos, without mirrored windows; default: %(default)s"
+    )
     add("--classifier-test", choices=[*classifier.RECIPES], default="groups", help=test)
     steps = ", ".join(f"{recipe.steps} for {test}" for test, recipe in classifier.RECIPES.items())
-    add("--classifier-steps", type=COUNT, help=f"training steps of classifier, 16 windows each; default: {steps}")
-    add("--seed", type=NATURAL, default=0, help="seed of classifier and of the bootstrap of fvd and fid")
-    add("--vae", metavar="DIR", help="census: new path of the VAE of the samples' model, if it was moved")
+    add(
+        "--classifier-steps",
+        type=COUNT,
+        help=f"training steps of classifier, 16 windows each; default: {steps}",
+    )
+    add(
+        "--seed",
+        type=NATURAL,
+        default=0,
+        help="seed of classifier and of the bootstrap of fvd and fid",
+    )
+    add(
+        "--vae",
+        metavar="DIR",
+        help="census: new path of the VAE of the samples' model, if it was moved",
+    )
     resamples = "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 clips); 0 = none"
     add("--resamples", type=NATURAL, default=frechet.RESAMPLES, help=resamples)
     add = parser.add_argument_group("run").add_argument
-    add("--out", required=True, metavar="FILE.json", help="the manifest; some metrics write pictures beside it")
-    add("--manifest", metavar="FILE", help="repeat this manifest; other flags: only paths, --num-workers, --tolerance")
-    add("--tolerance", type=NON_NEGATIVE, default=1e-3, metavar="X", help="values agree: |a - b| <= X max(1, |a|, |b|)")
-    add("--cache", metavar="DIR", help="folder for statistics of real clips; default: evaluate-cache beside --out")
+    add(
+        "--out",
+        required=True,
+        metavar="FILE.json",
+        help="the manifest; some metrics write pictures beside it",
+    )
+    add(
+        "--manifest",
+        metavar="FILE",
+        help="repeat this manifest; other flags: only paths, --num-workers, --tolerance",
+    )
+    add(
+        "--tolerance",
+        type=NON_NEGATIVE,
+        default=1e-3,
+        metavar="X",
+        help="values agree: |a - b| <= X max(1, |a|, |b|)",
+    )
+    add(
+        "--cache",
+        metavar="DIR",
+        help="folder for statistics of real clips; default: evaluate-cache beside --out",
+    )
     add("--batch-size", type=COUNT, default=16, help="clips per rank at a time")
-    add("--num-workers", type=NATURAL, default=1, help="processes per rank that read videos; 0 = none")
+    add(
+        "--num-workers",
+        type=NATURAL,
+        default=1,
+        help="processes per rank that read videos; 0 = none",
+    )
     return parser.parse_args(words)
 
 
@@ -67,7 +174,9 @@ def repeat_flags(args):
     """(flags of --manifest combined with the typed flags, the manifest). Raises UserError."""
     old = manifest.read_manifest(args.manifest)
     for name in sorted(args.typed - FREE_FLAGS):
-        raise UserError(f"--{name.replace('_', '-')}: --manifest {args.manifest} sets it; remove the flag")
+        raise UserError(
+            f"--{name.replace('_', '-')}: --manifest {args.manifest} sets it; remove the flag"
+        )
     own = {name: value for name, value in vars(args).items() if name in args.typed}
     if len(own.get("samples", [])) > 1:
         raise UserError(f"--samples: --manifest {args.manifest} scores one folder; pass one")
@@ -78,20 +187,32 @@ def check_flags(args):
     """Raise UserError for flags that contradict each other or the machine. Touches nothing."""
     cli.check_devices()
     if args.samples is None or args.data_path is None:
-        raise UserError(f"--{'data-path' if args.samples else 'samples'}: not given; expected a folder (see --help)")
+        raise UserError(
+            f"--{'data-path' if args.samples else 'samples'}: not given; expected a folder (see --help)"
+        )
     if (args.detector is None) == (args.metric in frechet.CALLS):
-        advice = "expected a TorchScript file (see --help)" if args.detector is None else "remove the flag"
+        advice = (
+            "expected a TorchScript file (see --help)"
+            if args.detector is None
+            else "remove the flag"
+        )
         raise UserError(f"--detector: {args.detector} for --metric {args.metric}; {advice}")
     unused = args.vae and args.metric != "census"
     cli.refuse_if(args, "vae", unused, f"--metric {args.metric} needs no VAE; remove the flag")
     for name in sorted(args.typed & CHOOSES.get(args.metric, set())):
-        raise UserError(f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag")
-    cli.refuse_if(args, "out", os.path.isdir(args.out), "a folder; expected the name of a JSON file")
+        raise UserError(
+            f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag"
+        )
+    cli.refuse_if(
+        args, "out", os.path.isdir(args.out), "a folder; expected the name of a JSON file"
+    )
     for folder in map(Path, args.samples):
         out = Path(folder if len(args.samples) > 1 else "", args.out)
         is_own = out.stem in OWN and out.parent.resolve() == folder.resolve()
         if is_own or (len(args.samples) > 1 and Path(args.out).name != args.out):
-            raise UserError(f"--out {args.out}: expected the name of a new file in each of --samples (motion.json)")
+            raise UserError(
+                f"--out {args.out}: expected the name of a new file in each of --samples (motion.json)"
+            )
         cli.check_writable("--out", out.parent)
     cli.check_writable("--cache", args.cache or out.parent)
 
@@ -100,20 +221,37 @@ def find_real(args, samples, detector):
     """(Clips of the real videos, training videos, Truth, the manifest without its values). Raises UserError."""
     metric, T, images = args.metric, samples.num_frames, samples.num_frames == 1
     check_data_path(args.data_path, images, cached=False)
-    about = detector and frechet.check_detector(args.detector, detector, metric, T, samples.image_size)
-    split, share, count = args.split or manifest.SPLITS.get(metric, "val"), args.val_fraction, args.num_real
+    about = detector and frechet.check_detector(
+        args.detector, detector, metric, T, samples.image_size
+    )
+    split, share, count = (
+        args.split or manifest.SPLITS.get(metric, "val"),
+        args.val_fraction,
+        args.num_real,
+    )
     if metric == "prediction":
-        split, share, count = (samples.about["real"][name] for name in ("split", "val_fraction", "num_clips"))
+        split, share, count = (
+            samples.about["real"][name] for name in ("split", "val_fraction", "num_clips")
+        )
     elif metric == "classifier":
         T = min(T, classifier.MOST_FRAMES)
-    count, which = count or NUM_REAL.get(metric), (split, share, T, samples.time_scale, samples.image_size)
-    clips, training, real = sources.find_real(args.data_path, *which, samples.source.get("checkpoint"), images)
+    count, which = (
+        count or NUM_REAL.get(metric),
+        (split, share, T, samples.time_scale, samples.image_size),
+    )
+    clips, training, real = sources.find_real(
+        args.data_path, *which, samples.source.get("checkpoint"), images
+    )
     if count and len(clips.videos) < count:
         advice = "" if metric == "prediction" else "; a lower --num-real is faster"
-        say(f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}{advice}")
+        say(
+            f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}{advice}"
+        )
     place = f"--data-path {args.data_path}"
     if metric == "nearest" and not training:
-        raise UserError(f"{place}: no training video is as long as the samples ({T}); sample fewer frames")
+        raise UserError(
+            f"{place}: no training video is as long as the samples ({T}); sample fewer frames"
+        )
     if metric in ("nearest", "census"):
         real["training_sha256"] = sources.videos_sha256(args.data_path, training)
     if metric == "census":
@@ -123,7 +261,9 @@ def find_real(args, samples, detector):
         classifier.check(samples, clips, training, place, args.classifier_test)
         split = args.classifier_test  # in the name of the protocol
     elif metric == "prediction" and real["videos_sha256"] != samples.about["real"]["videos_sha256"]:
-        raise UserError(f"{place}: not the videos that {samples.place} continues; pass the folder of those")
+        raise UserError(
+            f"{place}: not the videos that {samples.place} continues; pass the folder of those"
+        )
     truth = shapes.find_truth(metric, args.data_path, samples, clips.classes)
     return clips, training, truth, manifest.start(args, samples, split, count, real, about)
 
@@ -138,7 +278,9 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     if args.metric == "consistency":
         return consistency.score_consistency(*streams, samples.source)
     if args.metric == "nearest":
-        return nearest.score_nearest(samples, real, args, training, out.with_suffix(".sheet.png"), device)
+        return nearest.score_nearest(
+            samples, real, args, training, out.with_suffix(".sheet.png"), device
+        )
     if args.metric == "prediction":
         return prediction.score_prediction(samples, real, clips, out, truth)
     if args.metric == "classifier":
@@ -159,7 +301,11 @@ def run(args, samples, real, detector, old, device):
     if distributed.rank() != 0:
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    machine = {"device": name, "ranks": distributed.world_size(), "threads": torch.get_num_threads()}
+    machine = {
+        "device": name,
+        "ranks": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+    }
     new |= {"values": values, "result": result, "machine": machine}
     new["real"]["bad_videos"], comparison = corrupt, None
     if old:
@@ -183,13 +329,17 @@ def main():
         for folder in dict.fromkeys(args.samples):
             samples = sources.Samples(folder)
             samples.check(args.metric, args.keep_background)
-            real = find_real(args, samples, detector) if distributed.rank() == 0 else None  # the others wait in start()
+            real = (
+                find_real(args, samples, detector) if distributed.rank() == 0 else None
+            )  # the others wait in start()
             if old and real:
                 manifest.check_same(old, real[-1])
             jobs.append((samples, real))
     with one_line_errors(ValueError):  # features that are not finite
         device = distributed.start()
-        distributed.set_precision("fp32")  # no TF32, which changes features and the exact sums of nearest
+        distributed.set_precision(
+            "fp32"
+        )  # no TF32, which changes features and the exact sums of nearest
         differences = [run(args, *job, detector, old, device) for job in jobs]
     distributed.stop()
     if any(differences):

@@ -12,7 +12,17 @@ from given import NOT_FORCED, Details
 from models import Condition, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
-from runtime.cli import NON_NEGATIVE, POSITIVE, Bar, UserError, number, plural, refuse_if, resolve_precision, say
+from runtime.cli import (
+    NON_NEGATIVE,
+    POSITIVE,
+    Bar,
+    UserError,
+    number,
+    plural,
+    refuse_if,
+    resolve_precision,
+    say,
+)
 from runtime.distributed import rank
 from runtime.rng import normal
 from samplers import DESCENTS, SOLVERS, guided, sample
@@ -20,12 +30,22 @@ from vae import VAE, check_same, load_vae
 from video.samples import NO_LABEL, class_name
 
 SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no settings
-    "sampler": "gd", "num_sampling_steps": 250, "stepsize": 0.0017, "mu": 0.3, "stop_below": None, "cfg_scale": 4.0,
-}  # fmt: skip
+    "sampler": "gd",
+    "num_sampling_steps": 250,
+    "stepsize": 0.0017,
+    "mu": 0.3,
+    "stop_below": None,
+    "cfg_scale": 4.0,
+}
 SETTINGS = {  # names in samples.json (most are also arguments of `samplers.sample`), and their flags
-    "method": "sampler", "num_steps": "num_sampling_steps", "step_size": "stepsize", "momentum": "mu",
-    "stop_below": "stop_below", "guidance": "cfg_scale", "precision": "precision",
-}  # fmt: skip
+    "method": "sampler",
+    "num_steps": "num_sampling_steps",
+    "step_size": "stepsize",
+    "momentum": "mu",
+    "stop_below": "stop_below",
+    "guidance": "cfg_scale",
+    "precision": "precision",
+}
 MOST_EVALUATIONS = 100_000  # more is a typing error
 STOP_BELOW = 1.0  # as accurate as 249 evaluations, with 57% of them (docs/results.md)
 
@@ -35,18 +55,41 @@ STOP_BELOW = 1.0  # as accurate as 249 evaluations, with 57% of them (docs/resul
 
 def add_sampling_flags(parser):
     """Add the flags of the sampler to a parser. `resolve_sampler` fills in their defaults."""
-    add = parser.add_argument_group("sampling (default: settings of the checkpoint, else as below)").add_argument
+    add = parser.add_argument_group(
+        "sampling (default: settings of the checkpoint, else as below)"
+    ).add_argument
     default = {name: f"; default: {value}" for name, value in SAMPLER.items()}
-    text = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma" + default["sampler"]
-    add("--sampler", choices=[*DESCENTS, *SOLVERS], help=text + ", or euler if --objective is not eqm")
-    text = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + default["num_sampling_steps"]
+    text = (
+        "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma"
+        + default["sampler"]
+    )
+    add(
+        "--sampler",
+        choices=[*DESCENTS, *SOLVERS],
+        help=text + ", or euler if --objective is not eqm",
+    )
+    text = (
+        "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3"
+        + default["num_sampling_steps"]
+    )
     add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=text)
     text = "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations x step size"
     add("--stepsize", type=POSITIVE, metavar="X", help=text + default["stepsize"])
     add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd{default['mu']}")
     text = f"gd and ngd: stop a sample when the root mean square of its field is below R (0: off; no R: {STOP_BELOW})"
-    add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=f"{text}; default: off")
-    add("--cfg-scale", type=NON_NEGATIVE, help=f"scale of classifier-free guidance; 1 = off{default['cfg_scale']}")
+    add(
+        "--stop-below",
+        type=NON_NEGATIVE,
+        nargs="?",
+        const=STOP_BELOW,
+        metavar="R",
+        help=f"{text}; default: off",
+    )
+    add(
+        "--cfg-scale",
+        type=NON_NEGATIVE,
+        help=f"scale of classifier-free guidance; 1 = off{default['cfg_scale']}",
+    )
 
 
 def resolve_sampler(args, training, objective):
@@ -55,7 +98,9 @@ def resolve_sampler(args, training, objective):
     kept = {name: training.get(name, value) for name, value in usual.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     path = ("num_sampling_steps", "stepsize")
-    if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:  # solvers have no path length to keep
+    if (
+        kept["sampler"] in SOLVERS and args.sampler in DESCENTS
+    ):  # solvers have no path length to keep
         kept |= {name: SAMPLER[name] for name in path}
     values = kept | typed
     endless = objective != "eqm" and values["sampler"] in DESCENTS
@@ -63,14 +108,23 @@ def resolve_sampler(args, training, objective):
     refuse_if(args, "sampler", endless, f"{why}; change or remove --sampler")
     if values["sampler"] in SOLVERS:
         why = f"{values['sampler']} has a fixed number of steps"
-        advice = "expected gd or ngd; change --sampler, or remove --stop-below" if objective == "eqm" else "remove it"
+        advice = (
+            "expected gd or ngd; change --sampler, or remove --stop-below"
+            if objective == "eqm"
+            else "remove it"
+        )
         refuse_if(args, "stop_below", args.stop_below, f"{why}; {advice}")
         values["stop_below"] = 0
     elif len(typed.keys() & path) == 1:
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
         if "stepsize" in typed:
             why = f"a path of length {length:g} takes too many evaluations; expected fewer than {MOST_EVALUATIONS:,}"
-            refuse_if(args, "stepsize", args.stepsize * MOST_EVALUATIONS <= length, f"{why}; take larger steps")
+            refuse_if(
+                args,
+                "stepsize",
+                args.stepsize * MOST_EVALUATIONS <= length,
+                f"{why}; take larger steps",
+            )
             values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
         else:
             values["stepsize"] = length / (args.num_sampling_steps - 1)
@@ -142,7 +196,9 @@ def cast_products(model, precision):
     Outputs under autocast are bit-equal.
     """
     for module in model.modules() if precision in distributed.MIXED else ():
-        if isinstance(module, nn.Linear | nn.Conv3d):  # PatchEmbed's convolution is a matrix product, too
+        if isinstance(
+            module, nn.Linear | nn.Conv3d
+        ):  # PatchEmbed's convolution is a matrix product, too
             module.to(distributed.MIXED[precision])
 
 
@@ -152,7 +208,10 @@ def open_checkpoint(args):
     checks = {name: getattr(args, name) for name in names}
     model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
     data, training = config["data"], config["training"]
-    trained, forcing = training["num_frames"], training.get("forcing", 0.0)  # published models: none
+    trained, forcing = (
+        training["num_frames"],
+        training.get("forcing", 0.0),
+    )  # published models: none
     if trained <= model.config.temporal_patch_size:
         forcing = 0.0  # training never forces clips of one temporal patch
     num_frames, time_scale = args.num_frames or trained, args.time_scale or data["time_scale"]
@@ -160,17 +219,34 @@ def open_checkpoint(args):
         time_scale = 1 / args.fps
     values = {"precision": resolve_precision(args.precision, energy=model.config.ebm != "none")}
     values |= resolve_sampler(args, training, model.config.objective) | {"num_frames": num_frames}
-    window, overlap = choose_windows(args, model.config, num_frames, trained, data, time_scale, forcing)
+    window, overlap = choose_windows(
+        args, model.config, num_frames, trained, data, time_scale, forcing
+    )
     weak = open_weak(args, model.config, data, window)
     for own in filter(None, (model, weak)):
         scale_rope(args, own, data, trained, window, time_scale)
-    hashes = [own and checkpoint.weights_sha256(own.state_dict()) for own in (model, weak)] if rank() == 0 else ("", "")
+    hashes = (
+        [own and checkpoint.weights_sha256(own.state_dict()) for own in (model, weak)]
+        if rank() == 0
+        else ("", "")
+    )
     plan = Plan(
-        model, open_vae(args, model.config, data), data["classes"], choose_labels(args, data["classes"]), num_frames,
-        time_scale, step=step, trained_frames=trained, forcing=forcing, gamma_shift=training.get("gamma_shift", 1.0),
-        window=window, overlap=overlap, weak=weak,
-        weights_sha256=hashes[0], weak_sha256=hashes[1],  # only rank 0 writes hashes
-    )  # fmt: skip
+        model,
+        open_vae(args, model.config, data),
+        data["classes"],
+        choose_labels(args, data["classes"]),
+        num_frames,
+        time_scale,
+        step=step,
+        trained_frames=trained,
+        forcing=forcing,
+        gamma_shift=training.get("gamma_shift", 1.0),
+        window=window,
+        overlap=overlap,
+        weak=weak,
+        weights_sha256=hashes[0],
+        weak_sha256=hashes[1],  # only rank 0 writes hashes
+    )
     return values, plan
 
 
@@ -187,8 +263,12 @@ def open_weak(args, strong, data, window):
         model, config, _ = checkpoint.load_model(args.weak_ckpt, not args.no_ema, video=args.video)
         model.config.check_num_frames(window)
         if inputs(model.config, config["data"]) != inputs(strong, data):
-            expected = "expected a weaker model of the same data; use an earlier checkpoint of the run"
-            raise ValueError(f"has another objective, other classes or latents than --ckpt {args.ckpt}; {expected}")
+            expected = (
+                "expected a weaker model of the same data; use an earlier checkpoint of the run"
+            )
+            raise ValueError(
+                f"has another objective, other classes or latents than --ckpt {args.ckpt}; {expected}"
+            )
     except (UserError, ValueError) as error:
         text = str(error).removeprefix(f"--ckpt {args.weak_ckpt}: ")
         raise UserError(f"--weak-ckpt {args.weak_ckpt}: {text}") from error
@@ -198,7 +278,9 @@ def open_weak(args, strong, data, window):
 def say_plan(args, plan):
     """Print one line that says what is sampled and how."""
     size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
-    sampler = f"{args.sampler}, {plural(count_evaluations(sampling_settings(args)), 'evaluation')}{size}"
+    sampler = (
+        f"{args.sampler}, {plural(count_evaluations(sampling_settings(args)), 'evaluation')}{size}"
+    )
     windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
     model, frames = model_name(**asdict(plan.model.config)), plural(plan.trained_frames, "frame")
     model = f"{model}, step {plan.step}, trained on {frames}"
@@ -217,20 +299,26 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
     usual, patch = num_frames, config.temporal_patch_size
     if forcing and args.rope_scale == "none":
         stretch = data["longest_time_scale"] / time_scale if config.use_rope else 1
-        usual = max(trained, math.floor(trained * stretch / patch + 1e-6) * patch)  # whole temporal patches
+        usual = max(
+            trained, math.floor(trained * stretch / patch + 1e-6) * patch
+        )  # whole temporal patches
     window = min(num_frames, args.window or usual)
     if window < num_frames and not args.window:
         window = config.whole_levels(window)
     try:
         config.check_num_frames(window)
     except ValueError as error:
-        raise UserError(f"--{'window' if args.window else 'num-frames'} {window}: {error}") from error
+        raise UserError(
+            f"--{'window' if args.window else 'num-frames'} {window}: {error}"
+        ) from error
     if window == num_frames:
         return window, 0
     overlap = config.whole_levels(window // 2) if args.overlap is None else args.overlap
     if overlap >= window:
         wrong = f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a smaller number"
-        raise UserError(f"--window {window}: expected two temporal patches" if args.overlap is None else wrong)
+        raise UserError(
+            f"--window {window}: expected two temporal patches" if args.overlap is None else wrong
+        )
     unit = config.level_frames
     for name, frames in (("window", window), ("overlap", overlap)):
         if frames % unit:
@@ -244,9 +332,16 @@ def open_vae(args, config, data):
     vae = load_vae(args.vae, data["vae"], "the checkpoint")
     size = config.input_size * vae.downsample
     if (vae.channels, size) != (config.in_channels, data["image_size"] or size):
-        raise UserError(f"--vae {vae.name}: not the VAE of --ckpt {args.ckpt}; expected {data['vae']}; pass its path")
+        raise UserError(
+            f"--vae {vae.name}: not the VAE of --ckpt {args.ckpt}; expected {data['vae']}; pass its path"
+        )
     check_same(vae, data.get("vae_sha256"), f"--ckpt {args.ckpt}")
-    refuse_if(args, "image_size", args.image_size not in (None, size), f"the checkpoint has {size}; remove the flag")
+    refuse_if(
+        args,
+        "image_size",
+        args.image_size not in (None, size),
+        f"the checkpoint has {size}; remove the flag",
+    )
     return vae
 
 
@@ -254,15 +349,24 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
     """Squeeze the rotary time positions of longer clips into the trained span for --rope-scale. Raises UserError."""
     if args.rope_scale == "none":
         return
-    refuse_if(args, "rope_scale", not model.config.use_rope, f"{args.ckpt} has fixed positions; remove the flag")
+    refuse_if(
+        args,
+        "rope_scale",
+        not model.config.use_rope,
+        f"{args.ckpt} has fixed positions; remove the flag",
+    )
     clips = (trained_frames, data["time_scale"]), (num_frames, time_scale)
-    trained, sampled = (model.config.grid(frames)[0] * REFERENCE_FPS * seconds for frames, seconds in clips)
+    trained, sampled = (
+        model.config.grid(frames)[0] * REFERENCE_FPS * seconds for frames, seconds in clips
+    )
     model.rope.stretch = max(1.0, sampled / trained)
 
 
 def choose_labels(args, names):
     """Return the class of each sample, (num_samples,) int64: --classes in turn. Raises UserError."""
-    known = {str(label): label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
+    known = {str(label): label for label in range(len(names))} | {
+        name: label for label, name in enumerate(names)
+    }
     known["none"] = NO_LABEL  # even if the model has a class of this name
     if unknown := [word for word in args.classes or [] if word not in known]:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -275,17 +379,29 @@ def choose_labels(args, names):
 def provenance(plan, args):
     """Return everything that determines the samples of a checkpoint, as plain values for JSON."""
     of_flags = ("rope_scale", "keep_background", "guidance_chosen", "seed", "batch_size", "compile")
-    of_plan = ("weights_sha256", "weak_sha256", "step", "image_size", "num_frames", "window", "overlap", "time_scale")
+    of_plan = (
+        "weights_sha256",
+        "weak_sha256",
+        "step",
+        "image_size",
+        "num_frames",
+        "window",
+        "overlap",
+        "time_scale",
+    )
     of_plan += () if plan.model.config.objective == "eqm" else ("gamma_shift",)
     return {
-        "checkpoint": str(args.ckpt), "averaged_weights": not args.no_ema, "vae": plan.vae.name,
+        "checkpoint": str(args.ckpt),
+        "averaged_weights": not args.no_ema,
+        "vae": plan.vae.name,
         "vae_sha256": plan.vae.sha256,
-        "model": model_name(**asdict(plan.model.config)), "objective": plan.model.config.objective,
+        "model": model_name(**asdict(plan.model.config)),
+        "objective": plan.model.config.objective,
         "temporal_patch_size": plan.model.config.temporal_patch_size,
         **{name: getattr(plan, name) for name in of_plan},
         **{name: getattr(args, name) for name in of_flags},
         **sampling_settings(args),
-    }  # fmt: skip
+    }
 
 
 # Noise -> latents -> videos -------------------------------------------------------------------------------------------
@@ -293,9 +409,20 @@ def provenance(plan, args):
 
 @torch.no_grad()
 def generate(
-    plan, indices, seed, device, settings, batch_size=16, given=None, init=None, init_gamma=0.0, keep_background=True,
-    energy=False, strict=True, before_evaluation=lambda: None,
-):  # fmt: skip
+    plan,
+    indices,
+    seed,
+    device,
+    settings,
+    batch_size=16,
+    given=None,
+    init=None,
+    init_gamma=0.0,
+    keep_background=True,
+    energy=False,
+    strict=True,
+    before_evaluation=lambda: None,
+):
     """Generate the samples `indices` of a Plan, batch by batch and window by window, with one progress bar.
 
     The noise of a sample depends only on seed, index and window. Each window starts with the last frames of the
@@ -313,10 +440,16 @@ def generate(
     Yields for each window of each batch: the samples' indices, the number of the first new frame, the new frames uint8
     (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without `energy`.
     """
-    starts, most, settings = plan.window_starts, count_evaluations(settings), settings | {"start_gamma": init_gamma}
+    starts, most, settings = (
+        plan.window_starts,
+        count_evaluations(settings),
+        settings | {"start_gamma": init_gamma},
+    )
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     total = len(batches) * len(starts) * most
-    with Bar(total=total, desc="sampling", unit="evaluation", leave=False, disable=rank() != 0) as bar:
+    with Bar(
+        total=total, desc="sampling", unit="evaluation", leave=False, disable=rank() != 0
+    ) as bar:
 
         def step(running):
             bar.set_postfix_str(f"{running} running", refresh=False)
@@ -329,13 +462,27 @@ def generate(
             clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
             details, tail = given and Details(clips, mask, keep_background), None
             for number, start in enumerate(starts):
-                end, x = bar.n + most, initial_latents(plan, batch, seed, device, init, init_gamma, number)
-                inputs = plan, x, condition, time_scale, masked_part(plan, x, start, clips, mask, tail)
+                end, x = (
+                    bar.n + most,
+                    initial_latents(plan, batch, seed, device, init, init_gamma, number),
+                )
+                inputs = (
+                    plan,
+                    x,
+                    condition,
+                    time_scale,
+                    masked_part(plan, x, start, clips, mask, tail),
+                )
                 latents, *counts = sample_window(*inputs, settings, energy, strict, step)
                 bar.update(end - bar.n)  # samples may all stop early
                 tail, first = latents[:, :, -plan.overlap :], plan.overlap if number else 0
                 videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
-                yield batch, start + first, details.add(videos, start + first) if given else videos, *counts
+                yield (
+                    batch,
+                    start + first,
+                    details.add(videos, start + first) if given else videos,
+                    *counts,
+                )
 
 
 def sample_window(plan, x, condition, time_scale, masked, settings, energy, strict, step):
@@ -352,8 +499,13 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
     if model.config.objective != "eqm":
         settings |= {"objective": model.config.objective, "shift": plan.gamma_shift}
     by = condition, time_scale, 1.0 if condition.is_null() and weak is None else guidance
-    field, energy_of = guided(model, *by, weak), energy and guided(model.energy, *by, weak and weak.energy)
-    energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device) if energy else None
+    field, energy_of = (
+        guided(model, *by, weak),
+        energy and guided(model.energy, *by, weak and weak.energy),
+    )
+    energies = (
+        torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device) if energy else None
+    )
     points = iter(range(settings["num_steps"]))
 
     def counted(x, keep, *gamma):
@@ -382,10 +534,15 @@ def masked_part(plan, x, start, clips, mask, tail):
     """
     if mask is None and tail is None:
         return {}
-    latents, masked = torch.zeros_like(x), torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
+    latents, masked = (
+        torch.zeros_like(x),
+        torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device),
+    )
     if mask is not None:
         masked[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
-        if len(used := masked.any(dim=0).nonzero()[:, 0]):  # encoding takes long, so only given frames
+        if len(
+            used := masked.any(dim=0).nonzero()[:, 0]
+        ):  # encoding takes long, so only given frames
             latents[:, :, used] = plan.vae.encode(clips[:, :, start + used])
     if tail is not None:
         latents[:, :, : plan.overlap], masked[:, : plan.overlap] = tail, True
@@ -400,4 +557,6 @@ def initial_latents(plan, indices, seed, device, init, init_gamma, window):
     if init is None:
         return noise
     encoded = plan.vae.encode(init(indices)[0].to(device))
-    return transport.interpolate(encoded, noise, torch.full((len(indices),), init_gamma, device=device))
+    return transport.interpolate(
+        encoded, noise, torch.full((len(indices),), init_gamma, device=device)
+    )

@@ -11,7 +11,9 @@ from runtime.cli import UserError, plural, say
 from video.samples import NO_LABEL
 
 KEPT_CLIPS = 32  # clips in the memory of a ClipReader
-NOT_FORCED = "was trained without --forcing, or on clips of one temporal patch, which are not forced"
+NOT_FORCED = (
+    "was trained without --forcing, or on clips of one temporal patch, which are not forced"
+)
 STATIC = 16  # gray levels by which decoding may change the color of a pixel where nothing moves
 
 
@@ -24,7 +26,9 @@ class ClipReader:
 
     def __init__(self, plan, clips, frames, indices, per_clip=1):
         self.plan, self.clips, self.frames = plan, clips, frames
-        self.numbers = [index // per_clip % len(clips) for index in range(len(plan.labels))]  # each sample's clip
+        self.numbers = [
+            index // per_clip % len(clips) for index in range(len(plan.labels))
+        ]  # each sample's clip
         self.read = lru_cache(KEPT_CLIPS)(self.read_clip)
         for number in sorted({self.numbers[index] for index in indices}):
             self.read(number)
@@ -32,7 +36,10 @@ class ClipReader:
     def read_clip(self, number):
         """Return the frames to read, uint8 (3, T, H, W) with the others black, and a mask (T,) of them."""
         T, size, frames = self.plan.num_frames, self.plan.image_size, list(self.frames[number])
-        clip, mask = torch.zeros(3, T, size, size, dtype=torch.uint8), torch.zeros(T, dtype=torch.bool)
+        clip, mask = (
+            torch.zeros(3, T, size, size, dtype=torch.uint8),
+            torch.zeros(T, dtype=torch.bool),
+        )
         clip[:, frames] = self.clips[number].read(frames, self.plan.time_scale, size)
         mask[frames] = True
         return clip, mask
@@ -46,7 +53,12 @@ class ClipReader:
         """Return what samples.json says about the clip of each sample."""
         rows = zip(self.numbers, self.plan.names, self.plan.time_scales, strict=True)
         return [
-            {"source": str(self.clips[n]), "frames": as_ranges(self.frames[n]), "class": name, "time_scale": seconds}
+            {
+                "source": str(self.clips[n]),
+                "frames": as_ranges(self.frames[n]),
+                "class": name,
+                "time_scale": seconds,
+            }
             for n, name, seconds in rows
         ]
 
@@ -68,8 +80,12 @@ def open_given(args, plan, clips, indices):
         labels = {name: label for label, name in enumerate(plan.classes)}
         unknown = [clip.class_name for clip in own if clip.class_name not in {None, *labels}]
         if unknown and not args.classes:
-            say(f"note: the model has no class {unknown[0]}, the folder of a given clip: no label; --classes names one")
-        plan.labels = torch.tensor([labels.get(clip.class_name, k) for clip, k in zip(own, usual, strict=True)])
+            say(
+                f"note: the model has no class {unknown[0]}, the folder of a given clip: no label; --classes names one"
+            )
+        plan.labels = torch.tensor(
+            [labels.get(clip.class_name, k) for clip, k in zip(own, usual, strict=True)]
+        )
     if not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: new frames may not fit the given ones")
     return given
@@ -81,14 +97,21 @@ def choose_frames(args, plan, clip):
     unit, count = config.level_frames, min(clip.count(plan.time_scale), config.whole_levels(T // 2))
     frames = args.given_frames or tuple(range(count // unit * unit))
     if count < unit and not frames:
-        raise UserError(f"--given {clip}: has {plural(count, 'frame')}; expected at least {unit}, a temporal patch")
+        raise UserError(
+            f"--given {clip}: has {plural(count, 'frame')}; expected at least {unit}, a temporal patch"
+        )
     if not frames or not set(frames) < set(range(T)):
         got = f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}"
         raise UserError(f"{got}; expected some of them, but not all")
-    patches, end = {frame // unit for frame in frames}, T if plan.window == T else math.ceil(T / unit) * unit
+    patches, end = (
+        {frame // unit for frame in frames},
+        T if plan.window == T else math.ceil(T / unit) * unit,
+    )
     if set(frames) != {frame for frame in range(end) if frame // unit in patches}:
         why = f"splits a temporal patch of {unit} frames, which has one noise level in --objective {config.objective}"
-        raise UserError(f"--given-frames {as_ranges(frames)}: {why}; expected whole patches, such as 0-{unit - 1}")
+        raise UserError(
+            f"--given-frames {as_ranges(frames)}: {why}; expected whole patches, such as 0-{unit - 1}"
+        )
     return frames
 
 
@@ -123,7 +146,11 @@ class Details:
     """
 
     def __init__(self, clips, mask, keep_background=True):
-        self.real, self.mask, self.keep_background = clips.permute(0, 2, 3, 4, 1), mask, keep_background
+        self.real, self.mask, self.keep_background = (
+            clips.permute(0, 2, 3, 4, 1),
+            mask,
+            keep_background,
+        )
         # The last given frame so far: (decoded, as read, whether it is given), (n, 1, ...); empty at first.
         self.before = self.real[:, :0], self.real[:, :0], mask[:, :0]
 
@@ -133,15 +160,21 @@ class Details:
         own = videos, self.real[:, part], self.mask[:, part]
         if not self.keep_background:
             return torch.where(own[2][:, :, None, None, None], own[1], videos)
-        decoded, real, mask = (torch.cat(pair, dim=1) for pair in zip(self.before, own, strict=True))
+        decoded, real, mask = (
+            torch.cat(pair, dim=1) for pair in zip(self.before, own, strict=True)
+        )
         nearest, rows = nearest_given(mask), torch.arange(len(videos), device=videos.device)
         detailed = []
         for t in range(decoded.shape[1] - videos.shape[1], decoded.shape[1]):
             place = rows, nearest[:, t]
             before, frame = decoded[place].float(), decoded[:, t].float()  # (n, H, W, 3)
             change = (frame - before).abs().amax(dim=-1, keepdim=True)
-            static = torch.exp(-((change / STATIC) ** 2)) * mask[place][:, None, None, None]  # 0 without given frames
-            detailed.append((frame + static * (real[place].float() - before)).round().clamp(0, 255).byte())
+            static = (
+                torch.exp(-((change / STATIC) ** 2)) * mask[place][:, None, None, None]
+            )  # 0 without given frames
+            detailed.append(
+                (frame + static * (real[place].float() - before)).round().clamp(0, 255).byte()
+            )
         last = rows[:, None], nearest[:, -1:]
         self.before = decoded[last], real[last], mask[last]
         return torch.stack(detailed, dim=1)
@@ -149,7 +182,9 @@ class Details:
 
 def nearest_given(mask):
     """Return (n, T): the last given frame up to each frame, or else the first. mask (n, T) is true for given frames."""
-    last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(dim=1).values
+    last = (
+        torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(dim=1).values
+    )
     return torch.where(last >= 0, last, mask.int().argmax(dim=1, keepdim=True))
 
 
@@ -160,7 +195,9 @@ def frame_ranges(text):
         match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers of frames such as 0-3,12-15")
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected numbers of frames such as 0-3,12-15"
+            )
         frames |= set(range(first, last + 1))
     return tuple(sorted(frames))
 

@@ -19,7 +19,14 @@ from models import number_features
 from rope import REFERENCE_FPS, split_head
 
 
-def inflate(weights, config, num_frames, temporal_patch_size=None, rope_theta=None, time_scale=1 / REFERENCE_FPS):
+def inflate(
+    weights,
+    config,
+    num_frames,
+    temporal_patch_size=None,
+    rope_theta=None,
+    time_scale=1 / REFERENCE_FPS,
+):
     """Return the state dict and the EqMConfig of a video model for num_frames, from those of an image model.
 
     temporal_patch_size: frames per patch, default: the spatial size. rope_theta: base of the frequencies of time for a
@@ -29,15 +36,22 @@ def inflate(weights, config, num_frames, temporal_patch_size=None, rope_theta=No
     pt, time = temporal_patch_size or config.patch_size, {}
     if not config.use_rope:
         split = f"{split_head(config.head_dim)[0]},0,0"
-        time = {"use_rope": True, "rope_theta": rope_theta or config.rope_theta, "rope_split": split}
+        time = {
+            "use_rope": True,
+            "rope_theta": rope_theta or config.rope_theta,
+            "rope_split": split,
+        }
         time |= {"position_table": "space"}
     config = replace(config, num_frames=num_frames, temporal_patch_size=pt, **time)
     config.check_num_frames(num_frames)
 
     kernel, of_rate, bias = (
-        weights[name].float() for name in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias")
+        weights[name].float()
+        for name in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias")
     )
-    features = number_features(torch.log2(torch.tensor(REFERENCE_FPS * time_scale)))  # of the image model's frame rate
+    features = number_features(
+        torch.log2(torch.tensor(REFERENCE_FPS * time_scale))
+    )  # of the image model's frame rate
     output = [f"final_layer.linear.{name}" for name in ("weight", "bias")]
     return weights | {
         "x_embedder.proj.weight": kernel.expand(-1, -1, pt, -1, -1) / pt,  # (D, C, pt, p, p)

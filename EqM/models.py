@@ -17,14 +17,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
 from transport import OBJECTIVES
 
 EBMS = ("none", "dot", "l2")
 POSITION_TABLES = ("none", "space")
-GRAD_CHECKPOINTS = ("full", "selective")  # recompute all of a block, or all but what `keep_expensive` keeps
+GRAD_CHECKPOINTS = (
+    "full",
+    "selective",
+)  # recompute all of a block, or all but what `keep_expensive` keeps
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 PLAIN_TOKENS = 512  # see attend
 FEATURES = 256  # sinusoidal features of a number, see NumberEmbedder
@@ -46,32 +53,58 @@ class EqMConfig:
     num_frames: int = 1  # of the fixed positions; with use_rope only a record of the training
     use_rope: bool = False
     rope_theta: float = 10_000.0
-    rope_split: str = ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
-    rope_speed: float = 0.0  # patches per unit of time by which positions of height and width move (rope.py)
-    position_table: str = "none"  # with use_rope: "space" adds the fixed positions of height and width to the tokens
+    rope_split: str = (
+        ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
+    )
+    rope_speed: float = (
+        0.0  # patches per unit of time by which positions of height and width move (rope.py)
+    )
+    position_table: str = (
+        "none"  # with use_rope: "space" adds the fixed positions of height and width to the tokens
+    )
     qk_norm: bool = False
-    ebm: str = "none"  # "dot" or "l2": the field is the negative gradient of this energy (see EqM.energy)
-    class_dropout_prob: float = 0.1  # probability that training replaces a label by the null label, num_classes
-    objective: str = "eqm"  # what the field is (transport.py); "flow" models are told the noise level
+    ebm: str = (
+        "none"  # "dot" or "l2": the field is the negative gradient of this energy (see EqM.energy)
+    )
+    class_dropout_prob: float = (
+        0.1  # probability that training replaces a label by the null label, num_classes
+    )
+    objective: str = (
+        "eqm"  # what the field is (transport.py); "flow" models are told the noise level
+    )
 
     def __post_init__(self):
         for name in (field.name for field in fields(self) if field.type is int):
             if not 1 <= getattr(self, name) <= LARGEST_COUNT:
-                raise ValueError(f"{name} must be from 1 to {LARGEST_COUNT}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be from 1 to {LARGEST_COUNT}, got {getattr(self, name)}"
+                )
         if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got {self.hidden_size}")
+            raise ValueError(
+                f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got {self.hidden_size}"
+            )
         if 18 * self.depth * self.hidden_size**2 > MOST_WEIGHTS:
-            raise ValueError(f"depth {self.depth}, hidden_size {self.hidden_size} need over {MOST_WEIGHTS} weights")
-        for name, choices in (("position_table", POSITION_TABLES), ("ebm", EBMS), ("objective", OBJECTIVES)):
+            raise ValueError(
+                f"depth {self.depth}, hidden_size {self.hidden_size} need over {MOST_WEIGHTS} weights"
+            )
+        for name, choices in (
+            ("position_table", POSITION_TABLES),
+            ("ebm", EBMS),
+            ("objective", OBJECTIVES),
+        ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.ebm != "none" and self.objective != "eqm":
             raise ValueError(f"ebm {self.ebm} needs objective eqm, got {self.objective}")
         if self.use_rope:
             if not all(self.rotary_embedding().split) and not self.has_table:
-                raise ValueError(f"rope_split {self.rope_split} omits height or width; it needs position_table space")
+                raise ValueError(
+                    f"rope_split {self.rope_split} omits height or width; it needs position_table space"
+                )
             return
         self.check_num_frames(self.num_frames)
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
@@ -112,7 +145,9 @@ class EqMConfig:
         """Warn if tokens hold more values than the width of the network."""
         if self.values_per_token > self.hidden_size:
             values = f"a token holds {self.values_per_token} values and hidden_size is only {self.hidden_size}"
-            warnings.warn(f"{values}, too small to predict them all; use smaller patches", stacklevel=2)
+            warnings.warn(
+                f"{values}, too small to predict them all; use smaller patches", stacklevel=2
+            )
 
     def rotary_embedding(self):
         return RotaryEmbedding3D(self.head_dim, self.rope_theta, self.rope_split, self.rope_speed)
@@ -120,12 +155,16 @@ class EqMConfig:
     def check_num_frames(self, num_frames):
         """Raise ValueError unless a clip of this many frames fits the temporal patch and the fixed positions."""
         if num_frames < self.temporal_patch_size:
-            raise ValueError(f"a temporal patch needs at least {self.temporal_patch_size} frames, got {num_frames}")
+            raise ValueError(
+                f"a temporal patch needs at least {self.temporal_patch_size} frames, got {num_frames}"
+            )
         if not self.use_rope and num_frames != self.num_frames:
             tied = f"fixed positions are tied to num_frames {self.num_frames}, got {num_frames}"
             raise ValueError(f"{tied}; use {self.num_frames}, or train with --use-rope")
         if (tokens := math.prod(self.grid(num_frames))) > LARGEST_COUNT:
-            raise ValueError(f"{tokens} tokens per clip, more than {LARGEST_COUNT}; use smaller or shorter clips")
+            raise ValueError(
+                f"{tokens} tokens per clip, more than {LARGEST_COUNT}; use smaller or shorter clips"
+            )
 
     def grid(self, num_frames):
         """Return the number of patches of a clip in (time, height, width). The last temporal patch may be padded."""
@@ -135,7 +174,9 @@ class EqMConfig:
     def flops(self, num_frames):
         """Count the FLOPs of one forward pass of one clip: matrix products and attention, 2 per multiply-add."""
         N, D = math.prod(self.grid(num_frames)), self.hidden_size
-        levels = self.grid(num_frames)[0] if self.objective == "flow" else 1  # each is told, if frames differ
+        levels = (
+            self.grid(num_frames)[0] if self.objective == "flow" else 1
+        )  # each is told, if frames differ
         embedders = 2 * (FEATURES * D + D * D) * (1 + levels * (self.objective == "flow"))
         ends = 2 * N * D * self.values_per_token * 2  # patches in and out
         ada_ln = 2 * levels * D * (6 * self.depth + 2) * D
@@ -144,7 +185,10 @@ class EqMConfig:
 
     def training_flops(self, num_frames, grad_checkpoint=None):
         """Count the FLOPs of a training step of one clip: backward is twice forward, and an energy doubles both."""
-        once, fc1 = self.flops(num_frames), 8 * math.prod(self.grid(num_frames)) * self.hidden_size**2
+        once, fc1 = (
+            self.flops(num_frames),
+            8 * math.prod(self.grid(num_frames)) * self.hidden_size**2,
+        )
         again = {None: 0, "full": once, "selective": self.depth * fc1}[grad_checkpoint]
         return 3 * once + again if self.ebm == "none" else 6 * once
 
@@ -169,7 +213,9 @@ class Condition:
 
     def null(self, mask=True):
         """Return this condition, removed from the samples where mask (B,) is true."""
-        return replace(self, y=torch.where(torch.as_tensor(mask, device=self.y.device), self.null_y, self.y))
+        return replace(
+            self, y=torch.where(torch.as_tensor(mask, device=self.y.device), self.null_y, self.y)
+        )
 
     def is_null(self):
         """Return whether no sample has a condition."""
@@ -187,7 +233,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         pt, p, _ = self.proj.kernel_size
-        x = rearrange(x, "b c (t pt) (h p) (w q) -> b (t h w) (c pt p q)", pt=pt, p=p, q=p)  # (B, N, C*pt*p*p)
+        x = rearrange(
+            x, "b c (t pt) (h p) (w q) -> b (t h w) (c pt p q)", pt=pt, p=p, q=p
+        )  # (B, N, C*pt*p*p)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
 
 
@@ -240,7 +288,9 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, rotary=None):
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
@@ -257,7 +307,9 @@ def modulate(x, shift, scale):
 def add_gated(x, gate, branch):
     """Add a branch (B, N, D) to tokens x, times a gate (B, K, D) as in `modulate`."""
     K = gate.shape[1]
-    return torch.addcmul(x.unflatten(1, (K, -1)), gate[:, :, None], branch.unflatten(1, (K, -1))).flatten(1, 2)
+    return torch.addcmul(
+        x.unflatten(1, (K, -1)), gate[:, :, None], branch.unflatten(1, (K, -1))
+    ).flatten(1, 2)
 
 
 def keep_expensive(context, operation, *args, **_):
@@ -266,8 +318,12 @@ def keep_expensive(context, operation, *args, **_):
     fc1, whose output takes the most memory (4 N D values), and adaLN_modulation, which is cheap, are computed again. So
     are the scores of the plain attention of CPUs if they are wide, see `attend`.
     """
-    is_narrow = operation in PRODUCTS and args[-1].shape[-1] <= 3 * args[-1].shape[-2]  # of (inner, outer)
-    keep = is_narrow or "scaled_dot_product" in operation.name()  # each kind of device has its own kernels
+    is_narrow = (
+        operation in PRODUCTS and args[-1].shape[-1] <= 3 * args[-1].shape[-2]
+    )  # of (inner, outer)
+    keep = (
+        is_narrow or "scaled_dot_product" in operation.name()
+    )  # each kind of device has its own kernels
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -292,9 +348,15 @@ class Block(nn.Module):
 
     def forward(self, x, condition, rotary=None, selective=False):
         if selective:  # inside the block, so that torch.compile sees what to keep
-            options = {"context_fn": KEEP_EXPENSIVE, "use_reentrant": False, "preserve_rng_state": False}
+            options = {
+                "context_fn": KEEP_EXPENSIVE,
+                "use_reentrant": False,
+                "preserve_rng_state": False,
+            }
             return checkpoint(self.forward, x, condition, rotary, **options)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(
+            6, dim=-1
+        )
         x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
         return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
@@ -325,11 +387,15 @@ class EqM(nn.Module):
         self.grad_checkpoint = None  # or one of GRAD_CHECKPOINTS
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = NumberEmbedder(config.hidden_size)
-        table = nn.Embedding(config.num_classes + 1, config.hidden_size)  # the last row is for no class
+        table = nn.Embedding(
+            config.num_classes + 1, config.hidden_size
+        )  # the last row is for no class
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.gamma_embedder = NumberEmbedder(config.hidden_size) if config.objective == "flow" else None
+        self.gamma_embedder = (
+            NumberEmbedder(config.hidden_size) if config.objective == "flow" else None
+        )
         if config.use_rope:
             self.rope = config.rotary_embedding()
         if config.has_table:
@@ -347,7 +413,10 @@ class EqM(nn.Module):
                 nn.init.ones_(module.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        of_numbers = [*self.t_embedder.mlp[::2], *(self.gamma_embedder.mlp[::2] if self.gamma_embedder else ())]
+        of_numbers = [
+            *self.t_embedder.mlp[::2],
+            *(self.gamma_embedder.mlp[::2] if self.gamma_embedder else ()),
+        ]
         for embedder in (self.y_embedder.embedding_table, *of_numbers):
             nn.init.normal_(embedder.weight, std=0.02)
         for layer in (*self.blocks, self.final_layer):
@@ -407,33 +476,49 @@ class EqM(nn.Module):
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
         condition = (self.t_embedder(s) + self.y_embedder.embedding_table(y))[:, None]  # (B, 1, D)
         if gamma is not None:
-            levels = gamma.float().reshape(len(x), -1)[:, :: config.temporal_patch_size]  # (B, 1), or one per patch
+            levels = gamma.float().reshape(len(x), -1)[
+                :, :: config.temporal_patch_size
+            ]  # (B, 1), or one per patch
             condition = condition + self.gamma_embedder(1000 * levels)
         rotary = self.rope(grid, time_scale) if config.use_rope else None
         if config.has_table:  # a table of space alone serves every temporal patch
-            tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(1, 2)
+            tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(
+                1, 2
+            )
         if self.is_compiled:
             tokens = tokens.clone()  # a view would need a separate graph for the first block
         for block in self.blocks:
-            if self.is_compiled:  # batch size and number of tokens vary; each new size would be compiled again
+            if (
+                self.is_compiled
+            ):  # batch size and number of tokens vary; each new size would be compiled again
                 levels = (0, 1) if condition.shape[1] > 1 else 0
-                sizes = (tokens, (0, 1)), (condition, levels), *((angles, (0, 2)) for angles in rotary or ())
+                sizes = (
+                    (tokens, (0, 1)),
+                    (condition, levels),
+                    *((angles, (0, 2)) for angles in rotary or ()),
+                )
                 for part, axes in sizes:
                     torch._dynamo.maybe_mark_dynamic(part, axes)
             recompute = self.grad_checkpoint if torch.is_grad_enabled() else None
             if recompute == "full":
-                function = block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)  # also when run again
+                function = (
+                    block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)
+                )  # also when run again
                 tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, rotary, recompute == "selective")
         f, (t, h, w) = self.final_layer(tokens, condition), grid
-        f = rearrange(f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p)
+        f = rearrange(
+            f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p
+        )
         return f[:, :, :T], tokens
 
     def compile_blocks(self):
         """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and numbers of tokens."""
         self.is_compiled = True
-        torch._dynamo.config.optimize_ddp = False  # otherwise DDP splits the graphs of blocks at its buckets
+        torch._dynamo.config.optimize_ddp = (
+            False  # otherwise DDP splits the graphs of blocks at its buckets
+        )
         # It warns that selective checkpointing must not contain operations in place. A Block has none.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self.blocks:
@@ -449,7 +534,9 @@ def position_table(config):
     (time, *space), D = config.grid(config.num_frames), config.hidden_size
     is_flat = config.use_rope or config.num_frames == config.temporal_patch_size == 1
     sizes, channels = (space, D // 2) if is_flat else ((time, *space), 2 * (D // 6))
-    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in sizes))  # (N, axes)
+    places = torch.cartesian_prod(
+        *(torch.arange(n, dtype=torch.float64) for n in sizes)
+    )  # (N, axes)
     places = places.flip(1) if is_flat else places
     frequencies = 10_000.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
     angles = places[:, :, None] * frequencies
@@ -464,7 +551,12 @@ SIZES = {  # depth, hidden_size, num_heads
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
-SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
+SHAPE = (
+    "depth",
+    "hidden_size",
+    "num_heads",
+    "patch_size",
+)  # the fields of EqMConfig that --model decides
 
 
 def model_shape(name):

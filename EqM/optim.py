@@ -55,7 +55,9 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         exchange = self.scattered if is_sharded(weights[0]) else self.broadcast
-        for index, direction in exchange(lambda index: gradients[index].lerp(momenta[index], self.momentum), weights):
+        for index, direction in exchange(
+            lambda index: gradients[index].lerp(momenta[index], self.momentum), weights
+        ):
             rows, columns = weights[index].flatten(1).shape
             scale = math.sqrt(max(1, rows / columns))
             weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
@@ -65,12 +67,16 @@ class Muon(torch.optim.Optimizer):
         results, transfers = [], []
         for owner, indices in self.batches:
             if self.ranks == 1 or owner == distributed.rank():
-                results.append(orthogonalize(torch.stack([step_of(index).flatten(1) for index in indices])))
+                results.append(
+                    orthogonalize(torch.stack([step_of(index).flatten(1) for index in indices]))
+                )
             else:
                 shape = len(indices), *weights[indices[0]].flatten(1).shape
                 results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
             if self.ranks > 1:  # as bytes: not every backend has bfloat16
-                transfers.append(dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True))
+                transfers.append(
+                    dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True)
+                )
         for transfer in transfers:
             transfer.wait()
         for (_, indices), directions in zip(self.batches, results, strict=True):
@@ -81,7 +87,11 @@ class Muon(torch.optim.Optimizer):
         """Yield the same for sharded weights: gather one matrix at a time; only its owner keeps the full tensor."""
         gathered, own = [], {}
         for owner, indices in self.batches:
-            steps = [step.bfloat16() for step in map(full_tensor, map(step_of, indices)) if owner == distributed.rank()]
+            steps = [
+                step.bfloat16()
+                for step in map(full_tensor, map(step_of, indices))
+                if owner == distributed.rank()
+            ]
             gathered += [(indices, steps)] if steps else []
         for indices, steps in gathered:  # after all gathers, so that no rank waits for this one
             own |= zip(indices, orthogonalize(torch.stack(steps)), strict=True)

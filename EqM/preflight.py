@@ -30,13 +30,37 @@ from video.source import CachedFiles, check_data_path, latents_settings, open_so
 
 DEFAULT_MODEL = "EqM-S/4"
 MODEL_FLAGS = (
-    "depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "rope_speed",
-    "position_table", "qk_norm", "ebm", "objective",
-)  # fmt: skip
+    "depth",
+    "hidden_size",
+    "num_heads",
+    "temporal_patch_size",
+    "rope_theta",
+    "rope_split",
+    "rope_speed",
+    "position_table",
+    "qk_norm",
+    "ebm",
+    "objective",
+)
 UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checked against the checkpoint
-    "resume", "ckpt", "inflate", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout",
-    "wandb", "save_minutes", "keep_last", "shard", "grad_checkpoint", "model", "guidance_chosen", *MODEL_FLAGS,
-}  # fmt: skip
+    "resume",
+    "ckpt",
+    "inflate",
+    "new_classes",
+    "num_classes",
+    "results_dir",
+    "vae",
+    "num_workers",
+    "loader_timeout",
+    "wandb",
+    "save_minutes",
+    "keep_last",
+    "shard",
+    "grad_checkpoint",
+    "model",
+    "guidance_chosen",
+    *MODEL_FLAGS,
+}
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -56,8 +80,12 @@ def check_run(args):
     args = resolve_settings(args, start, config)
     if phases:
         batch, parts = args.global_batch_size, world_size() * args.grad_accum
-        phases = fill_batches(phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts)
-    if rank() == 0:  # only rank 0 opens the data, so only it knows Data, phases and the number of classes
+        phases = fill_batches(
+            phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts
+        )
+    if (
+        rank() == 0
+    ):  # only rank 0 opens the data, so only it knows Data, phases and the number of classes
         data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
         phases = phases or [only_phase(args, start.progress, data)]
@@ -109,13 +137,25 @@ def resolve_frames(args):
     if not args.video:
         for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
             several = getattr(args, name) not in (None, 1, [1])
-            refuse_if(args, name, several, "needs videos, because images have one frame; add --video, or remove it")
+            refuse_if(
+                args,
+                name,
+                several,
+                "needs videos, because images have one frame; add --video, or remove it",
+            )
         return args.resolve(num_frames=1, temporal_patch_size=1)
     if not args.frames_schedule:
         return args.resolve(num_frames=args.num_frames or 16)
     for name in ("num_frames", "max_steps", "epochs"):
-        refuse_if(args, name, getattr(args, name) is not None, "contradicts --frames-schedule; remove one of them")
-    return args.resolve(num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step)
+        refuse_if(
+            args,
+            name,
+            getattr(args, name) is not None,
+            "contradicts --frames-schedule; remove one of them",
+        )
+    return args.resolve(
+        num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step
+    )
 
 
 def check_flags(args):
@@ -124,11 +164,21 @@ def check_flags(args):
     cli.check_speed_flags(args)
     check_optimizer_flags(args)
     cli.check_writable("--results-dir", args.results_dir)
-    refuse_if(args, "results_dir", not is_text(args.results_dir), "not UTF-8, which TensorBoard needs; name another")
+    refuse_if(
+        args,
+        "results_dir",
+        not is_text(args.results_dir),
+        "not UTF-8, which TensorBoard needs; name another",
+    )
     if args.wandb:
         import_wandb()
     schedule, batch, last = args.frames_schedule, args.global_batch_size, args.max_steps or math.inf
-    refuse_if(args, "mix", args.mix and not schedule, "needs earlier phases; add --frames-schedule, or remove it")
+    refuse_if(
+        args,
+        "mix",
+        args.mix and not schedule,
+        "needs earlier phases; add --frames-schedule, or remove it",
+    )
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
     for name in ("forcing", "forcing_regions"):
         still = getattr(args, name) and {*clip_lengths(args)} == {1}
@@ -137,19 +187,51 @@ def check_flags(args):
     unused = args.lr_decay_end is not None and not args.lr_decay
     refuse_if(args, "lr_decay_end", unused, "applies to --lr-decay; add that, or remove it")
     too_early = args.lr_decay_end and args.lr_decay_end < last
-    refuse_if(args, "lr_decay_end", too_early, "expected at least the last step of --max-steps or --frames-schedule")
+    refuse_if(
+        args,
+        "lr_decay_end",
+        too_early,
+        "expected at least the last step of --max-steps or --frames-schedule",
+    )
     for name in ("ckpt", "inflate"):
         empty = getattr(args, name) == ""
-        refuse_if(args, name, empty, "an empty name; name a checkpoint, or remove it to start from scratch")
+        refuse_if(
+            args,
+            name,
+            empty,
+            "an empty name; name a checkpoint, or remove it to start from scratch",
+        )
     unknown = args.new_classes and not (args.ckpt or args.inflate)
-    refuse_if(args, "new_classes", unknown, "needs a model of other classes; add --ckpt or --inflate")
-    refuse_if(args, "inflate", args.inflate and args.ckpt, "a run starts from one model; remove it, or remove --ckpt")
+    refuse_if(
+        args, "new_classes", unknown, "needs a model of other classes; add --ckpt or --inflate"
+    )
+    refuse_if(
+        args,
+        "inflate",
+        args.inflate and args.ckpt,
+        "a run starts from one model; remove it, or remove --ckpt",
+    )
     fixed = args.inflate and not (args.video and args.use_rope)
-    refuse_if(args, "inflate", fixed, "starts a video model with rotary positions; add --video and --use-rope")
-    parts, ranks = world_size() * args.grad_accum, f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
+    refuse_if(
+        args,
+        "inflate",
+        fixed,
+        "starts a video model with rotary positions; add --video and --use-rope",
+    )
+    parts, ranks = (
+        world_size() * args.grad_accum,
+        f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}",
+    )
     uneven, alone = batch % parts and not schedule, args.disp and batch == parts
-    refuse_if(args, "global_batch_size", uneven, f"not a multiple of {ranks}; use a multiple of {parts}")
-    refuse_if(args, "disp", alone, "compares clips, but each rank has one at a time; raise --global-batch-size")
+    refuse_if(
+        args, "global_batch_size", uneven, f"not a multiple of {ranks}; use a multiple of {parts}"
+    )
+    refuse_if(
+        args,
+        "disp",
+        alone,
+        "compares clips, but each rank has one at a time; raise --global-batch-size",
+    )
 
 
 def check_optimizer_flags(args):
@@ -164,7 +246,12 @@ def resolve_latents(args, start):
     owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
     if cache:
         differs = args.image_size not in (None, cache["image_size"])
-        refuse_if(args, "image_size", differs, f"the cache --data-path has {cache['image_size']}; remove it")
+        refuse_if(
+            args,
+            "image_size",
+            differs,
+            f"the cache --data-path has {cache['image_size']}; remove it",
+        )
         others = f"made with the VAE {cache.get('vae')}, {start.flag} with {kept.get('vae')}"
         differs = must_differ(cache.get("vae"), kept.get("vae"))
         refuse_if(args, "data_path", differs, f"{others}; pass the videos, or a cache of that VAE")
@@ -174,10 +261,22 @@ def resolve_latents(args, start):
     vae = load_vae(args.vae, made.get("vae"), owner)  # a cache needs it for samples
     if cache:
         check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
-        differs = any(getattr(vae, name) != cache[name] for name in ("channels", "downsample", "scale", "shift"))
-        refuse_if(args, "data_path", differs, f"its VAE differs from {vae.name}; pass its own VAE with --vae")
+        differs = any(
+            getattr(vae, name) != cache[name]
+            for name in ("channels", "downsample", "scale", "shift")
+        )
+        refuse_if(
+            args,
+            "data_path",
+            differs,
+            f"its VAE differs from {vae.name}; pass its own VAE with --vae",
+        )
     check_same(vae, kept.get("vae_sha256"), start.flag)
-    size = args.image_size or made.get("image_size", 256) or start.config["model"]["input_size"] * vae.downsample
+    size = (
+        args.image_size
+        or made.get("image_size", 256)
+        or start.config["model"]["input_size"] * vae.downsample
+    )
     return args.resolve(vae=vae.name, image_size=size), vae
 
 
@@ -186,7 +285,9 @@ def make_config(args, vae, start):
     model, size = args.model or DEFAULT_MODEL, args.image_size
     unit = vae.downsample * (1 if start.state else model_shape(model)["patch_size"])
     near = size // unit * unit or unit
-    refuse_if(args, "image_size", size % unit, f"not a multiple of {unit} (VAE and patch); use {near}")
+    refuse_if(
+        args, "image_size", size % unit, f"not a multiple of {unit} (VAE and patch); use {near}"
+    )
     names = [name for name in (*MODEL_FLAGS, "num_classes") if getattr(args, name) is not None]
     settings = {name: getattr(args, name) for name in ("num_frames", "use_rope", *names)}
     settings |= {"input_size": args.image_size // vae.downsample, "in_channels": vae.channels}
@@ -203,7 +304,10 @@ def make_config(args, vae, start):
         for num_frames in (*clip_lengths(args), *args.val_frames):
             config.check_num_frames(num_frames)
     except ValueError as error:
-        flags = [flag_text(args, name) for name in sorted(args.typed & {*names, "image_size", "val_frames"})]
+        flags = [
+            flag_text(args, name)
+            for name in sorted(args.typed & {*names, "image_size", "val_frames"})
+        ]
         flags += [f"{frames_flag(args)} {args.num_frames}", f"model {model}"]
         raise UserError(f"{' '.join(flags)}: {error}") from error
     config.warn_if_narrow()
@@ -218,29 +322,50 @@ def resolve_settings(args, start, config):
         say("note: --shard: with one rank, nothing is sharded")
     args = args.resolve(
         # Where the phase started, only as a record
-        **{name: start.kept(name) if start.resumes else getattr(args, name) for name in ("ckpt", "inflate")},
+        **{
+            name: start.kept(name) if start.resumes else getattr(args, name)
+            for name in ("ckpt", "inflate")
+        },
         start_sha256=start.kept("start_sha256") if start.resumes else start.sha256,
         shard=args.shard and world_size() > 1,
         model=args.model or trained.get("model", DEFAULT_MODEL),
-        precision=cli.resolve_precision(args.precision, config.ebm != "none", start.kept("precision")),
+        precision=cli.resolve_precision(
+            args.precision, config.ebm != "none", start.kept("precision")
+        ),
         weight_decay=next(decay for decay in decays if decay is not None),
         **generation.resolve_sampler(args, trained, config.objective),
     )
     has_energy, in_fp16 = config.ebm != "none", args.precision == "fp16"
-    refuse_if(args, "compile", args.compile and has_energy, f"no second derivative for --ebm {config.ebm}; remove it")
+    refuse_if(
+        args,
+        "compile",
+        args.compile and has_energy,
+        f"no second derivative for --ebm {config.ebm}; remove it",
+    )
     is_selective = args.grad_checkpoint == "selective"
     advice = f"no second derivative for --ebm {config.ebm}; use full, or remove the flag"
     refuse_if(args, "grad_checkpoint", is_selective and has_energy, advice)
-    refuse_if(args, "skip_nonfinite", args.skip_nonfinite and in_fp16, "--precision fp16 already does that; remove it")
+    refuse_if(
+        args,
+        "skip_nonfinite",
+        args.skip_nonfinite and in_fp16,
+        "--precision fp16 already does that; remove it",
+    )
     for name, skill in (("forcing", "given frames"), ("forcing_regions", "how to heal regions")):
         before, now = 0 if start.resumes else trained.get(name), getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
         if before and not now:
-            say(f"note: --ckpt was trained with {flag} {before}, this phase is not, so it may forget {skill}")
+            say(
+                f"note: --ckpt was trained with {flag} {before}, this phase is not, so it may forget {skill}"
+            )
         if now and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
-            say(f"note: {flag} {now}: clips of {plural(shortest, 'frame')} are one patch long, so not forced")
+            say(
+                f"note: {flag} {now}: clips of {plural(shortest, 'frame')} are one patch long, so not forced"
+            )
     other = args.forcing_regions and config.objective != "eqm"
-    refuse_if(args, "forcing_regions", other, f"needs --objective eqm, not {config.objective}; remove it")
+    refuse_if(
+        args, "forcing_regions", other, f"needs --objective eqm, not {config.objective}; remove it"
+    )
     return args
 
 
@@ -265,27 +390,51 @@ def only_phase(args, progress, data):
 
 def fit_classes(args, config, start, classes):
     """The config with the classes of the data. Raises UserError if the checkpoint has others."""
-    num_classes, before = args.num_classes or len(classes), start.config["data"].get("classes", classes)
-    refuse_if(args, "num_classes", num_classes < len(classes), f"expected at least the {len(classes)} of --data-path")
+    num_classes, before = (
+        args.num_classes or len(classes),
+        start.config["data"].get("classes", classes),
+    )
+    refuse_if(
+        args,
+        "num_classes",
+        num_classes < len(classes),
+        f"expected at least the {len(classes)} of --data-path",
+    )
     if args.new_classes and not start.resumes:
         known, count = len(set(before) & set(classes)), plural(len(classes), "class")
-        say(f"--new-classes: {start.path} has {known} of your {count}; others start from the embedding of 'no class'")
+        say(
+            f"--new-classes: {start.path} has {known} of your {count}; others start from the embedding of 'no class'"
+        )
     elif start.state is not None:
         got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
-        advice = "pass its data, or remove --resume" if start.resumes else "add --new-classes to train on these"
+        advice = (
+            "pass its data, or remove --resume"
+            if start.resumes
+            else "add --new-classes to train on these"
+        )
         numbers = [str(label) for label in range(len(before))]
         # A published model only numbers its classes, so it takes the names of the data
         is_unnamed = not start.inflates and is_published(start.config) and before == numbers
         differ = before != classes and not is_unnamed
-        refuse_if(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}; {advice}")
+        refuse_if(
+            args,
+            "data_path",
+            differ,
+            f"has the classes {got}, {start.flag} has {expected}; {advice}",
+        )
         checkpoint.check(start.flag, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)
 
 
 def with_new_classes(state, classes, num_classes):
     """The dict of a checkpoint with other classes, for --new-classes. The optimizer starts from scratch."""
-    before, table = state["config"]["data"]["classes"], "y_embedder.embedding_table.weight"  # its last row: no class
-    rows = [before.index(name) if name in before else -1 for name in classes] + [-1] * (num_classes + 1 - len(classes))
+    before, table = (
+        state["config"]["data"]["classes"],
+        "y_embedder.embedding_table.weight",
+    )  # its last row: no class
+    rows = [before.index(name) if name in before else -1 for name in classes] + [-1] * (
+        num_classes + 1 - len(classes)
+    )
     networks = {part: state[part] | {table: state[part][table][rows]} for part in ("model", "ema")}
     return state | networks | {"optimizer": None}
 
@@ -296,7 +445,9 @@ def with_new_classes(state, classes, num_classes):
 def run_name(args):
     """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule. A glob pattern if the model is not known yet."""
     positions = "-rope" if args.use_rope else ""
-    return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, clip_lengths(args)))}{positions}".replace("/", "-")
+    return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, clip_lengths(args)))}{positions}".replace(
+        "/", "-"
+    )
 
 
 def make_run_config(args, config, phase, data, vae):
@@ -306,14 +457,21 @@ def make_run_config(args, config, phase, data, vae):
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
     count, videos = phase.num_frames, data.train[phase.num_frames]
     shortest, longest = (  # median seconds between two frames of a clip
-        statistics.median_low(fitting_interval(video, count, interval) / video.fps for video in videos)
+        statistics.median_low(
+            fitting_interval(video, count, interval) / video.fps for video in videos
+        )
         for interval in (args.frame_interval[0], args.frame_interval[-1])
     )
     about_data = {
-        "vae": vae.name, "vae_sha256": vae.sha256, "image_size": args.image_size,
-        "fps": statistics.median(video.fps for video in videos), "frame_interval": args.frame_interval,
-        "time_scale": shortest, "longest_time_scale": longest, "classes": data.scan.classes,
-    }  # fmt: skip
+        "vae": vae.name,
+        "vae_sha256": vae.sha256,
+        "image_size": args.image_size,
+        "fps": statistics.median(video.fps for video in videos),
+        "frame_interval": args.frame_interval,
+        "time_scale": shortest,
+        "longest_time_scale": longest,
+        "classes": data.scan.classes,
+    }
     model = asdict(config) | {"num_frames": count}
     return {"model": model, "data": about_data, "training": training, "typed": sorted(args.typed)}
 
@@ -322,12 +480,18 @@ def note_changes(start, run_config, run):
     """Log the typed flags that changed in a resumed run, also to the metrics, and keep its previous config."""
     before, now = start.config["training"], run_config["training"]
     typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - UNREPORTED
-    changes = [f"{name} {before[name]} -> {now[name]}" for name in now if name in typed and before[name] != now[name]]
+    changes = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if name in typed and before[name] != now[name]
+    ]
     if start.resumes and changes and rank() == 0:
         text = f"resumed with other flags: {', '.join(changes)}"
         run.log(text)
         run.metrics.note(start.progress.step, text)
-        (run.folder / f"config-until-{start.progress.step:07d}.json").write_text(json.dumps(start.config, indent=2))
+        (run.folder / f"config-until-{start.progress.step:07d}.json").write_text(
+            json.dumps(start.config, indent=2)
+        )
 
 
 def log_run(log, args, folder, config, model, data, steps, device):
@@ -354,18 +518,29 @@ def log_skipped(log, data):
 
 def log_data(log, args, data):
     """Log the number of training files, the validation files, and notes. datasets/check.py prints the same."""
-    most, interval, kind = max(data.train), args.frame_interval[-1], "video" if args.video else "image"
+    most, interval, kind = (
+        max(data.train),
+        args.frame_interval[-1],
+        "video" if args.video else "image",
+    )
     train, val = plural(len(data.train[most]), kind), [video.path for video in data.val[most]]
     classes, named = plural(len(data.scan.classes), "class"), name_some(val, 6)
     log(f"training: {train} in {classes}; validation: {plural(len(val), kind)}, {named}")
     for num_frames, videos in data.train.items():
-        clips, count = f"clips of {plural(num_frames, 'frame')}", plural(len(videos), f"training {kind}")
+        clips, count = (
+            f"clips of {plural(num_frames, 'frame')}",
+            plural(len(videos), f"training {kind}"),
+        )
         if missing := sorted({*data.scan.classes} - {video.class_name for video in videos}):
-            log(f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't be learned; add some")
+            log(
+                f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't be learned; add some"
+            )
         fits = [fitting_interval(video, num_frames, interval) for video in videos]
         if short := sum(fit < interval for fit in fits):
             advice = f"these use the largest interval that fits, {min(fits)} or more"
-            log(f"note: --frame-interval {interval}: {clips} don't fit into {short} of {count}; {advice}")
+            log(
+                f"note: --frame-interval {interval}: {clips} don't fit into {short} of {count}; {advice}"
+            )
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -378,7 +553,9 @@ def resolve_sampling(args):
         args = args.resolve(init_gamma=0.0 if args.init is None else 0.5)
     frames, runs, found = list(dict.fromkeys(args.num_frames or [None])), [], []
     for num_frames in frames:
-        folder = args.folder if len(frames) == 1 else f"{os.path.normpath(args.folder)}-f{num_frames}"
+        folder = (
+            args.folder if len(frames) == 1 else f"{os.path.normpath(args.folder)}-f{num_frames}"
+        )
         own = args.resolve(num_frames=num_frames, folder=folder)
         check_folder(own)
         check_clips(own)
@@ -399,15 +576,40 @@ def check_sampling(args):
     cli.check_devices()
     cli.check_speed_flags(args)
     for name in () if args.video else ("num_frames", "fps", "time_scale", "given"):
-        refuse_if(args, name, getattr(args, name) not in (None, [1]), "needs videos; add --video, or remove it")
+        refuse_if(
+            args,
+            name,
+            getattr(args, name) not in (None, [1]),
+            "needs videos; add --video, or remove it",
+        )
     if args.given is None:
-        off = {"given_frames": None, "given_split": None, "samples_per_clip": 1, "keep_background": True}
+        off = {
+            "given_frames": None,
+            "given_split": None,
+            "samples_per_clip": 1,
+            "keep_background": True,
+        }
         for name, value in off.items():
-            refuse_if(args, name, getattr(args, name) != value, "applies to clips of --given; add that, or remove it")
+            refuse_if(
+                args,
+                name,
+                getattr(args, name) != value,
+                "applies to clips of --given; add that, or remove it",
+            )
     both = None not in (args.given, args.init)
-    refuse_if(args, "given", both, "keeps its frames, but --init changes all of them; remove one of the two flags")
+    refuse_if(
+        args,
+        "given",
+        both,
+        "keeps its frames, but --init changes all of them; remove one of the two flags",
+    )
     no_init = args.init_gamma is not None and args.init is None
-    refuse_if(args, "init_gamma", no_init, "sets the share of --init in the initial latents; add --init, or remove it")
+    refuse_if(
+        args,
+        "init_gamma",
+        no_init,
+        "sets the share of --init in the initial latents; add --init, or remove it",
+    )
 
 
 def check_clips(args):
@@ -425,12 +627,27 @@ def check_clips(args):
 def check_plan(args, plan):
     """Raise UserError for flags of sample_gd.py that do not work with this model or these windows."""
     ended = args.init_gamma == 1 and args.sampler in SOLVERS
-    refuse_if(args, "init_gamma", ended, f"--sampler {args.sampler} integrates from there to 1; use a lower value")
+    refuse_if(
+        args,
+        "init_gamma",
+        ended,
+        f"--sampler {args.sampler} integrates from there to 1; use a lower value",
+    )
     no_energy = args.report_energy and plan.model.config.ebm == "none"
-    refuse_if(args, "report_energy", no_energy, f"{args.ckpt} was trained without an energy (--ebm); remove it")
+    refuse_if(
+        args,
+        "report_energy",
+        no_energy,
+        f"{args.ckpt} was trained without an energy (--ebm); remove it",
+    )
     for name in ("init", "report_energy") if len(plan.window_starts) > 1 else ():
         several = f"the {plan.num_frames} frames are made in windows of {plan.window}"
-        refuse_if(args, name, getattr(args, name), f"{several}; remove it, or add --window {plan.num_frames}")
+        refuse_if(
+            args,
+            name,
+            getattr(args, name),
+            f"{several}; remove it, or add --window {plan.num_frames}",
+        )
 
 
 def check_folder(args):
@@ -449,8 +666,15 @@ def check_folder(args):
         except (OSError, ValueError, KeyError, TypeError):
             other = "another program"
         files = [Path(ckpt).resolve() for ckpt in (other, args.ckpt)]
-        own, others = (file.parents[1] if file.parent.name == "checkpoints" else file for file in files)
-        refuse_if(args, "folder", own != others, f"has samples of {other}; name another folder, or add --overwrite")
+        own, others = (
+            file.parents[1] if file.parent.name == "checkpoints" else file for file in files
+        )
+        refuse_if(
+            args,
+            "folder",
+            own != others,
+            f"has samples of {other}; name another folder, or add --overwrite",
+        )
 
 
 # Training a VAE -------------------------------------------------------------------------------------------------------
@@ -465,12 +689,24 @@ def check_vae_run(args):
     args = args.resolve(widths=args.widths or [16, 32, 64, 128][:count])
     unit, ranks = args.downsample, world_size()
     refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of --downsample {unit}")
-    refuse_if(args, "widths", len(args.widths) != count, f"expected {count} numbers for --downsample {unit}")
-    refuse_if(args, "global_batch_size", args.global_batch_size % ranks, f"not a multiple of {plural(ranks, 'rank')}")
+    refuse_if(
+        args,
+        "widths",
+        len(args.widths) != count,
+        f"expected {count} numbers for --downsample {unit}",
+    )
+    refuse_if(
+        args,
+        "global_batch_size",
+        args.global_batch_size % ranks,
+        f"not a multiple of {plural(ranks, 'rank')}",
+    )
     cli.check_writable("--results-dir", args.results_dir)
     check_data_path(args.data_path, cached=False)
     start = checkpoint.find_resumed(args, vae_run_name(args), read=checkpoint.read_file)
-    args = args.resolve(precision=cli.resolve_precision(args.precision, energy=False, kept=start.kept("precision")))
+    args = args.resolve(
+        precision=cli.resolve_precision(args.precision, energy=False, kept=start.kept("precision"))
+    )
     data = open_data(args, start, [1], [], "--data-path") if rank() == 0 else None
     return args, start, data
 

@@ -19,7 +19,13 @@ from runtime.untrusted import read_json
 EXPORT = ("model.safetensors", "config.json")
 CARD, VAE_FOLDER = "README.md", "vae"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "inflate", "vae"}  # mean nothing on another machine
+LOCAL_FLAGS = {
+    "data_path",
+    "results_dir",
+    "ckpt",
+    "inflate",
+    "vae",
+}  # mean nothing on another machine
 
 # Exported folders: the EMA weights and their configuration, to share --------------------------------------------------
 
@@ -29,14 +35,18 @@ def write_export(folder, state, dtype, card, vae=None):
     folder, config = Path(os.path.abspath(folder)), state["config"]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
-    training = {name: value for name, value in config["training"].items() if name not in LOCAL_FLAGS}
+    training = {
+        name: value for name, value in config["training"].items() if name not in LOCAL_FLAGS
+    }
     data = config["data"] | ({"vae": VAE_FOLDER, "vae_sha256": vae.sha256} if vae else {})
     own = {"version": state["version"], "step": state["step"], "dtype": dtype}
     about = own | config | {"data": data, "training": training}
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
     temporary.mkdir(parents=True)
     try:
-        (temporary / EXPORT[0]).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
+        (temporary / EXPORT[0]).write_bytes(
+            safetensors.torch.save(weights, metadata={"format": "pt"})
+        )
         (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
         (temporary / CARD).write_text(card, encoding="utf-8")
         if vae:
@@ -53,16 +63,25 @@ def read_export(folder):
     """(config, float32 weights, the same weights, step, format version) of an exported folder. Raises UserError."""
     flag, (weights, about) = f"--ckpt {folder}", (Path(folder, name) for name in EXPORT)
     if missing := [path.name for path in (weights, about) if not path.is_file()]:
-        files = [*Path(folder).glob("checkpoints/best.pt"), *Path(folder).glob("*/checkpoints/best.pt")]
+        files = [
+            *Path(folder).glob("checkpoints/best.pt"),
+            *Path(folder).glob("*/checkpoints/best.pt"),
+        ]
         best = max(files, key=os.path.getmtime, default=None)
-        expected = f"a checkpoint file such as {best}" if best else "a checkpoint file or what scripts/export.py wrote"
+        expected = (
+            f"a checkpoint file such as {best}"
+            if best
+            else "a checkpoint file or what scripts/export.py wrote"
+        )
         raise UserError(f"{flag}: a folder without {missing[0]}; expected {expected}")
     try:
         about = read_json(about)
         config = {part: about[part] for part in ("model", "data", "training")}
         if config["data"].get("vae") == VAE_FOLDER:
             config["data"]["vae"] = os.path.abspath(Path(folder, VAE_FOLDER))
-        weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
+        weights = {
+            name: value.float() for name, value in safetensors.torch.load_file(weights).items()
+        }
         return config, weights, weights, about["step"], about["version"]
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"{flag}: damaged ({str(error)[:200]}); copy or export it again") from error
@@ -82,7 +101,10 @@ def published_parts(state):
         return state, state, {}
     if not isinstance(state, dict) or {"version", "config"} & state.keys():
         return None
-    networks, args = [state[name] for name in ("model", "ema") if is_network(state.get(name))], state.get("args") or {}
+    networks, args = (
+        [state[name] for name in ("model", "ema") if is_network(state.get(name))],
+        state.get("args") or {},
+    )
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return (networks[0], networks[-1], args) if networks else None
 
@@ -94,7 +116,9 @@ def load_published(path, model, ema, args, name, ebm):
     """
     flag = f"--ckpt {path}"
     if name is None:
-        raise UserError(f"{flag}: a published file does not say which model it holds; pass --model, such as EqM-XL/2")
+        raise UserError(
+            f"{flag}: a published file does not say which model it holds; pass --model, such as EqM-XL/2"
+        )
     try:
         config = published_config(model, name, args.get("ebm") or ebm or "none")
         weights = convert_published(model, config)
@@ -104,9 +128,12 @@ def load_published(path, model, ema, args, name, ebm):
     data = {
         "vae": str(args.get("vae", "ema")) if config.in_channels == 4 else "none",
         "image_size": None,  # follows from the VAE and input_size
-        "fps": 25.0, "frame_interval": [1], "time_scale": 1 / 25, "longest_time_scale": 1 / 25,
+        "fps": 25.0,
+        "frame_interval": [1],
+        "time_scale": 1 / 25,
+        "longest_time_scale": 1 / 25,
         "classes": [str(label) for label in range(config.num_classes)],
-    }  # fmt: skip
+    }
     training = {"model": name, "num_frames": 1, "video": False}
     return {"model": asdict(config), "data": data, "training": training}, weights, ema_weights, 0
 
@@ -146,10 +173,17 @@ def convert_published(state, config):
     rounded = table.to(theirs.dtype).float()  # their file may be in half precision
     if theirs.shape != table.shape or not torch.allclose(theirs.float(), rounded, atol=1e-5):
         side = f"{config.input_size} x {config.input_size} in patches of {config.patch_size}"
-        raise ValueError(f"its pos_embed is not our table for {side}; a model with other positions can't be used")
-    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
+        raise ValueError(
+            f"its pos_embed is not our table for {side}; a model with other positions can't be used"
+        )
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(
+        2
+    )  # (D, C, 1, p, p)
     values, C = config.values_per_token, config.in_channels
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):  # without their unused second half, sigma
+    for name in (
+        "final_layer.linear.weight",
+        "final_layer.linear.bias",
+    ):  # without their unused second half, sigma
         if name in state and len(state[name]) == 2 * values:
             state[name] = state[name].unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)
     return state

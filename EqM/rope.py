@@ -39,7 +39,9 @@ class RotaryEmbedding3D(nn.Module):
             raise ValueError(f"rope_speed must be in [0, 1000], got {speed}")
         if speed and min(self.split[1:]) < 6:
             got = f"{self.split[1]} and {self.split[2]}"
-            raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, got {got}")
+            raise ValueError(
+                f"rope_speed {speed} needs 6 channels of a head for height and for width, got {got}"
+            )
         # Sampling divides times by this, to squeeze long clips into the trained span (arXiv 2306.15595). What moves
         # with time slows down as well.
         self.stretch = 1.0
@@ -55,7 +57,9 @@ class RotaryEmbedding3D(nn.Module):
         B, (T, H, W), device = len(time_scale), grid, time_scale.device
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
-        time = time[:, :, None, None, None]  # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
+        time = time[
+            :, :, None, None, None
+        ]  # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
         angles = [time * self.pairs(0, device)[0]]  # (B, T, 1, 1, n/2)
         for axis, index in ((1, height[:, None, None]), (2, width[:, None])):
             frequencies, speeds = self.pairs(axis, device)
@@ -72,7 +76,9 @@ class RotaryEmbedding3D(nn.Module):
         index = torch.arange(count, device=device)
         moving = count // 3 * 3 if axis and self.speed else 0
         exponents = torch.where(index < moving, index // 3, index - moving * 2 // 3)
-        speeds = self.speed * (index < moving) * ((index % 3 == 1).float() - (index % 3 == 2).float())
+        speeds = (
+            self.speed * (index < moving) * ((index % 3 == 1).float() - (index % 3 == 2).float())
+        )
         return self.theta ** -(exponents.float() / count), speeds
 
 
@@ -87,10 +93,19 @@ def split_head(head_dim, split=""):
     if not split:
         return (2 * (head_dim // 6),) * 3
     channels = tuple(int(word) for word in split.split(",") if re.fullmatch("[0-9]{1,6}", word))
-    if len(channels) != 3 or split.count(",") != 2 or not channels[0] or any(n % 2 for n in channels):
-        raise ValueError(f"rope_split must be three even numbers, the first above 0, such as 16,8,8, got {split!r}")
+    if (
+        len(channels) != 3
+        or split.count(",") != 2
+        or not channels[0]
+        or any(n % 2 for n in channels)
+    ):
+        raise ValueError(
+            f"rope_split must be three even numbers, the first above 0, such as 16,8,8, got {split!r}"
+        )
     if sum(channels) > head_dim:
-        raise ValueError(f"rope_split {split} has {sum(channels)} channels, but head_dim is {head_dim}")
+        raise ValueError(
+            f"rope_split {split} has {sum(channels)} channels, but head_dim is {head_dim}"
+        )
     return channels
 
 
@@ -99,9 +114,15 @@ def apply_rotary(x, cos, sin):
 
     x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. Computed in float32 or better, returned in the dtype of x.
     """
-    precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, h, N, d/2, 2)
-    if torch.compiler.is_compiling():  # no support for complex numbers, but these operations are fused
+    precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(
+        -1, (-1, 2)
+    )  # (B, h, N, d/2, 2)
+    if (
+        torch.compiler.is_compiling()
+    ):  # no support for complex numbers, but these operations are fused
         a, b = precise.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(precise)  # (B, h, N, d/2); one product is a single pass over memory
+    pairs = torch.view_as_complex(
+        precise
+    )  # (B, h, N, d/2); one product is a single pass over memory
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

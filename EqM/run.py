@@ -18,9 +18,19 @@ def add_loading_flags(add, num_workers):
     """Add the flags that say which videos are read, and how."""
     fraction = "fraction of the videos for validation, at least one video; split files in --data-path replace it"
     add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=fraction)
-    add("--max-bad-fraction", type=SHARE, default=0.1, help="fraction of the files that may be corrupt; one always may")
+    add(
+        "--max-bad-fraction",
+        type=SHARE,
+        default=0.1,
+        help="fraction of the files that may be corrupt; one always may",
+    )
     workers = number(int, least=0, most=1024)
-    add("--num-workers", type=workers, default=num_workers, help="loader processes per rank; 0 = in-process")
+    add(
+        "--num-workers",
+        type=workers,
+        default=num_workers,
+        help="loader processes per rank; 0 = in-process",
+    )
     cached = "decode each video once, into a folder in --results-dir that later runs reuse; for small data sets"
     add("--cache-frames", action="store_true", help=cached)
     add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
@@ -32,7 +42,11 @@ class Run:
     """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes."""
 
     def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
-        own = runs.make_run_folder(args.results_dir, name) if distributed.rank() == 0 and not start.folder else None
+        own = (
+            runs.make_run_folder(args.results_dir, name)
+            if distributed.rank() == 0 and not start.folder
+            else None
+        )
         self.folder = start.folder or distributed.broadcast(own)
         self.log = functools.partial(say, log=self.folder / "log.txt")
         warnings_as_lines(self.folder / "log.txt")
@@ -53,8 +67,12 @@ class Run:
 
     def report_corrupt(self, paths, step):
         """Name each corrupt video that a rank has found once. Raises UserError, on all ranks, if there are too many."""
-        for path in self.bad_videos.add([path for part in distributed.gather(paths) for path in part]):
-            self.log(f"step {step}: {path} can't be decoded; others take its place ({self.bad_videos})")
+        for path in self.bad_videos.add(
+            [path for part in distributed.gather(paths) for path in part]
+        ):
+            self.log(
+                f"step {step}: {path} can't be decoded; others take its place ({self.bad_videos})"
+            )
 
     def wants_to_save(self, minutes):
         """Whether so many minutes have passed since the last checkpoint; 0 = never."""
@@ -76,8 +94,12 @@ class Run:
             save()
         self.writer.wait()
         where = f"and saved at step {step}" if step else "before the first step"
-        advice = os.environ.get("EQM_ADVICE", "run the same command with --resume")  # a shell script adds the flag
-        self.log(f"stopped by {self.stop.name or 'a signal to another rank'} {where}: to continue, {advice}")
+        advice = os.environ.get(
+            "EQM_ADVICE", "run the same command with --resume"
+        )  # a shell script adds the flag
+        self.log(
+            f"stopped by {self.stop.name or 'a signal to another rank'} {where}: to continue, {advice}"
+        )
 
     def close(self):
         """Wait for the other ranks and end the loader processes."""

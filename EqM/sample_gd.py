@@ -26,7 +26,17 @@ from given import ClipReader, DrawnClip, as_ranges, frame_ranges, open_given
 from models import EBMS, NAMES
 from runtime import cli, distributed
 from runtime.atomic import write_file
-from runtime.cli import COUNT, NATURAL, SHARE, ArgumentParser, UserError, add_speed_flags, fail, one_line_errors, say
+from runtime.cli import (
+    COUNT,
+    NATURAL,
+    SHARE,
+    ArgumentParser,
+    UserError,
+    add_speed_flags,
+    fail,
+    one_line_errors,
+    say,
+)
 from runtime.distributed import own_indices, rank, world_size
 from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
@@ -36,22 +46,52 @@ from video.inputs import find_clips
 from video.samples import UNFINISHED, is_sample_folder, written_samples
 from video.writers import write_samples
 
-FRAMES, SAMPLES = cli.number(int, least=1, most=2**16), cli.number(int, least=1, most=2**24)  # more is a typing error
-RATE, SECONDS = (cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0])))
+FRAMES, SAMPLES = (
+    cli.number(int, least=1, most=2**16),
+    cli.number(int, least=1, most=2**24),
+)  # more is a typing error
+RATE, SECONDS = (
+    cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0]))
+)
 
 
 def parse_args():
-    parser = ArgumentParser(description="Sample videos or images from a checkpoint by gradient descent.")
+    parser = ArgumentParser(
+        description="Sample videos or images from a checkpoint by gradient descent."
+    )
     add = (group := parser.add_argument_group("samples")).add_argument
     add_rate = group.add_mutually_exclusive_group().add_argument
-    add("--ckpt", required=True, metavar="FILE", help="checkpoint of train.py, export or published image model")
+    add(
+        "--ckpt",
+        required=True,
+        metavar="FILE",
+        help="checkpoint of train.py, export or published image model",
+    )
     add("--video", action="store_true", help="sample videos; without it images")
-    add("--num-frames", type=FRAMES, nargs="+", help="frames per video; several go to DIR-fN; default: as in training")
-    add("--window", type=FRAMES, help="frames sampled at once; default: a training clip's, all without --forcing")
+    add(
+        "--num-frames",
+        type=FRAMES,
+        nargs="+",
+        help="frames per video; several go to DIR-fN; default: as in training",
+    )
+    add(
+        "--window",
+        type=FRAMES,
+        help="frames sampled at once; default: a training clip's, all without --forcing",
+    )
     add("--overlap", type=COUNT, help="frames that two windows share; default: half of a window")
-    add_rate("--fps", type=RATE, help="frames per second of the samples; default: the same as in training")
+    add_rate(
+        "--fps",
+        type=RATE,
+        help="frames per second of the samples; default: the same as in training",
+    )
     add_rate("--time-scale", type=SECONDS, help="seconds per frame, instead of --fps")
-    add("--classes", nargs="+", metavar="C", help="names or indices, used in turn; none: no label; default: all")
+    add(
+        "--classes",
+        nargs="+",
+        metavar="C",
+        help="names or indices, used in turn; none: no label; default: all",
+    )
     add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, help="number of samples")
     add("--seed", "--global-seed", type=NATURAL, default=0, help="seed of the noise")
     beyond = "linear: fit longer videos into the time span of training; the motion is complete but slower"
@@ -61,26 +101,71 @@ def parse_args():
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
     add = parser.add_argument_group("clips to continue, or to start from").add_argument
-    add("--given", metavar="PATH", help="continue this video or picture, a folder of them, or earlier samples")
-    add("--given-split", choices=["train", "val", "all"], help="continue clips of this split of the folder --given")
-    add("--val-fraction", type=SHARE, default=0.05, help="fraction of the videos in val; use the value of training")
-    add("--given-frames", type=frame_ranges, metavar="A-B", help="such as 0-3,12-15; default: up to half of a sample")
-    add("--samples-per-clip", type=COUNT, default=1, metavar="S", help="samples that continue each clip of --given")
+    add(
+        "--given",
+        metavar="PATH",
+        help="continue this video or picture, a folder of them, or earlier samples",
+    )
+    add(
+        "--given-split",
+        choices=["train", "val", "all"],
+        help="continue clips of this split of the folder --given",
+    )
+    add(
+        "--val-fraction",
+        type=SHARE,
+        default=0.05,
+        help="fraction of the videos in val; use the value of training",
+    )
+    add(
+        "--given-frames",
+        type=frame_ranges,
+        metavar="A-B",
+        help="such as 0-3,12-15; default: up to half of a sample",
+    )
+    add(
+        "--samples-per-clip",
+        type=COUNT,
+        default=1,
+        metavar="S",
+        help="samples that continue each clip of --given",
+    )
     background = "where nothing moves, restore detail of given frames that the VAE loses; scores need the --no- form"
     add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
-    add("--init", metavar="PATH", help="start from this video or picture instead of noise; all frames change")
-    add("--init-gamma", type=SHARE, help="share of --init in the initial latents; default: 0.5 with --init")
+    add(
+        "--init",
+        metavar="PATH",
+        help="start from this video or picture instead of noise; all frames change",
+    )
+    add(
+        "--init-gamma",
+        type=SHARE,
+        help="share of --init in the initial latents; default: 0.5 with --init",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
     overwrite = "replace samples of another training run or model in --folder"
     add("--overwrite", action=argparse.BooleanOptionalAction, default=True, help=overwrite)
-    add("--no-previews", action="store_true", help="skip GIFs, sheet.png and grids, which keep rank 0 busy")
+    add(
+        "--no-previews",
+        action="store_true",
+        help="skip GIFs, sheet.png and grids, which keep rank 0 busy",
+    )
     add("--batch-size", type=COUNT, default=16, help="samples per rank at a time")
-    add("--report-energy", action="store_true", help="write the (guided) energy of each sample at each step")
+    add(
+        "--report-energy",
+        action="store_true",
+        help="write the (guided) energy of each sample at each step",
+    )
 
     add = parser.add_argument_group("checked against the checkpoint").add_argument
-    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
+    add(
+        "--model",
+        choices=NAMES,
+        metavar="NAME",
+        help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it",
+    )
     add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
     add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
     add("--objective", choices=OBJECTIVES, help="what the model was trained to predict")
@@ -101,11 +186,16 @@ def main():
         clips = [open_split(*run) if of_split else open_clips(*run) for run in runs]
         device = distributed.start()
         if of_split:
-            clips = [open_clips(*run, split) for run, split in zip(runs, distributed.broadcast(clips), strict=True)]
+            clips = [
+                open_clips(*run, split)
+                for run, split in zip(runs, distributed.broadcast(clips), strict=True)
+            ]
     except UserError as error:  # find_real names the flags of evaluate.py
         fail(str(error).replace("--data-path ", "--given ").replace("--split ", "--given-split "))
     while runs:
-        sample_run(*runs.pop(0), *clips.pop(0), device)  # a model is freed before the next is moved to the device
+        sample_run(
+            *runs.pop(0), *clips.pop(0), device
+        )  # a model is freed before the next is moved to the device
     distributed.stop()
 
 
@@ -121,10 +211,17 @@ def open_split(args, plan):
 
 def open_clips(args, plan, split=None):
     """(this rank's indices, ClipReader of --given, of --init, description of a split). Raises UserError."""
-    indices, given, init, real = own_indices(args.num_samples, block=args.batch_size), None, None, None
+    indices, given, init, real = (
+        own_indices(args.num_samples, block=args.batch_size),
+        None,
+        None,
+        None,
+    )
     if split is not None:
         drawn, real = split
-        clips = [DrawnClip(f"--given {args.given}", drawn, index) for index in range(real["num_clips"])]
+        clips = [
+            DrawnClip(f"--given {args.given}", drawn, index) for index in range(real["num_clips"])
+        ]
     elif args.given is not None:
         clips = find_clips("--given", args.given, ("video", "image"), args.folder)
     if args.given is not None:
@@ -145,11 +242,22 @@ def sample_run(args, plan, indices, given, init, real, device):
             model.compile_blocks()
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
-        say(f"note: {idle} of {world_size()} ranks are idle: a smaller --batch-size shares the work")
+        say(
+            f"note: {idle} of {world_size()} ranks are idle: a smaller --batch-size shares the work"
+        )
     made = generate(
-        plan, indices, args.seed, device, sampling_settings(args), args.batch_size, given, init, args.init_gamma,
-        args.keep_background, energy=args.report_energy,
-    )  # fmt: skip
+        plan,
+        indices,
+        args.seed,
+        device,
+        sampling_settings(args),
+        args.batch_size,
+        given,
+        init,
+        args.init_gamma,
+        args.keep_background,
+        energy=args.report_energy,
+    )
     rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
     parts = in_order(made, rounds * len(plan.window_starts))
     if rank() != 0:
@@ -163,7 +271,9 @@ def in_order(made, rounds):
     """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call this."""
     for _ in range(rounds):
         part = next(made, None)
-        part = part and [value.cpu() if isinstance(value, torch.Tensor) else value for value in part]
+        part = part and [
+            value.cpu() if isinstance(value, torch.Tensor) else value for value in part
+        ]
         yield from filter(None, distributed.gather(part, on_all=False))
 
 
@@ -179,15 +289,24 @@ def write_folder(args, plan, parts, given, real):
             yield list(indices), first, videos.numpy()
 
     videos = videos_of(parts)
-    videos = itertools.chain([next(videos)], videos)  # if this fails, the samples of an earlier call stay
+    videos = itertools.chain(
+        [next(videos)], videos
+    )  # if this fails, the samples of an earlier call stay
     begin_folder(folder)
     marked = given and [given.frames[number] for number in given.numbers]
-    write_samples(folder, videos, plan.num_frames, plan.labels, 1 / plan.time_scale, names, marked, previews)
+    write_samples(
+        folder, videos, plan.num_frames, plan.labels, 1 / plan.time_scale, names, marked, previews
+    )
     if args.stop_below is not None or args.report_energy:
         write_reports(args, names, evaluations, energies, len(plan.window_starts))
     about = {"classes": plan.classes, "time_scale": plan.time_scale}
-    about |= {"mean_evaluations": evaluations.double().mean().item(), "source": provenance(plan, args)}
-    about["flags"] = vars(args) | {"given_frames": args.given_frames and as_ranges(args.given_frames)}
+    about |= {
+        "mean_evaluations": evaluations.double().mean().item(),
+        "source": provenance(plan, args),
+    }
+    about["flags"] = vars(args) | {
+        "given_frames": args.given_frames and as_ranges(args.given_frames)
+    }
     about |= ({"given": given.about()} if given else {}) | ({"real": real} if real else {})
     write_file(folder / "samples.json", json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()
@@ -203,7 +322,9 @@ def begin_folder(folder):
     if is_old:
         (folder / "samples.json").unlink(missing_ok=True)  # first, as it marks a complete folder
         scores = [path for path in folder.glob("*.json") if is_of_samples(path, folder)]
-        pictures = [path.with_suffix(suffix) for path in scores for suffix in (".png", ".sheet.png")]
+        pictures = [
+            path.with_suffix(suffix) for path in scores for suffix in (".png", ".sheet.png")
+        ]
         for path in [*written_samples(folder), *scores, *pictures]:
             path.unlink(missing_ok=True)
 
@@ -218,7 +339,9 @@ def write_reports(args, names, evaluations, energies, windows):
         write_csv(folder / "evaluations.csv", ["sample", "class", "evaluations"], rows)
         plots.plot_evaluations(folder / "evaluations.png", evaluations.numpy(), most)
         mean = f"mean {evaluations.double().mean():.1f} of {most}, {evaluations.min()} to {evaluations.max()}"
-        say(f"evaluations per sample: {mean}; each in evaluations.csv, histogram in evaluations.png")
+        say(
+            f"evaluations per sample: {mean}; each in evaluations.csv, histogram in evaluations.png"
+        )
     if args.report_energy:
         energies = torch.cat(energies)  # NaN after the step at which a sample stopped
         rows = ((k, n, energies[k, n].item()) for k, n in (~energies.isnan()).nonzero().tolist())

@@ -12,9 +12,20 @@ SOLVERS = ("euler", "heun")
 
 
 def sample(
-    field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3, stop_below=None,
-    start_gamma=0.0, observe=lambda x, keep: None, given=None, mask=None, objective="eqm", shift=1.0,
-):  # fmt: skip
+    field,
+    x,
+    method="gd",
+    num_steps=250,
+    step_size=0.0017,
+    momentum=0.3,
+    stop_below=None,
+    start_gamma=0.0,
+    observe=lambda x, keep: None,
+    given=None,
+    mask=None,
+    objective="eqm",
+    shift=1.0,
+):
     """Follow a field from x (B, ...). Returns the final x and the evaluations of the field per sample, (B,) int64.
 
     Args:
@@ -38,7 +49,9 @@ def sample(
 
     if method in SOLVERS:
         return integrate(field, x, method, num_steps, start_gamma, observe, objective, shift)
-    return descend(field, x, num_steps, step_size, momentum * (method == "ngd"), stop_below, observe, moving)
+    return descend(
+        field, x, num_steps, step_size, momentum * (method == "ngd"), stop_below, observe, moving
+    )
 
 
 def descend(field, x, num_steps, step_size, momentum, stop_below, observe, moving):
@@ -117,8 +130,13 @@ def guided(function, condition, time_scale, guidance, weak=None):
         if weak:
             f_weak, f = (own(x, y, scale, **told).float() for own in (weak, function))
             return f_weak + guidance * (f - f_weak)
-        both, told = torch.cat([null.y[keep], y]), {name: value.repeat(2, 1) for name, value in told.items()}
-        f_null, f_condition = function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2), **told).float().chunk(2)
+        both, told = (
+            torch.cat([null.y[keep], y]),
+            {name: value.repeat(2, 1) for name, value in told.items()},
+        )
+        f_null, f_condition = (
+            function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2), **told).float().chunk(2)
+        )
         return f_null + guidance * (f_condition - f_null)
 
     return field

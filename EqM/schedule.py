@@ -14,7 +14,9 @@ PHASE = "[1-9][0-9]{0,10}(:[1-9][0-9]{0,10}){1,2}"
 class Phase:
     num_frames: int
     last_step: int  # global
-    batch_size: int | None  # clips per step, over all ranks; None = as many tokens per step as in the first phase
+    batch_size: (
+        int | None
+    )  # clips per step, over all ranks; None = as many tokens per step as in the first phase
 
     def __str__(self):
         return f"{self.num_frames}:{self.last_step}:{self.batch_size}"
@@ -26,12 +28,16 @@ def parse_schedule(text):
     A `type=` for argparse: raises ArgumentTypeError.
     """
     if not re.fullmatch(f"{PHASE}(,{PHASE})*", text):
-        expected = "FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, numbers of at least 1, separated by commas"
+        expected = (
+            "FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, numbers of at least 1, separated by commas"
+        )
         raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
     phases = [Phase(*(*map(int, part.split(":")), None)[:3]) for part in text.split(",")]
     steps = [phase.last_step for phase in phases]
     if steps != sorted(set(steps)):
-        raise argparse.ArgumentTypeError(f"got {text!r}: steps count over all phases, so they must increase")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}: steps count over all phases, so they must increase"
+        )
     return phases
 
 
@@ -48,7 +54,9 @@ def fill_batches(phases, batch_size, tokens, parts):
         if size % parts:
             got = f"--frames-schedule: the phase of {plural(phase.num_frames, 'frame')} has {size:g} clips per step"
             expected = f"expected a multiple of {parts} (ranks x --grad-accum)"
-            raise UserError(f"{got}; {expected}; add a batch size to it, or change --global-batch-size")
+            raise UserError(
+                f"{got}; {expected}; add a batch size to it, or change --global-batch-size"
+            )
         filled.append(replace(phase, batch_size=int(size)))
     return filled
 
@@ -73,4 +81,7 @@ def frames_of_steps(phases, phase, step, first_step, mix, seed):
     if not (mix and earlier):
         return [phase.num_frames] * len(steps)
     chances = (uniform(seed, "mix", first_step, [step]).item() / mix for step in steps)
-    return [earlier[int(chance * len(earlier))] if chance < 1 else phase.num_frames for chance in chances]
+    return [
+        earlier[int(chance * len(earlier))] if chance < 1 else phase.num_frames
+        for chance in chances
+    ]

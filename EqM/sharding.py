@@ -26,7 +26,9 @@ def make_networks(config, device, shard, precision="fp32"):
         return model, deepcopy(model).eval().requires_grad_(False)
     from torch.distributed.device_mesh import init_device_mesh
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no code changes it in place
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module .* returned a view"
+    )  # no code changes it in place
     mesh = init_device_mesh(device.type, (world_size(),))
     with FullDraws():
         model = empty_network(config, mesh, device, precision)
@@ -51,8 +53,12 @@ def empty_network(config, mesh, device, precision):
     # With an energy only the root is sharded: with sharded blocks the double backward pass fails (torch 2.13)
     splits, table = config.ebm == "none", network.y_embedder.embedding_table
     for part in (table, *network.blocks, network) if splits else (network,):
-        rounded = MIXED.get(precision) if splits and part is not table else None  # the table is in no product
-        policy = MixedPrecisionPolicy(rounded, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        rounded = (
+            MIXED.get(precision) if splits and part is not table else None
+        )  # the table is in no product
+        policy = MixedPrecisionPolicy(
+            rounded, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     network.to_empty(device=device)
     if config.has_table:
@@ -69,7 +75,9 @@ class FullDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         target, *rest = args
         drawn = func(torch.empty(target.shape, device="cpu"), *rest, **kwargs)
-        return target.copy_(shard_like(drawn, target)) if is_sharded(target) else target  # meta: no values
+        return (
+            target.copy_(shard_like(drawn, target)) if is_sharded(target) else target
+        )  # meta: no values
 
 
 def is_sharded(tensor):
@@ -82,7 +90,9 @@ def shard_like(full, tensor, sender=None):
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full.detach(), tensor.device_mesh, tensor.placements, src_data_rank=sender)
+    return distribute_tensor(
+        full.detach(), tensor.device_mesh, tensor.placements, src_data_rank=sender
+    )
 
 
 def full_tensor(tensor):
@@ -94,7 +104,9 @@ def scatter(full, like, owner):
     """Shard a full bfloat16 tensor of rank `owner` in the same way as `like`. The other ranks pass None."""
     if full is None:
         full = torch.empty(like.shape, dtype=torch.bfloat16, device=like.device)
-    return shard_like(full.view(torch.uint8), like, owner).view(torch.bfloat16)  # not every backend has bfloat16
+    return shard_like(full.view(torch.uint8), like, owner).view(
+        torch.bfloat16
+    )  # not every backend has bfloat16
 
 
 def of_first_rank(network, inputs, output):

@@ -33,7 +33,17 @@ from models import EBMS, GRAD_CHECKPOINTS, NAMES, POSITION_TABLES, Condition
 from optim import check_gradient, ema_decay, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed, runs
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, add_speed_flags, plural, say
+from runtime.cli import (
+    COUNT,
+    NATURAL,
+    NON_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    ArgumentParser,
+    add_speed_flags,
+    plural,
+    say,
+)
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
@@ -47,27 +57,66 @@ from video.writers import tile, write_gif, write_mp4, write_sheet
 
 
 def parse_args():
-    parser = ArgumentParser(description="Train Equilibrium Matching on videos, or without --video on images.")
+    parser = ArgumentParser(
+        description="Train Equilibrium Matching on videos, or without --video on images."
+    )
     add_model_and_data_flags(parser)
     add_optimization_flags(parser)
     add = add_speed_flags(parser)
     less = "recompute activations in the backward pass to save memory: all (full, or no value), or all but those of "
     less += "attention and of most products (selective); default: off"
     add("--grad-checkpoint", nargs="?", choices=GRAD_CHECKPOINTS, const="full", help=less)
-    add("--shard", action="store_true", help="spread weights, optimizer states and EMA over the ranks (FSDP)")
+    add(
+        "--shard",
+        action="store_true",
+        help="spread weights, optimizer states and EMA over the ranks (FSDP)",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
-    add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint, export or published image model")
-    add("--inflate", metavar="FILE", help="start a video model from an image model: checkpoint, export or published")
-    add("--new-classes", action="store_true", help="train on other classes than before; known names keep embeddings")
-    add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
+    add(
+        "--ckpt",
+        metavar="FILE",
+        help="start a new phase from this checkpoint, export or published image model",
+    )
+    add(
+        "--inflate",
+        metavar="FILE",
+        help="start a video model from an image model: checkpoint, export or published",
+    )
+    add(
+        "--new-classes",
+        action="store_true",
+        help="train on other classes than before; known names keep embeddings",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the newest run of this model, frames and positions, if any",
+    )
     add("--dry-run", action="store_true", help="check flags, data and checkpoint, then exit")
     add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
-    add("--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints, and at the end")
-    add("--save-minutes", type=NON_NEGATIVE, default=15.0, help="minutes between checkpoints; 0 = off")
-    add("--keep-last", type=COUNT, help="numbered checkpoints to keep, besides the last of each phase; default: all")
+    add(
+        "--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints, and at the end"
+    )
+    add(
+        "--save-minutes",
+        type=NON_NEGATIVE,
+        default=15.0,
+        help="minutes between checkpoints; 0 = off",
+    )
+    add(
+        "--keep-last",
+        type=COUNT,
+        help="numbered checkpoints to keep, besides the last of each phase; default: all",
+    )
     add("--val-every", type=COUNT, default=2_500, help="steps between validations, and at the end")
-    add("--val-frames", type=COUNT, nargs="+", default=[], help="additional clip lengths to validate; default: none")
+    add(
+        "--val-frames",
+        type=COUNT,
+        nargs="+",
+        default=[],
+        help="additional clip lengths to validate; default: none",
+    )
     add("--val-clips", type=COUNT, default=256, help="validation clips, at most 4 per video")
     add("--sample-every", type=NATURAL, default=10_000, help="steps between samples; 0 = off")
     add("--num-samples", type=COUNT, default=8, help="clips sampled each time")
@@ -80,7 +129,12 @@ def add_model_and_data_flags(parser):
     add = parser.add_argument_group("model (defaults come from --inflate, too)").add_argument
     add("--video", action="store_true", help="train on videos; without it on images")
     default = f"default: from --ckpt, else {preflight.DEFAULT_MODEL}"
-    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; " + default)
+    add(
+        "--model",
+        choices=NAMES,
+        metavar="NAME",
+        help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; " + default,
+    )
     add("--depth", type=COUNT, help="number of blocks; default: from --ckpt, else from --model")
     add("--hidden-size", type=COUNT, help="width; default: from --ckpt, else from --model")
     add("--num-heads", type=COUNT, help="attention heads; default: from --ckpt, else from --model")
@@ -88,57 +142,130 @@ def add_model_and_data_flags(parser):
     schedule = "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the phase ends, clips "
     schedule += "per step (default: as many tokens as in the first phase)"
     add("--frames-schedule", type=parse_schedule, metavar="F:STEP[:BATCH],...", help=schedule)
-    add("--mix", type=SHARE, default=0.0, help="fraction of later phases' steps with an earlier clip length; 0 = off")
-    add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; default: fixed ones")
-    add("--temporal-patch-size", type=COUNT, help="frames per patch; default: from --ckpt, else the spatial size")
-    add("--rope-theta", type=POSITIVE, help="base of the frequencies; default: from --ckpt, else 10000")
+    add(
+        "--mix",
+        type=SHARE,
+        default=0.0,
+        help="fraction of later phases' steps with an earlier clip length; 0 = off",
+    )
+    add(
+        "--use-rope",
+        action="store_true",
+        help="3D rotary positions, for any number of frames; default: fixed ones",
+    )
+    add(
+        "--temporal-patch-size",
+        type=COUNT,
+        help="frames per patch; default: from --ckpt, else the spatial size",
+    )
+    add(
+        "--rope-theta",
+        type=POSITIVE,
+        help="base of the frequencies; default: from --ckpt, else 10000",
+    )
     split = "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
     speed = "patches by which spatial positions move per temporal patch at 25 fps; default: from --ckpt, else 0"
     add("--rope-speed", type=NON_NEGATIVE, help=speed)
     table = "space: add fixed positions of height and width to rotary ones; default: from --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
-    add("--qk-norm", action="store_true", default=None, help="RMSNorm of queries and keys; default: from --ckpt")
-    add("--ebm", choices=EBMS, help="energy whose negative gradient is the field; default: from --ckpt, else none")
+    add(
+        "--qk-norm",
+        action="store_true",
+        default=None,
+        help="RMSNorm of queries and keys; default: from --ckpt",
+    )
+    add(
+        "--ebm",
+        choices=EBMS,
+        help="energy whose negative gradient is the field; default: from --ckpt, else none",
+    )
     objective = "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; default: "
     add("--objective", choices=transport.OBJECTIVES, help=objective + "from --ckpt, else eqm")
     add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or a latent cache")
+    add(
+        "--data-path",
+        required=True,
+        metavar="DIR",
+        help="folder of <class>/<video>, or a latent cache",
+    )
     size = "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
     vae = "ema, mse, an AutoencoderKL's folder, none: pixels; default: as in the latent cache, else --ckpt, else ema"
     add("--vae", metavar="VAE", help=vae)
     interval = "video frames from one frame of a clip to the next; two numbers: a random one per clip; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)
-    add("--no-flip", action="store_true", help="never mirror clips; use it if left and right differ")
+    add(
+        "--no-flip", action="store_true", help="never mirror clips; use it if left and right differ"
+    )
     add_loading_flags(add, num_workers=min(4, os.cpu_count()))
 
 
 def add_optimization_flags(parser):
     add = parser.add_argument_group("optimization").add_argument
-    add("--max-steps", type=COUNT, help="global step to end at, over all phases; default: see --epochs")
+    add(
+        "--max-steps",
+        type=COUNT,
+        help="global step to end at, over all phases; default: see --epochs",
+    )
     add("--epochs", type=COUNT, help="epochs of this phase; default: 1400 without --max-steps")
     add("--global-batch-size", type=COUNT, default=256, help="clips per step, over all ranks")
     add("--grad-accum", type=COUNT, default=1, help="micro-batches per step")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: Muon for the matrices of the blocks")
+    add(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon: Muon for the matrices of the blocks",
+    )
     add("--lr", type=POSITIVE, default=1e-4, help="learning rate of AdamW")
     add("--muon-lr", type=POSITIVE, default=0.01, help="learning rate of Muon")
-    add("--lr-decay", type=SHARE, default=0.0, help="fraction of the steps, at the end, in which the rate falls to 0")
+    add(
+        "--lr-decay",
+        type=SHARE,
+        default=0.0,
+        help="fraction of the steps, at the end, in which the rate falls to 0",
+    )
     end = "global step at which --lr-decay ends, if more phases follow this run; default: the end of this run"
     add("--lr-decay-end", type=COUNT, help=end)
-    add("--warmup-steps", type=NATURAL, default=0, help="steps up to the full learning rate; 0 = off")
+    add(
+        "--warmup-steps",
+        type=NATURAL,
+        default=0,
+        help="steps up to the full learning rate; 0 = off",
+    )
     decay = f"decoupled weight decay; 0 = off; default: {optim.MUON_DECAY} with --optimizer muon, else 0"
     add("--weight-decay", type=NON_NEGATIVE, help=decay)
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, help="largest norm of the gradient; 0 = off")
-    nonfinite = "steps in a row to skip if their gradient is not finite; 0: the first one ends the run"
+    nonfinite = (
+        "steps in a row to skip if their gradient is not finite; 0: the first one ends the run"
+    )
     add("--skip-nonfinite", type=NATURAL, default=0, help=nonfinite)
     add("--ema-decay", type=SHARE, default=0.9999, help="decay of the EMA weights; lower at first")
-    add("--gamma-shift", type=POSITIVE, default=1.0, help="above 1: train closer to the noise; 1: uniform")
-    add("--forcing", type=SHARE, default=0.0, help="fraction of clips with mixed noise levels, to continue clips later")
-    add("--forcing-regions", type=SHARE, default=0.0, help="fraction of clips that are clean except for a rectangle")
-    add("--disp", action="store_true", help="add the dispersive loss of the last block's activations")
+    add(
+        "--gamma-shift",
+        type=POSITIVE,
+        default=1.0,
+        help="above 1: train closer to the noise; 1: uniform",
+    )
+    add(
+        "--forcing",
+        type=SHARE,
+        default=0.0,
+        help="fraction of clips with mixed noise levels, to continue clips later",
+    )
+    add(
+        "--forcing-regions",
+        type=SHARE,
+        default=0.0,
+        help="fraction of clips that are clean except for a rectangle",
+    )
+    add(
+        "--disp",
+        action="store_true",
+        help="add the dispersive loss of the last block's activations",
+    )
     add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
 
 
@@ -171,26 +298,46 @@ def main():
         model.compile_blocks()
         ema.compile_blocks()
     optimizers = make_optimizers(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")  # changes nothing unless enabled
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=args.precision == "fp16"
+    )  # changes nothing unless enabled
     if start.state is not None:
         checkpoint.load_run(start, model, ema, optimizers, scaler)
     vae.to(device)
 
     # The run folder and its files
-    run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
-    run = Run(start, args, preflight.run_name(args), run_config, data.scan, args.wandb, together=args.shard)
+    run_config = preflight.make_run_config(
+        args, config, current_phase(phases, progress.first_step), data, vae
+    )
+    run = Run(
+        start,
+        args,
+        preflight.run_name(args),
+        run_config,
+        data.scan,
+        args.wandb,
+        together=args.shard,
+    )
     log, metrics, stop = run.log, run.metrics, run.stop
     network = model if args.shard else distributed.parallel(model)
-    remove_old = functools.partial(runs.keep_last, run.folder, args.keep_last, {phase.last_step for phase in phases})
+    remove_old = functools.partial(
+        runs.keep_last, run.folder, args.keep_last, {phase.last_step for phase in phases}
+    )
     preflight.note_changes(start, run_config, run)
     start.state = found = None  # or the file would stay open during the run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
-    preflight.log_run(log, args, run.folder, config, model, data, (progress.step, last_step), device)
+    preflight.log_run(
+        log, args, run.folder, config, model, data, (progress.step, last_step), device
+    )
     run.report_corrupt(data.scan.unreadable, progress.step)
 
     def save(names=()):
         progress.seconds = time.monotonic() - began
-        run.save(checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress), names, after=remove_old)
+        run.save(
+            checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress),
+            names,
+            after=remove_old,
+        )
 
     bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step")
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
@@ -224,14 +371,20 @@ def main():
                     if is_due(step, phase.last_step, args.val_every):
                         val_began = time.monotonic()
                         settings = args.precision, device, stop, args.forcing > 0
-                        val_metrics, corrupt = validate(ema, model, vae, val_loader, phase.num_frames, *settings)
+                        val_metrics, corrupt = validate(
+                            ema, model, vae, val_loader, phase.num_frames, *settings
+                        )
                         run.report_corrupt(corrupt, step)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
                     if is_due(step, math.inf, args.sample_every):
                         videos = sample_ema(previews, args, device, stop)
                     # A resumed run repeats what a signal interrupts up to here.
                     if "val_loss" in row:
-                        note = "" if math.isfinite(row["val_loss"]) else "; not finite: best.pt stays as it is"
+                        note = (
+                            ""
+                            if math.isfinite(row["val_loss"])
+                            else "; not finite: best.pt stays as it is"
+                        )
                         log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
                         if row["val_loss"] < progress.best_loss:
                             progress.best_loss, progress.best_step = row["val_loss"], step
@@ -239,8 +392,14 @@ def main():
                         write_previews(run.folder, step, metrics, previews, videos.numpy())
                     # Log before saving: a checkpoint must not be ahead of the metrics. Later rows are logged again.
                     progress.seconds = time.monotonic() - began
-                    row |= optim.learning_rates(optimizers) | {"bad_videos": len(run.bad_videos.paths)}
-                    row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
+                    row |= optim.learning_rates(optimizers) | {
+                        "bad_videos": len(run.bad_videos.paths)
+                    }
+                    row |= {
+                        "num_frames": phase.num_frames,
+                        "seconds": progress.seconds,
+                        "flops": progress.flops,
+                    }
                     metrics.log(step, **row)
                     run.stats = StepStats()
                     if names := checkpoint.names_at(progress, phase.last_step, args.ckpt_every):
@@ -257,17 +416,25 @@ def main():
                 for micro_batch in range(1, args.grad_accum + 1):
                     batch = run.stats.next_batch(batches)
                     files += batch["videos"]
-                    sync = micro_batch == args.grad_accum or network is model  # only DDP can delay it
+                    sync = (
+                        micro_batch == args.grad_accum or network is model
+                    )  # only DDP can delay it
                     with nullcontext() if sync else network.no_sync():
-                        losses, target_square = training_losses(network, vae, batch, config, args, stream, device)
+                        losses, target_square = training_losses(
+                            network, vae, batch, config, args, stream, device
+                        )
                         scaler.scale(sum(losses.values()) / args.grad_accum).backward()
                     for name, value in (losses | {"target_square": target_square}).items():
                         sums[name] += value.detach() / args.grad_accum
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
                 skip, loss_values = False, list(sums.values())
-                sums["grad_norm"] = full_tensor(clip_grad_norm_(model.parameters(), args.clip_grad or math.inf))
-                if scaler.is_enabled() or args.skip_nonfinite:  # this makes the CPU wait for the GPU
+                sums["grad_norm"] = full_tensor(
+                    clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+                )
+                if (
+                    scaler.is_enabled() or args.skip_nonfinite
+                ):  # this makes the CPU wait for the GPU
                     skip, sums["skipped"] = check_gradient(sums["grad_norm"], loss_values, scaler)
                 progress.skipped = progress.skipped + 1 if skip and not scaler.is_enabled() else 0
                 for optimizer in optimizers:
@@ -275,8 +442,12 @@ def main():
                         scaler.step(optimizer)
                     optimizer.zero_grad()
                 scaler.update()
-                num_frames = batch["clips"].shape[-3]  # of the phase or, with --mix, of an earlier one
-                progress.count_step(phase.batch_size, config.training_flops(num_frames, args.grad_checkpoint))
+                num_frames = batch["clips"].shape[
+                    -3
+                ]  # of the phase or, with --mix, of an earlier one
+                progress.count_step(
+                    phase.batch_size, config.training_flops(num_frames, args.grad_checkpoint)
+                )
                 run.stats.add(files, phase.batch_size * config.training_flops(num_frames), **sums)
                 if progress.skipped > args.skip_nonfinite:
                     run.stats.raise_nonfinite(progress.step, -1)
@@ -300,17 +471,29 @@ def main():
 def training_losses(network, vae, batch, config, args, stream, device):
     """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero)."""
     seed, indices = args.global_seed, batch["indices"].tolist()
-    x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)  # (B, C, T, H, W)
+    x = vae.latents_of(
+        batch["clips"].to(device, non_blocking=True), seed, stream, indices
+    )  # (B, C, T, H, W)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
     frames = x.shape[2], config.temporal_patch_size
-    levels = args.gamma_shift, args.forcing, config.level_frames, args.forcing_regions, config.input_size
-    gamma = transport.draw_gammas(seed, stream, indices, *frames, *levels)  # (B,), (B, T) or (B, T, H, W)
+    levels = (
+        args.gamma_shift,
+        args.forcing,
+        config.level_frames,
+        args.forcing_regions,
+        config.input_size,
+    )
+    gamma = transport.draw_gammas(
+        seed, stream, indices, *frames, *levels
+    )  # (B,), (B, T) or (B, T, H, W)
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
     condition = Condition.of(batch["y"], config).null(dropped).to(device)
     if gamma.dim() == 4 and device.type != "cpu":
         gamma = gamma.pin_memory()  # megabytes; the CPU would wait for a copy from other memory
-    time_scale, gamma = (part.to(device, non_blocking=True) for part in (batch["time_scales"], gamma))
+    time_scale, gamma = (
+        part.to(device, non_blocking=True) for part in (batch["time_scales"], gamma)
+    )
     with distributed.autocast(device, args.precision):
         inputs = x, noise, gamma, condition.y, time_scale
         options = {"return_features": args.disp, "objective": config.objective}
@@ -327,13 +510,23 @@ def start_phase(args, data, phases, phase, progress, device):
     make = functools.partial(Clips, data.source, classes=data.scan.classes, frame_interval=interval)
     train = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
     train_clips = {n: make(videos, num_frames=n, **train) for n, videos in data.train.items()}
-    val_lengths, val = sorted({phase.num_frames, *args.val_frames}), {"flip": False, "stream": "validation"}
-    val_clips = {n: make(data.val[n], num_frames=n, spare=data.spare(n), **val) for n in val_lengths}
+    val_lengths, val = (
+        sorted({phase.num_frames, *args.val_frames}),
+        {"flip": False, "stream": "validation"},
+    )
+    val_clips = {
+        n: make(data.val[n], num_frames=n, spare=data.spare(n), **val) for n in val_lengths
+    }
 
-    frames = frames_of_steps(phases, phase, progress.step, progress.first_step, args.mix, args.global_seed)
+    frames = frames_of_steps(
+        phases, phase, progress.step, progress.first_step, args.mix, args.global_seed
+    )
     split = rank(), world_size(), args.grad_accum
     indices = rank_batches(progress.position, len(frames), phase.batch_size, *split)
-    batches = ([(frames[n // args.grad_accum], index) for index in batch] for n, batch in enumerate(indices))
+    batches = (
+        [(frames[n // args.grad_accum], index) for index in batch]
+        for n, batch in enumerate(indices)
+    )
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)
     chunks = chunks if args.shard else chunks[rank() :: world_size()]
     settings = args.num_workers, args.loader_timeout, device
@@ -344,9 +537,14 @@ def start_phase(args, data, phases, phase, progress, device):
 
 def sample_ema(plan, args, device, stop):
     """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all. Raises Interrupted."""
-    indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
+    indices, videos = (
+        list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples),
+        [],
+    )
     settings, seed = sampling_settings(args), args.global_seed
-    made = generate(plan, indices, seed, device, settings, strict=False, before_evaluation=stop.check)
+    made = generate(
+        plan, indices, seed, device, settings, strict=False, before_evaluation=stop.check
+    )
     with suppress(Interrupted):
         videos = [clips.cpu() for _, _, clips, _, _ in made]
     stop.resolve()

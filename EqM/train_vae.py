@@ -24,7 +24,18 @@ import preflight
 from optim import ema_decay, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, one_line_errors, plural, say
+from runtime.cli import (
+    COUNT,
+    NATURAL,
+    NON_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    ArgumentParser,
+    Bar,
+    one_line_errors,
+    plural,
+    say,
+)
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats
 from runtime.rng import normal
@@ -40,25 +51,57 @@ def parse_args():
     parser = ArgumentParser(description="Train a small VAE on the frames of videos, for --vae.")
     parser.set_defaults(video=True, weight_decay=0.0)
     add = parser.add_argument_group("model").add_argument
-    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames, px")
-    add("--downsample", type=int, choices=[4, 8], default=8, help="pixels per latent value along each side")
+    add(
+        "--image-size",
+        type=COUNT,
+        default=256,
+        metavar="PX",
+        help="height and width of the frames, px",
+    )
+    add(
+        "--downsample",
+        type=int,
+        choices=[4, 8],
+        default=8,
+        help="pixels per latent value along each side",
+    )
     add("--latent-channels", type=COUNT, default=4, help="channels of a latent")
     widths = "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from 16 32 64 128"
     add("--widths", type=COUNT, nargs="+", help=widths)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
+    add(
+        "--data-path",
+        required=True,
+        metavar="DIR",
+        help="folder of <class>/<video>, or of videos without classes",
+    )
     add("--no-flip", action="store_true", help="never mirror frames")
-    add("--color-jitter", type=SHARE, default=0.8, help="fraction of frames with changed colors; 0 = off")
+    add(
+        "--color-jitter",
+        type=SHARE,
+        default=0.8,
+        help="fraction of frames with changed colors; 0 = off",
+    )
     add_loading_flags(add, num_workers=2)
 
     add = parser.add_argument_group("optimization").add_argument
     add("--max-steps", type=COUNT, default=20_000, help="step to end at")
     add("--global-batch-size", type=COUNT, default=32, help="frames per step, over all ranks")
-    add("--optimizer", choices=["adamw", "muon"], default="muon", help="muon: Muon for the hidden convolutions")
+    add(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="muon",
+        help="muon: Muon for the hidden convolutions",
+    )
     add("--lr", type=POSITIVE, default=2e-3, help="learning rate of AdamW")
     add("--muon-lr", type=POSITIVE, default=0.02, help="learning rate of Muon")
-    add("--warmup-steps", type=NATURAL, default=50, help="steps up to the full learning rate; 0 = off")
+    add(
+        "--warmup-steps",
+        type=NATURAL,
+        default=50,
+        help="steps up to the full learning rate; 0 = off",
+    )
     decay = "fraction of the steps, at the end, in which the learning rate falls to 0; 0 = off"
     add("--lr-decay", type=SHARE, default=0.5, help=decay)
     add("--ema-decay", type=SHARE, default=0.995, help="decay of the EMA weights; lower at first")
@@ -72,7 +115,12 @@ def parse_args():
     add("--log-every", type=COUNT, default=50, help="steps between two lines of metrics")
     add("--val-every", type=COUNT, default=500, help="steps between validations, and at the end")
     add("--num-val-frames", type=COUNT, default=256, help="frames of validation videos")
-    add("--save-minutes", type=NON_NEGATIVE, default=5.0, help="minutes between checkpoints, and at the end; 0 = off")
+    add(
+        "--save-minutes",
+        type=NON_NEGATIVE,
+        default=5.0,
+        help="minutes between checkpoints, and at the end; 0 = off",
+    )
     return parser.parse_args()
 
 
@@ -94,7 +142,9 @@ def main():
     # Everything that is trained
     torch.manual_seed(args.global_seed)
     distributed.set_precision(args.precision)
-    model = autoencoder.make_autoencoder(args.widths, args.latent_channels, args.image_size).to(device)
+    model = autoencoder.make_autoencoder(args.widths, args.latent_channels, args.image_size).to(
+        device
+    )
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = optim.make_optimizers(model, args, autoencoder.hidden_matrices)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -112,8 +162,10 @@ def main():
     preflight.note_changes(start, run_config, run)
     start.state = None  # or the file would stay open during the run
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    log(f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
-        f"{plural(len(data.train[1]), 'training video')}, {plural(len(data.val[1]), 'validation video')}")  # fmt: skip
+    log(
+        f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
+        f"{plural(len(data.train[1]), 'training video')}, {plural(len(data.val[1]), 'validation video')}"
+    )
     run.report_corrupt(data.scan.unreadable, progress.step)
     batches, val_loader, train_loader = make_loaders(args, data, progress, device)
 
@@ -124,15 +176,23 @@ def main():
     try:
         while True:
             # Periodically and at the end: log, validate
-            if len(run.stats) and is_due(progress.step, args.max_steps, args.log_every, args.val_every):
+            if len(run.stats) and is_due(
+                progress.step, args.max_steps, args.log_every, args.val_every
+            ):
                 row = run.stats.summary(progress.step, args.global_batch_size)
                 row["frames_per_s"] = row.pop("clips_per_s")
-                bar.set_postfix_str(f"loss {row['train_loss']:.4f}, {row['frames_per_s']:.0f} frames/s")
+                bar.set_postfix_str(
+                    f"loss {row['train_loss']:.4f}, {row['frames_per_s']:.0f} frames/s"
+                )
                 run.report_corrupt(run.stats.corrupt, progress.step)
                 if is_due(progress.step, args.max_steps, args.val_every):
-                    values, corrupt = validate(args, ema, val_loader, train_loader, run.folder, progress.step, device)
+                    values, corrupt = validate(
+                        args, ema, val_loader, train_loader, run.folder, progress.step, device
+                    )
                     run.report_corrupt(corrupt, progress.step)
-                    log(f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation videos")
+                    log(
+                        f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation videos"
+                    )
                     row |= values
                 run.metrics.log(progress.step, **row, **optim.learning_rates(optimizers))
                 run.stats = StepStats()
@@ -153,7 +213,9 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
             progress.count_step(args.global_batch_size, 0)
-            values = {name: value.detach() for name, value in ({"train_loss": loss} | losses).items()}
+            values = {
+                name: value.detach() for name, value in ({"train_loss": loss} | losses).items()
+            }
             run.stats.add(batch["videos"], **values, grad_norm=norm)
             update_ema(ema, model, ema_decay(args, progress.step))
             bar.update()
@@ -173,7 +235,9 @@ def main():
 def make_loaders(args, data, progress, device):
     """(iterator over this rank's batches, loader of its validation frames, loader of its frames for statistics)."""
     shared = {"source": data.source, "classes": data.scan.classes, "num_frames": 1}
-    train = Clips(videos=data.train[1], flip=not args.no_flip, seed=args.global_seed, stream=0, **shared)
+    train = Clips(
+        videos=data.train[1], flip=not args.no_flip, seed=args.global_seed, stream=0, **shared
+    )
     val = Clips(videos=data.val[1], spare=data.spare(1), flip=False, stream="validation", **shared)
     typical = Clips(videos=data.train[1], flip=False, stream="statistics", **shared)
     steps = args.max_steps - progress.step
@@ -202,9 +266,14 @@ def validate(args, ema, val_loader, train_loader, folder, step, device):
     values, corrupt = autoencoder.measure(ema, val_loader, device)
     statistics, more = autoencoder.measure(ema, train_loader, device)
     if rank() == 0:
-        vae, frames = VAE("shown", ema), next(batches_of(val_loader))["clips"][:8]  # (N, 3, 1, H, W)
+        vae, frames = (
+            VAE("shown", ema),
+            next(batches_of(val_loader))["clips"][:8],
+        )  # (N, 3, 1, H, W)
         decoded = vae.decode(vae.encode(frames.to(device))).cpu()
-        rows = torch.cat([frames.permute(2, 0, 3, 4, 1), decoded.transpose(0, 1)])  # (2, N, H, W, 3)
+        rows = torch.cat(
+            [frames.permute(2, 0, 3, 4, 1), decoded.transpose(0, 1)]
+        )  # (2, N, H, W, 3)
         sheet = folder / "samples" / f"{step:07d}.png"
         with cli.writing(sheet):
             sheet.parent.mkdir(exist_ok=True)

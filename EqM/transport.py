@@ -24,7 +24,9 @@ OBJECTIVES = ("eqm", "flow", "blind")
 DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
 OWN_LEVELS = 0.5  # share of the forced clips with one level per temporal patch; the other clips have given frames
-MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (DECAY_START + (1 - DECAY_START) / 3)  # E[c^2], gamma uniform: 13.867
+MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (
+    DECAY_START + (1 - DECAY_START) / 3
+)  # E[c^2], gamma uniform: 13.867
 
 
 def decay(gamma, objective="eqm"):
@@ -53,7 +55,9 @@ def velocity(f, gamma, objective="eqm"):
     return f / decay(gamma, objective).item()
 
 
-def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=False, objective="eqm"):
+def losses(
+    network, x, noise, gamma, y, time_scale, first=0, return_features=False, objective="eqm"
+):
     """Compare a network with the target at x_gamma. Returns (errors, mean square of the target, features).
 
     errors: (B,) float32, the mean squared error of each clip over its frames from `first` on. The mean square covers
@@ -62,7 +66,9 @@ def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=Fal
     The other objectives leave out clean frames (gamma = 1): their target is noise that x_gamma does not show.
     """
     told = {"gamma": gamma} if objective == "flow" else {}
-    output = network(interpolate(x, noise, gamma), y, time_scale, return_features=return_features, **told)
+    output = network(
+        interpolate(x, noise, gamma), y, time_scale, return_features=return_features, **told
+    )
     f, features = output if return_features else (output, None)
     goal = target(x, noise, gamma, objective)
     squares, zero = (f.float() - goal).square()[:, :, first:], goal.square()
@@ -116,7 +122,16 @@ def shift_gamma(u, shift):
 
 
 def draw_gammas(
-    seed, stream, indices, num_frames, patch, shift=1.0, share=0.0, level_frames=1, region_share=0.0, size=1
+    seed,
+    stream,
+    indices,
+    num_frames,
+    patch,
+    shift=1.0,
+    share=0.0,
+    level_frames=1,
+    region_share=0.0,
+    size=1,
 ):
     """Draw the gammas of training samples, float32 on the CPU: (B,), or (B, T) if a `share` of the clips is forced.
 
@@ -133,14 +148,18 @@ def draw_gammas(
         return gamma
     rows = []
     for level, index in zip(gamma.tolist(), indices, strict=True):
-        chance, kind, *draws = torch.rand(4 + num_frames, generator=generator(seed, "forcing", stream, index)).tolist()
+        chance, kind, *draws = torch.rand(
+            4 + num_frames, generator=generator(seed, "forcing", stream, index)
+        ).tolist()
         if chance >= share:
             rows.append([level] * num_frames)
         elif kind < OWN_LEVELS:
             rows.append([shift_gamma(draws[frame // patch], shift) for frame in range(num_frames)])
         else:
             clean = clean_frames(*draws[:3], math.ceil(num_frames / level_frames))
-            rows.append([1.0 if frame // level_frames in clean else level for frame in range(num_frames)])
+            rows.append(
+                [1.0 if frame // level_frames in clean else level for frame in range(num_frames)]
+            )
     levels = torch.tensor(rows)
     if region_share == 0:
         return levels

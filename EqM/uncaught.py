@@ -17,7 +17,9 @@ def _report(kind, error, trace):
     if kind not in LINES or os.environ.get("EQM_TRACEBACK") == "1":
         sys.__excepthook__(kind, error, trace)
     elif multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: error: {LINES[kind].format(error)}", file=sys.stderr)
+        print(
+            f"{os.path.basename(sys.argv[0])}: error: {LINES[kind].format(error)}", file=sys.stderr
+        )
 
 
 sys.excepthook = _report

@@ -59,9 +59,13 @@ class VAE(nn.Module):
 
         clips: uint8 (B, 3, T, H, W), or mean and std from a latent cache, float16 (B, 2, C, T, h, w).
         """
-        latents, std = self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
+        latents, std = (
+            self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
+        )
         if std is not None:
-            latents = latents + std * normal(seed, "posterior", stream, indices, std.shape[1:], std.device)
+            latents = latents + std * normal(
+                seed, "posterior", stream, indices, std.shape[1:], std.device
+            )
         return (latents - self.shift) * self.scale
 
     @torch.no_grad()
@@ -72,12 +76,20 @@ class VAE(nn.Module):
             pixels = frames if self.model is None else self.model.decode(frames).sample
             return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-        return _by_frames(decode, latents.float() / self.scale + self.shift).permute(0, 2, 3, 4, 1).contiguous()
+        return (
+            _by_frames(decode, latents.float() / self.scale + self.shift)
+            .permute(0, 2, 3, 4, 1)
+            .contiguous()
+        )
 
 
 def must_differ(name, made):
     """Whether two names of VAEs are certainly of different ones. The name of a directory says nothing."""
-    return bool(made) and name != made and ("none" in (name, made) or {name, made} <= REPOSITORIES.keys())
+    return (
+        bool(made)
+        and name != made
+        and ("none" in (name, made) or {name, made} <= REPOSITORIES.keys())
+    )
 
 
 def load_vae(typed, made=None, owner=None):
@@ -90,7 +102,9 @@ def load_vae(typed, made=None, owner=None):
     if name not in REPOSITORIES and not os.path.isdir(name):
         if typed is None:
             raise UserError(f"{owner}'s VAE {name}: not found; pass its new path with --vae")
-        raise UserError(f"--vae {name}: not found; expected none, ema, mse or a directory of a diffusers AutoencoderKL")
+        raise UserError(
+            f"--vae {name}: not found; expected none, ema, mse or a directory of a diffusers AutoencoderKL"
+        )
     directory = _download(name) if name in REPOSITORIES else name
 
     from diffusers import AutoencoderKL  # takes seconds to import
@@ -102,9 +116,13 @@ def load_vae(typed, made=None, owner=None):
         model, info = AutoencoderKL.from_pretrained(directory, use_safetensors=True, **settings)
     except Exception as error:  # missing and damaged files raise errors of many kinds
         reason = textwrap.shorten(str(error), 300).rstrip(".")
-        raise UserError(f"--vae {name}: {reason}; pass the directory of a diffusers AutoencoderKL") from error
+        raise UserError(
+            f"--vae {name}: {reason}; pass the directory of a diffusers AutoencoderKL"
+        ) from error
     if missing := info["missing_keys"]:  # diffusers would initialize them at random
-        raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first")
+        raise UserError(
+            f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first"
+        )
     parts = [file_sha256(path) for path in sorted(Path(directory).glob("*.safetensors"))]
     sha256 = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
     place = name if name in REPOSITORIES else os.path.abspath(name)
@@ -127,12 +145,16 @@ def _download(name):
     try:
         files = [hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)]
     except LocalEntryNotFoundError:
-        say(f"--vae {name}: downloading {repo} (335 MB, once; without internet, pass a directory that holds it)")
+        say(
+            f"--vae {name}: downloading {repo} (335 MB, once; without internet, pass a directory that holds it)"
+        )
         try:
             files = [hf_hub_download(repo, file) for file in (CONFIG, WEIGHTS)]
         except OSError as error:  # huggingface_hub's errors: no connection, HTTP status, disk full
             advice = "copy it to this machine and pass its directory, or use --vae none"
-            raise UserError(f"--vae {name}: can't download {repo} ({type(error).__name__}): {advice}") from error
+            raise UserError(
+                f"--vae {name}: can't download {repo} ({type(error).__name__}): {advice}"
+            ) from error
     return os.path.dirname(files[0])
 
 

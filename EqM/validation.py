@@ -21,7 +21,10 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 def validation_chunks(val, lengths, num_clips):
     """Lists of at most CHUNK pairs (num_frames, index), one pair per validation clip. A rank takes every n-th list."""
-    keys = [[(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))] for n in lengths]
+    keys = [
+        [(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))]
+        for n in lengths
+    ]
     return [own[first : first + CHUNK] for own in keys for first in range(0, len(own), CHUNK)]
 
 
@@ -43,14 +46,20 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             y, T = Condition.of(batch["y"], ema.config).to(device).y, x.shape[2]
 
             objective = ema.config.objective
-            losses = partial(transport.losses, x=x, noise=noise, y=y, time_scale=time_scale, objective=objective)
+            losses = partial(
+                transport.losses, x=x, noise=noise, y=y, time_scale=time_scale, objective=objective
+            )
             with distributed.autocast(device, precision):
-                with torch.compiler.set_stance("force_eager"):  # a graph of these shapes would serve nothing else
+                with torch.compiler.set_stance(
+                    "force_eager"
+                ):  # a graph of these shapes would serve nothing else
                     raw = losses(model, gamma=gamma)[0]
                 columns = [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
                 if given and ema.config.temporal_patch_size < T:
                     half = ema.config.whole_levels(T // 2)
-                    columns.append(losses(ema, gamma=transport.first_given(gamma, T, half), first=half)[0])
+                    columns.append(
+                        losses(ema, gamma=transport.first_given(gamma, T, half), first=half)[0]
+                    )
                 else:
                     columns.append(torch.full_like(gamma, -1))  # no loss is negative
             columns = [torch.full_like(gamma, T), batch["indices"].to(device), gamma, *columns]
@@ -58,8 +67,12 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             corrupt += batch["corrupt"]
     stop.resolve()
     parts = distributed.gather(rows)
-    rows = sorted(chain(*(parts[:1] if stop.together else parts)))  # in the order of frames and indices
-    return summarize(torch.tensor(rows, dtype=torch.float64), num_frames, ema.config.objective), corrupt
+    rows = sorted(
+        chain(*(parts[:1] if stop.together else parts))
+    )  # in the order of frames and indices
+    return summarize(
+        torch.tensor(rows, dtype=torch.float64), num_frames, ema.config.objective
+    ), corrupt
 
 
 def summarize(rows, num_frames, objective="eqm"):
@@ -87,5 +100,7 @@ def summarize(rows, num_frames, objective="eqm"):
             metrics[f"val_loss_gamma_{fifth / 5}"] = loss[part].mean().item()
     lengths = frames.unique().int().tolist()
     for length in lengths if len(lengths) > 1 else []:
-        metrics[f"val_loss_f{length}"], metrics[f"val_loss_rel_f{length}"] = mean_loss(frames == length)
+        metrics[f"val_loss_f{length}"], metrics[f"val_loss_rel_f{length}"] = mean_loss(
+            frames == length
+        )
     return metrics

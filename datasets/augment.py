@@ -30,11 +30,23 @@ ZOOM = 0.15  # largest zoom; the crop is drawn for each copy
 
 
 def parse_args():
-    parser = cli.ArgumentParser(description="Enlarge a small data set: copy its training videos with other colors.")
+    parser = cli.ArgumentParser(
+        description="Enlarge a small data set: copy its training videos with other colors."
+    )
     add = parser.add_argument
-    add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
+    add(
+        "--data-path",
+        required=True,
+        metavar="DIR",
+        help="folder of <class>/<video>, or of videos without classes",
+    )
     add("--out", required=True, metavar="DIR", help="folder for the larger data set")
-    add("--copies", type=cli.COUNT, default=7, help="copies per training video, besides the original")
+    add(
+        "--copies",
+        type=cli.COUNT,
+        default=7,
+        help="copies per training video, besides the original",
+    )
     fraction = "share of the videos that validate, without split files"
     add("--val-fraction", type=cli.SHARE, default=0.05, help=fraction)
     add("--seed", type=cli.NATURAL, default=0, help="seed of every random draw")
@@ -50,7 +62,12 @@ def changed_frames(root, video, random):
         height, width = x.shape[2:]
         h, w = (round(side / (1 + ZOOM * zoom)) for side in (height, width))
         top, left = round(down * (height - h)), round(right * (width - w))
-        x = F.interpolate(x[:, :, top : top + h, left : left + w], (height, width), mode="bilinear", antialias=True)
+        x = F.interpolate(
+            x[:, :, top : top + h, left : left + w],
+            (height, width),
+            mode="bilinear",
+            antialias=True,
+        )
         x = torch.einsum("ij,njhw->nihw", matrix, x) + offset
         yield from ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -62,7 +79,10 @@ def plan_copies(args):
     train, val = ({video.path: (video, 0) for video in part} for part in parts)
     for video, copy in product(parts[0], range(1, args.copies + 1)):
         train[f"{os.path.splitext(video.path)[0]}-copy{copy}.mkv"] = video, copy
-    lists = [[f"{video.class_name}/{Path(file).name}" for file, (video, _) in part.items()] for part in (train, val)]
+    lists = [
+        [f"{video.class_name}/{Path(file).name}" for file, (video, _) in part.items()]
+        for part in (train, val)
+    ]
     return train | val, *map(sorted, lists)
 
 
@@ -91,7 +111,9 @@ def main():
                 write_lossless(path, changed_frames(args.data_path, video, random), video.fps)
     folder.replace(out)
     before, after = len(train) // (args.copies + 1), len(train)
-    say(f"{args.out}: {after} training videos instead of {before}, {after + len(val)} videos in all")
+    say(
+        f"{args.out}: {after} training videos instead of {before}, {after + len(val)} videos in all"
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,18 @@ import preflight
 from checkpoint import Progress, Start
 from models import NAMES, EqM, model_shape
 from runtime import cli, distributed
-from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, number, one_line_errors, plural, say
+from runtime.cli import (
+    COUNT,
+    SHARE,
+    ArgumentParser,
+    Bar,
+    UserError,
+    fail,
+    number,
+    one_line_errors,
+    plural,
+    say,
+)
 from runtime.untrusted import is_text
 from vae import REPOSITORIES, load_vae
 from video.clips import Clips
@@ -46,7 +57,9 @@ from video.samples import is_sample_folder
 from video.source import THREADS, check_data_path, latents_settings, open_source, write_each
 from video.writers import MAX_ROWS, write_sheet
 
-PUBLISHED_VAE = SimpleNamespace(channels=4, downsample=8)  # what --vae ema and mse have, without a download
+PUBLISHED_VAE = SimpleNamespace(
+    channels=4, downsample=8
+)  # what --vae ema and mse have, without a download
 CLIPS_TIMED = 4  # most clips of a step that is timed
 SLOW = 10  # seconds; one clip that takes longer is enough to time
 BYTES = 16 + 4  # per parameter: float32 weight, gradient and AdamW's two averages; the EMA weight
@@ -60,23 +73,52 @@ MOST_HOURS = 72  # longer runs get a suggestion: a laptop or a borrowed GPU rare
 
 def parse_args():
     parser = ArgumentParser(description="Look at a folder of videos before you train on it.")
-    parser.set_defaults(video=True, epochs=None, use_rope=True, num_classes=1, frames_schedule=None, val_frames=[])
+    parser.set_defaults(
+        video=True, epochs=None, use_rope=True, num_classes=1, frames_schedule=None, val_frames=[]
+    )
     parser.set_defaults(**dict.fromkeys(preflight.MODEL_FLAGS))
     add = parser.add_argument
     add("data_path", metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
     add("--num-frames", type=COUNT, default=16, help="frames per clip")
     interval = "video frames from one frame of a clip to the next; default: 1"
     add("--frame-interval", type=COUNT, nargs=1, default=[1], help=interval)
-    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the clips in pixels")
-    add("--vae", default="ema", metavar="VAE", help="ema, mse, an AutoencoderKL's directory, or none: pixels")
-    add("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
+    add(
+        "--image-size",
+        type=COUNT,
+        default=256,
+        metavar="PX",
+        help="height and width of the clips in pixels",
+    )
+    add(
+        "--vae",
+        default="ema",
+        metavar="VAE",
+        help="ema, mse, an AutoencoderKL's directory, or none: pixels",
+    )
+    add(
+        "--model",
+        choices=NAMES,
+        default="EqM-S/4",
+        metavar="NAME",
+        help="EqM-{Ti,S,B,L,XL}/{2,4,8}",
+    )
     add("--global-batch-size", type=COUNT, default=256, help="clips per step")
-    add("--max-steps", type=COUNT, help="steps of the training; default: those of 1400 epochs, as in train.py")
+    add(
+        "--max-steps",
+        type=COUNT,
+        help="steps of the training; default: those of 1400 epochs, as in train.py",
+    )
     share = "share of the videos to validate on, at least one video"
     add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=share)
-    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the files that may be corrupt")
+    add(
+        "--max-bad-fraction", type=SHARE, default=0.1, help="share of the files that may be corrupt"
+    )
     add("--quick", action="store_true", help="open the videos, but do not decode them")
-    add("--out", metavar="FILE.png", help="the sheet; default: check-NAME.png here, where NAME is the folder's name")
+    add(
+        "--out",
+        metavar="FILE.png",
+        help="the sheet; default: check-NAME.png here, where NAME is the folder's name",
+    )
     return parser.parse_args()
 
 
@@ -148,11 +190,16 @@ def check_data(args, source, corrupt):
     """The Data of the training, without corrupt videos. Raises UserError where train.py does."""
     data = find_data(source, args.val_fraction, [args.num_frames], [], "--num-frames")
     train, val = (
-        {length: [video for video in videos if video.path not in corrupt] for length, videos in part.items()}
+        {
+            length: [video for video in videos if video.path not in corrupt]
+            for length, videos in part.items()
+        }
         for part in (data.train, data.val)
     )
     if not train[args.num_frames]:
-        raise UserError(f"--data-path {args.data_path}: all training videos are corrupt; add videos")
+        raise UserError(
+            f"--data-path {args.data_path}: all training videos are corrupt; add videos"
+        )
     return replace(data, train=train, val=val)
 
 
@@ -164,17 +211,26 @@ def describe(scan):
     for name in scan.classes:
         own = [video.num_frames / video.fps for video in videos if video.class_name == name]
         say(f"  {name}: {plural(len(own), 'video')}, {sum(own):.1f} s")
-    columns = {"frames": [video.num_frames for video in videos], "frames per second": [video.fps for video in videos]}
+    columns = {
+        "frames": [video.num_frames for video in videos],
+        "frames per second": [video.fps for video in videos],
+    }
     columns["seconds"] = [video.num_frames / video.fps for video in videos]
     for what, values in columns.items():
-        say(f"{what}: {min(values):.4g} to {max(values):.4g}, median {statistics.median(values):.4g}")
+        say(
+            f"{what}: {min(values):.4g} to {max(values):.4g}, median {statistics.median(values):.4g}"
+        )
     sizes = Counter(f"{video.width} x {video.height}" for video in videos)
-    say("sizes, upright: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
+    say(
+        "sizes, upright: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8))
+    )
 
 
 def undecodable(root, videos):
     """The paths of the videos that can't be decoded to their end."""
-    decoded = write_each(videos, lambda video: deque(read_all_frames(root, video), maxlen=0), THREADS)
+    decoded = write_each(
+        videos, lambda video: deque(read_all_frames(root, video), maxlen=0), THREADS
+    )
     bar = Bar(decoded, total=len(videos), desc="decoding", unit="video")
     return [video.path for video, is_readable in bar if not is_readable]
 
@@ -206,16 +262,29 @@ def write_clips(args, data, out):
     """Write a sheet with a clip of some training videos, from the first to the last, and print their files."""
     videos = data.train[args.num_frames]
     shown = [videos[index] for index in evenly_spaced(len(videos), MAX_ROWS)]
-    clips = Clips(data.source, shown, data.scan.classes, args.num_frames, (*args.frame_interval * 2,), flip=False)
-    samples = sorted((clips[index] for index in range(len(shown))), key=lambda sample: sample["video"])
+    clips = Clips(
+        data.source,
+        shown,
+        data.scan.classes,
+        args.num_frames,
+        (*args.frame_interval * 2,),
+        flip=False,
+    )
+    samples = sorted(
+        (clips[index] for index in range(len(shown))), key=lambda sample: sample["video"]
+    )
     paths, names = [sample["video"] for sample in samples], []
     for row, sample in enumerate(samples):
         folder, file = os.path.split(sample["video"])
-        names.append(os.path.join(drawable(folder, f"class {sample['y']}"), drawable(file, f"video {row}")))
+        names.append(
+            os.path.join(drawable(folder, f"class {sample['y']}"), drawable(file, f"video {row}"))
+        )
     videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_sheet(out, videos, names)
-    say(f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: {', '.join(paths)}")
+    say(
+        f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: {', '.join(paths)}"
+    )
 
 
 # What a step costs ----------------------------------------------------------------------------------------------------
@@ -260,7 +329,9 @@ def estimate(args, config, steps, device):
     total = f"{(size * BYTES + activations * batch) / 1e9:.3g} GB for {plural(batch, 'clip')}"
     say(f"memory, fp32: {size * BYTES / 1e9:.2g} GB for the model, {each}: {total}")
     hours = seconds * batch * steps / 3600
-    per_step = f"about {seconds * batch:.3g} s per step x {plural(steps, 'step')} = {in_words(hours)}"
+    per_step = (
+        f"about {seconds * batch:.3g} s per step x {plural(steps, 'step')} = {in_words(hours)}"
+    )
     say(f"time, fp32 on this {device.type}: {per_step}, without VAE, validation and samples")
     if hours > MOST_HOURS:
         suggest(args, config, hours)
@@ -284,7 +355,9 @@ def suggest(args, config, hours):
     quick = {name: own for name, own in smaller.items() if own <= MOST_HOURS}
     name = max(quick, key=quick.get, default=None) or min(smaller, key=smaller.get, default=None)
     model = f"--model {name} takes about {in_words(smaller[name])}; " if name else ""
-    less = "a GPU, or a lower --max-steps, --image-size, --num-frames or --global-batch-size helps too"
+    less = (
+        "a GPU, or a lower --max-steps, --image-size, --num-frames or --global-batch-size helps too"
+    )
     say(f"note: more than {MOST_HOURS} hours are too long for most machines; {model}{less}")
 
 
@@ -371,7 +444,10 @@ def train_words(flags, is_sided):
     words += ["--global-batch-size", flags.global_batch_size, "--max-steps", flags.max_steps]
     if flags.max_steps <= 10_000:  # train.py would make its first samples there
         words += ["--val-every", max(100, flags.max_steps // 4)]
-        words += ["--sample-every", max(100, flags.max_steps // 2)]  # they take longer than a few steps
+        words += [
+            "--sample-every",
+            max(100, flags.max_steps // 2),
+        ]  # they take longer than a few steps
     for typed in sorted(flags.typed & {"frame_interval", "val_fraction", "max_bad_fraction"}):
         words += cli.flag_text(flags, typed).split()
     return [str(word) for word in [*words, *["--no-flip"] * is_sided]]

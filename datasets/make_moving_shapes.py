@@ -31,7 +31,9 @@ from video.writers import encode
 VERSION = 1  # of the drawing code and of shapes.json
 FPS = 25
 TRAVEL = 9 / 16  # distance in a video, as a fraction of the frame's width
-GROUPS = 8  # per class; group 1 is the test list, because UCF-101's lists consist of complete groups
+GROUPS = (
+    8  # per class; group 1 is the test list, because UCF-101's lists consist of complete groups
+)
 SUBROWS = 8  # scan lines per pixel row
 
 SHAPES = ("Circle", "Square", "Triangle")
@@ -40,10 +42,20 @@ AXES = {"Horizontal": ("Left", "Right"), "Vertical": ("Up", "Down")}  # of --bou
 CLASSES = tuple(f"{shape}{direction}" for shape in SHAPES for direction in DIRECTIONS)
 BOUNCING = tuple(f"{shape}{axis}" for shape in SHAPES for axis in AXES)
 COLORS = {
-    "red": (240, 70, 60), "green": (60, 220, 90), "blue": (80, 130, 250), "yellow": (240, 220, 60),
-    "magenta": (220, 70, 220), "cyan": (60, 220, 220), "white": (240, 240, 240),
-}  # fmt: skip
-BACKGROUNDS = {"black": (0, 0, 0), "gray": (40, 40, 40), "navy": (10, 20, 50), "brown": (45, 25, 10)}
+    "red": (240, 70, 60),
+    "green": (60, 220, 90),
+    "blue": (80, 130, 250),
+    "yellow": (240, 220, 60),
+    "magenta": (220, 70, 220),
+    "cyan": (60, 220, 220),
+    "white": (240, 240, 240),
+}
+BACKGROUNDS = {
+    "black": (0, 0, 0),
+    "gray": (40, 40, 40),
+    "navy": (10, 20, 50),
+    "brown": (45, 25, 10),
+}
 
 # Sizes in radii. The square has the circle's area. The triangle points up and has 84% of it, because a larger one could
 # not travel as far.
@@ -73,7 +85,9 @@ def coverage(shape, center, radius, size):
     _, up, _, down = EXTENTS[shape]
     edges = np.clip(np.arange(size + 1), y - up * radius, y + down * radius)
     heights = np.diff(edges)  # (H,)
-    lines = edges[:-1, None] + heights[:, None] * (np.arange(SUBROWS) + 0.5) / SUBROWS  # (H, SUBROWS)
+    lines = (
+        edges[:-1, None] + heights[:, None] * (np.arange(SUBROWS) + 0.5) / SUBROWS
+    )  # (H, SUBROWS)
     half = radius * HALF_WIDTHS[shape]((lines - y) / radius)[..., None]
     columns = np.clip(np.arange(size + 1), x - half, x + half)  # (H, SUBROWS, W + 1)
     return np.diff(columns).mean(1) * heights[:, None]
@@ -91,26 +105,43 @@ def draw_clip(video, size, frames):
     if "path" in video:
         centers[:, list(AXES).index(video["axis"])] = video["path"][:frames]
     else:
-        centers += np.arange(frames)[:, None] * np.array(DIRECTIONS[video["direction"]]) * video["speed"] / FPS
+        centers += (
+            np.arange(frames)[:, None]
+            * np.array(DIRECTIONS[video["direction"]])
+            * video["speed"]
+            / FPS
+        )
     appearance = video["radius"], size, video["rgb"], video["background_rgb"]
     return np.stack([draw_frame(video["shape"], center, *appearance) for center in centers])
 
 
 def plan_video(shape, kind, index, args):
     """The entry of a video in shapes.json, with all its random choices. kind: a direction; with --bounce an axis."""
-    rng = generator(args.seed, "bouncing-shapes" if args.bounce else "moving-shapes", shape, kind, index)
+    rng = generator(
+        args.seed, "bouncing-shapes" if args.bounce else "moving-shapes", shape, kind, index
+    )
     size, u_color, u_background, *rest = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
     small, large = args.radius
     radius = args.size * (small + (large - small) * size)
     color = args.colors[int(u_color * len(args.colors))]
     background = args.backgrounds[int(u_background * len(args.backgrounds))]
-    ends = [(radius * EXTENTS[shape][axis], args.size - radius * EXTENTS[shape][axis + 2]) for axis in range(2)]
+    ends = [
+        (radius * EXTENTS[shape][axis], args.size - radius * EXTENTS[shape][axis + 2])
+        for axis in range(2)
+    ]
     motion, path = (bounce if args.bounce else cross)(kind, ends, *rest, args)
     return {
-        "class": f"{shape}{kind}", "shape": shape, **motion, "radius": radius, "area": AREAS[shape] * radius**2,
-        "color": color, "rgb": COLORS[color], "background": background, "background_rgb": BACKGROUNDS[background],
+        "class": f"{shape}{kind}",
+        "shape": shape,
+        **motion,
+        "radius": radius,
+        "area": AREAS[shape] * radius**2,
+        "color": color,
+        "rgb": COLORS[color],
+        "background": background,
+        "background_rgb": BACKGROUNDS[background],
         **path,
-    }  # fmt: skip
+    }
 
 
 def cross(direction, ends, u_x, u_y, _, args):
@@ -125,20 +156,33 @@ def cross(direction, ends, u_x, u_y, _, args):
 
 def bounce(axis, ends, u_x, u_y, turn, args):
     """As `cross`, for a motion that turns at the ends. The path: the centroid on the axis in each frame, px."""
-    start = [low + (high - low) * place for place, (low, high) in zip((u_x, u_y), ends, strict=True)]
+    start = [
+        low + (high - low) * place for place, (low, high) in zip((u_x, u_y), ends, strict=True)
+    ]
     along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, turn < 0.5
     low, high = ends[along]
     position = start[along] + (1 if forwards else -1) * speed / FPS * np.arange(args.frames)
-    path = low + np.abs((position - high) % (2 * (high - low)) - (high - low))  # reflected at both ends
+    path = low + np.abs(
+        (position - high) % (2 * (high - low)) - (high - low)
+    )  # reflected at both ends
     start = [round(value, 6) for value in start]
-    motion = {"axis": axis, "direction": AXES[axis][forwards], "start": start, "low": low, "high": high, "speed": speed}
+    motion = {
+        "axis": axis,
+        "direction": AXES[axis][forwards],
+        "start": start,
+        "low": low,
+        "high": high,
+        "speed": speed,
+    }
     return motion, {"path": path.round(4).tolist()}
 
 
 def plan_videos(args):
     """{`Class/stem`: entry in shapes.json} of all videos."""
     videos, groups = {}, min(GROUPS, args.videos_per_class)
-    for shape, kind, index in product(SHAPES, AXES if args.bounce else DIRECTIONS, range(args.videos_per_class)):
+    for shape, kind, index in product(
+        SHAPES, AXES if args.bounce else DIRECTIONS, range(args.videos_per_class)
+    ):
         clip, group = divmod(index, groups)
         key = f"{shape}{kind}/v_{shape}{kind}_g{group + 1:02d}_c{clip + 1:02d}"
         videos[key] = plan_video(shape, kind, index, args)
@@ -147,7 +191,12 @@ def plan_videos(args):
 
 def write_video(path, frames):
     """Write frames, uint8 (T, H, W, 3), as an almost lossless MPEG-4 part 2 AVI, without date or encoder version."""
-    options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1", "threads": "1"}  # constant best quality
+    options = {
+        "flags": "+bitexact+qscale",
+        "qmin": "1",
+        "qmax": "1",
+        "threads": "1",
+    }  # constant best quality
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as file:
         encode(file, frames, FPS, "mpeg4", "yuv420p", options)
 
@@ -162,24 +211,39 @@ def is_made(out, settings):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--out {out}: holds files that are not Moving Shapes; {advice}") from error
     if found != settings:
-        raise UserError(f"--out {out}: holds Moving Shapes made with other flags ({found}); {advice}")
+        raise UserError(
+            f"--out {out}: holds Moving Shapes made with other flags ({found}); {advice}"
+        )
     return True
 
 
 def write_data_set(out, settings, args):
     """Write the data set to a temporary folder beside `out`, and rename the folder when it is complete."""
     videos = plan_videos(args)
-    train, test = ([f"{key}.avi" for key in videos if ("_g01_" in key) == tests] for tests in (False, True))
+    train, test = (
+        [f"{key}.avi" for key in videos if ("_g01_" in key) == tests] for tests in (False, True)
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary, cli.writing(out):
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary,
+        cli.writing(out),
+    ):
         folder = Path(temporary, out.name)
         for name in {video["class"] for video in videos.values()}:
             (folder / name).mkdir(parents=True)
         for key, video in Bar(videos.items(), desc="Moving Shapes", unit="video"):
             write_video(folder / f"{key}.avi", draw_clip(video, args.size, args.frames))
         write_lists(folder, train, test)
-        top = {"version": VERSION, "size": args.size, "fps": FPS, "seconds": args.frames / FPS, "seed": args.seed}
-        text = json.dumps({**top, "frames": args.frames, "settings": settings, "videos": videos}, indent=1)
+        top = {
+            "version": VERSION,
+            "size": args.size,
+            "fps": FPS,
+            "seconds": args.frames / FPS,
+            "seed": args.seed,
+        }
+        text = json.dumps(
+            {**top, "frames": args.frames, "settings": settings, "videos": videos}, indent=1
+        )
         (folder / "shapes.json").write_text(text + "\n")
         os.replace(folder, out)
 
@@ -190,33 +254,55 @@ def check_flags(args):
     small, large = args.radius
     most = math.floor(1000 * (1 - TRAVEL) / max(BASE, HEIGHT, 2)) / 1000
     if not 0.05 <= small <= large <= most:
-        raise UserError(f"--radius {small:g} {large:g}: expected MIN <= MAX, both between 0.05 and {most:g} of --size, "
-                        "so that shapes can be recognized and stay in the frame")  # fmt: skip
+        raise UserError(
+            f"--radius {small:g} {large:g}: expected MIN <= MAX, both between 0.05 and {most:g} of --size, "
+            "so that shapes can be recognized and stay in the frame"
+        )
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to make; must be new or empty")
-    count, pixels = number(int, least=2, most=100_000), number(int, least=16, most=4096)  # 2: one trains, one tests
-    add("--videos-per-class", type=count, default=60, help="videos per class; 12 classes, 6 with --bounce")
+    count, pixels = (
+        number(int, least=2, most=100_000),
+        number(int, least=16, most=4096),
+    )  # 2: one trains, one tests
+    add(
+        "--videos-per-class",
+        type=count,
+        default=60,
+        help="videos per class; 12 classes, 6 with --bounce",
+    )
     add("--size", type=pixels, default=64, help="height and width of a frame, px")
     seconds = "length of a video, s; without --bounce, the shape crosses the frame once"
     add("--seconds", type=number(float, least=2 / FPS, most=3600), default=1.0, help=seconds)
-    add("--bounce", action="store_true", help="let shapes turn at the border; 6 classes, shape x axis")
+    add(
+        "--bounce",
+        action="store_true",
+        help="let shapes turn at the border; 6 classes, shape x axis",
+    )
     add("--seed", type=int, default=0, help="seed of the random choices; default: 0")
     radius = "range of the radius, as a fraction of --size; random per video"
     add("--radius", type=float, nargs=2, default=[0.18, 0.18], metavar=("MIN", "MAX"), help=radius)
     colors = "colors of the shapes; random per video"
     add("--colors", nargs="+", choices=COLORS, default=["red", "green", "blue"], help=colors)
-    add("--backgrounds", nargs="+", choices=BACKGROUNDS, default=["black"], help="background colors; random per video")
+    add(
+        "--backgrounds",
+        nargs="+",
+        choices=BACKGROUNDS,
+        default=["black"],
+        help="background colors; random per video",
+    )
     return parser.parse_args(argv)
 
 
 @one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    settings = {name: value for name, value in vars(args).items() if name != "out"} | {"version": VERSION}
+    settings = {name: value for name, value in vars(args).items() if name != "out"} | {
+        "version": VERSION
+    }
     if not args.bounce:
         del settings["bounce"]  # older data sets do not have this setting
     with wrong_input():
@@ -226,7 +312,9 @@ def main(argv=None):
             return
         cli.check_writable("--out", args.out)
     write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
-    say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with {args.videos_per_class} videos each")
+    say(
+        f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with {args.videos_per_class} videos each"
+    )
 
 
 if __name__ == "__main__":

@@ -24,19 +24,42 @@ from runtime.cli import ArgumentParser, UserError, check_writable, one_line_erro
 
 SIZE, FPS, COLUMNS, ROWS = 64, 8, 13, 21  # of a tile in px; of a video; of tiles in a sheet
 VALUES = range(6)  # of an attribute
-ATTRIBUTES = "body", "bottomwear", "topwear", "hair"  # from the lowest layer to the highest; shoes come last
+ATTRIBUTES = (
+    "body",
+    "bottomwear",
+    "topwear",
+    "hair",
+)  # from the lowest layer to the highest; shoes come last
 SHOES = "shoes", 1
-ORDER = {"Walk": (7, 0, 1, 2, 3, 4, 5, 6), "Spellcast": (0, 1, 2, 3, 4, 5, 4, 6), "Slash": (0, 1, 2, 3, 4, 5, 4, 0)}
+ORDER = {
+    "Walk": (7, 0, 1, 2, 3, 4, 5, 6),
+    "Spellcast": (0, 1, 2, 3, 4, 5, 4, 6),
+    "Slash": (0, 1, 2, 3, 4, 5, 4, 0),
+}
 FIRST_TILE = {
-    "WalkLeft": 118, "WalkFront": 131, "WalkRight": 144, "SpellcastLeft": 13, "SpellcastFront": 26,
-    "SpellcastRight": 39, "SlashLeft": 169, "SlashFront": 182, "SlashRight": 195,
-}  # fmt: skip
+    "WalkLeft": 118,
+    "WalkFront": 131,
+    "WalkRight": 144,
+    "SpellcastLeft": 13,
+    "SpellcastFront": 26,
+    "SpellcastRight": 39,
+    "SlashLeft": 169,
+    "SlashFront": 182,
+    "SlashRight": 195,
+}
 
 
 def parse_args():
-    parser = ArgumentParser(description="Compose the videos of the Sprites benchmark, in UCF-101's layout.")
+    parser = ArgumentParser(
+        description="Compose the videos of the Sprites benchmark, in UCF-101's layout."
+    )
     add = parser.add_argument
-    add("--source", required=True, metavar="DIR", help="a clone of the Sprites repository, which holds the sheets")
+    add(
+        "--source",
+        required=True,
+        metavar="DIR",
+        help="a clone of the Sprites repository, which holds the sheets",
+    )
     add("--out", default="datasets/sprites", metavar="DIR", help="folder for the data set")
     return parser.parse_args()
 
@@ -53,7 +76,9 @@ def read_sheets(source):
         except (OSError, ValueError) as error:
             expected = f"expected a sheet of {COLUMNS * SIZE} x {ROWS * SIZE} px; clone the Sprites repository again"
             reason = "not found" if isinstance(error, FileNotFoundError) else "not a sheet"
-            raise UserError(f"--source {source}: {layer}/{value}.png: {reason}; {expected}") from error
+            raise UserError(
+                f"--source {source}: {layer}/{value}.png: {reason}; {expected}"
+            ) from error
         sheets[layer, value] = tiles.reshape(-1, SIZE, SIZE, 4)
     return sheets
 
@@ -84,10 +109,14 @@ def main():
         videos = {path_of(*video): video for video in product(FIRST_TILE, characters)}
         missing = missing_videos(args.out, videos)
     order = np.random.RandomState(423).permutation(len(characters)).tolist()  # as published
-    parts = ([path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
-             for part in (order[:1000], order[1000:]))  # fmt: skip
+    parts = (
+        [path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
+        for part in (order[:1000], order[1000:])
+    )
     about = f"{len(characters)} characters in {len(FIRST_TILE)} classes"
-    write_missing(args.out, missing, lambda name: compose(sheets, *videos[name]), FPS, *parts, about)
+    write_missing(
+        args.out, missing, lambda name: compose(sheets, *videos[name]), FPS, *parts, about
+    )
 
 
 if __name__ == "__main__":

@@ -22,16 +22,35 @@ import numpy as np
 from einops import EinopsError, rearrange
 from PIL import Image
 
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, one_line_errors, wrong_input
+from runtime.cli import (
+    COUNT,
+    ArgumentParser,
+    UserError,
+    check_writable,
+    one_line_errors,
+    wrong_input,
+)
 
-CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # number of the folder: class
+CLASSES = {
+    0: "OneHandWave",
+    1: "TwoHandWave",
+    3: "JumpingJack",
+    4: "Bend",
+}  # number of the folder: class
 SIZE, FPS = 64, 25
 
 
 def parse_args():
-    parser = ArgumentParser(description="Convert strips of the Weizmann actions to videos, in UCF-101's layout.")
+    parser = ArgumentParser(
+        description="Convert strips of the Weizmann actions to videos, in UCF-101's layout."
+    )
     add = parser.add_argument
-    add("--source", required=True, metavar="DIR", help="a clone of MoCoGAN's repository, or its folder of actions")
+    add(
+        "--source",
+        required=True,
+        metavar="DIR",
+        help="a clone of MoCoGAN's repository, or its folder of actions",
+    )
     add("--out", default="datasets/weizmann", metavar="DIR", help="folder for the data set")
     people = "numbers of the people who validate and never train; the first person is 1"
     add("--hold-out", type=COUNT, nargs="+", default=[7, 8], help=people)
@@ -42,12 +61,19 @@ def find_strips(source):
     """{(class, person): path of the strip}, without opening files. Raises UserError if a person lacks a class."""
     advice = "expected a complete clone of MoCoGAN's repository; clone it again"
     places = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
-    paths = [path for place in places for number in CLASSES for path in place.glob(f"{number}/[0-9]*[02468].jpg")]
+    paths = [
+        path
+        for place in places
+        for number in CLASSES
+        for path in place.glob(f"{number}/[0-9]*[02468].jpg")
+    ]
     strips = {(CLASSES[int(path.parent.name)], int(path.stem) // 8 + 1): path for path in paths}
     people = {person for _, person in strips} or {1}
     for clip in product(CLASSES.values(), people):
         if clip not in strips:
-            raise UserError(f"--source {source}: person {clip[1]} has no clip of {clip[0]}; {advice}")
+            raise UserError(
+                f"--source {source}: person {clip[1]} has no clip of {clip[0]}; {advice}"
+            )
     return strips
 
 
@@ -58,7 +84,9 @@ def read_strip(path):
             pixels = np.asarray(image.convert("RGB"))
         return rearrange(pixels, "h (t w) c -> t h w c", h=SIZE, w=SIZE)
     except (OSError, EinopsError) as error:
-        raise UserError(f"{path}: not a strip of {SIZE} x {SIZE} px frames; clone the repository again") from error
+        raise UserError(
+            f"{path}: not a strip of {SIZE} x {SIZE} px frames; clone the repository again"
+        ) from error
 
 
 @one_line_errors()
@@ -70,10 +98,20 @@ def main():
         check_writable("--out", args.out)
         people = {person for _, person in strips}
         if not held_out < people:
-            raise UserError(f"--hold-out {sorted(held_out)}: expected some of people 1 to {max(people)}, but not all")
-        videos = {f"{name}/person{person}.mkv": (person, path) for (name, person), path in sorted(strips.items())}
-        clips = {name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)}  # 30 MB
-    train, test = ([name for name in videos if (videos[name][0] in held_out) == tests] for tests in (False, True))
+            raise UserError(
+                f"--hold-out {sorted(held_out)}: expected some of people 1 to {max(people)}, but not all"
+            )
+        videos = {
+            f"{name}/person{person}.mkv": (person, path)
+            for (name, person), path in sorted(strips.items())
+        }
+        clips = {
+            name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)
+        }  # 30 MB
+    train, test = (
+        [name for name in videos if (videos[name][0] in held_out) == tests]
+        for tests in (False, True)
+    )
     numbers = " and ".join(map(str, sorted(held_out)))
     about = f"{len(CLASSES)} classes with {len(people)} people each, person {numbers} held out"
     write_missing(args.out, clips, clips.get, FPS, train, test, about)

@@ -37,13 +37,23 @@ import optim
 import transport
 from models import NAMES, Condition, EqM_models, model_config
 from runtime import distributed
-from runtime.cli import COUNT, ArgumentParser, check_speed_flags, number, one_line_errors, wrong_input
+from runtime.cli import (
+    COUNT,
+    ArgumentParser,
+    check_speed_flags,
+    number,
+    one_line_errors,
+    wrong_input,
+)
 from runtime.metrics import device_stats
 from samplers import guided, sample
 from scoring.manifest import code_commit
 
 ON_GPU = torch.cuda.is_available()
-NUM_CLASSES, NEARLY_NO_CHANGE = 101, argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0)
+NUM_CLASSES, NEARLY_NO_CHANGE = (
+    101,
+    argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0),
+)
 FRAMES = 4, 8, 16  # of the parts memory and sizes
 VARIABLES = "GPUS", "PRECISION"  # of the environment, which shell scripts read that a study starts
 WARM_UP = 2  # untimed calls at the start
@@ -55,14 +65,27 @@ warnings.filterwarnings("ignore", message="a token holds")
 
 
 def parse_args():
-    parser = ArgumentParser(description="Measure how close each part of training and sampling is to its limit.")
+    parser = ArgumentParser(
+        description="Measure how close each part of training and sampling is to its limit."
+    )
     add = parser.add_argument
     parts = f"some of {', '.join(PARTS)}; default: all but sizes"
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=parts)
-    add("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
+    add(
+        "--model",
+        choices=NAMES,
+        default="EqM-S/4",
+        metavar="NAME",
+        help="EqM-{Ti,S,B,L,XL}/{2,4,8}",
+    )
     add("--num-frames", type=COUNT, default=16, help="frames per clip")
     add("--batch-size", type=COUNT, default=4, help="clips per step")
-    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="precision of the network")
+    add(
+        "--precision",
+        choices=["fp32", "tf32", "bf16", "fp16"],
+        default="fp32",
+        help="precision of the network",
+    )
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
     add("--pairs", type=number(int, least=3), default=12, help="pairs of calls per row")
     return parser.parse_args()
@@ -102,9 +125,18 @@ class Report:
 
     def add(self, name, values, goal=None, note=""):
         low, middle, high = np.quantile(np.atleast_1d(values), [0.25, 0.5, 0.75]).tolist()
-        row = {"ratio": name, "median": middle, "quartiles": [low, high], "goal": goal, "note": note}
+        row = {
+            "ratio": name,
+            "median": middle,
+            "quartiles": [low, high],
+            "goal": goal,
+            "note": note,
+        }
         self.rows.append(row)
-        print(f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}){f', goal {goal}' if goal else ''}; {note}", flush=True)
+        print(
+            f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}){f', goal {goal}' if goal else ''}; {note}",
+            flush=True,
+        )
 
     def compare(self, name, a, b, pairs, goal=None, note="{:.3f} and {:.3f} s"):
         """Add a row for the time of a / the time of b. The note shows both medians."""
@@ -115,7 +147,9 @@ class Report:
         lines = ["| ratio | median | quartiles | goal | details |", "|---|---|---|---|---|"]
         for row in self.rows:
             spread = "{:.3g} - {:.3g}".format(*row["quartiles"])
-            lines.append(f"| {row['ratio']} | {row['median']:.3g} | {spread} | {row['goal'] or ''} | {row['note']} |")
+            lines.append(
+                f"| {row['ratio']} | {row['median']:.3g} | {spread} | {row['goal'] or ''} | {row['note']} |"
+            )
         return "\n".join(lines)
 
 
@@ -129,10 +163,16 @@ class Step:
         self.precision, self.forcing = args.precision, forcing
         self.device = torch.device("cuda" if ON_GPU else "cpu")
         torch.manual_seed(0)
-        settings = {"num_classes": NUM_CLASSES, "num_frames": args.num_frames, "use_rope": True} | settings
+        settings = {
+            "num_classes": NUM_CLASSES,
+            "num_frames": args.num_frames,
+            "use_rope": True,
+        } | settings
         self.model = EqM_models[args.model](**settings).to(self.device)
         with torch.no_grad():
-            for parameter in self.model.parameters():  # some layers start at zero, which may be faster
+            for (
+                parameter
+            ) in self.model.parameters():  # some layers start at zero, which may be faster
                 parameter.normal_(std=0.02)
         self.ema = deepcopy(self.model).requires_grad_(False)
         if args.compile:
@@ -141,14 +181,19 @@ class Step:
         side, channels = self.model.config.input_size, self.model.config.in_channels
         shape = args.batch_size, channels, args.num_frames, side, side
         self.x, self.noise = (torch.randn(shape, device=self.device) for _ in range(2))
-        self.y, self.indices = torch.randint(NUM_CLASSES, shape[:1], device=self.device), range(args.batch_size)
+        self.y, self.indices = (
+            torch.randint(NUM_CLASSES, shape[:1], device=self.device),
+            range(args.batch_size),
+        )
         self.flops = args.batch_size * self.model.config.training_flops(args.num_frames)
 
     def backward(self):
         """Run forward and backward, with new noise levels each time."""
         self.indices = range(self.indices.stop, self.indices.stop + len(self.x))
         frames, patch = self.x.shape[2], self.model.config.temporal_patch_size
-        gamma = transport.draw_gammas(0, 0, self.indices, frames, patch, share=self.forcing).to(self.device)
+        gamma = transport.draw_gammas(0, 0, self.indices, frames, patch, share=self.forcing).to(
+            self.device
+        )
         with distributed.autocast(self.device, self.precision):
             losses, *_ = transport.losses(self.model, self.x, self.noise, gamma, self.y, None)
             loss = losses.mean()
@@ -167,10 +212,19 @@ class Step:
 
     def products(self):
         """(FLOPs, function that runs them) of one block's matrix products, forward and backward, as in F.linear."""
-        D, N = self.model.config.hidden_size, len(self.x) * math.prod(self.model.config.grid(self.x.shape[2]))
-        random = partial(torch.randn, device=self.device, dtype=distributed.MIXED.get(self.precision, torch.float32))
+        D, N = (
+            self.model.config.hidden_size,
+            len(self.x) * math.prod(self.model.config.grid(self.x.shape[2])),
+        )
+        random = partial(
+            torch.randn,
+            device=self.device,
+            dtype=distributed.MIXED.get(self.precision, torch.float32),
+        )
         sizes = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
-        layers = [(random(N, inner), random(outer, inner), random(N, outer)) for inner, outer in sizes]
+        layers = [
+            (random(N, inner), random(outer, inner), random(N, outer)) for inner, outer in sizes
+        ]
 
         def run():
             for x, weight, gradient in layers:
@@ -190,13 +244,23 @@ def measure_step(args, report):
     floor, rate = scale * product_seconds, product_flops / product_seconds / 1e9
     note = f"{seconds:.3f} s; floor {floor:.3f} s at {rate:.0f} GFLOP/s"
     report.add(f"{args.precision} step / matrix-product floor", values / scale, "<= 1.15", note)
-    values, seconds, _ = measure_ratios(lambda: (ours.backward(), ours.model.zero_grad()), products, args.pairs)
+    values, seconds, _ = measure_ratios(
+        lambda: (ours.backward(), ours.model.zero_grad()), products, args.pairs
+    )
     name = f"{args.precision} forward and backward / matrix-product floor"
     report.add(name, values / scale, None, f"{seconds:.3f} s")
     updated.backward()
-    report.compare("EMA + optimizer + clipping / step", updated.update, ours, args.pairs, "<= 0.08", "{:.3f} s")
+    report.compare(
+        "EMA + optimizer + clipping / step", updated.update, ours, args.pairs, "<= 0.08", "{:.3f} s"
+    )
     if args.precision == "fp32":
-        report.compare("bf16 step / fp32 step", Step(changed(args, precision="bf16")), ours, args.pairs, "<= 0.65")
+        report.compare(
+            "bf16 step / fp32 step",
+            Step(changed(args, precision="bf16")),
+            ours,
+            args.pairs,
+            "<= 0.65",
+        )
 
 
 def compare_steps(rows, args, report):
@@ -221,7 +285,14 @@ def measure_sampling(args, report):
     sampling = partial(sample, field, x, "ngd", evaluations + 1)
     note = f"{{:.2f}} and {{:.2f}} s for {evaluations} evaluations"
     with torch.no_grad(), distributed.autocast(step.device, args.precision):
-        report.compare("guided sampling / its evaluations alone", sampling, forward, args.pairs, "<= 1.05", note)
+        report.compare(
+            "guided sampling / its evaluations alone",
+            sampling,
+            forward,
+            args.pairs,
+            "<= 1.05",
+            note,
+        )
 
 
 # Memory and time over the number of frames, and of some models --------------------------------------------------------
@@ -232,7 +303,9 @@ def measure_memory(args, report):
     goals = {"": ("<= 2.0", "<= 4.0"), ", --grad-checkpoint": ("<= 1.5", "<= 2.5")}
     for flag in goals:
         sizes = (changed(args, num_frames=num_frames) for num_frames in FRAMES)
-        first, *peaks = (in_new_process(peak_memory, size, "full" if flag else None) for size in sizes)
+        first, *peaks = (
+            in_new_process(peak_memory, size, "full" if flag else None) for size in sizes
+        )
         for num_frames, peak, goal in zip(FRAMES[1:], peaks, goals[flag], strict=True):
             note = f"{peak:.0f} and {first:.0f} MB, with model, optimizer and EMA"
             report.add(f"peak memory at {num_frames} frames / at 4{flag}", peak / first, goal, note)
@@ -262,27 +335,48 @@ def measure_growth(args, report):
     steps = [Step(changed(args, num_frames=num_frames)) for num_frames in frames]
     for step in WARM_UP * steps:
         step()
-    seconds = np.array([[seconds_of(step) for step in steps] for _ in range(max(3, args.pairs // 3))])
+    seconds = np.array(
+        [[seconds_of(step) for step in steps] for _ in range(max(3, args.pairs // 3))]
+    )
     for last, goal in ((3, "<= 1.3"), (5, None)):
         exponents = np.polyfit(np.log(frames[:last]), np.log(seconds[:, :last]).T, 1)[0]
         note = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0)) + " s"
-        report.add(f"growth exponent of the step time up to {frames[last - 1]} frames", exponents, goal, note)
+        report.add(
+            f"growth exponent of the step time up to {frames[last - 1]} frames",
+            exponents,
+            goal,
+            note,
+        )
 
 
 def measure_sizes(args, report):
     """Print clips per second, TFLOP/s and MFU (share of the device's peak) for some models and numbers of frames."""
-    header = ["model", "frames", "clips a step", "s a step", "clips/s", "TFLOP/s", "MFU", "peak memory, GB"]
+    header = [
+        "model",
+        "frames",
+        "clips a step",
+        "s a step",
+        "clips/s",
+        "TFLOP/s",
+        "MFU",
+        "peak memory, GB",
+    ]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for (model, tokens), num_frames in itertools.product(SIZES.items(), FRAMES):
         clips, cells = max(1, tokens // math.prod(model_config(model).grid(num_frames))), None
         while clips and not cells:
             try:
-                cells = time_step(changed(args, model=model, num_frames=num_frames, batch_size=clips))
+                cells = time_step(
+                    changed(args, model=model, num_frames=num_frames, batch_size=clips)
+                )
             except torch.OutOfMemoryError:
                 clips //= 2
             gc.collect()  # not in the handler, where the error still holds what did not fit
             torch.cuda.empty_cache()
-        print(f"| {' | '.join([model, str(num_frames), *(cells or ['does not fit', *'-----'])])} |", flush=True)
+        print(
+            f"| {' | '.join([model, str(num_frames), *(cells or ['does not fit', *'-----'])])} |",
+            flush=True,
+        )
 
 
 def time_step(args):
@@ -295,24 +389,48 @@ def time_step(args):
         torch.cuda.reset_peak_memory_stats()
     seconds = float(np.median([seconds_of(step) for _ in range(args.pairs)]))
     tflops = step.flops / seconds / 1e12
-    stats, forms = device_stats(step.device, args.precision, tflops), {"mfu": ".1%", "gpu_memory_gb": ".1f"}
+    stats, forms = (
+        device_stats(step.device, args.precision, tflops),
+        {"mfu": ".1%", "gpu_memory_gb": ".1f"},
+    )
     known = (format(stats[name], form) if name in stats else "-" for name, form in forms.items())
-    return [str(args.batch_size), f"{seconds:.3g}", f"{args.batch_size / seconds:.4g}", f"{tflops:.3g}", *known]
+    return [
+        str(args.batch_size),
+        f"{seconds:.3g}",
+        f"{args.batch_size / seconds:.4g}",
+        f"{tflops:.3g}",
+        *known,
+    ]
 
 
 PARTS = {
     "step": measure_step,
-    "positions": partial(compare_steps, [
-        ("step with rotary positions / with fixed positions", {}, {"use_rope": False}, "<= 1.01"),
-        ("rotary step with table and speed / without", {"position_table": "space", "rope_speed": 0.5}, {}, "<= 1.03"),
-    ]),
-    "forcing": partial(compare_steps, [("step with --forcing 0.5 / without", {"forcing": 0.5}, {}, "<= 1.03")]),
+    "positions": partial(
+        compare_steps,
+        [
+            (
+                "step with rotary positions / with fixed positions",
+                {},
+                {"use_rope": False},
+                "<= 1.01",
+            ),
+            (
+                "rotary step with table and speed / without",
+                {"position_table": "space", "rope_speed": 0.5},
+                {},
+                "<= 1.03",
+            ),
+        ],
+    ),
+    "forcing": partial(
+        compare_steps, [("step with --forcing 0.5 / without", {"forcing": 0.5}, {}, "<= 1.03")]
+    ),
     "energy": partial(compare_steps, [("step with --ebm dot / without", {"ebm": "dot"}, {}, None)]),
     "memory": measure_memory,
     "growth": measure_growth,
     "sampling": measure_sampling,
     "sizes": measure_sizes,
-}  # fmt: skip
+}
 
 
 @one_line_errors()

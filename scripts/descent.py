@@ -20,7 +20,9 @@ from vae import REPOSITORIES
 
 refuse_to_run(__name__, "scripts/export.py --html")
 
-TEMPLATE, NETWORK, KERNEL = (Path(__file__).with_suffix(suffix) for suffix in (".html", ".js", ".wat"))
+TEMPLATE, NETWORK, KERNEL = (
+    Path(__file__).with_suffix(suffix) for suffix in (".html", ".js", ".wat")
+)
 MOST_WEIGHTS = 20_000_000  # a file of 55 MB
 MOST_FLOPS = 20e9  # of one evaluation without guidance: about 2 s of one core
 LARGEST = 65_504  # in fp16
@@ -36,13 +38,19 @@ def check_runnable(flag, state, config):
     highest = max(value.abs().max().item() for value in state["ema"].values())
     flops = config.flops(frames(config, state["config"]["training"])["usual"])
     why = {
-        f"needs the VAE {vae if vae in REPOSITORIES else 'in its folder'}, which has no JavaScript": vae != "none",
-        f"has {config.in_channels} channels; expected 1 or 3 (pixels)": config.in_channels not in (1, 3),
+        f"needs the VAE {vae if vae in REPOSITORIES else 'in its folder'}, which has no JavaScript": vae
+        != "none",
+        f"has {config.in_channels} channels; expected 1 or 3 (pixels)": config.in_channels
+        not in (1, 3),
         f"has an energy (ebm {config.ebm}), whose gradient has no JavaScript": config.ebm != "none",
-        f"learned objective {config.objective}, whose field has no equilibria": config.objective != "eqm",
-        f"has {size / 1e6:.1f} M weights; expected at most {MOST_WEIGHTS / 1e6:g} M": size > MOST_WEIGHTS,
-        f"needs {flops / 1e9:.0f} GFLOP per evaluation; expected at most {MOST_FLOPS / 1e9:g}": flops > MOST_FLOPS,
-        f"has weights up to {highest:.3g}; expected at most {LARGEST} (fp16)": not highest <= LARGEST,
+        f"learned objective {config.objective}, whose field has no equilibria": config.objective
+        != "eqm",
+        f"has {size / 1e6:.1f} M weights; expected at most {MOST_WEIGHTS / 1e6:g} M": size
+        > MOST_WEIGHTS,
+        f"needs {flops / 1e9:.0f} GFLOP per evaluation; expected at most {MOST_FLOPS / 1e9:g}": flops
+        > MOST_FLOPS,
+        f"has weights up to {highest:.3g}; expected at most {LARGEST} (fp16)": not highest
+        <= LARGEST,
     }
     if reasons := [text for text, is_so in why.items() if is_so]:
         raise UserError(f"--html: {flag} {reasons[0]}; remove the flag to export a folder")
@@ -52,22 +60,33 @@ def make_page(name, state, config):
     """Return the HTML of a model that `check_runnable` allows. Weights become float16."""
     data, training = state["config"]["data"], state["config"]["training"]
     tensors = state["ema"]
-    weights = base64.b64encode(b"".join(value.half().contiguous().numpy().tobytes() for value in tensors.values()))
+    weights = base64.b64encode(
+        b"".join(value.half().contiguous().numpy().tobytes() for value in tensors.values())
+    )
     facts = {
-        "model": asdict(config), "classes": data["classes"], "timeScale": data["time_scale"],
-        "sampler": sampler(training), "frames": frames(config, training),
+        "model": asdict(config),
+        "classes": data["classes"],
+        "timeScale": data["time_scale"],
+        "sampler": sampler(training),
+        "frames": frames(config, training),
         "healsRegions": bool(training.get("forcing_regions")),
-        "shapes": [[name, list(value.shape)] for name, value in tensors.items()], "letters": len(weights),
+        "shapes": [[name, list(value.shape)] for name, value in tensors.items()],
+        "letters": len(weights),
         "kernel": base64.b64encode(wat.translate(KERNEL.read_text())).decode(),
-    }  # fmt: skip
+    }
     size = sum(value.numel() for value in tensors.values()) / 1e6
     about = f"{model_name(**asdict(config))}, {size:.1f} M parameters, step {state['step']}, {config.input_size} px"
     what = f"{about}. Sampling is descent on a field without a clock: disturb any state, and it goes on from there."
     parts = {
-        "title": escape(name), "what": escape(what), "engine": NETWORK.read_text(), "weights": weights.decode(),
+        "title": escape(name),
+        "what": escape(what),
+        "engine": NETWORK.read_text(),
+        "weights": weights.decode(),
         "facts": json.dumps(facts).replace("<", r"\u003c"),
-    }  # fmt: skip
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    }
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8")
+    )
 
 
 def frames(config, training):
@@ -75,7 +94,10 @@ def frames(config, training):
     usual = training["num_frames"]
     if not (config.use_rope and training["video"]):
         return {"least": usual, "most": usual, "usual": usual}
-    least, most = max(FRAMES[0], config.temporal_patch_size), max(FRAMES[1], config.temporal_patch_size)
+    least, most = (
+        max(FRAMES[0], config.temporal_patch_size),
+        max(FRAMES[1], config.temporal_patch_size),
+    )
     while most > least and config.flops(most) > MOST_FLOPS:
         most -= 1
     return {"least": least, "most": most, "usual": min(most, max(least, usual))}
@@ -83,11 +105,15 @@ def frames(config, training):
 
 def sampler(training):
     """Return the first values of the sliders: the checkpoint's sampler, along a path of few evaluations."""
-    kept = generation.SAMPLER | {key: training[key] for key in generation.SAMPLER if key in training}
+    kept = generation.SAMPLER | {
+        key: training[key] for key in generation.SAMPLER if key in training
+    }
     if kept["sampler"] not in DESCENTS:
         kept |= generation.SAMPLER
     length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
     return {
-        "stepSize": max(kept["stepsize"], length / EVALUATIONS), "guidance": kept["cfg_scale"],
-        "momentum": kept["mu"] if kept["sampler"] == "ngd" else 0, "stopBelow": kept["stop_below"] or REST,
-    }  # fmt: skip
+        "stepSize": max(kept["stepsize"], length / EVALUATIONS),
+        "guidance": kept["cfg_scale"],
+        "momentum": kept["mu"] if kept["sampler"] == "ngd" else 0,
+        "stopBelow": kept["stop_below"] or REST,
+    }

@@ -21,7 +21,16 @@ import models
 import published
 from models import EBMS, NAMES
 from runtime.atomic import write_file
-from runtime.cli import ArgumentParser, UserError, check_writable, one_line, one_line_errors, say, writing, wrong_input
+from runtime.cli import (
+    ArgumentParser,
+    UserError,
+    check_writable,
+    one_line,
+    one_line_errors,
+    say,
+    writing,
+    wrong_input,
+)
 from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
 
@@ -51,16 +60,37 @@ python EqM/train.py {train} --max-steps {steps}
 
 
 def parse_args():
-    parser = ArgumentParser(description="Export a checkpoint to a folder to share: EMA weights and configuration.")
+    parser = ArgumentParser(
+        description="Export a checkpoint to a folder to share: EMA weights and configuration."
+    )
     add = parser.add_argument
-    add("ckpt", metavar="CKPT", help="a checkpoint of train.py, an exported folder or a published image model")
-    add("folder", metavar="DIR", nargs="?", help="folder to write; must be new or empty; optional with --html")
+    add(
+        "ckpt",
+        metavar="CKPT",
+        help="a checkpoint of train.py, an exported folder or a published image model",
+    )
+    add(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        help="folder to write; must be new or empty; optional with --html",
+    )
     add("--html", metavar="FILE.html", help="page to write, which samples the model in a browser")
-    add("--dtype", choices=published.DTYPES, default="fp32", help="precision of the weights; fp16 halves the size")
+    add(
+        "--dtype",
+        choices=published.DTYPES,
+        default="fp32",
+        help="precision of the weights; fp16 halves the size",
+    )
     add("--vae", metavar="DIR", help="the model's own VAE, if its folder has moved")
     scores = "manifests of evaluate.py for samples of this checkpoint; the card shows their values"
     add("--scores", nargs="+", default=[], metavar="FILE", help=scores)
-    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
+    add(
+        "--model",
+        choices=NAMES,
+        metavar="NAME",
+        help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it",
+    )
     add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
     return parser.parse_args()
 
@@ -80,12 +110,18 @@ def main():
         scores = [score_table(args.ckpt, sha256, path) for path in args.scores]
     if args.folder:
         with writing(args.folder):
-            published.write_export(args.folder, state, args.dtype, make_card(args, state, vae, scores), vae)
+            published.write_export(
+                args.folder, state, args.dtype, make_card(args, state, vae, scores), vae
+            )
         size = sum(file.stat().st_size for file in Path(args.folder).rglob("*")) / 1e6
-        names = ", ".join((*published.EXPORT, published.CARD, *([f"{published.VAE_FOLDER}/"] if vae else [])))
+        names = ", ".join(
+            (*published.EXPORT, published.CARD, *([f"{published.VAE_FOLDER}/"] if vae else []))
+        )
         say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
     if args.html:
-        page = descent.make_page(Path(args.ckpt).resolve().name, state, config).encode("utf-8", "replace")
+        page = descent.make_page(Path(args.ckpt).resolve().name, state, config).encode(
+            "utf-8", "replace"
+        )
         with writing(args.html):
             Path(args.html).parent.mkdir(parents=True, exist_ok=True)
             write_file(args.html, page)
@@ -101,17 +137,24 @@ def check_places(args):
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
     elif unused := sorted(args.typed & {"dtype", "scores"}):
-        raise UserError(f"--{unused[0]}: has no effect on a page; expected DIR too; remove the flag")
+        raise UserError(
+            f"--{unused[0]}: has no effect on a page; expected DIR too; remove the flag"
+        )
     if args.html is not None:
         if not args.html or os.path.isdir(args.html):
-            raise UserError(f"--html {args.html or repr('')}: not a file; expected the name of an HTML file")
+            raise UserError(
+                f"--html {args.html or repr('')}: not a file; expected the name of an HTML file"
+            )
         check_writable("--html", Path(args.html).parent)
 
 
 def make_card(args, state, vae, scores):
     """The model card (README.md) of an exported folder."""
     video, rope = state["config"]["training"]["video"], state["config"]["model"]["use_rope"]
-    rows = [(key, one_line(str(value)).replace("|", "/")) for key, value in facts(state, args.dtype, vae)]
+    rows = [
+        (key, one_line(str(value)).replace("|", "/"))
+        for key, value in facts(state, args.dtype, vae)
+    ]
     return CARD.format(
         name=models.model_name(**state["config"]["model"]),
         trained_with=TRAINED_WITH[state["config"]["model"].get("objective", "eqm")],
@@ -142,13 +185,21 @@ def facts(state, dtype, vae):
     yield "data", os.path.basename(str(training.get("data_path") or "")) or "not recorded"
     if training["video"]:
         patch = model["temporal_patch_size"]
-        yield "clips", f"{training['num_frames']} frames, {data['time_scale']:.4g} s apart; patches of {patch}"
+        yield (
+            "clips",
+            f"{training['num_frames']} frames, {data['time_scale']:.4g} s apart; patches of {patch}",
+        )
     yield "frame size", f"{data['image_size'] or 'see config.json'} px"
     hub = f"{REPOSITORIES.get(data['vae'])}, downloaded on first use"
     own = f"its own, in `{published.VAE_FOLDER}/`"
     yield "VAE", own if vae else "none, the model works on pixels" if data["vae"] == "none" else hub
-    sampler = generation.SAMPLER | {key: training[key] for key in generation.SAMPLER if key in training}
-    yield "sampler", ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None)
+    sampler = generation.SAMPLER | {
+        key: training[key] for key in generation.SAMPLER if key in training
+    }
+    yield (
+        "sampler",
+        ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None),
+    )
     if math.isfinite(state["best_loss"]):
         yield "validation loss", f"{state['best_loss']:.4f}, the lowest of the last phase"
 
@@ -158,9 +209,13 @@ def score_table(ckpt, sha256, path):
     scores = manifest.read_manifest(path)
     if scores["generated"]["source"].get("weights_sha256") != sha256:
         advice = "sample from that checkpoint, then run evaluate.py"
-        raise UserError(f"--scores {path}: scores of other weights; expected the EMA weights of {ckpt}; {advice}")
+        raise UserError(
+            f"--scores {path}: scores of other weights; expected the EMA weights of {ckpt}; {advice}"
+        )
     head = f"\n`{scores['protocol']}`, code {scores['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
-    cells = [(key, "-" if value is None else f"{value:.4g}") for key, value in scores["values"].items()]
+    cells = [
+        (key, "-" if value is None else f"{value:.4g}") for key, value in scores["values"].items()
+    ]
     return head + "".join(f"| {key} | {value} |\n" for key, value in cells)
 
 

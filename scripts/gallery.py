@@ -17,7 +17,16 @@ from html import escape
 from pathlib import Path
 
 from runtime.atomic import write_file
-from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, one_line_errors, say, wrong_input
+from runtime.cli import (
+    COUNT,
+    SHARE,
+    ArgumentParser,
+    UserError,
+    check_writable,
+    one_line_errors,
+    say,
+    wrong_input,
+)
 from runtime.runs import results_of
 from scoring.sources import Samples
 from video.clips import Clips
@@ -29,18 +38,31 @@ from video.writers import write_videos
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL = 128  # px; the page does not smooth smaller samples
 WORDS = {"None": "none", "False": "off", "True": "on"}  # for values of flags
-NEEDED = {"ckpt", "video", "sampler", "cfg_scale", "seed", "mean_evaluations"}  # keys of samples.json or its flags
+NEEDED = {
+    "ckpt",
+    "video",
+    "sampler",
+    "cfg_scale",
+    "seed",
+    "mean_evaluations",
+}  # keys of samples.json or its flags
 
 
 def parse_args():
-    parser = ArgumentParser(description="Make an HTML page of a sample folder, with real clips beside the samples.")
+    parser = ArgumentParser(
+        description="Make an HTML page of a sample folder, with real clips beside the samples."
+    )
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="a sample folder of sample_gd.py")
-    real = "data set for real clips, from validation videos of the same classes; default: samples only"
+    real = (
+        "data set for real clips, from validation videos of the same classes; default: samples only"
+    )
     add("--data-path", metavar="DIR", help=real)
     add("--out", metavar="FILE.html", help="the page; default: FOLDER/gallery.html")
     add("--num-samples", type=COUNT, default=64, help="show at most the first N samples")
-    split = "share of validation videos, the same as for train.py, if the data set has no split files"
+    split = (
+        "share of validation videos, the same as for train.py, if the data set has no split files"
+    )
     add("--val-fraction", type=SHARE, default=0.05, help=split)
     return parser.parse_args()
 
@@ -53,10 +75,16 @@ def open_real(root, samples, count, val_fraction):
     parts, real = split_videos(root, source.videos(), val_fraction), {}
     for name in {*samples.names[:count]} - {None}:
         if name not in source.scan.classes:
-            raise UserError(f"{here}: no class {name!r}, which samples have; pass the data set of training")
-        train, val = ([v for v in part if v.class_name == name and v.num_frames >= T] for part in parts)
+            raise UserError(
+                f"{here}: no class {name!r}, which samples have; pass the data set of training"
+            )
+        train, val = (
+            [v for v in part if v.class_name == name and v.num_frames >= T] for part in parts
+        )
         if not train + val:
-            raise UserError(f"{here}: no video of class {name!r} has the {T} frames of the samples; remove the flag")
+            raise UserError(
+                f"{here}: no video of class {name!r} has the {T} frames of the samples; remove the flag"
+            )
         title = "real" if val else "real, from training"  # a small class may have no val video
         real[name] = real_clips(source, val or train, title, T, 1 / samples.time_scale)
     return real
@@ -65,36 +93,64 @@ def open_real(root, samples, count, val_fraction):
 def real_clips(source, videos, title, num_frames, fps):
     """Yield (clip uint8 (T, H, W, 3), its title) from videos, at the frame rate of the samples if possible."""
     interval = max(1, round(statistics.median(video.fps for video in videos) / fps))
-    clips = Clips(source, videos, source.scan.classes, num_frames, (interval, interval), flip=False, stream="real")
+    clips = Clips(
+        source,
+        videos,
+        source.scan.classes,
+        num_frames,
+        (interval, interval),
+        flip=False,
+        stream="real",
+    )
     for item in map(clips.__getitem__, itertools.count()):
-        same = num_frames == 1 or abs(item["time_scale"] * fps - 1) <= 0.05  # else the video has too few frames
-        yield item["clip"].permute(1, 2, 3, 0).numpy(), title + ("" if same else f", {1 / item['time_scale']:.3g} fps")
+        same = (
+            num_frames == 1 or abs(item["time_scale"] * fps - 1) <= 0.05
+        )  # else the video has too few frames
+        yield (
+            item["clip"].permute(1, 2, 3, 0).numpy(),
+            title + ("" if same else f", {1 / item['time_scale']:.3g} fps"),
+        )
 
 
 def make_page(samples, count, real):
     """The HTML of the first `count` samples; real: {class: real clips} of `open_real`."""
     flags, labels = samples.about["flags"], Counter(samples.labels[:count])
     names = {label: class_name(samples.classes, label) or "none" for label in sorted(labels)}
-    shown = {name.replace("_", "-"): WORDS.get(str(value), str(value)) for name, value in flags.items()}
+    shown = {
+        name.replace("_", "-"): WORDS.get(str(value), str(value)) for name, value in flags.items()
+    }
     parts = vars(samples) | {
         "title": escape(samples.folder.resolve().name),
         "what": escape(summary_line(samples, count)),
         "ckpt": escape(flags["ckpt"]),
-        "flags": "".join(f"<tr><td>--{escape(flag)}<td>{escape(value)}" for flag, value in shown.items()),
-        "options": "".join(f'<option value="{n}">{escape(name)} ({labels[n]})' for n, name in names.items()),
-        "cards": "\n".join(make_card(samples, index, real.get(samples.names[index])) for index in range(count)),
+        "flags": "".join(
+            f"<tr><td>--{escape(flag)}<td>{escape(value)}" for flag, value in shown.items()
+        ),
+        "options": "".join(
+            f'<option value="{n}">{escape(name)} ({labels[n]})' for n, name in names.items()
+        ),
+        "cards": "\n".join(
+            make_card(samples, index, real.get(samples.names[index])) for index in range(count)
+        ),
         "count": count,
         "fps": 1 / samples.time_scale,
         "last": samples.num_frames - 1,
         "columns": 2 if real else 1,
         "rendering": "pixelated" if samples.image_size < SMALL else "auto",
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: str(parts[match[1]]), TEMPLATE.read_text(encoding="utf-8"))
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda match: str(parts[match[1]]), TEMPLATE.read_text(encoding="utf-8")
+    )
 
 
 def summary_line(samples, count):
     """A line of text: number, kind, size and frame rate of the samples, and how they were sampled."""
-    T, size, total, flags = samples.num_frames, samples.image_size, len(samples), samples.about["flags"]
+    T, size, total, flags = (
+        samples.num_frames,
+        samples.image_size,
+        len(samples),
+        samples.about["flags"],
+    )
     number = f"{total}" if count == total else f"The first {count} of {total}"
     rate = f", {1 / samples.time_scale:.4g} frames per second" if T > 1 else ""
     kind = f"videos of {T} frames" if T > 1 else "images"
@@ -143,12 +199,16 @@ def main():
     with wrong_input():
         samples = Samples(args.folder, "FOLDER")
         if missing := NEEDED - samples.about.keys() - samples.about["flags"].keys():
-            raise UserError(f"{samples.place}: its samples.json has no {min(missing)}; sample again")
+            raise UserError(
+                f"{samples.place}: its samples.json has no {min(missing)}; sample again"
+            )
         if out.is_dir():
             raise UserError(f"--out {out}: a folder; expected the name of an HTML file")
         check_writable("--out", out.parent)
         count, total = min(args.num_samples, len(samples)), len(samples)
-        real = open_real(args.data_path, samples, count, args.val_fraction) if args.data_path else {}
+        real = (
+            open_real(args.data_path, samples, count, args.val_fraction) if args.data_path else {}
+        )
         page = make_page(samples, count, real)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, page.encode("utf-8", "replace"))  # file names may not be UTF-8

@@ -16,14 +16,25 @@ import torch
 
 from benchmark import made
 from runtime.atomic import write_file
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, precisions, wrong_input
+from runtime.cli import (
+    COUNT,
+    ArgumentParser,
+    UserError,
+    check_writable,
+    fail,
+    one_line_errors,
+    precisions,
+    wrong_input,
+)
 
 ON_GPU = torch.cuda.is_available()
 SPEED = "A training step on random latents of 32 x 32 x 4, without loading. MFU: FLOP/s / the GPU's peak FLOP/s."
 
 
 def parse_args():
-    parser = ArgumentParser(description="Check that a machine with GPUs trains correctly, and measure its speed.")
+    parser = ArgumentParser(
+        description="Check that a machine with GPUs trains correctly, and measure its speed."
+    )
     gpus = "GPUs for the checks with several ranks; default: all, or 2 processes without a GPU"
     parser.add_argument("gpus", nargs="?", type=COUNT, metavar="GPUS", help=gpus)
     out = "file for the tables; default: results/gpu.md, or none without a GPU"
@@ -40,7 +51,13 @@ class Rows:
     def pytest_runtest_logreport(self, report):
         for part, row in report.user_properties if report.when == "call" else ():
             if part != self.part:
-                self.lines += ["", f"**{part}**", "", "| what | measured | at most | | |", "|---|---|---|---|---|"]
+                self.lines += [
+                    "",
+                    f"**{part}**",
+                    "",
+                    "| what | measured | at most | | |",
+                    "|---|---|---|---|---|",
+                ]
                 self.part = part
             self.lines.append(row)
             print(f"\n{row}", end="", flush=True)
@@ -72,10 +89,16 @@ def main():
             check_writable("--out", out.parent)
             if out.is_dir():
                 raise UserError(f"--out {out}: is a folder; name a file")
-    title = f"GPU check: {ranks} x {torch.cuda.get_device_name()}" if ON_GPU else "Check WITHOUT a GPU: tiny sizes"
+    title = (
+        f"GPU check: {ranks} x {torch.cuda.get_device_name()}"
+        if ON_GPU
+        else "Check WITHOUT a GPU: tiny sizes"
+    )
     print(title)
     os.environ["GPUS"] = str(ranks)
-    status = pytest.main([str(ROOT / "tests/gpu_checks.py"), "-vv", "-p", "no:cacheprovider"], plugins=[rows])
+    status = pytest.main(
+        [str(ROOT / "tests/gpu_checks.py"), "-vv", "-p", "no:cacheprovider"], plugins=[rows]
+    )
     rows.failed += ["pytest"] if status and not rows.failed else []
     measure_speed(rows)
     verdict = f"FAILED: {'; '.join(rows.failed)}" if rows.failed else "All checks are ok"

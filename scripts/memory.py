@@ -36,12 +36,16 @@ COUNTED, FRAMES = 16, (4, 8, 16, 32)  # the bytes of a clip grow with its frames
 BATCHES = 1, 256  # that are counted
 STATES = 20  # bytes per weight: weight, gradient, two of AdamW, EMA
 GATHERED = 16  # bytes per weight of a block, with --shard: two blocks, each with bf16 weights, bf16 and fp32 gradients
-SAVED = 4  # tensors of a weight in a checkpoint: weight, EMA, two of AdamW; each has 4 bytes per value
+SAVED = (
+    4  # tensors of a weight in a checkpoint: weight, EMA, two of AdamW; each has 4 bytes per value
+)
 SETTINGS = {"num_classes": 101, "use_rope": True}
 
 
 def parse_args():
-    return ArgumentParser(description="Count what training keeps in memory, and say what fits on a GPU.").parse_args()
+    return ArgumentParser(
+        description="Count what training keeps in memory, and say what fits on a GPU."
+    ).parse_args()
 
 
 class Alive(TorchDispatchMode):
@@ -49,11 +53,17 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, given):
         super().__init__()
-        self.sizes, self.now, self.peak = dict.fromkeys(part.untyped_storage()._cdata for part in given), 0, 0
+        self.sizes, self.now, self.peak = (
+            dict.fromkeys(part.untyped_storage()._cdata for part in given),
+            0,
+            0,
+        )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        for storage in [part.untyped_storage() for part in tree_leaves(made) if torch.is_tensor(part)]:
+        for storage in [
+            part.untyped_storage() for part in tree_leaves(made) if torch.is_tensor(part)
+        ]:
             if (key := storage._cdata) not in self.sizes:
                 self.sizes[key] = storage.nbytes()
                 self.now += storage.nbytes()
@@ -71,7 +81,9 @@ def count_step(name, flag, clips, depth):
     As on a GPU, one kernel computes attention, and autocast has addcmul compute in float32.
     """
     addcmul = torch.addcmul
-    in_float = patch.object(torch, "addcmul", lambda *parts: addcmul(*(part.float() for part in parts)))
+    in_float = patch.object(
+        torch, "addcmul", lambda *parts: addcmul(*(part.float() for part in parts))
+    )
     with FakeTensorMode(), in_float, patch.object(models, "attend", F.scaled_dot_product_attention):
         model = EqM_models[f"EqM-{name}"](depth=depth, **SETTINGS)
         model.grad_checkpoint = flag
@@ -83,7 +95,9 @@ def count_step(name, flag, clips, depth):
             with distributed.autocast(x.device, "bf16"):
                 f = model(x, y)
             kept = alive.now
-            batches = torch.empty(2, 2, *x.shape, dtype=torch.half)  # this and the next: means, deviations
+            batches = torch.empty(
+                2, 2, *x.shape, dtype=torch.half
+            )  # this and the next: means, deviations
             f.float().square().mean().backward()
     del batches
     return kept, alive.peak
@@ -95,15 +109,30 @@ def measure(name, flag):
         model = EqM_models[f"EqM-{name}"](**SETTINGS)
     weights, block = (sum(map(torch.numel, part.parameters())) for part in (model, model.blocks[0]))
     pinned = SAVED * sum(pinned_bytes(weight.nbytes) for weight in model.parameters())
-    steps = {at: np.array(count_step(name, flag, *at)) for at in itertools.product(BATCHES, (1, 2))}  # depth: 1, 2
-    few, many = (steps[clips, 1] + (len(model.blocks) - 1) * (steps[clips, 2] - steps[clips, 1]) for clips in BATCHES)
+    steps = {
+        at: np.array(count_step(name, flag, *at)) for at in itertools.product(BATCHES, (1, 2))
+    }  # depth: 1, 2
+    few, many = (
+        steps[clips, 1] + (len(model.blocks) - 1) * (steps[clips, 2] - steps[clips, 1])
+        for clips in BATCHES
+    )
     per_clip = (many - few) / (BATCHES[1] - BATCHES[0])
-    (kept, peak), once = per_clip.tolist(), (few - BATCHES[0] * per_clip).tolist()  # once: rounded weights
+    (kept, peak), once = (
+        per_clip.tolist(),
+        (few - BATCHES[0] * per_clip).tolist(),
+    )  # once: rounded weights
     return {
-        "model": name, "flag": flag or "off", "weights": weights, "block": block, "kept_mb": kept / 1e6,
-        "peak_mb": peak / 1e6, "kept_once_mb": once[0] / 1e6, "peak_once_mb": once[1] / 1e6,
-        "gflops": model.config.training_flops(COUNTED, flag) / 1e9, "pinned_mb": pinned / 1e6,
-    }  # fmt: skip
+        "model": name,
+        "flag": flag or "off",
+        "weights": weights,
+        "block": block,
+        "kept_mb": kept / 1e6,
+        "peak_mb": peak / 1e6,
+        "kept_once_mb": once[0] / 1e6,
+        "peak_once_mb": once[1] / 1e6,
+        "gflops": model.config.training_flops(COUNTED, flag) / 1e9,
+        "pinned_mb": pinned / 1e6,
+    }
 
 
 def read_rows():
@@ -112,14 +141,19 @@ def read_rows():
 
 def fitting_clips(row, frames, gb, ranks):
     """How many clips of so many frames a GPU of so many GB can train on at once."""
-    once = GATHERED * row["block"] if ranks > 1 else 1e6 * row["peak_once_mb"]  # --shard gathers rounded weights
+    once = (
+        GATHERED * row["block"] if ranks > 1 else 1e6 * row["peak_once_mb"]
+    )  # --shard gathers rounded weights
     free = USABLE * 1e9 * gb - STATES * row["weights"] / ranks - once
     return max(0, math.floor(free / (1e6 * row["peak_mb"] * frames / COUNTED)))
 
 
 def tables(rows):
     """The tables of results/memory.md, as lines, from the rows of results/memory.json."""
-    lines = ["| model | `--grad-checkpoint` | MB per clip | MB once | FLOPs / off |", "|---|---|---|---|---|"]
+    lines = [
+        "| model | `--grad-checkpoint` | MB per clip | MB once | FLOPs / off |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         off = next(other for other in rows if other["model"] == row["model"])
         cells = f"{row['kept_mb']:.0f} | {row['kept_once_mb']:.0f} | {row['gflops'] / off['gflops']:.3f}"
@@ -130,7 +164,9 @@ def tables(rows):
         lines += [f"| model | `--grad-checkpoint` | {titles} |", f"|---|---|{'---|' * len(GPUS)}"]
         for ranks, row in itertools.product((1, RANKS), rows):
             cells = " | ".join(str(fitting_clips(row, frames, gb, ranks)) for gb in GPUS)
-            lines.append(f"| {row['model']}{', `--shard`' if ranks > 1 else ''} | {row['flag']} | {cells} |")
+            lines.append(
+                f"| {row['model']}{', `--shard`' if ranks > 1 else ''} | {row['flag']} | {cells} |"
+            )
     lines += ["", "## Copy of a checkpoint in the host memory of rank 0", ""]
     lines += ["| model | checkpoint (GB) | pinned memory (GB) |", "|---|---|---|"]
     for row in rows[:: len(FLAGS)]:  # --grad-checkpoint changes nothing

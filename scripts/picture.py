@@ -21,21 +21,39 @@ LEFT, MAX_NAME_LENGTH = 190, 16  # px and characters of the class names
 
 
 def parse_args():
-    parser = ArgumentParser(description="Draw samples of one or several folders as one PNG with labels.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="sample folders of sample_gd.py")
-    parser.add_argument("--rows", type=COUNT, default=4, help="number of samples to draw from each folder")
+    parser = ArgumentParser(
+        description="Draw samples of one or several folders as one PNG with labels."
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="sample folders of sample_gd.py"
+    )
+    parser.add_argument(
+        "--rows", type=COUNT, default=4, help="number of samples to draw from each folder"
+    )
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
     return parser.parse_args()
 
 
 def draw_folder(samples, rows):
     """The first `rows` samples of a folder, under a title: uint8 (h, w, 3)."""
-    T, size, shown = samples.num_frames, samples.image_size, evenly_spaced(samples.num_frames, COLUMNS)
-    clips, smooth = samples.clips[:rows, shown], Image.Resampling.NEAREST if size < SIDE else Image.Resampling.LANCZOS
-    counts = few(len(clips), len(samples), "samples") + (few(len(shown), T, "frames") or [f"{T} frames"])
+    T, size, shown = (
+        samples.num_frames,
+        samples.image_size,
+        evenly_spaced(samples.num_frames, COLUMNS),
+    )
+    clips, smooth = (
+        samples.clips[:rows, shown],
+        Image.Resampling.NEAREST if size < SIDE else Image.Resampling.LANCZOS,
+    )
+    counts = few(len(clips), len(samples), "samples") + (
+        few(len(shown), T, "frames") or [f"{T} frames"]
+    )
     title = f"{', '.join(counts)}, {1 / samples.time_scale:.3g} per second, {size} x {size} px"
     title += ", given frames in orange" if samples.given[0] else ""
-    frames = [Image.fromarray(frame).resize((SIDE, SIDE), smooth) for frame in clips.reshape(-1, size, size, 3)]
+    frames = [
+        Image.fromarray(frame).resize((SIDE, SIDE), smooth)
+        for frame in clips.reshape(-1, size, size, 3)
+    ]
     frames = np.stack(frames).reshape(*clips.shape[:2], SIDE, SIDE, 3)
     names = [samples.shown_class(name)[:MAX_NAME_LENGTH] for name in samples.names[:rows]]
     marked = [np.isin(shown, given) for given in samples.given[:rows]]
@@ -51,7 +69,9 @@ def main():
     picture = Image.fromarray(stack(*parts))
     with atomic_write(args.out) as file:
         picture.save(file, "PNG", optimize=True)
-    say(f"{args.out}: {picture.width} x {picture.height} px, {Path(args.out).stat().st_size / 1e3:.0f} KB")
+    say(
+        f"{args.out}: {picture.width} x {picture.height} px, {Path(args.out).stat().st_size / 1e3:.0f} KB"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from runtime.cli import ArgumentParser, UserError, check_writable, one_line_errors, plural, say, wrong_input
+from runtime.cli import (
+    ArgumentParser,
+    UserError,
+    check_writable,
+    one_line_errors,
+    plural,
+    say,
+    wrong_input,
+)
 from runtime.metrics import read_metrics
 from scoring.plots import COLORS, plt, save_figure
 from video.drawing import drawable
@@ -27,7 +35,10 @@ from video.drawing import drawable
 METRICS = "metrics.jsonl"
 X_AXES = {  # key in metrics.jsonl -> name of the axis, its units in units of the logged value
     "step": ("step", {"": 1}),
-    "flops": ("training compute", {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}),
+    "flops": (
+        "training compute",
+        {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6},
+    ),
     "seconds": ("wall time", {"days": 86400, "h": 3600, "min": 60, "s": 1}),
 }
 CUMULATIVE = "flops", "seconds"  # counted from the start of a run
@@ -37,8 +48,15 @@ plt.rcParams["text.parse_math"] = False  # names of folders may have a $
 
 
 def parse_args():
-    parser = ArgumentParser(description="Plot the losses of runs against steps, training compute and wall time.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder of train.py, or a folder of run folders")
+    parser = ArgumentParser(
+        description="Plot the losses of runs against steps, training compute and wall time."
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run folder of train.py, or a folder of run folders",
+    )
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the figure")
     share = "plot relative losses, which you can compare across data sets and frame counts: 1 is a zero prediction's"
     parser.add_argument("--relative", action="store_true", help=share)
@@ -51,7 +69,9 @@ def parse_args():
 @dataclass
 class Curve:
     label: str
-    phases: list  # (frames, rows up to the start of the next phase); FLOPs and seconds count all phases
+    phases: (
+        list  # (frames, rows up to the start of the next phase); FLOPs and seconds count all phases
+    )
 
     @property
     def rows(self):
@@ -62,7 +82,9 @@ def load_runs(places):
     """{run folder: its rows of metrics.jsonl, at least one} of all runs in these places. Raises UserError."""
     runs = {}
     for place in map(Path, places):
-        files = [place / METRICS] if (place / METRICS).exists() else sorted(place.glob(f"*/{METRICS}"))
+        files = (
+            [place / METRICS] if (place / METRICS).exists() else sorted(place.glob(f"*/{METRICS}"))
+        )
         found = {}
         for file in files:
             rows, torn = read_metrics(file)
@@ -71,7 +93,9 @@ def load_runs(places):
                 say(f"{file}: {plural(torn, 'torn line')} skipped")
         if not found:
             what = f"{METRICS} has no step yet" if files else f"no {METRICS}, nor a folder with one"
-            raise UserError(f"RUN {place}: {what}; name a run folder of train.py that has logged a step")
+            raise UserError(
+                f"RUN {place}: {what}; name a run folder of train.py that has logged a step"
+            )
         runs |= found
     return runs
 
@@ -91,10 +115,18 @@ def find_start(folder, runs):
     ckpt = Path(config["training"]["ckpt"])
     run = ckpt.parts[-4:-2]  # EXP/RUN of EXP/RUN/checkpoints/FILE; folders above EXP may have moved
     step = int(ckpt.stem) if ckpt.stem.isdecimal() else first - 1  # best.pt has no step in its name
-    found = [other for other, rows in runs.items() if other.parts[-len(run) :] == run and rows[0]["step"] <= step]
+    found = [
+        other
+        for other, rows in runs.items()
+        if other.parts[-len(run) :] == run and rows[0]["step"] <= step
+    ]
     if run and found:
-        return step, min(found, key=lambda other: other.parent != folder.parent)  # its own experiment first
-    say(f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count from there")
+        return step, min(
+            found, key=lambda other: other.parent != folder.parent
+        )  # its own experiment first
+    say(
+        f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count from there"
+    )
     return None
 
 
@@ -106,7 +138,10 @@ def make_curve(folder, runs, starts):
     phases, before = [], {}
     for last, part in chain:
         rows = [row for row in runs[part] if row["step"] <= last]
-        rows = [row | {name: row[name] + before.get(name, 0) for name in CUMULATIVE if name in row} for row in rows]
+        rows = [
+            row | {name: row[name] + before.get(name, 0) for name in CUMULATIVE if name in row}
+            for row in rows
+        ]
         before = {name: rows[-1].get(name, 0) for name in CUMULATIVE}
         for num_frames, group in itertools.groupby(rows, key=lambda row: row.get("num_frames")):
             phases.append((f"f{num_frames}" if num_frames else part.name, list(group)))
@@ -118,13 +153,24 @@ def make_curve(folder, runs, starts):
 
 def plot_curves(curves, relative=False):
     """The figure: rows for training and validation losses, a column for each of X_AXES that all curves have."""
-    rows, longest = [row for curve in curves for row in curve.rows], max(len(curve.rows) for curve in curves)
-    names, window = {*itertools.chain(*rows)}, max(1, longest // 20)  # window: lines that a thick curve averages
-    losses = {"training": "train_loss" + "_rel" * relative, "validation": validation_loss(rows, relative)}
+    rows, longest = (
+        [row for curve in curves for row in curve.rows],
+        max(len(curve.rows) for curve in curves),
+    )
+    names, window = (
+        {*itertools.chain(*rows)},
+        max(1, longest // 20),
+    )  # window: lines that a thick curve averages
+    losses = {
+        "training": "train_loss" + "_rel" * relative,
+        "validation": validation_loss(rows, relative),
+    }
     losses = {title: name for title, name in losses.items() if title == "training" or name in names}
     axes = [axis for axis in X_AXES if all(axis in row for row in rows)]
     size = 1 + 5.5 * len(axes), 3 + 3.5 * len(losses)
-    figure, grid = plt.subplots(len(losses), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
+    figure, grid = plt.subplots(
+        len(losses), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False
+    )
     for panels, axis in zip(grid.T, axes, strict=True):
         plot_column(panels, axis, curves, [*losses.values()], window)
     for panel, (title, name) in zip(grid[:, 0], losses.items(), strict=True):
@@ -133,7 +179,12 @@ def plot_curves(curves, relative=False):
     labels = [drawable(curve.label, f"run {number}") for number, curve in enumerate(curves)]
     lines = [style | {"label": label} for label, style in zip(labels, itertools.cycle(CURVES))]
     if window > 1:
-        lines.append({"color": "none", "label": f"training: thin as logged, thick the mean of {window} lines"})
+        lines.append(
+            {
+                "color": "none",
+                "label": f"training: thin as logged, thick the mean of {window} lines",
+            }
+        )
     handles = [plt.Line2D([], [], linewidth=2, **line) for line in lines]
     figure.legend(handles=handles, loc="outside lower center", frameon=False)
     return figure
@@ -142,14 +193,19 @@ def plot_curves(curves, relative=False):
 def validation_loss(rows, relative):
     """Which validation loss to plot: the relative one where clip lengths differ, if it was logged."""
     rows = [row for row in rows if "val_loss" in row]
-    lengths, is_logged = {row.get("num_frames") for row in rows}, all("val_loss_rel" in row for row in rows)
+    lengths, is_logged = (
+        {row.get("num_frames") for row in rows},
+        all("val_loss_rel" in row for row in rows),
+    )
     return "val_loss_rel" if relative or (len(lengths) > 1 and is_logged) else "val_loss"
 
 
 def plot_column(panels, axis, curves, losses, window):
     """Training and, if there is a second panel, validation losses against one of X_AXES. losses: their names."""
     (name, units), longest = X_AXES[axis], max(curve.rows[-1][axis] for curve in curves)
-    unit, size = next((pair for pair in units.items() if longest >= 2 * pair[1]), [*units.items()][-1])
+    unit, size = next(
+        (pair for pair in units.items() if longest >= 2 * pair[1]), [*units.items()][-1]
+    )
     for curve, style in zip(curves, itertools.cycle(CURVES)):
         line = partial(points, curve, axis, size)
         if window > 1:
@@ -159,7 +215,9 @@ def plot_column(panels, axis, curves, losses, window):
             panel.plot(*line(loss), **style, linewidth=2, marker=".", markersize=8)
     mark_phases(panels, curves, axis, size)
     panels[-1].set_xlabel(f"{name} ({unit})" if unit else name)
-    panels[-1].xaxis.set(major_locator=MaxNLocator(5), major_formatter=FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    panels[-1].xaxis.set(
+        major_locator=MaxNLocator(5), major_formatter=FuncFormatter(lambda x, _: f"{x:,.10g}")
+    )
 
 
 def points(curve, axis, size, name, window=1):
@@ -187,11 +245,15 @@ def mark_phases(panels, curves, axis, size):
     borders, place = [curves[0].rows[0][axis] / size, *ends[0]], panels[0].get_xaxis_transform()
     for i, (frames, _) in enumerate(curves[0].phases if len(ends[0]) > 1 else []):
         for panel in panels:
-            panel.axvspan(*borders[i : i + 2], color="black", alpha=0.02 + 0.07 * (i % 2), linewidth=0)
+            panel.axvspan(
+                *borders[i : i + 2], color="black", alpha=0.02 + 0.07 * (i % 2), linewidth=0
+            )
         middle = sum(borders[i : i + 2]) / 2
         panels[0].text(middle, 1.01, frames, ha="center", va="bottom", fontsize=12, transform=place)
     for own, style in zip(ends, itertools.cycle(CURVES)):
-        for end, panel in itertools.product([end for end in own[:-1] if end not in borders], panels):
+        for end, panel in itertools.product(
+            [end for end in own[:-1] if end not in borders], panels
+        ):
             panel.axvline(end, color=style["color"], linestyle=":", linewidth=1.5)
 
 
@@ -210,12 +272,19 @@ def main():
     args = parse_args()
     with wrong_input():
         if not args.out.lower().endswith(".png") or Path(args.out).is_dir():
-            raise UserError(f"--out {args.out}: not the name of a PNG file; expected one such as loss.png")
+            raise UserError(
+                f"--out {args.out}: not the name of a PNG file; expected one such as loss.png"
+            )
         check_writable("--out", Path(args.out).parent)
-        curves, loss = make_curves(load_runs(args.runs)), "train_loss_rel" if args.relative else "train_loss"
+        curves, loss = (
+            make_curves(load_runs(args.runs)),
+            "train_loss_rel" if args.relative else "train_loss",
+        )
         for curve in curves:
             if not any(loss in row for row in curve.rows):
-                raise UserError(f"RUN {curve.label}: {METRICS} has no {loss}; name a run folder of train.py")
+                raise UserError(
+                    f"RUN {curve.label}: {METRICS} has no {loss}; name a run folder of train.py"
+                )
             for axis in X_AXES:
                 if not all(axis in row for row in curve.rows):
                     say(f"no {axis} logged, so no curves against {X_AXES[axis][0]}: {curve.label}")

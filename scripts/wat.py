@@ -12,16 +12,40 @@ refuse_to_run(__name__, "scripts/export.py --html")
 TYPES = {"i32": 0x7F, "f32": 0x7D, "v128": 0x7B}
 NO_RESULT = 0x40
 OPCODES = {
-    "loop": 0x03, "br_if": 0x0D, "call": 0x10, "local.get": 0x20, "local.set": 0x21, "local.tee": 0x22,
-    "i32.const": 0x41, "f32.const": 0x43, "i32.lt_u": 0x49, "i32.add": 0x6A, "i32.sub": 0x6B, "i32.shr_u": 0x76,
-    "f32.add": 0x92, "f32.div": 0x95, "f32.max": 0x97,
-}  # fmt: skip
+    "loop": 0x03,
+    "br_if": 0x0D,
+    "call": 0x10,
+    "local.get": 0x20,
+    "local.set": 0x21,
+    "local.tee": 0x22,
+    "i32.const": 0x41,
+    "f32.const": 0x43,
+    "i32.lt_u": 0x49,
+    "i32.add": 0x6A,
+    "i32.sub": 0x6B,
+    "i32.shr_u": 0x76,
+    "f32.add": 0x92,
+    "f32.div": 0x95,
+    "f32.max": 0x97,
+}
 VECTOR = {  # after the byte 0xFD
-    "v128.load": 0x00, "v128.load32_splat": 0x09, "v128.store": 0x0B, "i32x4.splat": 0x11, "f32x4.splat": 0x13,
-    "f32x4.extract_lane": 0x1F, "f32x4.nearest": 0x6A, "i32x4.shl": 0xAB, "i32x4.add": 0xAE, "f32x4.add": 0xE4,
-    "f32x4.sub": 0xE5, "f32x4.mul": 0xE6, "f32x4.div": 0xE7, "f32x4.min": 0xE8, "f32x4.max": 0xE9,
+    "v128.load": 0x00,
+    "v128.load32_splat": 0x09,
+    "v128.store": 0x0B,
+    "i32x4.splat": 0x11,
+    "f32x4.splat": 0x13,
+    "f32x4.extract_lane": 0x1F,
+    "f32x4.nearest": 0x6A,
+    "i32x4.shl": 0xAB,
+    "i32x4.add": 0xAE,
+    "f32x4.add": 0xE4,
+    "f32x4.sub": 0xE5,
+    "f32x4.mul": 0xE6,
+    "f32x4.div": 0xE7,
+    "f32x4.min": 0xE8,
+    "f32x4.max": 0xE9,
     "i32x4.trunc_sat_f32x4_s": 0xF8,
-}  # fmt: skip
+}
 ALIGNMENT = {"v128.load": 4, "v128.load32_splat": 2, "v128.store": 4}  # log2 of bytes
 
 
@@ -38,11 +62,16 @@ def translate(text):
         if part[0] == "export"
     ]
     memory = b"".join(map(name, place)) + b"\2\0" + unsigned(int(pages))
-    indices = [unsigned(number) for number in range(len(functions))]  # each function has its own type
+    indices = [
+        unsigned(number) for number in range(len(functions))
+    ]  # each function has its own type
     parts = {
-        1: [signature(own) for own in functions], 2: [memory], 3: indices, 7: exports,
+        1: [signature(own) for own in functions],
+        2: [memory],
+        3: indices,
+        7: exports,
         10: [sized(code(own, numbers)) for own in functions],
-    }  # fmt: skip
+    }
     sections = (bytes([kind]) + sized(vector(items)) for kind, items in parts.items())
     return b"\0asm\1\0\0\0" + b"".join(sections)
 
@@ -63,14 +92,18 @@ def fields(function, kind):
 
 
 def signature(function):
-    params, results = (bytes(TYPES[part[-1]] for part in fields(function, kind)) for kind in ("param", "result"))
+    params, results = (
+        bytes(TYPES[part[-1]] for part in fields(function, kind)) for kind in ("param", "result")
+    )
     return b"\x60" + sized(params) + sized(results)
 
 
 def code(function, functions):
     """Return the locals and the body of a function."""
     own = [*fields(function, "param"), *fields(function, "local")]
-    scope = {part[1]: number for number, part in enumerate(own)} | {("call", name): n for name, n in functions.items()}
+    scope = {part[1]: number for number, part in enumerate(own)} | {
+        ("call", name): n for name, n in functions.items()
+    }
     local = vector([b"\1" + bytes([TYPES[part[-1]]]) for part in fields(function, "local")])
     heads = {"export", "param", "result", "local"}
     body = [part for part in function[1:] if isinstance(part, list) and part[0] not in heads]
@@ -89,7 +122,9 @@ def instruction(folded, scope, labels):
         return operands + bytes([OPCODES[opcode]]) + immediate(opcode, words, scope, labels)
     place = b""
     if opcode in ALIGNMENT:
-        place = unsigned(ALIGNMENT[opcode]) + unsigned(int(words[0].removeprefix("offset=")) if words else 0)
+        place = unsigned(ALIGNMENT[opcode]) + unsigned(
+            int(words[0].removeprefix("offset=")) if words else 0
+        )
     lane = bytes([int(words[0])]) if opcode.endswith("_lane") else b""
     return operands + b"\xfd" + unsigned(VECTOR[opcode]) + place + lane
 
@@ -102,7 +137,9 @@ def immediate(opcode, words, scope, labels):
         return signed(int(words[0]))
     if opcode == "br_if":
         return unsigned(labels.index(words[0]))
-    return unsigned(scope["call", words[0]] if opcode == "call" else scope[words[0]]) if words else b""
+    return (
+        unsigned(scope["call", words[0]] if opcode == "call" else scope[words[0]]) if words else b""
+    )
 
 
 def unsigned(value):

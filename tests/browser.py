@@ -8,9 +8,15 @@ import time
 
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 TIMEOUT = 60  # seconds to wait before a test fails
-ERRORS = "Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"  # also of the security policy
+ERRORS = (
+    "Runtime.exceptionThrown",
+    "Log.entryAdded",
+    "Runtime.consoleAPICalled",
+)  # also of the security policy
 
 
 class Browser:
@@ -19,15 +25,35 @@ class Browser:
     def __init__(self, profile):
         self.pipe, theirs = socket.socketpair()
         self.pipe.settimeout(TIMEOUT)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--mute-audio", "--remote-debugging-pipe"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--mute-audio",
+            "--remote-debugging-pipe",
+        ]
         self.process = subprocess.Popen(
-            ["bash", "-c", 'exec "$@" 3<&0 4>&0', "", CHROMIUM, *flags, f"--user-data-dir={profile}"],
-            stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                "bash",
+                "-c",
+                'exec "$@" 3<&0 4>&0',
+                "",
+                CHROMIUM,
+                *flags,
+                f"--user-data-dir={profile}",
+            ],
+            stdin=theirs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         theirs.close()
         self.rest, self.count, self.session, self.events = b"", 0, {}, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.session = {
+            "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
+        }
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -51,21 +77,27 @@ class Browser:
         """Show a file and wait until it is ready; media: features such as prefers_color_scheme="dark"."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **screen)
-        features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
+        features = [
+            {"name": name.replace("_", "-"), "value": value} for name, value in media.items()
+        ]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.events.clear()
         self.call("Page.navigate", url=path.as_uri() + query)
         self.wait(f"document.readyState === 'complete' && location.protocol === 'file:' && {ready}")
 
     def ask(self, expression):
-        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def wait(self, condition):
         deadline = time.monotonic() + TIMEOUT
         while not self.ask(condition):
-            assert time.monotonic() < deadline, f"{condition} is still not true: {self.seen(*ERRORS)}"
+            assert time.monotonic() < deadline, (
+                f"{condition} is still not true: {self.seen(*ERRORS)}"
+            )
             time.sleep(0.02)
 
     def seen(self, *methods):
@@ -76,4 +108,6 @@ class Browser:
 
 def press(browser, key):
     for kind in ("keyDown", "keyUp"):
-        browser.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
+        browser.call(
+            "Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else ""
+        )

@@ -49,7 +49,18 @@ def latents(shapes, tiny_vae, tmp_path_factory):
     from training import run_main
 
     out = tmp_path_factory.mktemp("cache") / "latents"
-    run_main(cache_latents, "--data-path", shapes, "--vae", tiny_vae, "--image-size", 16, "--out", out, "--with-flips")
+    run_main(
+        cache_latents,
+        "--data-path",
+        shapes,
+        "--vae",
+        tiny_vae,
+        "--image-size",
+        16,
+        "--out",
+        out,
+        "--with-flips",
+    )
     return out
 
 
@@ -59,7 +70,10 @@ def places(tmp_path_factory):
     from tiny_data import make_vae, random_checkpoint
     from tiny_videos import picture, save, write_video
 
-    root, forced = tmp_path_factory.mktemp("places"), {"training": {"forcing": 0.5}, "num_frames": 8}
+    root, forced = (
+        tmp_path_factory.mktemp("places"),
+        {"training": {"forcing": 0.5}, "num_frames": 8},
+    )
     random_checkpoint(root / "image.pt", input_size=8)
     random_checkpoint(root / "pixels.pt", use_rope=True, **forced)
     random_checkpoint(root / "latents.pt", make_vae(root / "vae"), use_rope=True, **forced)

@@ -52,12 +52,21 @@ def check(record_property, request):
 
 # Largest relative errors of outputs and of gradients. On a CPU EqM-S/4 has 6e-7 and 3e-6 in fp32, 7e-3 and 4e-2 in bf16
 # and 9e-4 and 6e-3 in fp16. tf32 and fp16 have 3 bits more than bf16, so an eighth of its limits.
-ERRORS = {"fp32": (1e-5, 1e-4), "tf32": (2.5e-3, 1.3e-2), "bf16": (2e-2, 0.1), "fp16": (2.5e-3, 1.3e-2)}
+ERRORS = {
+    "fp32": (1e-5, 1e-4),
+    "tf32": (2.5e-3, 1.3e-2),
+    "bf16": (2e-2, 0.1),
+    "fp16": (2.5e-3, 1.3e-2),
+}
 POSITIONS = {
     "fixed positions": {},
     "rotary": {"use_rope": True},
     "rotary, qk_norm": {"use_rope": True, "qk_norm": True},
-    "rotary, moving, position table": {"use_rope": True, "rope_speed": 0.5, "position_table": "space"},
+    "rotary, moving, position table": {
+        "use_rope": True,
+        "rope_speed": 0.5,
+        "position_table": "space",
+    },
 }
 
 
@@ -102,7 +111,11 @@ def network_errors(network, reference, inputs, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_outputs_and_gradients(case, precision, check):
     """Relative errors of the device against float64 on the CPU: outputs, and the worst gradient of a parameter."""
-    size = {"num_classes": 12, "num_frames": 6, "temporal_patch_size": 4}  # 6 frames do not fill the second patch
+    size = {
+        "num_classes": 12,
+        "num_frames": 6,
+        "temporal_patch_size": 4,
+    }  # 6 frames do not fill the second patch
     size |= {} if ON_GPU else {"depth": 2, "input_size": 16}
     config = model_config("EqM-S/4" if ON_GPU else "EqM-Ti/4", **size, **POSITIONS[case])
     network, inputs = random_network(config), random_inputs(config, 6)
@@ -115,7 +128,11 @@ def test_outputs_and_gradients(case, precision, check):
 
 # Flags ("": the precision that a run chooses by itself): how far the training loss may be from that of a plain run in
 # fp32. After 60 steps on a CPU it is 9e-4 for bf16, 2e-5 for fp16 and less than 1e-7 for --compile.
-ROUNDING = {"": 1e-2, "--compile --precision fp32": 1e-3, "--grad-checkpoint --precision fp32": 1e-3}
+ROUNDING = {
+    "": 1e-2,
+    "--compile --precision fp32": 1e-3,
+    "--grad-checkpoint --precision fp32": 1e-3,
+}
 ROUNDING |= {"--precision tf32": 5e-3, "--precision bf16": 1e-2, "--precision fp16": 5e-3}
 ROUNDING |= {"--grad-checkpoint selective --compile --precision fp32": 1e-3}
 # Losses of other kinds of training, / the plain one. On a CPU: muon 0.88, disp 0.98, ebm 0.43.
@@ -130,7 +147,12 @@ def run(shapes, tmp_path_factory):
 
     It is small enough for the GPU to wait for the loader.
     """
-    usual = ["--model", "EqM-Ti/2", "--global-batch-size", RANKS * math.ceil((16 if ON_GPU else 8) / RANKS)]
+    usual = [
+        "--model",
+        "EqM-Ti/2",
+        "--global-batch-size",
+        RANKS * math.ceil((16 if ON_GPU else 8) / RANKS),
+    ]
     usual += ["--log-every", 10, "--sample-every", 0, "--ckpt-every", STEPS // 4]
     folder = tmp_path_factory.mktemp("runs")
 
@@ -168,7 +190,9 @@ def test_speed_flags(flags, plain, run, check):
     check(flags or "no flags", distance(found, plain, "train_loss"), ROUNDING[flags])
 
 
-@pytest.mark.parametrize("flags", [flags for flags in OTHER_TRAINING if ON_GPU or flags in ON_A_CPU])
+@pytest.mark.parametrize(
+    "flags", [flags for flags in OTHER_TRAINING if ON_GPU or flags in ON_A_CPU]
+)
 def test_other_training(flags, plain, run, check):
     """Other kinds of training: the last training loss / the plain one."""
     loss = run(f"run {flags}", *flags.split(), "--precision", "fp32").rows()[-1]["train_loss"]
@@ -177,30 +201,52 @@ def test_other_training(flags, plain, run, check):
 
 def test_ranks(plain, all_ranks, run, check):
     """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses, gradient norms."""
-    others = {f"{RANKS} ranks / 1": all_ranks} if RANKS > 1 else {"1 rank / plain": run("python", ranks=0)}
+    others = (
+        {f"{RANKS} ranks / 1": all_ranks}
+        if RANKS > 1
+        else {"1 rank / plain": run("python", ranks=0)}
+    )
     if RANKS > 1 and ON_GPU:
         for flags in SHARDED:
-            others[f"{RANKS} ranks, {flags} / 1"] = run(flags, "--precision", "fp32", *flags.split(), ranks=RANKS)
+            others[f"{RANKS} ranks, {flags} / 1"] = run(
+                flags, "--precision", "fp32", *flags.split(), ranks=RANKS
+            )
     for name, other in others.items():
         check(name, distance(other, plain, "train_loss", "grad_norm", "val_loss"), 1e-3)
     if RANKS > 1 and ON_GPU and "bf16" in PRECISIONS:  # --shard gathers rounded weights
         sharded, whole = (
-            run(f"bf16{flag}", "--precision", "bf16", *flag.split(), ranks=RANKS) for flag in (" --shard", "")
+            run(f"bf16{flag}", "--precision", "bf16", *flag.split(), ranks=RANKS)
+            for flag in (" --shard", "")
         )
-        check("--shard / without, bf16", distance(sharded, whole, "train_loss", "grad_norm", "val_loss"), 1e-2)
+        check(
+            "--shard / without, bf16",
+            distance(sharded, whole, "train_loss", "grad_norm", "val_loss"),
+            1e-2,
+        )
 
 
-@pytest.mark.skipif(not ON_GPU or "bf16" not in PRECISIONS, reason="counts the memory of a GPU, in bf16")
+@pytest.mark.skipif(
+    not ON_GPU or "bf16" not in PRECISIONS, reason="counts the memory of a GPU, in bf16"
+)
 @pytest.mark.parametrize(
-    "row", [row for row in memory.read_rows() if row["model"] == "XL/2"], ids=lambda row: row["flag"]
+    "row",
+    [row for row in memory.read_rows() if row["model"] == "XL/2"],
+    ids=lambda row: row["flag"],
 )
 def test_memory(row, check):
     """Peak memory of a step of EqM-XL/2 with 2 clips of 16 frames, bf16, against the counts: relative difference."""
-    settings = {"num_frames": memory.COUNTED, "batch_size": 2, "precision": "bf16", "compile": False}
+    settings = {
+        "num_frames": memory.COUNTED,
+        "batch_size": 2,
+        "precision": "bf16",
+        "compile": False,
+    }
     expected = memory.STATES * row["weights"] + 1e6 * (row["peak_once_mb"] + 2 * row["peak_mb"])
     if torch.cuda.get_device_properties(0).total_memory < 1.1 * expected:
         pytest.skip(f"takes {expected / 1e9:.0f} GB")
-    step = benchmark.Step(SimpleNamespace(model="EqM-XL/2", **settings), num_classes=memory.SETTINGS["num_classes"])
+    step = benchmark.Step(
+        SimpleNamespace(model="EqM-XL/2", **settings), num_classes=memory.SETTINGS["num_classes"]
+    )
     step.model.grad_checkpoint = None if row["flag"] == "off" else row["flag"]
     step()  # makes the optimizer states
     step.backward()  # gradients exist all the time, as in the buckets of DDP
@@ -209,7 +255,9 @@ def test_memory(row, check):
     found = torch.cuda.max_memory_allocated()
     del step
     torch.cuda.empty_cache()
-    check(f"--grad-checkpoint {row['flag']}", abs(found / expected - 1), 0.1, f"{found / 1e9:.2f} GB")
+    check(
+        f"--grad-checkpoint {row['flag']}", abs(found / expected - 1), 0.1, f"{found / 1e9:.2f} GB"
+    )
 
 
 def test_a_kill_and_a_resume(all_ranks, check):
@@ -223,7 +271,12 @@ def test_a_kill_and_a_resume(all_ranks, check):
     assert 0 < saved <= at < STEPS
     killed.run("--precision", "fp32", "--resume", timeout=600)
     limit = 1e-3 if ON_GPU else 0  # the backward pass of attention adds in no fixed order on a GPU
-    check("resumed / whole", distance(killed, all_ranks), limit, f"killed after step {at}, resumed from {saved}")
+    check(
+        "resumed / whole",
+        distance(killed, all_ranks),
+        limit,
+        f"killed after step {at}, resumed from {saved}",
+    )
 
 
 def test_a_save(tmp_path, check):
@@ -241,8 +294,14 @@ def test_a_save(tmp_path, check):
     write = partial(writer.write, state, [], before=lambda: None, after=lambda: None)
     stands, takes = [], []
     for _ in range(4):
-        takes.append(benchmark.seconds_of(lambda: (stands.append(benchmark.seconds_of(write)), writer.wait())))
-    stands, takes = (statistics.median(seconds[1:]) for seconds in (stands, takes))  # the first one takes longer
+        takes.append(
+            benchmark.seconds_of(
+                lambda: (stands.append(benchmark.seconds_of(write)), writer.wait())
+            )
+        )
+    stands, takes = (
+        statistics.median(seconds[1:]) for seconds in (stands, takes)
+    )  # the first one takes longer
     note = f"{writer.path.stat().st_size / 1e6:.0f} MB are written after {takes:.2g} s"
     check(f"{model} with EMA and optimizer: training pauses, s", stands, math.inf, note)
     write()
@@ -250,4 +309,8 @@ def test_a_save(tmp_path, check):
         torch._foreach_add_(list(step.model.parameters()), 1.0)  # training changes them right after
     writer.wait()
     saved = torch.load(writer.path, weights_only=True)["model"]
-    check("tensors that differ", sum(not torch.equal(saved[name], expected[name]) for name in expected), 0)
+    check(
+        "tensors that differ",
+        sum(not torch.equal(saved[name], expected[name]) for name in expected),
+        0,
+    )

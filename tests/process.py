@@ -25,8 +25,15 @@ def spawn(*words, environment=(), **settings):
 
     Its errors go where its output goes, into a pipe. Settings of subprocess.Popen change that.
     """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
+    pipes["preexec_fn"] = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # background jobs ignore it
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment)
     return subprocess.Popen([str(word) for word in words], env=environment, **pipes | settings)
 
@@ -54,7 +61,10 @@ def run_ranks(code, count, folder):
     """Run Python code on so many ranks. Returns what each rank wrote to its file OUT."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     files = [folder / f"{rank}.pt" for rank in range(count)]
-    started = [python(code, RANK=str(k), LOCAL_RANK=str(k), OUT=str(file), **place) for k, file in enumerate(files)]
+    started = [
+        python(code, RANK=str(k), LOCAL_RANK=str(k), OUT=str(file), **place)
+        for k, file in enumerate(files)
+    ]
     for process in started:
         end(process, timeout=120)
     return [torch.load(file, weights_only=True) for file in files]

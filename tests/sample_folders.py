@@ -15,8 +15,12 @@ from video.source import open_source
 
 SIZE, FRAMES = 16, 8
 SOURCE = {
-    "temporal_patch_size": 4, "guidance": 1.0, "guidance_chosen": True, "keep_background": False, "weights_sha256": "a",
-}  # fmt: skip
+    "temporal_patch_size": 4,
+    "guidance": 1.0,
+    "guidance_chosen": True,
+    "keep_background": False,
+    "weights_sha256": "a",
+}
 FEW = ["--num-workers", 0, "--resamples", 4]
 
 
@@ -24,7 +28,9 @@ def read_clips(root, split, count, frames=FRAMES, stream="real", interval=1):
     """(clips uint8 (N, T, H, W, 3), labels, classes) of a data set, read without sources.py."""
     source = open_source(root, SIZE)
     videos = split_videos(root, source.videos(), 0.05)[split == "val"]
-    clips = Clips(source, videos, source.scan.classes, frames, (interval, interval), flip=False, stream=stream)
+    clips = Clips(
+        source, videos, source.scan.classes, frames, (interval, interval), flip=False, stream=stream
+    )
     items = [clips[index] for index in range(count)]
     pixels = torch.stack([item["clip"].permute(1, 2, 3, 0) for item in items]).numpy()
     return pixels, [item["y"] for item in items], source.scan.classes

@@ -18,7 +18,14 @@ from runtime.cli import UserError
 from runtime.rng import normal
 from sharding import full_tensor, is_sharded, make_networks
 
-SMALL = {"input_size": 8, "in_channels": 1, "hidden_size": 100, "depth": 2, "num_heads": 2, "num_classes": 3}
+SMALL = {
+    "input_size": 8,
+    "in_channels": 1,
+    "hidden_size": 100,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 3,
+}
 KINDS = {  # settings of a Run
     "accumulation": {"micro_batches": 2, "grad_checkpoint": "selective", "objective": "flow"},
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
@@ -26,7 +33,12 @@ KINDS = {  # settings of a Run
 }
 GATHERED = {  # settings of a Run that is trained with weights gathered in its precision, and in fp32
     "bf16": {"qk_norm": True},
-    "fp16": {"objective": "flow", "position_table": "space", "micro_batches": 2, "grad_checkpoint": "selective"},
+    "fp16": {
+        "objective": "flow",
+        "position_table": "space",
+        "micro_batches": 2,
+        "grad_checkpoint": "selective",
+    },
 }
 LABELS = torch.tensor([0, 3])
 CPU = torch.device("cpu")
@@ -37,8 +49,16 @@ class Run:
     """A small model with its EMA and optimizers, sharded or not."""
 
     def __init__(self, shard, micro_batches=1, optimizer="adamw", precision="fp32", **settings):
-        grad_checkpoint, gathered = settings.pop("grad_checkpoint", None), settings.pop("gathered", precision)
-        self.shard, self.micro_batches, self.precision, self.optimizer = shard, micro_batches, precision, optimizer
+        grad_checkpoint, gathered = (
+            settings.pop("grad_checkpoint", None),
+            settings.pop("gathered", precision),
+        )
+        self.shard, self.micro_batches, self.precision, self.optimizer = (
+            shard,
+            micro_batches,
+            precision,
+            optimizer,
+        )
         self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
         self.told = {"gamma": torch.tensor([0.25, 0.75])} if self.config.objective == "flow" else {}
         torch.manual_seed(0)
@@ -58,20 +78,34 @@ class Run:
                 optimizer.step()
                 optimizer.zero_grad()
             update_ema(self.ema, self.model, 0.5)
-            for one in (self.model, self.ema):  # as validation does: this must not leave full weights behind
+            for one in (
+                self.model,
+                self.ema,
+            ):  # as validation does: this must not leave full weights behind
                 with torch.no_grad(), distributed.autocast(CPU, self.precision):
                     one(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
         states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
         states = [value for values in states for value in values.values() if value.dim()]
-        return grad_norm, local_bytes([*self.model.parameters(), *self.ema.parameters(), *gradients, *states])
+        return grad_norm, local_bytes(
+            [*self.model.parameters(), *self.ema.parameters(), *gradients, *states]
+        )
 
     def backward(self, network, step):
         for number in range(self.micro_batches):
-            x, target = (normal(step, name, number, [distributed.rank(), 9], (1, 4, 8, 8), CPU) for name in "xt")
-            with nullcontext() if self.shard or number == self.micro_batches - 1 else network.no_sync():
+            x, target = (
+                normal(step, name, number, [distributed.rank(), 9], (1, 4, 8, 8), CPU)
+                for name in "xt"
+            )
+            with (
+                nullcontext()
+                if self.shard or number == self.micro_batches - 1
+                else network.no_sync()
+            ):
                 with distributed.autocast(CPU, self.precision):
                     f, features = network(x, LABELS, return_features=True, **self.told)
-                loss = (f.float() - target).square().mean() + features.float().square().mean()  # as with --disp
+                loss = (
+                    f.float() - target
+                ).square().mean() + features.float().square().mean()  # as with --disp
                 (loss / self.micro_batches).backward()
 
     def state(self):
@@ -82,12 +116,17 @@ class Run:
     def weights(self):
         """Full copies of the weights and of the EMA weights."""
         states = [network.state_dict() for network in (self.model, self.ema)]
-        return [{name: full_tensor(value).clone() for name, value in state.items()} for state in states]
+        return [
+            {name: full_tensor(value).clone() for name, value in state.items()} for state in states
+        ]
 
 
 def local_bytes(tensors):
     """Count the bytes that this rank holds of these tensors. Some share their memory."""
-    parts = [(tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage() for tensor in tensors]
+    parts = [
+        (tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage()
+        for tensor in tensors
+    ]
     return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
 
 
@@ -96,8 +135,14 @@ def train_both(kind):
     runs = [Run(shard, **KINDS[kind]) for shard in (False, True)]
     start = [run.weights() for run in runs]
     (norm, _), (sharded_norm, held) = (run.train() for run in runs)
-    full_bytes, block = (local_bytes(part.parameters()) for part in (runs[0].model, runs[0].model.blocks[0]))
-    found = {"start": start, "end": [run.weights() for run in runs], "norms": (norm.item(), sharded_norm.item())}
+    full_bytes, block = (
+        local_bytes(part.parameters()) for part in (runs[0].model, runs[0].model.blocks[0])
+    )
+    found = {
+        "start": start,
+        "end": [run.weights() for run in runs],
+        "norms": (norm.item(), sharded_norm.item()),
+    }
     return found | {"bytes": (held, full_bytes, block)}, runs
 
 
@@ -108,19 +153,28 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            self.bytes += max([part.nbytes for part in tree_leaves(args) if torch.is_tensor(part)], default=0)
+            self.bytes += max(
+                [part.nbytes for part in tree_leaves(args) if torch.is_tensor(part)], default=0
+            )
         return func(*args, **(kwargs or {}))
 
 
 def train_with(precision, gathered):
     """Train with weights gathered in some precision. Returns (bytes sent, bytes kept for a backward pass, weights)."""
-    run, saved, kept = Run(True, precision=precision, gathered=gathered, **GATHERED[precision]), [], []
+    run, saved, kept = (
+        Run(True, precision=precision, gathered=gathered, **GATHERED[precision]),
+        [],
+        [],
+    )
 
     def unpack(tensor):
         kept.append(local_bytes(saved))
         return tensor
 
-    with Traffic() as traffic, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, unpack):
+    with (
+        Traffic() as traffic,
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, unpack),
+    ):
         run.backward(run.model, 0)
     run.train()
     return traffic.bytes, kept[0], run.weights()
@@ -137,7 +191,9 @@ def save_and_load(folder, usual, run):
         distributed.average(torch.zeros(1))  # until rank 0 has written
         contents.append(torch.load(path))
         run = Run(True, **KINDS["muon"])
-        start = checkpoint.Start(checkpoint.Progress(), "a file that was loaded", state=contents[-1])
+        start = checkpoint.Start(
+            checkpoint.Progress(), "a file that was loaded", state=contents[-1]
+        )
         checkpoint.load_run(start, run.model, run.ema, run.optimizers, NO_SCALER)
     return [*contents, usual.state()]
 
@@ -161,7 +217,9 @@ def overflow():
     scaler.unscale_(run.optimizers[0])
     scaler.step(run.optimizers[0])
     scaler.update()
-    return scaler.get_scale(), any(not torch.equal(value, before[name]) for name, value in run.weights()[0].items())
+    return scaler.get_scale(), any(
+        not torch.equal(value, before[name]) for name, value in run.weights()[0].items()
+    )
 
 
 def main():

@@ -30,7 +30,10 @@ def test_only_training_videos_have_copies_and_no_two_are_equal(data, larger):
     before = split_videos(str(data), scan_videos(str(data)).videos, 0.05)
     train, val = split_videos(str(larger), scan_videos(str(larger)).videos, 0.5)  # the lists decide
     assert [video.key for video in val] == [video.key for video in before[1]]
-    copies = {video.key: [video.key + suffix for suffix in ("", "-copy1", "-copy2")] for video in before[0]}
+    copies = {
+        video.key: [video.key + suffix for suffix in ("", "-copy1", "-copy2")]
+        for video in before[0]
+    }
     assert sorted(video.key for video in train) == sorted(sum(copies.values(), []))
     paths = {video.key: video.path for video in train}
     for video in (*before[0], *before[1]):
@@ -38,10 +41,14 @@ def test_only_training_videos_have_copies_and_no_two_are_equal(data, larger):
     for keys in copies.values():
         (own, fps), *others = (decode(larger / paths[key]) for key in keys)
         assert all(frames.shape == own.shape and rate == fps for frames, rate in others)
-        assert not np.array_equal(own, others[0][0]) and not np.array_equal(others[0][0], others[1][0])
+        assert not np.array_equal(own, others[0][0]) and not np.array_equal(
+            others[0][0], others[1][0]
+        )
         for frames, _ in others:  # the right half of all frames is white, and stays the same color
             assert np.ptp(frames[:, 10:-10, -10:].astype(int), axis=0).max() <= 4
-            assert np.ptp(frames[0].astype(int), axis=1).max() > 10  # the left half of the first one is black
+            assert (
+                np.ptp(frames[0].astype(int), axis=1).max() > 10
+            )  # the left half of the first one is black
 
 
 def test_again_it_does_only_what_is_missing_and_makes_the_same_bytes(data, larger):
@@ -49,12 +56,18 @@ def test_again_it_does_only_what_is_missing_and_makes_the_same_bytes(data, large
     check_second_run(copy, augment, "--data-path", data, "--out", larger, "--copies", 2)
 
 
-def test_a_full_disk_leaves_no_data_set_and_the_next_run_completes_it(data, larger, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_leaves_no_data_set_and_the_next_run_completes_it(
+    data, larger, tmp_path, capsys, monkeypatch
+):
     with monkeypatch.context() as patch:
         patch.setattr(augment, "write_lossless", no_space)
         run_main(augment, "--data-path", data, "--out", tmp_path / "out", "--copies", 2, status=1)
-    assert "copy1.mkv can't be written (No space left on device; the disk" in capsys.readouterr().err
+    assert (
+        "copy1.mkv can't be written (No space left on device; the disk" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
     run_main(augment, "--data-path", data, "--out", tmp_path / "out", "--copies", 2)
-    assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {path.name for path in larger.rglob("*.*")}
+    assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {
+        path.name for path in larger.rglob("*.*")
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -32,7 +32,9 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "train images": MODEL + PIXELS + STEPS + "--data-path images",
     "schedule": MODEL + PIXELS + "--video --use-rope --global-batch-size 4 --data-path videos",
     "schedule fixed": MODEL + PIXELS + "--video --data-path videos",
-    "train latents": MODEL + STEPS + "--video --num-frames 8 --use-rope --no-flip --data-path cache",
+    "train latents": MODEL
+    + STEPS
+    + "--video --num-frames 8 --use-rope --no-flip --data-path cache",
     "sample": "sample_gd --video --ckpt rope.pt --folder new",
     "sample images": "sample_gd --ckpt image.pt --folder new",
     "cache": "cache_latents --data-path videos --vae vae --image-size 16 --out new",
@@ -42,7 +44,8 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "repeat": "evaluate --manifest m.json --out new.json",
     "export": "export",
     "shapes": "make_moving_shapes --out new",
-    "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 " + STEPS,
+    "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 "
+    + STEPS,
     "check": "check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 " + PIXELS,
     "augment": "augment --data-path videos --out new",
     "study": "study --out new",
@@ -343,22 +346,46 @@ def cases():
             left, arrow, words = row.partition("=> ")
             for flags in left.strip().split(" | "):
                 own = shlex.split(flags.replace("=", " "))
-                words_of_row = words.split("; ") if arrow else [word for word in own if word[:1] not in ("-", "{")]
+                words_of_row = (
+                    words.split("; ")
+                    if arrow
+                    else [word for word in own if word[:1] not in ("-", "{")]
+                )
                 named = [word for word in own[:1] if word[:1] == "-" and "argument" not in words]
                 yield pytest.param(command, flags, [*named, *words_of_row], id=f"{command} {flags}")
 
 
 TEXTS = {  # file: all that is in it
-    "file": "", "text.png": "hello", "list.json": "[1, 2]", "bad/A/x.avi": "no video", "bad/B/y.mp4": "no video",
-    "broken/a.avi": "RIFF and no more", "broken/b.mp4": "RIFF and no more", "no-format/latents.json": "{}",
-    "not-json/latents.json": "[", "m.json": json.dumps({"format": manifest.FORMAT, "flags": {}}),
-    **dict.fromkeys((
-        "begun/samples.unfinished", "mine/000000.mp4", "several-f16/notes.txt",
-        "larger/A/a-copy2.mkv", "twins/A/x.avi", "twins/A/x.m4v",
-        "mixed/A/x.avi", "mixed/y.avi", "nameless/none/x.avi", "nameless/A/y.avi", "deep/test/A/x.avi",
-        "deep/train/A/x.avi", "deep/train/B/y.m4v", "deep/train/x/A/x.png",
-    ), ""),
-}  # fmt: skip
+    "file": "",
+    "text.png": "hello",
+    "list.json": "[1, 2]",
+    "bad/A/x.avi": "no video",
+    "bad/B/y.mp4": "no video",
+    "broken/a.avi": "RIFF and no more",
+    "broken/b.mp4": "RIFF and no more",
+    "no-format/latents.json": "{}",
+    "not-json/latents.json": "[",
+    "m.json": json.dumps({"format": manifest.FORMAT, "flags": {}}),
+    **dict.fromkeys(
+        (
+            "begun/samples.unfinished",
+            "mine/000000.mp4",
+            "several-f16/notes.txt",
+            "larger/A/a-copy2.mkv",
+            "twins/A/x.avi",
+            "twins/A/x.m4v",
+            "mixed/A/x.avi",
+            "mixed/y.avi",
+            "nameless/none/x.avi",
+            "nameless/A/y.avi",
+            "deep/test/A/x.avi",
+            "deep/train/A/x.avi",
+            "deep/train/B/y.m4v",
+            "deep/train/x/A/x.png",
+        ),
+        "",
+    ),
+}
 VARIANTS = {  # folder: (the folder it is a copy of, a file, a text in the file, what replaces the text)
     "other-class": ("samples", "samples.json", '["A"]', '["C"]'),
     "slow": ("samples", "samples.json", "0.04", "0.48"),
@@ -382,7 +409,14 @@ def world(tmp_path_factory):
     def copy(folder, name):
         return shutil.copytree(root / folder, root / name)
 
-    names = ("videos/A/a", "videos/A/b", "videos/B/c", "videos/B/d", "one/A/a", *(f"long/A/{x * 245}" for x in "ab"))
+    names = (
+        "videos/A/a",
+        "videos/A/b",
+        "videos/B/c",
+        "videos/B/d",
+        "one/A/a",
+        *(f"long/A/{x * 245}" for x in "ab"),
+    )
     for name in names:
         write_video(root / f"{name}.avi", 10, size=(16, 16))
     copy("videos", "bad"), copy("videos", "larger")
@@ -415,11 +449,17 @@ def world(tmp_path_factory):
     os.truncate(copy("samples", "cut-samples") / "samples.npz", 200)
     clips = np.load(root / "samples/samples.npz")["arr_0"]
     for name, changed in {
-        "one-clip": clips[:1], "image-samples": clips[:, 0], "floats": clips / 255, "label-99": clips,
+        "one-clip": clips[:1],
+        "image-samples": clips[:, 0],
+        "floats": clips / 255,
+        "label-99": clips,
         "unlabeled": clips,
-        "no-clips": clips[:0], "no-frames": clips[:, :0], "no-rows": clips[:, :, :0], "gray": clips[..., :1],
+        "no-clips": clips[:0],
+        "no-frames": clips[:, :0],
+        "no-rows": clips[:, :, :0],
+        "gray": clips[..., :1],
         "code-samples": np.array([Code(), Code()]),
-    }.items():  # fmt: skip
+    }.items():
         labels = np.full(len(changed), {"label-99": 99, "unlabeled": -1}.get(name, 0))
         np.savez(copy("samples", name) / "samples.npz", arr_0=changed, labels=labels)
     make_shown(root / "shown", [0, 1], ["A", 'Cirque\ndu "soleil"'])

@@ -7,19 +7,24 @@ import torch
 
 import benchmark
 
-ARGS = argparse.Namespace(model="EqM-Ti/4", num_frames=4, batch_size=1, precision="fp32", compile=False, pairs=1)
+ARGS = argparse.Namespace(
+    model="EqM-Ti/4", num_frames=4, batch_size=1, precision="fp32", compile=False, pairs=1
+)
 
 
 def test_the_two_sides_alternate_and_a_row_has_the_spread_of_their_ratios(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(benchmark, "seconds_of", lambda side: side() or {"a": 3.0, "b": 2.0}[calls[-1]])
+    monkeypatch.setattr(
+        benchmark, "seconds_of", lambda side: side() or {"a": 3.0, "b": 2.0}[calls[-1]]
+    )
     report = benchmark.Report()
     report.compare("a / b", lambda: calls.append("a"), lambda: calls.append("b"), 4, "<= 3")
     assert calls == list("abab") + list("abbaabba")
     report.add("c / d", np.array([1.0, 2.0, 3.0, 4.0, 10.0]))
     assert report.markdown().splitlines()[2:] == [
-        "| a / b | 1.5 | 1.5 - 1.5 | <= 3 | 3.000 and 2.000 s |", "| c / d | 3 | 2 - 4 |  |  |",
-    ]  # fmt: skip
+        "| a / b | 1.5 | 1.5 - 1.5 | <= 3 | 3.000 and 2.000 s |",
+        "| c / d | 3 | 2 - 4 |  |  |",
+    ]
     assert report.rows[1]["quartiles"] == [2, 4]
 
 
@@ -62,9 +67,16 @@ def test_a_size_halves_its_clips_until_they_fit(monkeypatch, capsys):
             raise torch.OutOfMemoryError("too much")
         return [str(args.batch_size), *"abcde"]
 
-    for name, value in {"time_step": step, "SIZES": {"EqM-Ti/4": 12 * 64}, "FRAMES": (4, 8)}.items():
+    for name, value in {
+        "time_step": step,
+        "SIZES": {"EqM-Ti/4": 12 * 64},
+        "FRAMES": (4, 8),
+    }.items():
         monkeypatch.setattr(benchmark, name, value)
     benchmark.measure_sizes(ARGS, None)
     header, line, *rows = capsys.readouterr().out.splitlines()
     assert header.count("|") == line.count("|") == 9
-    assert rows == ["| EqM-Ti/4 | 4 | 3 | a | b | c | d | e |", "| EqM-Ti/4 | 8 | does not fit | - | - | - | - | - |"]
+    assert rows == [
+        "| EqM-Ti/4 | 4 | 3 | a | b | c | d | e |",
+        "| EqM-Ti/4 | 8 | does not fit | - | - | - | - | - |",
+    ]

@@ -25,7 +25,13 @@ from video.index import split_videos
 from video.source import cached_path, check_data_path, latents_settings, open_source
 
 SIZE = 16
-NAMES = {"Run/a.avi": 40, "Run/b.c.mp4": 21, "Run/b.mkv": 30, "Jump/d.avi": 20, "Jump/e.avi": 16}  # frames
+NAMES = {
+    "Run/a.avi": 40,
+    "Run/b.c.mp4": 21,
+    "Run/b.mkv": 30,
+    "Jump/d.avi": 20,
+    "Jump/e.avi": 16,
+}  # frames
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,10 @@ def own_cache(cache, tmp_path):
 
 
 def flags(root, vae, out, *more):
-    return [str(part) for part in ("--data-path", root, "--vae", vae, "--image-size", SIZE, "--out", out, *more)]
+    return [
+        str(part)
+        for part in ("--data-path", root, "--vae", vae, "--image-size", SIZE, "--out", out, *more)
+    ]
 
 
 def run(*arguments, status=0):
@@ -73,7 +82,9 @@ def run(*arguments, status=0):
 @pytest.fixture
 def refused(capsys):
     """A function that runs cache_latents.py with wrong input and returns the error line."""
-    return lambda *arguments, **how: training.refused(capsys, cache_latents, *flags(*arguments), **how)
+    return lambda *arguments, **how: training.refused(
+        capsys, cache_latents, *flags(*arguments), **how
+    )
 
 
 # Content --------------------------------------------------------------------------------------------------------------
@@ -85,8 +96,16 @@ def test_a_cache_holds_the_posterior_of_every_frame(root, vae, cache, flipped):
     for video in files.videos():
         every = range(video.num_frames)
         found = cached.read(replace(video, path=cached_path(video)), every, flipped)
-        assert found.dtype == torch.float16 and found.shape == (2, 4, video.num_frames, SIZE // 2, SIZE // 2)
-        expected = torch.cat(model.posterior(files.read(video, every, flipped)[None]))  # mean and std
+        assert found.dtype == torch.float16 and found.shape == (
+            2,
+            4,
+            video.num_frames,
+            SIZE // 2,
+            SIZE // 2,
+        )
+        expected = torch.cat(
+            model.posterior(files.read(video, every, flipped)[None])
+        )  # mean and std
         torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -94,10 +113,20 @@ def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypa
     settings = json.loads((cache / "latents.json").read_text())
     videos, sha256 = settings.pop("videos"), load_vae(vae).sha256
     assert settings == {
-        "format": 1, "vae": vae, "vae_sha256": sha256, "image_size": SIZE, "channels": 4, "downsample": 2, "scale": 0.7,
-        "shift": 0.0, "flips": True, "num_videos": 5, "num_frames": sum(NAMES.values()), "classes": ["Jump", "Run"],
+        "format": 1,
+        "vae": vae,
+        "vae_sha256": sha256,
+        "image_size": SIZE,
+        "channels": 4,
+        "downsample": 2,
+        "scale": 0.7,
+        "shift": 0.0,
+        "flips": True,
+        "num_videos": 5,
+        "num_frames": sum(NAMES.values()),
+        "classes": ["Jump", "Run"],
         "unreadable": [],
-    }  # fmt: skip
+    }
     fields = {"path": "Run/b.c.safetensors", "class_name": "Run", "num_frames": 21, "fps": 30.0}
     assert videos[3] == fields | {"height": 48, "width": 64}
     assert {path.name for path in cache.glob("[!.]*")} == {"latents.json", "Jump", "Run"}
@@ -105,21 +134,30 @@ def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypa
 
     monkeypatch.setattr(source, "safe_open", lambda *_: pytest.fail("opened a file"))
     files, cached = open_source(root, SIZE), open_source(cache, SIZE)
-    assert cached.videos() == [replace(video, path=cached_path(video)) for video in files.videos()]  # in their order
+    assert cached.videos() == [
+        replace(video, path=cached_path(video)) for video in files.videos()
+    ]  # in their order
     assert (cached.scan.classes, cached.scan.unreadable) == (files.scan.classes, [])
     check_data_path(cache)
 
 
-def test_a_pixel_cache_has_exact_clips_and_skips_a_corrupt_video_until_it_is_repaired(own, tmp_path, capsys):
+def test_a_pixel_cache_has_exact_clips_and_skips_a_corrupt_video_until_it_is_repaired(
+    own, tmp_path, capsys
+):
     out = tmp_path / "out"
     scribble(own / "Run" / "a.avi")
     run(own, "none", out)
     printed, settings = capsys.readouterr().out, latents_settings(out)
-    assert "4 videos, 87 frames of 0.75 KB" in printed and printed.count("Run/a.avi can't be decoded") == 1
+    assert (
+        "4 videos, 87 frames of 0.75 KB" in printed
+        and printed.count("Run/a.avi can't be decoded") == 1
+    )
     assert (settings["vae"], settings["downsample"], settings["flips"]) == ("none", 1, True)
     assert settings["unreadable"] == ["Run/a.avi"] and not list(out.rglob("a.*"))
     (own / "Run" / "a.avi").unlink()
-    videos, cached = (clips_of(open_source(place, SIZE), 4, frame_interval=(1, 4)) for place in (own, out))
+    videos, cached = (
+        clips_of(open_source(place, SIZE), 4, frame_interval=(1, 4)) for place in (own, out)
+    )
     assert (cached.source.scan.unreadable, len(cached.source.scan.videos)) == ([], 4)
     for k in range(12):
         sample, other = videos[k], cached[k]
@@ -136,18 +174,28 @@ def test_a_cache_copies_the_ucf_split_lists_as_writable_files(own, vae, tmp_path
     (own / place / "ucfTrainTestlist").chmod(0o555)
     out = tmp_path / "elsewhere" / "deep"
     run(own, vae, out)
-    assert all(path.stat().st_mode & 0o200 for path in out.rglob("*"))  # read-only modes are not copied
+    assert all(
+        path.stat().st_mode & 0o200 for path in out.rglob("*")
+    )  # read-only modes are not copied
     for folder in (own, out):
         train, val = split_videos(folder, open_source(folder, SIZE).videos(), 0.05)
         assert [video.key for video in train] == ["Jump/d", "Run/a", "Run/b.c"]
         assert [video.key for video in val] == ["Jump/e", "Run/b"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux shows what a process has mapped")
-@pytest.mark.parametrize("frame_indices", [list(range(10_000, 10_016)), list(range(0, 32_000, 2000))])
-def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(tmp_path, monkeypatch, frame_indices):
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="only Linux shows what a process has mapped"
+)
+@pytest.mark.parametrize(
+    "frame_indices", [list(range(10_000, 10_016)), list(range(0, 32_000, 2000))]
+)
+def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(
+    tmp_path, monkeypatch, frame_indices
+):
     place, shape, resident = tmp_path / "v.safetensors", (131_072, 4, 32, 32), []
-    header = json.dumps({"pixels": {"dtype": "U8", "shape": shape, "data_offsets": [0, 2**29]}}).encode()
+    header = json.dumps(
+        {"pixels": {"dtype": "U8", "shape": shape, "data_offsets": [0, 2**29]}}
+    ).encode()
     with open(place, "wb") as file:  # a sparse file of 512 MB
         file.write(len(header).to_bytes(8, "little") + header)
         for k, frame_index in enumerate(frame_indices):
@@ -159,7 +207,9 @@ def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(tmp_path
     def watched(*args):
         with safe_open(*args) as file:
             yield file
-            maps = Path("/proc/self/smaps").read_text().split("VmFlags")  # the clip is read and the file still mapped
+            maps = (
+                Path("/proc/self/smaps").read_text().split("VmFlags")
+            )  # the clip is read and the file still mapped
             (lines,) = [part.splitlines() for part in maps if str(place) in part]
             resident.extend(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
@@ -178,16 +228,22 @@ def encoded(monkeypatch):
     return record_calls(monkeypatch, cache_latents, "encode_video", lambda *args: args[3].path)
 
 
-def test_a_complete_cache_is_reported_and_opens_no_video(root, vae, cache, encoded, monkeypatch, capsys):
+def test_a_complete_cache_is_reported_and_opens_no_video(
+    root, vae, cache, encoded, monkeypatch, capsys
+):
     before = content(cache)
     monkeypatch.setattr(index, "probe", lambda *_: pytest.fail("opened a video again"))
-    assert sorted(root.rglob("*.*")) == sorted(root / name for name in NAMES)  # the index is in the cache
+    assert sorted(root.rglob("*.*")) == sorted(
+        root / name for name in NAMES
+    )  # the index is in the cache
     run(root, vae, cache, "--with-flips")
     assert "is complete: 5 videos, 127 frames of 2 KB" in capsys.readouterr().out
     assert encoded == [] and content(cache) == before
 
 
-def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(own, vae, tmp_path, encoded):
+def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(
+    own, vae, tmp_path, encoded
+):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".nfs01").write_text("")  # of the file system
@@ -205,12 +261,22 @@ def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(own
     assert content(out) == content(tmp_path / "fresh")
     settings = latents_settings(out)
     assert settings["classes"] == ["Jump", "Run", "Swim"] and not settings["flips"]
-    assert clips_of(open_source(out, SIZE), 4, flip=False)[0]["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
+    assert clips_of(open_source(out, SIZE), 4, flip=False)[0]["clip"].shape == (
+        2,
+        4,
+        4,
+        SIZE // 2,
+        SIZE // 2,
+    )
 
 
-def test_the_next_run_caches_a_video_that_changed_after_the_scan(own, vae, tmp_path, monkeypatch, encoded):
+def test_the_next_run_caches_a_video_that_changed_after_the_scan(
+    own, vae, tmp_path, monkeypatch, encoded
+):
     with monkeypatch.context() as patch:
-        record_calls(patch, cache_latents, "begin_cache", lambda *_: write_video(own / "Jump" / "d.avi", 30))
+        record_calls(
+            patch, cache_latents, "begin_cache", lambda *_: write_video(own / "Jump" / "d.avi", 30)
+        )
         run(own, vae, tmp_path / "out")
     encoded.clear()
     run(own, vae, tmp_path / "out")
@@ -228,17 +294,23 @@ def replace_by_equal_size(path, other, mtime_ns=None):
         os.utime(path, ns=(mtime_ns, mtime_ns))
 
 
-def test_a_video_that_another_one_of_equal_size_replaces_is_encoded_again(own, vae, tmp_path, encoded):
+def test_a_video_that_another_one_of_equal_size_replaces_is_encoded_again(
+    own, vae, tmp_path, encoded
+):
     out = tmp_path / "out"
     run(own, vae, out)
     before = load_file(out / "Run" / "a.safetensors")["mean"]
     earlier = (own / "Run" / "a.avi").stat().st_mtime_ns - 10**9
-    replace_by_equal_size(own / "Run" / "a.avi", own / "Jump" / "d.avi", earlier)  # a copy that kept its time
+    replace_by_equal_size(
+        own / "Run" / "a.avi", own / "Jump" / "d.avi", earlier
+    )  # a copy that kept its time
     encoded.clear()
     run(own, vae, out)
     assert encoded == ["Run/a.avi"]
     found = load_file(out / "Run" / "a.safetensors")["mean"]
-    assert len(before) == 40 and torch.equal(found, load_file(out / "Jump" / "d.safetensors")["mean"])
+    assert len(before) == 40 and torch.equal(
+        found, load_file(out / "Jump" / "d.safetensors")["mean"]
+    )
     encoded.clear()
     run(own, vae, out)
     assert encoded == []
@@ -252,7 +324,9 @@ def without_times(cache):
         save_file(load_file(path), path, {"source_bytes": size})
 
 
-def test_a_cache_without_times_stays_valid_but_a_newer_video_is_encoded_again(own, vae, tmp_path, encoded, capsys):
+def test_a_cache_without_times_stays_valid_but_a_newer_video_is_encoded_again(
+    own, vae, tmp_path, encoded, capsys
+):
     out = tmp_path / "out"
     run(own, vae, out)
     without_times(out)
@@ -267,7 +341,10 @@ def test_a_cache_without_times_stays_valid_but_a_newer_video_is_encoded_again(ow
         run(own, vae, out)
         assert encoded == ([] if is_complete else ["Run/b.mkv"])
         kept = "5 files" if is_complete else "4 files"
-        assert capsys.readouterr().out.count(f"keeps {kept} of an earlier version, without the times") == 1
+        assert (
+            capsys.readouterr().out.count(f"keeps {kept} of an earlier version, without the times")
+            == 1
+        )
     later = (out / "Run" / "a.safetensors").stat().st_mtime_ns + 1
     replace_by_equal_size(own / "Run" / "a.avi", own / "Jump" / "d.avi", later)
     encoded.clear()
@@ -291,7 +368,10 @@ def test_a_video_whose_latents_are_not_finite_is_skipped(root, vae, tmp_path, mo
 
     monkeypatch.setattr(VAE, "posterior", too_large)
     run(root, vae, tmp_path / "out")
-    assert "Run/b.mkv can't be decoded, or its latents exceed float16; it is skipped" in capsys.readouterr().out
+    assert (
+        "Run/b.mkv can't be decoded, or its latents exceed float16; it is skipped"
+        in capsys.readouterr().out
+    )
     assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/b.mkv"]
 
 
@@ -300,14 +380,21 @@ def test_a_cache_without_readable_videos_is_an_error(tmp_path, refused):
     scribble(tmp_path / "videos" / "a.avi")
     line = refused(tmp_path / "videos", "none", tmp_path / "out", late=True)
     assert f"--data-path {tmp_path / 'videos'}: can't decode any of its videos" in line
-    assert latents_settings(tmp_path / "videos") is None and not (tmp_path / "out" / "latents.json").exists()
+    assert (
+        latents_settings(tmp_path / "videos") is None
+        and not (tmp_path / "out" / "latents.json").exists()
+    )
 
 
-def test_too_many_corrupt_videos_are_an_error_unless_a_flag_allows_them(own, vae, tmp_path, refused):
+def test_too_many_corrupt_videos_are_an_error_unless_a_flag_allows_them(
+    own, vae, tmp_path, refused
+):
     scribble(own / "Run" / "a.avi")
     (own / "Run" / "text.avi").write_text("not a video")
     line = refused(own, vae, tmp_path / "out", late=True)
-    assert "--max-bad-fraction 0.1: 2 of 6 files are corrupt, expected at most 1: Run/a.avi; " in line
+    assert (
+        "--max-bad-fraction 0.1: 2 of 6 files are corrupt, expected at most 1: Run/a.avi; " in line
+    )
     assert "move or delete them, or raise this limit" in line
     assert not (tmp_path / "out" / "latents.json").exists()
     run(own, vae, tmp_path / "out", "--max-bad-fraction", 0.4)
@@ -319,7 +406,9 @@ def test_too_many_corrupt_videos_are_an_error_unless_a_flag_allows_them(own, vae
 
 def holding(num_frames, side=8, parts=("mean", "std")):
     """A function that writes a latents file with these shapes and parts."""
-    return lambda path: save_file({part: torch.zeros(num_frames, 4, side, side).half() for part in parts}, path)
+    return lambda path: save_file(
+        {part: torch.zeros(num_frames, 4, side, side).half() for part in parts}, path
+    )
 
 
 DAMAGES = {
@@ -358,11 +447,19 @@ def test_a_cache_with_other_settings_is_refused(root, vae, own_cache, tmp_path, 
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
 
 
-@pytest.mark.parametrize("complete", [0, 2, 6])  # before latents.partial.json, a video, latents.json
-def test_a_full_disk_is_one_line_and_leaves_no_partial_file(root, vae, cache, tmp_path, monkeypatch, refused, complete):
+@pytest.mark.parametrize(
+    "complete", [0, 2, 6]
+)  # before latents.partial.json, a video, latents.json
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(
+    root, vae, cache, tmp_path, monkeypatch, refused, complete
+):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:  # a file takes two calls of fsync, the second one for its folder
-        calls = record_calls(patch, os, "fsync", lambda _: len(calls) == 2 * complete and no_space())
+    with (
+        monkeypatch.context() as patch
+    ):  # a file takes two calls of fsync, the second one for its folder
+        calls = record_calls(
+            patch, os, "fsync", lambda _: len(calls) == 2 * complete and no_space()
+        )
         line = refused(root, vae, out, "--with-flips", status=1)
     assert "can't be written (No space left on device; the disk" in line
     assert len(content(out)) == complete

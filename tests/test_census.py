@@ -30,14 +30,18 @@ def compose(name, who, colors=COLORS):
     frames = np.zeros((T, SIZE, SIZE, 3), np.uint8)
     for frame, pose in zip(frames, ORDER[name], strict=True):
         top, left = (1, pose) if name == "Slash" else (pose // 2, 8 - pose)
-        for a, (first, last, width) in enumerate([(1, 11, 6), (6, 10, 8), (3, 8, 7), (0, 4, 5 + who[3])]):
+        for a, (first, last, width) in enumerate(
+            [(1, 11, 6), (6, 10, 8), (3, 8, 7), (0, 4, 5 + who[3])]
+        ):
             frame[top + first : top + last, left + 1 : left + 1 + width] = colors[a, who[a]]
     frames[7, -1, -1] += 40 * (name == "Slash")  # a pixel that a VAE may lose
     return frames
 
 
 TRUE = {key: compose([*ORDER][c], CHARACTERS[k]) for key, (c, k) in PLACES.items()}
-WORLD = census.World([*ORDER], VALUES, torch.tensor(np.stack([*TRUE.values()])).unflatten(0, (2, -1)))
+WORLD = census.World(
+    [*ORDER], VALUES, torch.tensor(np.stack([*TRUE.values()])).unflatten(0, (2, -1))
+)
 HELD_OUT = ["0102", "1010", "1101"]
 WALK = "Walk/character0101.mkv"
 
@@ -56,7 +60,10 @@ class NoisyVAE:
     def decode(self, latents):
         clips = latents.permute(0, 2, 3, 4, 1)
         for frame in clips.flatten(0, 1):
-            seed = int(frame.flatten() @ torch.arange(1.0, frame.numel() + 1, dtype=torch.float64)) % 2**31
+            seed = (
+                int(frame.flatten() @ torch.arange(1.0, frame.numel() + 1, dtype=torch.float64))
+                % 2**31
+            )
             random = torch.Generator().manual_seed(seed)
             amplitude = self.noise * torch.exp(0.6 * torch.randn((), generator=random))
             frame += amplitude * torch.randn(frame.shape, generator=random)
@@ -77,7 +84,9 @@ def data(tmp_path_factory):
 def write(folder, clips, names, vae="noisy", **about):
     """A sample folder of clips that claim to show the classes `names`."""
     labels = [[*ORDER].index(name) for name in names]
-    return write_samples(folder, np.stack(clips), labels, [*ORDER], 1 / 8, source={"vae": str(vae)}, **about)
+    return write_samples(
+        folder, np.stack(clips), labels, [*ORDER], 1 / 8, source={"vae": str(vae)}, **about
+    )
 
 
 def noisy(clip):
@@ -128,7 +137,9 @@ def naive(clip):
         poses += [1 - 2 * line[0] for line in every.values()]
         lines.append(changes(pose, who))
         shown = who
-        while closer := [(line[1], one) for one, line in changes(pose, shown).items() if line[1] > 0]:
+        while closer := [
+            (line[1], one) for one, line in changes(pose, shown).items() if line[1] > 0
+        ]:
             shown = after(shown, *max(closer)[1])
         decoded.append([*map(int, shown)])
     of_frames, of_clip = [], []
@@ -139,7 +150,9 @@ def naive(clip):
         for choice in [one for one in choices if one[0] == a]:
             own = [here[choice] for here in lines if choice in here]
             if own:
-                positions.append(sum(s * square for s, _, square in own) / sum(line[2] for line in own))
+                positions.append(
+                    sum(s * square for s, _, square in own) / sum(line[2] for line in own)
+                )
         of_clip.append(1 - 2 * max(positions))
     rmse = np.sqrt(((clip - true[key]) ** 2).mean(axis=(1, 2, 3)))
     return key, [*of_frames, min(poses), *of_clip], decoded, rmse
@@ -157,7 +170,9 @@ def test_clips_are_matched_and_decoded_as_step_by_step():
     for row, (key, margins, decoded, rmse) in enumerate(expected):
         assert tuple(found["place"][row]) == PLACES[key]
         assert found["margins"][row] == pytest.approx(margins, abs=1e-9)
-        assert found["decoded"][row].tolist() == decoded and found["rmse"][row] == pytest.approx(rmse)
+        assert found["decoded"][row].tolist() == decoded and found["rmse"][row] == pytest.approx(
+            rmse
+        )
     signs = {(row[:4].min() > 0, row[4] > 0) for row in found["margins"]}
     assert signs == {*product((True, False), repeat=2)}
     assert (found["margins"][:, 5:].min(axis=1) < 0).any()
@@ -188,21 +203,29 @@ def test_a_frame_with_one_switched_attribute_shows_the_nearest_value():
 @pytest.mark.parametrize("correlated", [False, True])
 def test_limits_let_99_percent_of_the_training_clips_pass_all_of_them(correlated):
     random = np.random.default_rng(0)
-    values = random.normal(size=(1000, len(census.LIMITED))) + 5 * correlated * random.normal(size=(1000, 1))
+    values = random.normal(size=(1000, len(census.LIMITED))) + 5 * correlated * random.normal(
+        size=(1000, 1)
+    )
     values[:, -1] = 20 - values[:, -1]  # the RMSE: smaller is better
     found = {"margins": values[:, :-1], "worst_rmse": values[:, -1]}
     limits = census.find_limits(found)
     passing = census.reasons(found, limits) == ""
-    assert 0.99 <= passing.mean() < 0.99 + len(census.LIMITED) / 1000  # one clip more in each would be too many
+    assert (
+        0.99 <= passing.mean() < 0.99 + len(census.LIMITED) / 1000
+    )  # one clip more in each would be too many
     failing = (census.limited(found) < limits).sum(axis=0)
     assert failing.min() == failing.max()  # the limits are the same quantile
 
 
 def test_a_goal_that_is_missed_is_named():
-    result = {f"{name}_blended_40": 0.01 for name in census.ATTRIBUTES} | {"bottomwear_blended_40": 0.124}
+    result = {f"{name}_blended_40": 0.01 for name in census.ATTRIBUTES} | {
+        "bottomwear_blended_40": 0.124
+    }
     (line,) = census.missed_goals(result)
-    assert line == ("  note: of the controls with 40% of another value, at most 5% should be accepted; "
-                    "missed for bottomwear 12.4%")  # fmt: skip
+    assert line == (
+        "  note: of the controls with 40% of another value, at most 5% should be accepted; "
+        "missed for bottomwear 12.4%"
+    )
     assert census.missed_goals(result | {"bottomwear_blended_40": 0.05}) == []
 
 
@@ -214,40 +237,74 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
     switched[3], swapped[[1, 2]], spot[5, :, 0] = other_hair[3], swapped[[2, 1]], 255
     both[4] = other_body[2]
     blended = np.rint(clip * 0.6 + other_hair * 0.4).astype(np.uint8)
-    clips, names = [clip, held_out, held_out, switched, swapped, blended, spot, both], ["Walk", "Slash", *["Walk"] * 6]
+    clips, names = (
+        [clip, held_out, held_out, switched, swapped, blended, spot, both],
+        ["Walk", "Slash", *["Walk"] * 6],
+    )
     shown = ["0101", "1101", "1101", "0101", "0101", "0101", "0101", "0101"]
-    given = [{"source": f"sprites/Walk/character{who}.mkv, clip {n}", "frames": "0-3"} for n, who in enumerate(shown)]
+    given = [
+        {"source": f"sprites/Walk/character{who}.mkv, clip {n}", "frames": "0-3"}
+        for n, who in enumerate(shown)
+    ]
     given[0]["source"] = given[0]["source"].replace("0101", "0102")
     samples = write(tmp_path / "s", clips, names, given=given)
     flags = ["--metric", "census", "--samples", samples, "--data-path", data, "--num-real", 48]
     made = run(tmp_path / "c.json", *flags)
     result, values = made["result"], made["values"]
-    assert made["protocol"] == "census8_real48_8f" and result["num_real"] == 6  # videos of the three held-out ones
-    assert result["samples"]["reason"] == ["", "", "", "attribute", "pose", "margin", "rmse", "attribute"]
+    assert (
+        made["protocol"] == "census8_real48_8f" and result["num_real"] == 6
+    )  # videos of the three held-out ones
+    assert result["samples"]["reason"] == [
+        "",
+        "",
+        "",
+        "attribute",
+        "pose",
+        "margin",
+        "rmse",
+        "attribute",
+    ]
     assert result["samples"]["matched"] == [f"Walk/character{who}" for who in shown]
     assert result["samples"]["valid"] == [True] * 3 + [False] * 5 and values["valid"] == 3 / 8
     assert result["failures"] == {"attribute": 2, "pose": 1, "margin": 1, "rmse": 1}
     assert values["class_right"] == 7 / 8 and values["topwear"] == values["bottomwear"] == 1
     assert values["hair"] == 7 / 8 and values["body"] == 7 / 8
-    assert values["true_attributes"] == 5 / 8 and values["true_clip"] == 4 / 8  # a clip with a spot still decodes
+    assert (
+        values["true_attributes"] == 5 / 8 and values["true_clip"] == 4 / 8
+    )  # a clip with a spot still decodes
     assert values["held_out"] == 2 / 3 and values["held_out_expected"] == pytest.approx(3 / 24)
-    assert values["characters"] == 2 and values["characters_expected"] == pytest.approx(24 * (1 - (23 / 24) ** 3))
-    assert values["rmse_real"] == pytest.approx(values["rmse"], rel=0.5) and values["real_true"] == 1
+    assert values["characters"] == 2 and values["characters_expected"] == pytest.approx(
+        24 * (1 - (23 / 24) ** 3)
+    )
+    assert (
+        values["rmse_real"] == pytest.approx(values["rmse"], rel=0.5) and values["real_true"] == 1
+    )
     assert values["real_valid"] >= 5 / 6
     assert values["train_valid"] >= 0.99
-    assert [values[name] for name in ("attribute_switched", "frames_swapped", "frame_shifted")] == [0] * 3
+    assert [values[name] for name in ("attribute_switched", "frames_swapped", "frame_shifted")] == [
+        0
+    ] * 3
     for name in census.ATTRIBUTES:
         curve = [values[f"{name}_blended_{percent}"] for percent in census.PERCENTS]
         assert curve == sorted(curve, reverse=True) and curve[2:] == [0, 0]
     limits = result["limits"]
-    of_blend, of_clip = (dict(zip(census.MARGINS, result["samples"]["margins"][n], strict=True)) for n in (5, 0))
+    of_blend, of_clip = (
+        dict(zip(census.MARGINS, result["samples"]["margins"][n], strict=True)) for n in (5, 0)
+    )
     assert 0 < of_blend["hair_of_clip"] < limits["hair_of_clip"] < of_clip["hair_of_clip"]
-    assert of_blend["hair_of_clip"] == pytest.approx(0.2, abs=0.1)  # 40% of the way to another value
+    assert of_blend["hair_of_clip"] == pytest.approx(
+        0.2, abs=0.1
+    )  # 40% of the way to another value
     assert result["samples"]["worst_rmse"][6] > limits["rmse"]
-    assert "-" not in [sprites.percent(result, name) for name in sprites.SHARES]  # rows of results/sprites.md
+    assert "-" not in [
+        sprites.percent(result, name) for name in sprites.SHARES
+    ]  # rows of results/sprites.md
     said = capsys.readouterr().out
     assert "not valid because of: attribute 2, pose 1, margin 1, rmse 1" in said
-    assert "controls accepted: 40% of another hair in all frames" in said and "note: of the controls" not in said
+    assert (
+        "controls accepted: 40% of another hair in all frames" in said
+        and "note: of the controls" not in said
+    )
     why = "no interval of shares: fewer than 10"
     assert result["interval_units"] == {
         "samples": f"3 videos; {why} videos",
@@ -258,10 +315,30 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
 
 def test_one_and_two_ranks_and_a_moved_vae_give_the_same_values(data, tmp_path):
     vae = make_vae(tmp_path / "vae")
-    samples = write(tmp_path / "s", [noisy(clip) for clip in [*TRUE.values()][:3]], ["Slash"] * 3, vae)
-    made = run(tmp_path / "1.json", "--metric", "census", "--samples", samples, "--data-path", data, "--num-real", 4)
-    assert made["values"]["held_out"] is None if made["values"]["valid"] == 0 else made["values"]["held_out"] >= 0
-    assert "true_clip" not in made["values"] and made["values"]["rmse"] > 0 and made["real"]["vae_sha256"]
+    samples = write(
+        tmp_path / "s", [noisy(clip) for clip in [*TRUE.values()][:3]], ["Slash"] * 3, vae
+    )
+    made = run(
+        tmp_path / "1.json",
+        "--metric",
+        "census",
+        "--samples",
+        samples,
+        "--data-path",
+        data,
+        "--num-real",
+        4,
+    )
+    assert (
+        made["values"]["held_out"] is None
+        if made["values"]["valid"] == 0
+        else made["values"]["held_out"] >= 0
+    )
+    assert (
+        "true_clip" not in made["values"]
+        and made["values"]["rmse"] > 0
+        and made["real"]["vae_sha256"]
+    )
     vae.rename(tmp_path / "new")
     flags = ["--manifest", tmp_path / "1.json", "--vae", tmp_path / "new", *FEW[:2]]
     on_two_ranks("evaluate.py", "--out", tmp_path / "2.json", *flags)
@@ -310,17 +387,36 @@ def test_a_world_is_refused_unless_all_clips_were_read(data, monkeypatch):
 
 SHORT = {"codec": "ffv1", "size": (SIZE, SIZE), "pixel_format": "bgr0"}
 MISTAKES = {  # change of the data, change of samples.json, words of the message
-    "a missing video": (lambda root: (root / WALK).unlink(), {}, ["0101 is missing", "prepare_sprites.py"]),
-    "another name": (lambda root: (root / WALK).rename(root / "Walk/other.mkv"), {},
-                     ["not the complete Sprites data set", "Walk/character0101 is missing"]),
-    "one hair style": (lambda root: [path.unlink() for path in root.glob("*/*[12].mkv")], {}, ["one value each"]),
-    "another length": (lambda root: write_video(root / WALK, 9, 8, **SHORT), {}, ["0101 has 9 frames of 16 x 16 px"]),
+    "a missing video": (
+        lambda root: (root / WALK).unlink(),
+        {},
+        ["0101 is missing", "prepare_sprites.py"],
+    ),
+    "another name": (
+        lambda root: (root / WALK).rename(root / "Walk/other.mkv"),
+        {},
+        ["not the complete Sprites data set", "Walk/character0101 is missing"],
+    ),
+    "one hair style": (
+        lambda root: [path.unlink() for path in root.glob("*/*[12].mkv")],
+        {},
+        ["one value each"],
+    ),
+    "another length": (
+        lambda root: write_video(root / WALK, 9, 8, **SHORT),
+        {},
+        ["0101 has 9 frames of 16 x 16 px"],
+    ),
     "an unknown class": (None, {"classes": ["Slash", "Run"]}, ["has class Run", "has Slash, Walk"]),
     "pixels": (None, {"source": {"vae": "none"}}, ["--samples", "has no VAE (--vae none)"]),
     "no VAE in samples.json": (None, {"source": {}}, ["names no VAE"]),
     "a VAE that is gone": (None, {}, ["VAE gone: not found; pass its new path with --vae"]),
-    "another VAE": (None, {"source": {"vae": "vae", "vae_sha256": "0" * 64}}, ["/vae: another VAE"]),
-}  # fmt: skip
+    "another VAE": (
+        None,
+        {"source": {"vae": "vae", "vae_sha256": "0" * 64}},
+        ["/vae: another VAE"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", MISTAKES)

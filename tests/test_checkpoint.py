@@ -25,17 +25,30 @@ from tiny_data import flip_bit
 from training import differences, error_of, record_calls
 
 SETTINGS = {
-    "input_size": 4, "patch_size": 2, "temporal_patch_size": 2, "hidden_size": 24, "depth": 2, "num_heads": 2,
-    "num_classes": 5, "num_frames": 4, "use_rope": True,
-}  # fmt: skip
+    "input_size": 4,
+    "patch_size": 2,
+    "temporal_patch_size": 2,
+    "hidden_size": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 5,
+    "num_frames": 4,
+    "use_rope": True,
+}
 CONFIG = model_config("EqM-Ti/2", in_channels=3, **SETTINGS)
 
 
 def make_state(settings=(), **changes):
     """The dict of a checkpoint with random weights, always the same; changes replace its parts."""
-    state, generator = tiny_data.make_state(70, **SETTINGS | dict(settings)), torch.Generator().manual_seed(1)
+    state, generator = (
+        tiny_data.make_state(70, **SETTINGS | dict(settings)),
+        torch.Generator().manual_seed(1),
+    )
     for part in ("model", "ema"):
-        state[part] = {name: torch.randn(value.shape, generator=generator) for name, value in state[part].items()}
+        state[part] = {
+            name: torch.randn(value.shape, generator=generator)
+            for name, value in state[part].items()
+        }
     return state | changes
 
 
@@ -67,18 +80,25 @@ def test_a_full_disk_names_what_a_checkpoint_needs_and_what_is_free(tmp_path, mo
     monkeypatch.setattr("torch.save", full_disk)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
     message = error_of(checkpoint.save, tmp_path / "a.pt", make_state())
-    match = re.search(r"has 0.123 MB free, the file needs ([0-9.]+) MB\); free some space there$", message)
+    match = re.search(
+        r"has 0.123 MB free, the file needs ([0-9.]+) MB\); free some space there$", message
+    )
     assert match and float(match[1]) == pytest.approx(size, rel=0.1)
     large = {"model": torch.empty(2**31, dtype=torch.int8, device="meta")}
     assert "the file needs 2.1 GB" in error_of(checkpoint.save, tmp_path / "b.pt", large)
 
 
-@pytest.mark.parametrize(("where", "failure", "reason"), [
-    ("torch.save", full_disk, "No space left on device"),
-    ("os.fsync", refused, "Input/output error"),
-    ("os.replace", refused, "Input/output error"),
-])  # fmt: skip
-def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, failure, reason):
+@pytest.mark.parametrize(
+    ("where", "failure", "reason"),
+    [
+        ("torch.save", full_disk, "No space left on device"),
+        ("os.fsync", refused, "Input/output error"),
+        ("os.replace", refused, "Input/output error"),
+    ],
+)
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, where, failure, reason
+):
     checkpoint.save(tmp_path / "latest.pt", make_state(step=1))
     before = (tmp_path / "latest.pt").read_bytes()
     for name in ("latest.pt", "new.pt"):
@@ -90,7 +110,9 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
         assert (tmp_path / "latest.pt").read_bytes() == before
 
 
-def test_a_file_is_on_disk_before_it_replaces_another_and_loading_returns_its_state(tmp_path, monkeypatch):
+def test_a_file_is_on_disk_before_it_replaces_another_and_loading_returns_its_state(
+    tmp_path, monkeypatch
+):
     temporary, order = tmp_path / "latest.pt.tmp", []
     checkpoint.save(tmp_path / "latest.pt", make_state(step=69))
     temporary.write_bytes(b"left over by a crash")
@@ -123,7 +145,10 @@ def test_a_link_is_the_newest_checkpoint_under_a_second_name(tmp_path, monkeypat
     assert names(tmp_path) == ["0000001.pt", "0000002.pt", "latest.pt"]
     assert (tmp_path / "latest.pt").samefile(tmp_path / "0000002.pt") == hard_links
     checkpoint.save(tmp_path / "0000002.pt", make_state(step=3))  # leaves its second name alone
-    assert [checkpoint.load(tmp_path / name)["step"] for name in ("0000001.pt", "latest.pt")] == [1, 2]
+    assert [checkpoint.load(tmp_path / name)["step"] for name in ("0000001.pt", "latest.pt")] == [
+        1,
+        2,
+    ]
 
 
 # Saving in a thread ---------------------------------------------------------------------------------------------------
@@ -141,7 +166,9 @@ def writer(tmp_path):
 
 def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(writer, monkeypatch):
     begin, save = threading.Event(), torch.save
-    monkeypatch.setattr(torch, "save", lambda *arguments: begin.wait(60) and save(*arguments))  # a slow disk
+    monkeypatch.setattr(
+        torch, "save", lambda *arguments: begin.wait(60) and save(*arguments)
+    )  # a slow disk
     state, before = make_state(step=7), copy.deepcopy(make_state(step=7))
     writer.write(state, [], nothing, nothing)
     for weight in state["model"].values():
@@ -172,7 +199,11 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
     monkeypatch.setattr(torch, "save", full_disk)
     writer.write(make_state(step=2), ["best.pt"], nothing, nothing)
     concurrent.futures.wait([writer.writing])
-    for call in (writer.check, writer.wait, lambda: writer.write(make_state(step=3), [], nothing, nothing)):
+    for call in (
+        writer.check,
+        writer.wait,
+        lambda: writer.write(make_state(step=3), [], nothing, nothing),
+    ):
         assert "No space left on device" in error_of(call)
     assert names(writer.path.parent) == ["latest.pt"]
     assert checkpoint.load(writer.path)["step"] == 1
@@ -189,7 +220,12 @@ def test_missing_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, 
     odd.write_bytes(whole := path.read_bytes())
     assert "its name is not UTF-8: rename it" in load_refusal(odd)
     contents = [whole[: int(share * len(whole))] for share in (0.0, 0.001, 0.5, 0.9999)]
-    for content in (*contents, b'{"model": 1}', b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"model": 1})):
+    for content in (
+        *contents,
+        b'{"model": 1}',
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        pickle.dumps({"model": 1}),
+    ):
         path.write_bytes(content)
         load_refusal(path)
     parts = ("version", "config", "model", "ema", "step")
@@ -211,7 +247,9 @@ def save_damaged(path, part, **changes):
     optimizer = {"kind": "adamw", "states": [{"state": {0: {"exp_avg": memory}}}]}
     state = make_state(optimizer=optimizer, run={"window": {"rows": rows}}, **changes)
     checkpoint.save(path, state)
-    tensors = {"optimizer": memory, "run": rows} | {name: state[name][WEIGHT] for name in ("model", "ema")}
+    tensors = {"optimizer": memory, "run": rows} | {
+        name: state[name][WEIGHT] for name in ("model", "ema")
+    }
     flip_bit(path, tensors[part])
 
 
@@ -222,7 +260,9 @@ def test_only_readers_of_a_damaged_part_refuse_the_file(tmp_path, part):
     assert "damaged" in load_refusal(path)
     for used in ("model", "ema"):
         if used == part:
-            assert f"{path}: damaged" in error_of(checkpoint.load_model, path, use_ema=used == "ema")
+            assert f"{path}: damaged" in error_of(
+                checkpoint.load_model, path, use_ema=used == "ema"
+            )
         else:
             model, _, _ = checkpoint.load_model(path, use_ema=used == "ema")
             assert torch.equal(model.state_dict()[WEIGHT], make_state()[used][WEIGHT])
@@ -230,7 +270,10 @@ def test_only_readers_of_a_damaged_part_refuse_the_file(tmp_path, part):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
-    model, args = EqM(CONFIG), SimpleNamespace(optimizer=kind, lr=1.0, muon_lr=1.0, weight_decay=0.0)
+    model, args = (
+        EqM(CONFIG),
+        SimpleNamespace(optimizer=kind, lr=1.0, muon_lr=1.0, weight_decay=0.0),
+    )
     before, after = make_optimizers(model, args), make_optimizers(model, args)
     sum(weight.square().sum() for weight in model.parameters()).backward()
     for optimizer in before:
@@ -243,8 +286,12 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
     for old, new in zip(before, after, strict=True):
         assert new.param_groups[0]["lr"] == 1.0
         for weight, memory in old.state.items():
-            assert all(torch.equal(new.state[weight][name], value) for name, value in memory.items())
-            assert not {id(value) for value in memory.values()} & {id(value) for value in new.state[weight].values()}
+            assert all(
+                torch.equal(new.state[weight][name], value) for name, value in memory.items()
+            )
+            assert not {id(value) for value in memory.values()} & {
+                id(value) for value in new.state[weight].values()
+            }
 
 
 # The model ------------------------------------------------------------------------------------------------------------
@@ -252,25 +299,44 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
 
 @pytest.mark.parametrize(("use_ema", "part"), [(True, "ema"), (False, "model")])
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0, "position_table": "space"}], ids=str
+    "settings",
+    [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0, "position_table": "space"}],
+    ids=str,
 )
-def test_a_model_that_matches_the_checks_loads_bit_for_bit(tmp_path, recwarn, use_ema, part, settings):
+def test_a_model_that_matches_the_checks_loads_bit_for_bit(
+    tmp_path, recwarn, use_ema, part, settings
+):
     path, config, state = tmp_path / "best.pt", replace(CONFIG, **settings), make_state(settings)
     checkpoint.save(path, state)
-    checks = {"num_classes": 5, "use_rope": config.use_rope, "model": "EqM-Ti/4", "video": True, "ebm": None}
+    checks = {
+        "num_classes": 5,
+        "use_rope": config.use_rope,
+        "model": "EqM-Ti/4",
+        "video": True,
+        "ebm": None,
+    }
     model, found, step = checkpoint.load_model(path, use_ema=use_ema, **checks)
     assert len(recwarn) == 0  # though the model is narrow
     assert (model.config, found, step, model.training) == (config, state["config"], 70, False)
     assert differences(dict(model.state_dict()), state[part]) == []
 
 
-@pytest.mark.parametrize(("part", "changes", "words"), [
-    ("config", {"new_field": 1}, ["settings of its model are invalid", "new_field"]),
-    ("config", {"num_heads": 5}, ["settings of its model are invalid", "5 heads"]),
-    ("config", {"in_channels": 4}, ["its weights do not match its config", "x_embedder.proj.weight"]),
-    ("config", {"depth": 3}, ["its weights do not match its config", "blocks.2."]),
-    *((part, {WEIGHT: torch.zeros(95, 24)}, [WEIGHT]) for part in ("model", "ema")),  # a row is missing
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("config", {"new_field": 1}, ["settings of its model are invalid", "new_field"]),
+        ("config", {"num_heads": 5}, ["settings of its model are invalid", "5 heads"]),
+        (
+            "config",
+            {"in_channels": 4},
+            ["its weights do not match its config", "x_embedder.proj.weight"],
+        ),
+        ("config", {"depth": 3}, ["its weights do not match its config", "blocks.2."]),
+        *(
+            (part, {WEIGHT: torch.zeros(95, 24)}, [WEIGHT]) for part in ("model", "ema")
+        ),  # a row is missing
+    ],
+)
 def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(part, changes, words):
     state = make_state()
     (state["config"]["model"] if part == "config" else state[part]).update(changes)
@@ -279,7 +345,9 @@ def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(part, c
 
 
 @pytest.mark.parametrize(("newest", "is_said"), [(70, False), (86, False), (88, True)])
-def test_a_best_checkpoint_older_than_a_fifth_of_its_phase_is_noted(newest, is_said, tmp_path, capsys):
+def test_a_best_checkpoint_older_than_a_fifth_of_its_phase_is_noted(
+    newest, is_said, tmp_path, capsys
+):
     path, state = tmp_path / "checkpoints/best.pt", make_state()
     checkpoint.save(path, state | {"phase": state["phase"] | {"first_step": 4}})
     (tmp_path / checkpoint.SAVED_STEP).write_text(f"{newest}\n")
@@ -295,7 +363,11 @@ def test_a_run_resumes_from_its_newest_intact_checkpoint(tmp_path, capsys):
     path, state = checkpoint.newest_checkpoint(folder.parent)
     assert (path.name, state["step"]) == ("latest.pt", 25)
     assert capsys.readouterr().out == ""
-    for damaged, expected in (("latest.pt", "0000020.pt"), ("0000020.pt", "best.pt"), ("best.pt", "0000010.pt")):
+    for damaged, expected in (
+        ("latest.pt", "0000020.pt"),
+        ("0000020.pt", "best.pt"),
+        ("best.pt", "0000010.pt"),
+    ):
         content = (folder / damaged).read_bytes()
         (folder / damaged).write_bytes(content[: len(content) // 2])
         assert checkpoint.newest_checkpoint(folder.parent)[0].name == expected

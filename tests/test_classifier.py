@@ -52,8 +52,10 @@ def make_samples(folder, classes=CLASSES, labels=(0, 1, 0, 1), **about):
     return write_samples(folder, clips, labels, classes, **about)
 
 
-@pytest.mark.parametrize(("length", "window", "interval", "count"), [(16, 16, 1, 1), (17, 16, 1, 2), (48, 16, 1, 5),
-                                                                      (48, 16, 2, 3), (7, 4, 2, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("length", "window", "interval", "count"),
+    [(16, 16, 1, 1), (17, 16, 1, 2), (48, 16, 1, 5), (48, 16, 2, 3), (7, 4, 2, 1)],
+)
 def test_windows_cover_a_clip_and_overlap_by_half(length, window, interval, count):
     clip = torch.arange(length).view(-1, 1, 1).expand(-1, 2, 2)
     every = classifier.every_window(clip, window, interval)
@@ -66,11 +68,17 @@ def test_windows_cover_a_clip_and_overlap_by_half(length, window, interval, coun
 
 def test_the_classifier_learns_classes_but_nothing_from_shuffled_labels():
     numbers, true = range(20), [0] * 20 + [1] * 20
-    clips = [every_window(classifier.prepare(bar(name, number), 32)) for name in CLASSES for number in numbers]
+    clips = [
+        every_window(classifier.prepare(bar(name, number), 32))
+        for name in CLASSES
+        for number in numbers
+    ]
     groups = [f"person{number % 2}" for _ in CLASSES for number in numbers]
     shuffled = torch.randint(2, (len(true),), generator=torch.Generator().manual_seed(0)).tolist()
     for labels, is_chance in ((true, False), (shuffled, True)):
-        logits = classifier.leave_one_out([*map(classifier.Real, clips, labels, groups, groups)], WINDOW, SETTINGS)
+        logits = classifier.leave_one_out(
+            [*map(classifier.Real, clips, labels, groups, groups)], WINDOW, SETTINGS
+        )
         found = classifier.summarize(logits, labels, CLASSES)
         low, high = found["interval95"]
         assert low < 0.5 < high if is_chance else found["share"] > 0.95
@@ -78,7 +86,9 @@ def test_the_classifier_learns_classes_but_nothing_from_shuffled_labels():
 
 def test_training_windows_balance_classes_and_half_are_mirrored():
     down, up = (classifier.prepare(bar(name, 1), 32) for name in CLASSES)
-    down, up = (every_window(clip.transpose(1, 2)) for clip in (down, up))  # to the right and to the left
+    down, up = (
+        every_window(clip.transpose(1, 2)) for clip in (down, up)
+    )  # to the right and to the left
     rows = []
     for step in range(20):
         random = torch.Generator().manual_seed(step)
@@ -97,7 +107,12 @@ def test_accuracy_intervals_and_confusion_equal_their_definitions():
     windows = [[0, 0], [0, 1], [1, 1], [1, 2, 2]]  # which class each window of four clips is for
     logits = [torch.tensor([wins[one] for one in own]) for own in windows]
     found = classifier.summarize(logits, [0, 1, 1, 2], ["a", "b", "c"])
-    assert found["found"] == [0, 0, 1, 1]  # by mean logits: the last has 2/3 against 2/3, the first of equals
+    assert found["found"] == [
+        0,
+        0,
+        1,
+        1,
+    ]  # by mean logits: the last has 2/3 against 2/3, the first of equals
     assert found["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
     assert (found["right"], found["clips"], found["share"]) == (2, 4, 0.5)
     assert found["windows"]["count"] == 9
@@ -114,16 +129,26 @@ def test_accuracy_intervals_and_confusion_equal_their_definitions():
 
 
 def test_inception_score_and_entropies_equal_their_closed_forms():
-    sure, doubt, log4 = 1e4 * torch.eye(4)[:, None], torch.zeros(3, 1, 4), math.log(4)  # one window per clip
+    sure, doubt, log4 = (
+        1e4 * torch.eye(4)[:, None],
+        torch.zeros(3, 1, 4),
+        math.log(4),
+    )  # one window per clip
     likely = torch.eye(4)[:, None] * math.log(7)  # 0.7 for one class, 0.1 for each other
     entropy = -0.7 * math.log(0.7) - 0.3 * math.log(0.1)
-    expected = ((sure, (4, 0, log4)), (sure[:1].repeat(5, 1, 1), (1, 0, 0)), (doubt, (1, log4, log4)))
+    expected = (
+        (sure, (4, 0, log4)),
+        (sure[:1].repeat(5, 1, 1), (1, 0, 0)),
+        (doubt, (1, log4, log4)),
+    )
     for logits, values in (*expected, (likely, (4 * math.exp(-entropy), entropy, log4))):
         found = classifier.sharpness([*logits])
         assert [found[name] for name in ("IS", "H(y|x)", "H(y)")] == pytest.approx(values, abs=1e-6)
     random = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
     p = random.mean(dim=1).softmax(dim=1).numpy()
-    naive = np.exp(np.mean([sum(row * np.log(row / p.mean(axis=0))) for row in p]))  # E KL(p(y|x) || p(y))
+    naive = np.exp(
+        np.mean([sum(row * np.log(row / p.mean(axis=0))) for row in p])
+    )  # E KL(p(y|x) || p(y))
     assert classifier.sharpness([*random])["IS"] == pytest.approx(naive, rel=1e-5)
 
 
@@ -138,28 +163,51 @@ def test_samples_that_move_less_than_real_clips_are_static():
 
     moves, length = classifier.prepare(bar("Down", 4), 32), 3 * WINDOW
     stops = torch.cat([moves[:WINDOW], moves[WINDOW : WINDOW + 1].expand(length - WINDOW, -1, -1)])
-    flickers = moves[:1].expand(length, -1, -1) + 30 * (torch.arange(length) % 2).byte().view(-1, 1, 1)
+    flickers = moves[:1].expand(length, -1, -1) + 30 * (torch.arange(length) % 2).byte().view(
+        -1, 1, 1
+    )
     clips = [moves[:length], stops, flickers, 255 - moves[:length], flickers]
     assert find_static(clips, [0, 0, 1, 1, 2], 1) == [1, 2]
     assert find_static([moves[:WINDOW]], [0], 3) == [0]  # real ones: three times as long
 
 
-def test_evaluate_trains_the_classifier_only_on_the_training_split(data, tmp_path, monkeypatch, capsys):
+def test_evaluate_trains_the_classifier_only_on_the_training_split(
+    data, tmp_path, monkeypatch, capsys
+):
     def note(rows, name, **settings):
         return name, len(rows), max(one.windows.max() for one in rows)
 
     calls = record_calls(monkeypatch, classifier, "train", note)
-    samples = make_samples(tmp_path / "s", ["Up", "Down"], [1, 0, 1, 0])  # their own order of classes
-    flags = ["--metric", "classifier", "--data-path", data, "--classifier-steps", 40, "--samples", samples]
+    samples = make_samples(
+        tmp_path / "s", ["Up", "Down"], [1, 0, 1, 0]
+    )  # their own order of classes
+    flags = [
+        "--metric",
+        "classifier",
+        "--data-path",
+        data,
+        "--classifier-steps",
+        40,
+        "--samples",
+        samples,
+    ]
     made = run(tmp_path / "new/c.json", *flags)
     names, counts, brightest = zip(*calls, strict=True)
     assert names == (*(f"without person{number}" for number in (1, 2, 3)), "of the training split")
     assert counts == (4, 4, 4, 4)
-    assert brightest[2] == brightest[3] < min(brightest[:2])  # person3 is brightest, and the last two did not see it
+    assert (
+        brightest[2] == brightest[3] < min(brightest[:2])
+    )  # person3 is brightest, and the last two did not see it
     assert made["protocol"] == "classifier4_4f"
     assert made["values"] == {"accuracy": 1, "window_accuracy": 1, "asked_class": 0.75}
-    assert made["result"]["samples"]["confusion"] == [[2, 0], [1, 1]] and made["result"]["samples"]["static"] == []
-    assert made["result"]["groups"] == ["person1", "person2", "person3"] and made["result"]["num_training"] == 4
+    assert (
+        made["result"]["samples"]["confusion"] == [[2, 0], [1, 1]]
+        and made["result"]["samples"]["static"] == []
+    )
+    assert (
+        made["result"]["groups"] == ["person1", "person2", "person3"]
+        and made["result"]["num_training"] == 4
+    )
     said = capsys.readouterr().out
     assert re.search(r"3 groups held out once\) +0 +6 +1.0000\n  samples +1 +4 +0.7500 \(", said)
     missing = "no interval of shares: fewer than 10 groups of videos"
@@ -179,7 +227,9 @@ def test_groups_are_units_of_videos(tmp_path):
     args = Namespace(data_path=tmp_path, num_workers=0)
     real = classifier.read_real(clips, args, 32, [])
     groups = {one.video.key.removeprefix("Up/"): one.group for one in real}
-    assert groups == dict(zip(names, ["v_Up_g01", "v_Up_g01", "v_Up_g02", "person1", "person1"], strict=True))
+    assert groups == dict(
+        zip(names, ["v_Up_g01", "v_Up_g01", "v_Up_g02", "person1", "person1"], strict=True)
+    )
 
 
 def sideways(class_name, number):
@@ -194,17 +244,40 @@ def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monk
         (root / name).mkdir(parents=True)
         for person in range(1, 9):
             is_wrong = (name, person) == ("Up", 8)
-            write_mp4(root / name / f"person{person}.mp4", sideways(other[name] if is_wrong else name, person), 25)
-    write_ucf_list(root, [f"{name}/person{person}" for name in CLASSES for person in (1, 2, 3, 4, 5)])
+            write_mp4(
+                root / name / f"person{person}.mp4",
+                sideways(other[name] if is_wrong else name, person),
+                25,
+            )
+    write_ucf_list(
+        root, [f"{name}/person{person}" for name in CLASSES for person in (1, 2, 3, 4, 5)]
+    )
 
-    calls = record_calls(monkeypatch, classifier, "train", lambda rows, name, **settings: (name, len(rows)))
-    clips = np.stack([sideways(name, 3)[start : start + WINDOW] for name in CLASSES for start in (0, 5)])
+    calls = record_calls(
+        monkeypatch, classifier, "train", lambda rows, name, **settings: (name, len(rows))
+    )
+    clips = np.stack(
+        [sideways(name, 3)[start : start + WINDOW] for name in CLASSES for start in (0, 5)]
+    )
     samples = write_samples(tmp_path / "s", clips, [0, 0, 1, 0], CLASSES)  # the last one moves up
-    flags = ["--metric", "classifier", "--classifier-test", "val", "--classifier-steps", 150, "--data-path", root]
+    flags = [
+        "--metric",
+        "classifier",
+        "--classifier-test",
+        "val",
+        "--classifier-steps",
+        150,
+        "--data-path",
+        root,
+    ]
     made = run(tmp_path / "c.json", *flags, "--samples", samples, "--num-workers", 2)
     real, found = made["result"]["real"], made["result"]["samples"]
     assert calls == [("of the training split", 10)] and made["protocol"] == "classifier4_4f_val"
-    assert real["clips"] == 6 and real["wrong"] == ["Up/person8.mp4"] and made["values"]["accuracy"] == 5 / 6
+    assert (
+        real["clips"] == 6
+        and real["wrong"] == ["Up/person8.mp4"]
+        and made["values"]["accuracy"] == 5 / 6
+    )
     assert found["confusion"] == [[2, 1], [0, 1]] and made["values"]["asked_class"] == 0.75
     assert made["values"]["IS"] == pytest.approx(2, abs=0.1) and made["values"]["H(y|x)"] < 0.05
     assert made["values"]["H(y)"] == pytest.approx(math.log(2), abs=0.01)
@@ -215,16 +288,29 @@ def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monk
     assert again["repeats"]["bit_equal"] and again["result"] == made["result"]
 
 
-def test_real_windows_have_the_frame_interval_of_samples_and_repeat_bit_for_bit(data, tmp_path, monkeypatch):
+def test_real_windows_have_the_frame_interval_of_samples_and_repeat_bit_for_bit(
+    data, tmp_path, monkeypatch
+):
     def sum_of_weights(network, x):
         return sum(parameter.double().sum().item() for parameter in network.parameters())
 
     weights = record_calls(monkeypatch, classifier.Classifier, "forward", sum_of_weights)
     samples = make_samples(tmp_path / "s", time_scale=3 / 25)
-    flags = ["--metric", "classifier", "--data-path", data, "--samples", samples, "--classifier-steps", 2]
+    flags = [
+        "--metric",
+        "classifier",
+        "--data-path",
+        data,
+        "--samples",
+        samples,
+        "--classifier-steps",
+        2,
+    ]
     made = run(tmp_path / "c.json", *flags)
     assert made["real"]["frame_interval"] == 3
-    assert made["result"]["real"]["windows"]["count"] == 6 * 3  # of 10 frames, (4 - 1) * 3 + 1, in videos of 19
+    assert (
+        made["result"]["real"]["windows"]["count"] == 6 * 3
+    )  # of 10 frames, (4 - 1) * 3 + 1, in videos of 19
     torch.rand(1)  # networks must not depend on this generator
     again = run(tmp_path / "d.json", "--manifest", tmp_path / "c.json")
     assert again["repeats"]["bit_equal"] and again["result"] == made["result"]

@@ -24,12 +24,15 @@ from video.index import CorruptDataError
 # Flags ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "bounds", "good", "bad"), [
-    (int, {"least": 1}, ["1", "7"], ["0", "-3"]),
-    (float, {"above": 0}, ["0.001", "1e9"], ["0", "-1", "nan", "inf"]),
-    (float, {"least": 0, "most": 1}, ["0", "1", "0.5"], ["-0.1", "1.1", "nan"]),
-    (float, {"most": 1}, ["-5", "1"], ["2", "nan"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "bounds", "good", "bad"),
+    [
+        (int, {"least": 1}, ["1", "7"], ["0", "-3"]),
+        (float, {"above": 0}, ["0.001", "1e9"], ["0", "-1", "nan", "inf"]),
+        (float, {"least": 0, "most": 1}, ["0", "1", "0.5"], ["-0.1", "1.1", "nan"]),
+        (float, {"most": 1}, ["-5", "1"], ["2", "nan"]),
+    ],
+)
 def test_a_number_must_be_within_its_bounds(kind, bounds, good, bad):
     parse = number(kind, **bounds)
     for text in good:
@@ -39,12 +42,20 @@ def test_a_number_must_be_within_its_bounds(kind, bounds, good, bad):
             parse(text)
 
 
-@pytest.mark.parametrize(("words", "typed", "steps", "fast"), [
-    ([], set(), None, True),
-    (["--steps=3"], {"steps"}, 3, True),
-    (["--fast", "--names", "a"], {"fast", "names"}, None, True),  # typed, though these are the defaults
-    (["--no-fast"], {"fast"}, None, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "typed", "steps", "fast"),
+    [
+        ([], set(), None, True),
+        (["--steps=3"], {"steps"}, 3, True),
+        (
+            ["--fast", "--names", "a"],
+            {"fast", "names"},
+            None,
+            True,
+        ),  # typed, though these are the defaults
+        (["--no-fast"], {"fast"}, None, False),
+    ],
+)
 def test_flags_are_frozen_and_know_which_were_typed(words, typed, steps, fast):
     parser = cli.ArgumentParser()
     parser.add_argument("--steps", type=number(int, least=1))
@@ -66,24 +77,31 @@ def test_flags_are_frozen_and_know_which_were_typed(words, typed, steps, fast):
 
 
 # bf16: whether the GPU has it, None: no GPU; kept: the precision of the resumed run
-@pytest.mark.parametrize(("bf16", "energy", "kept", "typed", "expected"), [
-    (True, False, None, None, "bf16"),
-    (True, True, None, None, "fp32"),  # the gradient of an energy stays exact
-    (False, False, None, None, "fp32"),
-    (None, False, None, None, "fp32"),
-    (True, False, "fp32", None, "fp32"),  # a resumed run keeps its own
-    (None, False, "bf16", None, "bf16"),
-    (True, False, "bf16", "tf32", "tf32"),  # what is typed comes first
-    (True, True, None, "bf16", "bf16"),
-    (False, False, None, "bf16", "Tesla T4; use fp32 or fp16"),
-    (False, False, "bf16", None, "Tesla T4; use fp32 or fp16"),
-    (False, False, None, "tf32", "Tesla T4; use fp32 or fp16"),
-    (None, False, None, "fp16", "a machine without a GPU; use fp32 or bf16"),
-    (None, False, "tf32", None, "a machine without a GPU; use fp32 or bf16"),
-])  # fmt: skip
-def test_the_flag_the_run_or_the_device_sets_the_precision(bf16, energy, kept, typed, expected, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("bf16", "energy", "kept", "typed", "expected"),
+    [
+        (True, False, None, None, "bf16"),
+        (True, True, None, None, "fp32"),  # the gradient of an energy stays exact
+        (False, False, None, None, "fp32"),
+        (None, False, None, None, "fp32"),
+        (True, False, "fp32", None, "fp32"),  # a resumed run keeps its own
+        (None, False, "bf16", None, "bf16"),
+        (True, False, "bf16", "tf32", "tf32"),  # what is typed comes first
+        (True, True, None, "bf16", "bf16"),
+        (False, False, None, "bf16", "Tesla T4; use fp32 or fp16"),
+        (False, False, "bf16", None, "Tesla T4; use fp32 or fp16"),
+        (False, False, None, "tf32", "Tesla T4; use fp32 or fp16"),
+        (None, False, None, "fp16", "a machine without a GPU; use fp32 or bf16"),
+        (None, False, "tf32", None, "a machine without a GPU; use fp32 or bf16"),
+    ],
+)
+def test_the_flag_the_run_or_the_device_sets_the_precision(
+    bf16, energy, kept, typed, expected, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     if " " in expected:
@@ -99,12 +117,18 @@ def test_the_flag_the_run_or_the_device_sets_the_precision(bf16, energy, kept, t
 # Messages -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rank", "before"), [("0", []), ("1", [(10, "")])])  # if it still runs then, it reports
-def test_an_error_is_one_line_and_other_ranks_give_rank_0_ten_seconds(rank, before, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("rank", "before"), [("0", []), ("1", [(10, "")])]
+)  # if it still runs then, it reports
+def test_an_error_is_one_line_and_other_ranks_give_rank_0_ten_seconds(
+    rank, before, monkeypatch, capsys
+):
     slept = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(cli.sys, "argv", ["/some/where/train.py"])
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setattr(
+        cli.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err))
+    )
     with pytest.raises(SystemExit) as ended:
         cli.fail("--lr:\n  too high")
     assert slept == before
@@ -132,17 +156,38 @@ def test_warnings_are_lines_and_the_log_has_the_earlier_ones(capsys, tmp_path):
     assert (tmp_path / "log.txt").read_text() == "note: narrow\\nmodel\nnote: later\n"
 
 
-@pytest.mark.parametrize(("error", "status", "words"), [
-    (KeyboardInterrupt(), 130, "error: stopped by SIGINT: run the same command again"),
-    (UserError("wrong\nflag"), 1, "wrong flag"),
-    (CorruptDataError("2 of 6 files"), 2, "2 of 6 files"),  # as when it is found before training
-    (OSError(28, "No space left on device", __file__), 1, f"error: {__file__} can't be written (No space left on"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
-    (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory\nat"), 1, "too little memory (DefaultCPUAllocator"),
-    (torch.distributed.DistNetworkError("timed out"), 1, "the ranks can't reach each other"),
-])  # fmt: skip
-def test_a_failure_is_one_line_and_a_traceback_with_eqm_traceback(error, status, words, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "error: stopped by SIGINT: run the same command again"),
+        (UserError("wrong\nflag"), 1, "wrong flag"),
+        (
+            CorruptDataError("2 of 6 files"),
+            2,
+            "2 of 6 files",
+        ),  # as when it is found before training
+        (
+            OSError(28, "No space left on device", __file__),
+            1,
+            f"error: {__file__} can't be written (No space left on",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+            1,
+            "lower --num-workers",
+        ),
+        (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory\nat"),
+            1,
+            "too little memory (DefaultCPUAllocator",
+        ),
+        (torch.distributed.DistNetworkError("timed out"), 1, "the ranks can't reach each other"),
+    ],
+)
+def test_a_failure_is_one_line_and_a_traceback_with_eqm_traceback(
+    error, status, words, monkeypatch, capsys
+):
     for shows_it in (False, True):
         monkeypatch.setenv("EQM_TRACEBACK", str(int(shows_it)))
         with pytest.raises(SystemExit) as ended, cli.one_line_errors():
@@ -161,7 +206,10 @@ def after(cause, error):
 
 
 FULL = OSError(28, "No space left on device")
-IN_TORCH, IN_SAFETENSORS = after(FULL, RuntimeError("unexpected pos 768 vs 662")), ValueError("I/O error (os error 28)")
+IN_TORCH, IN_SAFETENSORS = (
+    after(FULL, RuntimeError("unexpected pos 768 vs 662")),
+    ValueError("I/O error (os error 28)"),
+)
 
 
 @pytest.mark.parametrize("error", [FULL, IN_TORCH, IN_SAFETENSORS])
@@ -172,18 +220,27 @@ def test_a_full_disk_is_named_with_the_checkpoints_to_delete(error, tmp_path):
     link(folder / "0000003.pt", "latest.pt")
     disk = next(place for place in folder.parents if place.is_mount())
     words = rf"\(No space left on device; the disk {disk} .*B free\); .* delete 0000001.pt to 0000002.pt \(0.004 MB"
-    with pytest.raises(UserError, match=f"latest.pt can't be written {words}"), cli.writing(folder / "latest.pt"):
+    with (
+        pytest.raises(UserError, match=f"latest.pt can't be written {words}"),
+        cli.writing(folder / "latest.pt"),
+    ):
         raise error
     shutil.rmtree(folder.parent)
     with pytest.raises(UserError, match=f"^{folder.parent} was deleted or moved"):
         cli.append(folder.parent / "log.txt", ["a line"])
 
 
-@pytest.mark.parametrize(("error", "text"), [
-    (OSError(13, "Permission denied"), r"a can't be written \(Permission denied\)$"),
-    (RuntimeError("a bug"), "^a bug$"),
-    (after(OSError(5, "Input/output error"), UserError("--given x: can't be read")), "^--given x: can't be read$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(13, "Permission denied"), r"a can't be written \(Permission denied\)$"),
+        (RuntimeError("a bug"), "^a bug$"),
+        (
+            after(OSError(5, "Input/output error"), UserError("--given x: can't be read")),
+            "^--given x: can't be read$",
+        ),
+    ],
+)
 def test_other_errors_of_a_write_keep_their_meaning(error, text, tmp_path):
     with pytest.raises((UserError, RuntimeError), match=text), cli.writing(tmp_path / "a"):
         raise error
@@ -200,7 +257,10 @@ def test_a_bar_in_a_file_prints_one_line_per_minute_without_escape_codes(capfd, 
     out, err = capfd.readouterr()
     lines = err.splitlines()
     assert out == 20 * "a line\n" and 3 <= len(lines) <= 8
-    assert all(re.fullmatch(r"encoding: \d+ of 20 frames after \S+, \S+ left, loss 1.000", line) for line in lines), err
+    assert all(
+        re.fullmatch(r"encoding: \d+ of 20 frames after \S+, \S+ left, loss 1.000", line)
+        for line in lines
+    ), err
 
 
 @pytest.mark.parametrize("script", ["EqM/train.py", "datasets/check.py", "scripts/picture.py"])

@@ -14,7 +14,9 @@ from test_models import clip, distance, labels, loss_and_gradients, tiny
 from training import Training, run_here
 
 config.compile_threads = 1  # no pool of processes, whose start takes longer than what they compile
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,9 @@ def compare_with_eager(grad_checkpoint=None, **positions):
         network.compile_blocks()
     assert compiled.state_dict().keys() == model.state_dict().keys()
     x, y = clip(8, batch=3), labels(3)
-    (loss, gradients), (again, same) = (loss_and_gradients(network, x, y) for network in (model, compiled))
+    (loss, gradients), (again, same) = (
+        loss_and_gradients(network, x, y) for network in (model, compiled)
+    )
     assert again == pytest.approx(loss, rel=1e-5)
     assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
     with torch.no_grad():
@@ -45,7 +49,9 @@ def saved_bytes(model):
     saved = {}
 
     def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # keeps it, so that no other gets its place
+        saved[tensor.untyped_storage().data_ptr()] = (
+            tensor  # keeps it, so that no other gets its place
+        )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -62,7 +68,13 @@ def test_a_compiled_fixed_model_gives_the_same_loss_and_gradients_and_keeps_less
 
 def test_two_graphs_serve_all_blocks_frame_counts_and_batches():
     model, ema = compare_with_eager(position_table="space", rope_speed=0.5)
-    for num_frames, batch in ((16, 5), (4, 5), (9, 5), (64, 5), (16, 3)):  # 64 frames have as many tokens as D
+    for num_frames, batch in (
+        (16, 5),
+        (4, 5),
+        (9, 5),
+        (64, 5),
+        (16, 3),
+    ):  # 64 frames have as many tokens as D
         loss_and_gradients(model, clip(num_frames, batch=batch), labels(batch))
         with torch.no_grad():
             ema(clip(num_frames, batch=batch - 1), labels(batch - 1))
@@ -74,7 +86,9 @@ def test_a_compiled_flow_model_takes_one_level_per_clip_or_per_temporal_patch():
     compiled.compile_blocks()
     for gamma in (torch.rand(3), torch.rand(3, 2).repeat_interleave(4, dim=1)):
         inputs = clip(8, batch=3), labels(3)
-        (loss, gradients), (again, same) = (loss_and_gradients(one, *inputs, gamma=gamma) for one in (model, compiled))
+        (loss, gradients), (again, same) = (
+            loss_and_gradients(one, *inputs, gamma=gamma) for one in (model, compiled)
+        )
         assert again == pytest.approx(loss, rel=1e-5)
         assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
     for num_frames in (12, 16, 64):
@@ -86,19 +100,39 @@ def test_the_compiler_can_ask_whether_tf32_is_allowed():
     # Where torch's newer setting, fp32_precision, allowed it, the question raises, and nothing compiles
     for precision in ("tf32", "fp32"):
         distributed.set_precision(precision)
-        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        assert (
+            torch.backends.cuda.matmul.allow_tf32
+            == torch.backends.cudnn.allow_tf32
+            == (precision == "tf32")
+        )
 
 
 def test_a_compiled_run_learns_what_the_plain_run_learns(shapes, tmp_path):
     # Of the width and heads of the models above: what was compiled for them is in the cache
-    flags = ["--hidden-size", 64, "--num-heads", 2, "--lr", 3e-3, "--global-batch-size", 8, "--log-every", 1]
+    flags = [
+        "--hidden-size",
+        64,
+        "--num-heads",
+        2,
+        "--lr",
+        3e-3,
+        "--global-batch-size",
+        8,
+        "--log-every",
+        1,
+    ]
     plain = Training(shapes, tmp_path / "plain", 12, flags=flags)
     compiled = replace(plain, results=tmp_path / "compiled")
     for run, more in ((plain, []), (compiled, ["--compile"])):
         run_here(run, "--val-every", 4, "--sample-every", 0, *more)
     for row, same in zip(plain.rows(), compiled.rows(), strict=True):
         names = {"train_loss", "grad_norm", "val_loss"} & row.keys()
-        assert {name: same[name] for name in names} == pytest.approx({name: row[name] for name in names}, rel=1e-4)
-    files = (torch.load(run.folder / "checkpoints/latest.pt", weights_only=True) for run in (plain, compiled))
+        assert {name: same[name] for name in names} == pytest.approx(
+            {name: row[name] for name in names}, rel=1e-4
+        )
+    files = (
+        torch.load(run.folder / "checkpoints/latest.pt", weights_only=True)
+        for run in (plain, compiled)
+    )
     assert len({frozenset(state["model"]) for state in files}) == 1  # the names of the weights
     assert counters["stats"]["unique_graphs"] == 2  # one to train, one for the EMA

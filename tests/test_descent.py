@@ -28,21 +28,40 @@ MODELS = {
     "rotary": ({}, [(4, 1, TIME_SCALE, 1), (7, None, 0.08, 1), (32, 3, TIME_SCALE, 1.5)]),
     "fixed": ({"use_rope": False}, [(8, 1, TIME_SCALE, 2)]),
     "moving, table, head 20": (
-        {"hidden_size": 40, "rope_speed": 0.5, "position_table": "space"}, [(5, 1, 1 / 30, 1), (8, 4, TIME_SCALE, 0)],
+        {"hidden_size": 40, "rope_speed": 0.5, "position_table": "space"},
+        [(5, 1, 1 / 30, 1), (8, 4, TIME_SCALE, 0)],
     ),
     "normed, head 24, patch 1": (
-        {"hidden_size": 72, "num_heads": 3, "qk_norm": True, "patch_size": 1, "temporal_patch_size": 2,
-         "rope_theta": 100.0, "rope_split": "6,8,6", "in_channels": 1}, [(5, 0, 0.08, 1.5)],
+        {
+            "hidden_size": 72,
+            "num_heads": 3,
+            "qk_norm": True,
+            "patch_size": 1,
+            "temporal_patch_size": 2,
+            "rope_theta": 100.0,
+            "rope_split": "6,8,6",
+            "in_channels": 1,
+        },
+        [(5, 0, 0.08, 1.5)],
     ),
-    "image": ({"use_rope": False, "temporal_patch_size": 1, "num_frames": 1, "input_size": 6}, [(1, 2, 0.04, 1.5)]),
-}  # fmt: skip
+    "image": (
+        {"use_rope": False, "temporal_patch_size": 1, "num_frames": 1, "input_size": 6},
+        [(1, 2, 0.04, 1.5)],
+    ),
+}
 
 
 def write_page(path, model):
     """Write the page of a model, whose weights are rounded to float16. Returns the path."""
-    model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
+    model.load_state_dict(
+        {name: value.half().float() for name, value in model.state_dict().items()}
+    )
     config, count = model.config, model.config.num_classes
-    data = {"classes": [f"<{label}>" for label in range(count)], "time_scale": TIME_SCALE, "vae": "none"}
+    data = {
+        "classes": [f"<{label}>" for label in range(count)],
+        "time_scale": TIME_SCALE,
+        "vae": "none",
+    }
     training = {"num_frames": config.num_frames, "video": config.num_frames > 1}
     state = {"ema": model.state_dict(), "step": 3, "config": {"data": data, "training": training}}
     path.write_text(descent.make_page("tiny & small", state, config))
@@ -68,7 +87,9 @@ def demo(tmp_path_factory):
 
 
 def test_numbers_are_encoded_as_in_the_specification_and_the_kernel_is_a_module():
-    assert wat.unsigned(624485) == b"\xe5\x8e\x26" and wat.signed(-123456) == b"\xc0\xbb\x78"  # examples of LEB128
+    assert (
+        wat.unsigned(624485) == b"\xe5\x8e\x26" and wat.signed(-123456) == b"\xc0\xbb\x78"
+    )  # examples of LEB128
     assert (wat.signed(63), wat.signed(64), wat.signed(-64)) == (b"\x3f", b"\xc0\x00", b"\x40")
     content = wat.translate(
         '(module (import "env" "memory" (memory 1)) (func $f (export "f") (param $x i32) (result i32) (local $y i32)'
@@ -82,19 +103,40 @@ def test_numbers_are_encoded_as_in_the_specification_and_the_kernel_is_a_module(
 
 def test_the_demos_page_is_one_small_file_that_loads_nothing(demo):
     text = demo.read_text()
-    assert len(text) <= 4e6 and "://" not in text and "{{" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert (
+        len(text) <= 4e6
+        and "://" not in text
+        and "{{" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    )
     assert "default-src 'none'" in text and not re.search(r'\b(?:src|href)="(?!data:)', text)
     facts = json.loads(re.search('id="facts">(.*?)</script>', text)[1])
     config = json.loads((DEMO / "config.json").read_text())
-    assert facts["classes"] == config["data"]["classes"] and facts["frames"] == {"least": 4, "most": 32, "usual": 16}
-    assert facts["sampler"] == {"stepSize": 0.0262, "guidance": 1.5, "momentum": 0.3, "stopBelow": descent.REST}
+    assert facts["classes"] == config["data"]["classes"] and facts["frames"] == {
+        "least": 4,
+        "most": 32,
+        "usual": 16,
+    }
+    assert facts["sampler"] == {
+        "stepSize": 0.0262,
+        "guidance": 1.5,
+        "momentum": 0.3,
+        "stopBelow": descent.REST,
+    }
 
 
 def test_a_page_and_a_folder_can_be_written_at_once(tmp_path):
     ckpt = random_checkpoint(tmp_path / "best.pt", num_frames=4, use_rope=True)
     run_main(export, ckpt, tmp_path / "shared", "--html", tmp_path / "page.html")
-    assert (tmp_path / "shared/model.safetensors").exists() and "best.pt" in (tmp_path / "page.html").read_text()
-    many = {"sampler": "gd", "num_sampling_steps": 250, "stepsize": 0.002, "mu": 0.3, "cfg_scale": 3.0}
+    assert (tmp_path / "shared/model.safetensors").exists() and "best.pt" in (
+        tmp_path / "page.html"
+    ).read_text()
+    many = {
+        "sampler": "gd",
+        "num_sampling_steps": 250,
+        "stepsize": 0.002,
+        "mu": 0.3,
+        "cfg_scale": 3.0,
+    }
     assert descent.sampler(many)["stepSize"] == pytest.approx(249 * 0.002 / descent.EVALUATIONS)
     assert (descent.sampler(many)["momentum"], descent.sampler(many)["guidance"]) == (0, 3.0)
 
@@ -111,14 +153,19 @@ def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatc
         ckpt = random_checkpoint(tmp_path / "model.pt", **video | settings)
         assert words in refused(capsys, export, ckpt, "--html", tmp_path / "page.html")
     ckpt = random_checkpoint(tmp_path / "model.pt", **video)
-    for limit, words in {"MOST_WEIGHTS": "M weights; expected at most", "MOST_FLOPS": "GFLOP per eval"}.items():
+    for limit, words in {
+        "MOST_WEIGHTS": "M weights; expected at most",
+        "MOST_FLOPS": "GFLOP per eval",
+    }.items():
         with monkeypatch.context() as patch:
             patch.setattr(descent, limit, 10)
             assert words in refused(capsys, export, ckpt, "--html", tmp_path / "page.html")
     state = checkpoint.load(ckpt)
     state["ema"]["final_layer.linear.bias"][0] = 1e5
     checkpoint.save(tmp_path / "large.pt", state)
-    assert "weights up to 1e+05" in refused(capsys, export, tmp_path / "large.pt", "--html", tmp_path / "page.html")
+    assert "weights up to 1e+05" in refused(
+        capsys, export, tmp_path / "large.pt", "--html", tmp_path / "page.html"
+    )
     assert "DIR: missing" in refused(capsys, export, ckpt)
     assert not [*tmp_path.glob("p*")]
 
@@ -131,16 +178,25 @@ def test_the_field_equals_that_of_torch_in_both_kernels(browser, tmp_path, name)
     changes, cases = MODELS[name]
     page = write_page(tmp_path / "page.html", tiny(**changes))
     model = tiny(**changes)
-    model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
+    model.load_state_dict(
+        {name: value.half().float() for name, value in model.state_dict().items()}
+    )
     for kernel, query in (("wasm", ""), ("plain", "?plain")):
         browser.open(page, READY, query=query)
         assert browser.ask("eqm.kernel()") == kernel
         for num_frames, label, time_scale, guidance in cases:
             x = clip(num_frames, model.config)
-            about = {"label": label, "numFrames": num_frames, "timeScale": time_scale, "guidance": guidance}
+            about = {
+                "label": label,
+                "numFrames": num_frames,
+                "timeScale": time_scale,
+                "guidance": guidance,
+            }
             call = f"eqm.field({json.dumps(x.flatten().tolist())}, {json.dumps(about)}).then(f => [...f])"
             f = torch.tensor(browser.ask(call)).view_as(x)
-            assert distance(f, field_of(model, label, time_scale, guidance)(x, torch.arange(1))) < 1e-5
+            assert (
+                distance(f, field_of(model, label, time_scale, guidance)(x, torch.arange(1))) < 1e-5
+            )
 
 
 def test_a_wrong_call_of_the_field_says_what_it_expects(browser, tmp_path):
@@ -151,7 +207,10 @@ def test_a_wrong_call_of_the_field_says_what_it_expects(browser, tmp_path):
     }.items():
         assert browser.ask(f"eqm.field({call}).catch(error => error.message)") == words
     set_slider(browser, "level", 0.2)
-    for region, words in {"left": "trained without --forcing-regions", "later": "Disturbed."}.items():
+    for region, words in {
+        "left": "trained without --forcing-regions",
+        "later": "Disturbed.",
+    }.items():
         browser.ask(f"document.querySelector('[data-region={region}]').click()")
         assert words in browser.ask("$('line').textContent")
     assert browser.ask("document.title") == "tiny & small: roll a video downhill"
@@ -216,7 +275,10 @@ def test_two_trajectories_with_disturbances_equal_those_of_torch(browser, demo):
 
 def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
     x, labels = torch.rand(2, 3, 8, 16, 16), torch.tensor([0, 11])
-    changed = {name: ((y != x).float().mean(), own) for name, y, own in disturb.disturbances(x, labels, 12, 0)}
+    changed = {
+        name: ((y != x).float().mean(), own)
+        for name, y, own in disturb.disturbances(x, labels, 12, 0)
+    }
     for name, (share, own) in changed.items():
         half, square = "half" in name and "mirrored" not in name, "square" in name
         expected = 0.5 if half else 36 / 256 if square else 0 if name == "another class" else None
@@ -270,8 +332,14 @@ def test_pause_step_back_and_the_plot_move_through_the_descent(browser, demo):
     press(browser, "ArrowRight")
     assert count_of(browser) == reached - 1
     press(browser, "ArrowLeft")
-    browser.ask("$('plot').dispatchEvent(new MouseEvent('click', {clientX: $('plot').getBoundingClientRect().x + 30}))")
-    assert count_of(browser) == 0 and torch.equal(state(browser), start) and browser.ask("$('back').disabled")
+    browser.ask(
+        "$('plot').dispatchEvent(new MouseEvent('click', {clientX: $('plot').getBoundingClientRect().x + 30}))"
+    )
+    assert (
+        count_of(browser) == 0
+        and torch.equal(state(browser), start)
+        and browser.ask("$('back').disabled")
+    )
     set_slider(browser, "stepSize", 0.0131)  # another future
     assert browser.ask("moments.length") == 1
     half = take_steps(browser, 1)
@@ -289,7 +357,10 @@ def test_new_noise_frames_pins_and_every_disturbance(browser, demo):
     assert count_of(browser, "pinned") == [0]
     press(browser, "n")
     second = state(browser)
-    assert torch.equal(first[:, :, 0], second[:, :, 0]) and not (first[:, :, 1:] == second[:, :, 1:]).any()
+    assert (
+        torch.equal(first[:, :, 0], second[:, :, 0])
+        and not (first[:, :, 1:] == second[:, :, 1:]).any()
+    )
     for count in (32, 4, 6):
         set_slider(browser, "frameCount", count)
         kept = min(count, 4)
@@ -297,7 +368,9 @@ def test_new_noise_frames_pins_and_every_disturbance(browser, demo):
         assert browser.ask("document.querySelectorAll('#frames canvas').length") == count
     for frame in (1, 2, 3, 4, 5):
         browser.ask(f"document.querySelectorAll('#frames button')[{frame}].click()")
-    assert count_of(browser, "pinned.length") == 5 and "must be free" in browser.ask("$('line').textContent")
+    assert count_of(browser, "pinned.length") == 5 and "must be free" in browser.ask(
+        "$('line').textContent"
+    )
     browser.ask("document.querySelectorAll('#frames button')[0].click()")
     assert count_of(browser, "pinned") == [1, 2, 3, 4]
     browser.ask("$('label').value = ''; $('label').dispatchEvent(new Event('change'))")
@@ -316,18 +389,34 @@ def test_the_mouse_paints_in_all_frames_or_in_one_and_the_descent_waits(browser,
     before = state(browser)
 
     def drag(selector, *places):
-        box = browser.ask(f"(({{x, y, width}}) => [x, y, width])($$('{selector}').getBoundingClientRect())")
-        for kind, place in zip(("mousePressed", *["mouseMoved"] * (len(places) - 1)), places, strict=True):
+        box = browser.ask(
+            f"(({{x, y, width}}) => [x, y, width])($$('{selector}').getBoundingClientRect())"
+        )
+        for kind, place in zip(
+            ("mousePressed", *["mouseMoved"] * (len(places) - 1)), places, strict=True
+        ):
             x, y = (box[axis] + box[2] * place[axis] for axis in range(2))
-            browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+            browser.call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=x,
+                y=y,
+                button="left",
+                buttons=1,
+                clickCount=1,
+            )
         browser.wait("stroke")
-        browser.call("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button="left", clickCount=1)
+        browser.call(
+            "Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button="left", clickCount=1
+        )
         browser.wait("!stroke")
 
     browser.ask("window.$$ = selector => document.querySelector(selector)")
     drag("#player", (0.25, 0.5), (0.5, 0.5), (0.75, 0.5))
     changed = (state(browser) != before).any(dim=1)[0]
-    assert changed[:, 5:11, 1:15].float().mean() == 1 and changed.sum() == 16 * 6 * changed[0, 8].sum()
+    assert (
+        changed[:, 5:11, 1:15].float().mean() == 1 and changed.sum() == 16 * 6 * changed[0, 8].sum()
+    )
     drag("#frames > :nth-child(3) canvas", (0.5, 0.5))
     assert browser.ask("moments.length") == 3
     middle = state(browser)
@@ -340,7 +429,12 @@ def test_a_gif_has_all_frames_and_their_colors(browser, demo):
     browser.open(demo, READY)
     set_slider(browser, "frameCount", 5)
     file = Image.open(io.BytesIO(bytes(browser.ask("[...eqm.gif()]"))))
-    assert (file.n_frames, file.size, file.info["duration"], file.info["loop"]) == (5, (256, 256), 40, 0)
+    assert (file.n_frames, file.size, file.info["duration"], file.info["loop"]) == (
+        5,
+        (256, 256),
+        40,
+        0,
+    )
     shown = ((state(browser)[0] + 1) * 127.5).clamp(0, 255)  # (3, T, 16, 16)
     for frame in range(5):
         file.seek(frame)
@@ -353,7 +447,9 @@ def test_a_gif_has_all_frames_and_their_colors(browser, demo):
 
 def test_the_tour_ends_with_one_frame_that_became_sixteen(browser, demo):
     browser.open(demo, READY, width=400, height=800)
-    browser.ask("TOUR.forEach((part, index) => { part[1] = index ? Infinity : 0; })")  # the first step ends by itself
+    browser.ask(
+        "TOUR.forEach((part, index) => { part[1] = index ? Infinity : 0; })"
+    )  # the first step ends by itself
     assert browser.ask("facts.healsRegions") is True
     press(browser, "t")
     browser.wait("tourAt === 1")
@@ -370,7 +466,9 @@ def test_the_tour_ends_with_one_frame_that_became_sixteen(browser, demo):
 
 def test_input_is_handled_while_the_field_is_computed(browser, demo):
     browser.open(demo, READY, query="?plain")
-    browser.ask("window.late = []; onkeyup = event => late.push(performance.now() - event.timeStamp)")
+    browser.ask(
+        "window.late = []; onkeyup = event => late.push(performance.now() - event.timeStamp)"
+    )
     set_slider(browser, "frameCount", 32)
     browser.ask("$('play').click()")
     for _ in range(10):
@@ -380,9 +478,13 @@ def test_input_is_handled_while_the_field_is_computed(browser, demo):
     assert count_of(browser, "rms") is None  # the first evaluation takes longer than all of these
 
 
-@pytest.mark.parametrize("before", ["async function start", 'id="facts"', 'id="weights"', "</script>\n</body>"])
+@pytest.mark.parametrize(
+    "before", ["async function start", 'id="facts"', 'id="weights"', "</script>\n</body>"]
+)
 def test_a_truncated_file_says_so(browser, demo, tmp_path, before):
     content = demo.read_text()
     (tmp_path / "cut.html").write_text(content[: content.index(before) - 4])
-    browser.open(tmp_path / "cut.html", "document.getElementById('line').textContent.includes('incomplete')")
+    browser.open(
+        tmp_path / "cut.html", "document.getElementById('line').textContent.includes('incomplete')"
+    )
     assert browser.ask("!document.getElementById('app') || document.getElementById('app').hidden")

@@ -47,13 +47,33 @@ torch.save(found, os.environ["OUT"])
 
 
 def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers(tmp_path):
-    votes = [0, 1, 2, 5, 9, 10, 11, 14, 18, 22, 27, 37]  # by the clock of rank 0: 0.3 s a step, from step 20 on 0.11 s
+    votes = [
+        0,
+        1,
+        2,
+        5,
+        9,
+        10,
+        11,
+        14,
+        18,
+        22,
+        27,
+        37,
+    ]  # by the clock of rank 0: 0.3 s a step, from step 20 on 0.11 s
     on_all = {
-        "broadcast": ["from", 0], "gather": [0, 10], "average": [1.5, 4.5],
-        "votes": votes, "saves": [0, 2, 10, 14, 18, 22], "stopped": votes[-1],
-        "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(), "imported": [],
-    }  # fmt: skip
+        "broadcast": ["from", 0],
+        "gather": [0, 10],
+        "average": [1.5, 4.5],
+        "votes": votes,
+        "saves": [0, 2, 10, 14, 18, 22],
+        "stopped": votes[-1],
+        "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(),
+        "imported": [],
+    }
     on_first = {"collect": [0, 10, 20], "collect from one": [[1.0, 1.0]]}
     expected = [on_all | on_first, on_all | dict.fromkeys(on_first)]
     found = run_ranks(ON_EACH_RANK, 2, tmp_path)
-    assert [{k: v.tolist() if torch.is_tensor(v) else v for k, v in rank.items()} for rank in found] == expected
+    assert [
+        {k: v.tolist() if torch.is_tensor(v) else v for k, v in rank.items()} for rank in found
+    ] == expected

@@ -22,9 +22,12 @@ from video.index import INDEX_FORMAT
 from video.source import LATENTS_FORMAT
 
 WRITTEN = [  # by hand; other pages of results/ are written by scripts
-    *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "datasets/README.md", ROOT / "results/README.md",
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    ROOT / "datasets/README.md",
+    ROOT / "results/README.md",
     ROOT / "results/demo/README.md",
-]  # fmt: skip
+]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(WRITTEN)}
 # Shell script: the Python script that gets the words after it, and flags that the shell script adds
 TARGETS = {
@@ -35,9 +38,11 @@ TARGETS = {
     "scripts/gpu_check.sh": ("scripts/gpu_check.py", []),
 }
 WORDS = {
-    "scripts/test.sh": ".*", "scripts/setup.sh": "(dev)?", "scripts/faults.sh": "([0-9]+( --.*)?)?",
+    "scripts/test.sh": ".*",
+    "scripts/setup.sh": "(dev)?",
+    "scripts/faults.sh": "([0-9]+( --.*)?)?",
     "datasets/prepare_ucf101.sh": "[^ ]*",
-}  # fmt: skip
+}
 
 
 def fences(text, language):
@@ -49,7 +54,9 @@ def prose(text):
     return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))]
+)
 def test_the_readme_and_each_page_of_docs_have_at_most_1500_words(page):
     assert len(PAGES[page].split()) <= 1_500
 
@@ -74,7 +81,9 @@ def test_the_readme_links_every_page_and_the_design_names_every_module():
     for path in ROOT.glob("docs/*.md"):
         assert f"](docs/{path.name})" in PAGES["README.md"], path.name
     for path in (ROOT / "EqM").rglob("*.py"):
-        assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", PAGES["docs/design.md"]), path.name
+        assert path.name == "__init__.py" or re.search(
+            rf"\b{path.name}\b", PAGES["docs/design.md"]
+        ), path.name
 
 
 # Commands and flags ---------------------------------------------------------------------------------------------------
@@ -90,9 +99,13 @@ git() { :; }; cd() { :; }; source() { :; }; tensorboard() { :; }
 
 def commands(text):
     """(names of variables that are set, words) of each command of our scripts, in blocks and in code in the text."""
-    inline = re.findall(r"`((?:[A-Z_]+=\S+\s)*(?:python|bash|torchrun|sbatch)\s[^`]+)`", prose(text))
+    inline = re.findall(
+        r"`((?:[A-Z_]+=\S+\s)*(?:python|bash|torchrun|sbatch)\s[^`]+)`", prose(text)
+    )
     code = "\n".join([BASH, *fences(text, "bash"), *(words.replace("\n", " ") for words in inline)])
-    shell = subprocess.run([shutil.which("bash"), "-rc", code], env={"PATH": ""}, capture_output=True, text=True)
+    shell = subprocess.run(
+        [shutil.which("bash"), "-rc", code], env={"PATH": ""}, capture_output=True, text=True
+    )
     assert shell.returncode == 0, shell.stderr
     for command in shell.stdout.split("\n\n")[:-1]:
         names, *words = command.split("\n")
@@ -103,7 +116,9 @@ def parse(script, words, monkeypatch):
     """Have a Python script parse its command line. Returns its flags."""
     assert (ROOT / script).is_file()
     monkeypatch.setattr(sys, "argv", [script, *words])
-    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])  # as for `python script`
+    monkeypatch.setattr(
+        sys, "path", [str((ROOT / script).parent), *sys.path]
+    )  # as for `python script`
     return importlib.import_module(Path(script).stem).parse_args()
 
 
@@ -156,7 +171,9 @@ def test_the_phases_of_the_readme_continue_each_other(monkeypatch):
     phases, sampling = readme_runs(monkeypatch)
     assert [phase.num_frames for phase in phases] == [4, 8, 16]
     assert [phase.max_steps for phase in phases] == [50_000, 100_000, 150_000]
-    assert len({phase.num_frames * phase.global_batch_size for phase in phases}) == 1, "equal memory"
+    assert len({phase.num_frames * phase.global_batch_size for phase in phases}) == 1, (
+        "equal memory"
+    )
     for flag in ("model", "use_rope", "video", "data_path", "results_dir"):
         assert len({getattr(phase, flag) for phase in phases}) == 1, flag
     assert (sampling.model, sampling.use_rope, sampling.num_frames) == (phases[0].model, True, [16])
@@ -192,16 +209,24 @@ def test_a_wrong_command_is_found(command, monkeypatch, capsys):
 
 
 def test_flags_that_the_pages_mention_exist(monkeypatch, capsys):
-    for script in [*ROOT.glob("EqM/*.py"), *ROOT.glob("datasets/*.py"), *ROOT.glob("scripts/**/*.py")]:
+    for script in [
+        *ROOT.glob("EqM/*.py"),
+        *ROOT.glob("datasets/*.py"),
+        *ROOT.glob("scripts/**/*.py"),
+    ]:
         if "\nif __name__ ==" in script.read_text():
             with pytest.raises(SystemExit):
                 parse(script.relative_to(ROOT), ["--help"], monkeypatch)
-    known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)) | {"--logdir"}  # of tensorboard
+    known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)) | {
+        "--logdir"
+    }  # of tensorboard
     known |= set(get_args_parser()._option_string_actions)  # with - and with _
     for page, text in PAGES.items():
         code = " ".join(re.findall(r"`([^`]+)`", prose(text)))
         found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
-        assert page == "CHANGELOG.md" or found <= known, f"{page}: {sorted(found - known)}"  # that names removed ones
+        assert page == "CHANGELOG.md" or found <= known, (
+            f"{page}: {sorted(found - known)}"
+        )  # that names removed ones
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
@@ -214,19 +239,25 @@ NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?"
 
 def checked_blocks(text):
     """(kind, files, block) of each comment and the block after it."""
-    for kind, files, block in re.findall(r"^<!-- (rows|numbers) of ([^>]*) -->\n(.*?)(?=\n\n|\Z)", text, re.M | re.S):
+    for kind, files, block in re.findall(
+        r"^<!-- (rows|numbers) of ([^>]*) -->\n(.*?)(?=\n\n|\Z)", text, re.M | re.S
+    ):
         yield kind, [ROOT / file for file in files.split()], block
 
 
 def cells(row):
-    return [cell.replace("*", "").replace("`", "").strip() for cell in row.strip().strip("|").split("|")]
+    return [
+        cell.replace("*", "").replace("`", "").strip() for cell in row.strip().strip("|").split("|")
+    ]
 
 
 def is_in(number, source):
     """Whether a number, as text, is one of a text, rounded as it is."""
     value, digits = float(number.replace(",", "")), len(number.partition(".")[2])
     found = [float(one.replace(",", "")) for one in re.findall(NUMBER, source)]
-    return any(abs(value - scale * one) < 0.501 * 10**-digits for one in found for scale in (1, 100))
+    return any(
+        abs(value - scale * one) < 0.501 * 10**-digits for one in found for scale in (1, 100)
+    )
 
 
 def missing(kind, block, source):
@@ -238,7 +269,11 @@ def missing(kind, block, source):
     found = []
     for name, *values in map(cells, block.splitlines()[2:]):
         same = " ".join(" ".join(row[1:]) for row in rows if row[0] == name)
-        found += [f"{name}: {number}" for number in re.findall(NUMBER, " ".join(values)) if not is_in(number, same)]
+        found += [
+            f"{name}: {number}"
+            for number in re.findall(NUMBER, " ".join(values))
+            if not is_in(number, same)
+        ]
     return found
 
 
@@ -249,7 +284,12 @@ def test_numbers_are_those_of_the_files_in_results(page):
 
 
 def test_the_tables_of_results_are_compared_with_a_page():
-    compared = {file.stem for text in PAGES.values() for _, files, _ in checked_blocks(text) for file in files}
+    compared = {
+        file.stem
+        for text in PAGES.values()
+        for _, files, _ in checked_blocks(text)
+        for file in files
+    }
     names = "README benchmark memory objectives given_frames positions_bouncing faults study study-first-edition"
     assert compared >= set(names.split())
 
@@ -257,8 +297,15 @@ def test_the_tables_of_results_are_compared_with_a_page():
 def test_a_number_that_changed_is_found():
     source, table = "| a | 0.389 (0.4, 0.3) | 96.3% |\n| b | 7.0 | 0.5 |", "| | |\n|---|---|\n"
     assert missing("rows", f"{table}| a | 0.39 | 96% |\n| **b** | 7 | 50% |", source) == []
-    assert missing("rows", f"{table}| a | 0.38 | 7.0 |\n| c | 0.5 |", source) == ["a: 0.38", "a: 7.0", "c: 0.5"]
-    assert missing("numbers", "0.39 of 12 clips, 96% and 30 points, 0.41 and 8%", source) == ["0.41", "8"]
+    assert missing("rows", f"{table}| a | 0.38 | 7.0 |\n| c | 0.5 |", source) == [
+        "a: 0.38",
+        "a: 7.0",
+        "c: 0.5",
+    ]
+    assert missing("numbers", "0.39 of 12 clips, 96% and 30 points, 0.41 and 8%", source) == [
+        "0.41",
+        "8",
+    ]
 
 
 def test_the_table_of_models_has_their_parameters():
@@ -267,8 +314,14 @@ def test_the_table_of_models_has_their_parameters():
 
     for name, build in EqM_models.items():
         size, patch = name.split("/")
-        (row,) = [cells(line) for line in PAGES["README.md"].splitlines() if line.startswith(f"| {size} ")]
-        depth, width, heads = model_config(name).depth, model_config(name).hidden_size, model_config(name).num_heads
+        (row,) = [
+            cells(line) for line in PAGES["README.md"].splitlines() if line.startswith(f"| {size} ")
+        ]
+        depth, width, heads = (
+            model_config(name).depth,
+            model_config(name).hidden_size,
+            model_config(name).num_heads,
+        )
         assert row[1:4] == [str(depth), str(width), str(heads)]
         with torch.device("meta"):  # one block, which takes less time than all
             model = build(input_size=32, in_channels=4, num_classes=101, use_rope=True, depth=1)
@@ -285,9 +338,12 @@ def test_the_newest_version_is_the_version_to_cite():
 def test_the_promise_names_the_formats_that_the_code_writes():
     rows = re.findall(r"^\| (\w[\w ]*):.* \| (\d+|-) \|$", PAGES["CHANGELOG.md"], re.M)
     assert dict(rows) == {
-        "checkpoint": str(checkpoint.VERSION), "exported folder": str(checkpoint.VERSION),
-        "latent or pixel cache": str(LATENTS_FORMAT), "sample folder": "-", "index of a scan": str(INDEX_FORMAT),
-    }  # fmt: skip
+        "checkpoint": str(checkpoint.VERSION),
+        "exported folder": str(checkpoint.VERSION),
+        "latent or pixel cache": str(LATENTS_FORMAT),
+        "sample folder": "-",
+        "index of a scan": str(INDEX_FORMAT),
+    }
 
 
 def test_the_python_of_the_sampling_page_runs_and_writes_videos(tmp_path, monkeypatch):

@@ -16,8 +16,31 @@ from tiny_data import make_images, make_vae
 from training import content, on_two_ranks, run_main
 from video.files import probe
 
-TINY = ["--model", "EqM-Ti/4", "--depth", 1, "--use-rope", "--vae", "none", "--image-size", 16, "--lr", 1e-2]
-FAST = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every", 0, "--global-batch-size", 4]
+TINY = [
+    "--model",
+    "EqM-Ti/4",
+    "--depth",
+    1,
+    "--use-rope",
+    "--vae",
+    "none",
+    "--image-size",
+    16,
+    "--lr",
+    1e-2,
+]
+FAST = [
+    "--num-workers",
+    0,
+    "--log-every",
+    1,
+    "--val-clips",
+    4,
+    "--sample-every",
+    0,
+    "--global-batch-size",
+    4,
+]
 PREVIEWS = ["--sample-every", 3, "--num-samples", 3, "--num-sampling-steps", 3]  # two and one
 SAMPLE = ["--video", "--num-samples", 3, "--num-sampling-steps", 6, "--stepsize", 0.01]
 
@@ -60,7 +83,11 @@ def test_three_phases_chain_by_the_globs_of_the_guide(phases):
     assert names == ["000-EqM-Ti-4-f4-rope", "001-EqM-Ti-4-f8-rope", "002-EqM-Ti-4-f16-rope"]
     for name, first, last in zip(names, (0, 3, 5), (3, 5, 7), strict=True):
         folder = phases / name
-        assert {path.name for path in folder.glob("checkpoints/*")} == {f"{last:07d}.pt", "latest.pt", "best.pt"}
+        assert {path.name for path in folder.glob("checkpoints/*")} == {
+            f"{last:07d}.pt",
+            "latest.pt",
+            "best.pt",
+        }
         rows = rows_of(folder / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(first + 1, last + 1))  # steps are global
         assert np.isfinite([row["train_loss"] for row in rows]).all() and rows[-1]["val_loss"] > 0
@@ -97,33 +124,77 @@ def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(phases, shapes,
 def test_one_checkpoint_samples_16_and_24_frames_and_their_energies(random, shapes, tmp_path):
     sampling = [*SAMPLE, "--ckpt", random, "--report-energy"]
     run_main(sample_gd, *sampling, "--num-frames", 16, 24, "--folder", tmp_path / "both")
-    start = ["--init", one(shapes / "CircleDown/*g01_c01.avi"), "--init-gamma", 0]  # all of it noise, as without
+    start = [
+        "--init",
+        one(shapes / "CircleDown/*g01_c01.avi"),
+        "--init-gamma",
+        0,
+    ]  # all of it noise, as without
     run_main(sample_gd, *sampling, "--num-frames", 16, *start, "--folder", tmp_path / "alone")
-    assert (tmp_path / "alone/samples.npz").read_bytes() == (tmp_path / "both-f16/samples.npz").read_bytes()
+    assert (tmp_path / "alone/samples.npz").read_bytes() == (
+        tmp_path / "both-f16/samples.npz"
+    ).read_bytes()
     for frames in (16, 24):
         folder = tmp_path / f"both-f{frames}"
         samples = np.load(folder / "samples.npz")
-        assert samples["arr_0"].shape == (3, frames, 16, 16, 3) and samples["arr_0"].dtype == np.uint8
+        assert (
+            samples["arr_0"].shape == (3, frames, 16, 16, 3) and samples["arr_0"].dtype == np.uint8
+        )
         assert samples["labels"].tolist() == [0, 1, 2]
-        assert probe(folder, "", "000002.mp4").num_frames == frames and (folder / "energy.png").stat().st_size > 0
+        assert (
+            probe(folder, "", "000002.mp4").num_frames == frames
+            and (folder / "energy.png").stat().st_size > 0
+        )
         rows = list(csv.DictReader((folder / "energy.csv").open()))
-        assert [(row["sample"], row["step"]) for row in rows] == [(k, n) for k in "012" for n in "012345"]
-        assert all(float(rows[6 * k + 5]["energy"]) < float(rows[6 * k]["energy"]) for k in range(3))
+        assert [(row["sample"], row["step"]) for row in rows] == [
+            (k, n) for k in "012" for n in "012345"
+        ]
+        assert all(
+            float(rows[6 * k + 5]["energy"]) < float(rows[6 * k]["energy"]) for k in range(3)
+        )
 
 
-def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(random, shapes, tmp_path, capsys):
+def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(
+    random, shapes, tmp_path, capsys
+):
     given = ["--given", one(shapes / "CircleDown/*g01_c01.avi"), "--given-frames", "0-2,9,14-15"]
-    sampling = [*SAMPLE, "--num-samples", 5, "--num-sampling-steps", 20, "--cfg-scale", 2, "--stop-below", 2.9, *given]
-    sampling += ["--num-frames", 18, "--window", 8, "--batch-size", 2, "--ckpt", random, "--model", "EqM-Ti/4"]
+    sampling = [
+        *SAMPLE,
+        "--num-samples",
+        5,
+        "--num-sampling-steps",
+        20,
+        "--cfg-scale",
+        2,
+        "--stop-below",
+        2.9,
+        *given,
+    ]
+    sampling += [
+        "--num-frames",
+        18,
+        "--window",
+        8,
+        "--batch-size",
+        2,
+        "--ckpt",
+        random,
+        "--model",
+        "EqM-Ti/4",
+    ]
     run_main(sample_gd, *sampling, "--folder", tmp_path / "1")
-    on_two_ranks("sample_gd.py", *sampling, "--folder", tmp_path / "2")  # which have two batches and one
+    on_two_ranks(
+        "sample_gd.py", *sampling, "--folder", tmp_path / "2"
+    )  # which have two batches and one
     files, found = (content(tmp_path / name) for name in "12")
     about, about_found = (json.loads(part.pop("samples.json")) for part in (files, found))
     assert about_found.pop("flags") == about.pop("flags") | {"folder": str(tmp_path / "2")}
     assert about_found == about and found == files
     assert {"000004.mp4", "000004.gif", "evaluations.png"} <= files.keys()
     assert np.load(tmp_path / "1/samples.npz")["arr_0"].std() > 30  # the field did something
-    evaluations = [int(row["evaluations"]) for row in csv.DictReader((tmp_path / "1/evaluations.csv").open())]
+    evaluations = [
+        int(row["evaluations"]) for row in csv.DictReader((tmp_path / "1/evaluations.csv").open())
+    ]
     assert len(evaluations) == 5 and len(set(evaluations)) > 1
     assert about["mean_evaluations"] == sum(evaluations) / 5
     assert f"mean {about['mean_evaluations']:.1f} of 76" in capsys.readouterr().out  # in 4 windows
@@ -131,8 +202,29 @@ def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(random, shape
 
 def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
     data, vae = make_images(tmp_path / "images", 12, ".webp"), make_vae(tmp_path / "vae")
-    flags = [*TINY, *FAST, "--ebm", "dot", "--disp", "--data-path", data, "--vae", vae, "--max-steps", 3]
-    flags += ["--sample-every", 3, "--num-samples", 1, "--num-sampling-steps", 3, "--results-dir", tmp_path / "r"]
+    flags = [
+        *TINY,
+        *FAST,
+        "--ebm",
+        "dot",
+        "--disp",
+        "--data-path",
+        data,
+        "--vae",
+        vae,
+        "--max-steps",
+        3,
+    ]
+    flags += [
+        "--sample-every",
+        3,
+        "--num-samples",
+        1,
+        "--num-sampling-steps",
+        3,
+        "--results-dir",
+        tmp_path / "r",
+    ]
     on_two_ranks("train.py", *flags)
     folder = Path(one(tmp_path / "r/*-EqM-Ti-4-f1-rope"))
     assert all(row["disp_loss"] <= 0 for row in rows_of(folder / "metrics.jsonl"))

@@ -26,7 +26,9 @@ from training import ROOT, error_of, on_two_ranks, record_calls, run_main, sampl
 class Detector(torch.nn.Module):
     """A detector with the interface of the usual I3D and Inception models. It returns 6 features of clips or images."""
 
-    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+    def forward(
+        self, x, rescale: bool = False, resize: bool = False, return_features: bool = False
+    ):
         x = x.flatten(2)
         return torch.cat([x.mean(2), x.std(2)], dim=1)
 
@@ -43,18 +45,33 @@ def detector(tmp_path_factory):
 @pytest.fixture(scope="module")
 def samples(shapes, tmp_path_factory):
     """A sample folder that holds real clips."""
-    return write_samples(tmp_path_factory.mktemp("samples") / "s", *read_clips(shapes, "val", 12, stream="a"))
+    return write_samples(
+        tmp_path_factory.mktemp("samples") / "s", *read_clips(shapes, "val", 12, stream="a")
+    )
 
 
 @pytest.fixture
 def fvd(shapes, samples, detector):
-    return ["--metric", "fvd", "--samples", samples, "--data-path", shapes, "--detector", detector, "--num-real", 8]
+    return [
+        "--metric",
+        "fvd",
+        "--samples",
+        samples,
+        "--data-path",
+        shapes,
+        "--detector",
+        detector,
+        "--num-real",
+        8,
+    ]
 
 
 def by_scipy(a, b):
     """The Fréchet distance of features (N, D), computed with SciPy."""
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root.real)
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        np.cov(a.T) + np.cov(b.T) - 2 * root.real
+    )
 
 
 def naive_features(clips):
@@ -64,66 +81,144 @@ def naive_features(clips):
 
 
 @pytest.mark.parametrize("metric", ["fvd", "fid"])
-def test_fvd_and_fid_equal_a_naive_version(metric, shapes, samples, detector, tmp_path, monkeypatch):
+def test_fvd_and_fid_equal_a_naive_version(
+    metric, shapes, samples, detector, tmp_path, monkeypatch
+):
     generated, real = np.load(samples / "samples.npz")["arr_0"], read_clips(shapes, "train", 20)[0]
     if metric == "fid":  # of frames
-        generated, real = generated.reshape(-1, 1, SIZE, SIZE, 3), real.reshape(-1, 1, SIZE, SIZE, 3)
+        generated, real = (
+            generated.reshape(-1, 1, SIZE, SIZE, 3),
+            real.reshape(-1, 1, SIZE, SIZE, 3),
+        )
 
     def size(detector, clips, *rest, **others):
-        assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+        assert (
+            not torch.backends.cudnn.allow_tf32
+            and torch.get_float32_matmul_precision() == "highest"
+        )
         return len(clips)
 
     batches = record_calls(monkeypatch, frechet, "extract", size)
     monkeypatch.setattr(frechet, "check_detector", lambda path, *_: {"sha256": file_sha256(path)})
     distributed.set_precision("tf32")
-    flags = ["--metric", metric, "--samples", samples, "--data-path", shapes, "--detector", detector, "--num-real", 20]
+    flags = [
+        "--metric",
+        metric,
+        "--samples",
+        samples,
+        "--data-path",
+        shapes,
+        "--detector",
+        detector,
+        "--num-real",
+        20,
+    ]
     found = run(tmp_path / "a" / "b.json", *flags, "--batch-size", 5)
-    assert found["values"][metric] == pytest.approx(by_scipy(naive_features(generated), naive_features(real)), rel=1e-4)
+    assert found["values"][metric] == pytest.approx(
+        by_scipy(naive_features(generated), naive_features(real)), rel=1e-4
+    )
     low, high = found["result"]["interval95"]
     assert low < found["values"][metric] < high
     assert found["protocol"] == f"{metric}12_real20_8f_cfg1"
     assert max(batches) == 5  # no more clips are held at once
-    assert found["real"]["split"] == "train" and found["real"]["num_videos"] == len(list(shapes.glob("*/*g02*")))
+    assert found["real"]["split"] == "train" and found["real"]["num_videos"] == len(
+        list(shapes.glob("*/*g02*"))
+    )
 
 
-@pytest.mark.parametrize(("source", "label", "name"), [
-    ({"guidance": 4.0, "guidance_chosen": False}, None, None),
-    ({"guidance": 4.0}, None, None),
-    ({"guidance": 1.5, "guidance_chosen": True}, None, "cfg1.5"),
-    ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1"),  # without classes there is no guidance
-    ({"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"}, -1, "auto2"),  # except by a weaker model
-])  # fmt: skip
-def test_frechet_protocols_name_the_guidance_that_the_user_chose(source, label, name, shapes, fvd, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("source", "label", "name"),
+    [
+        ({"guidance": 4.0, "guidance_chosen": False}, None, None),
+        ({"guidance": 4.0}, None, None),
+        ({"guidance": 1.5, "guidance_chosen": True}, None, "cfg1.5"),
+        (
+            {"guidance": 4.0, "guidance_chosen": False},
+            -1,
+            "cfg1",
+        ),  # without classes there is no guidance
+        (
+            {"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"},
+            -1,
+            "auto2",
+        ),  # except by a weaker model
+    ],
+)
+def test_frechet_protocols_name_the_guidance_that_the_user_chose(
+    source, label, name, shapes, fvd, tmp_path, capsys
+):
     clips, own, classes = read_clips(shapes, "val", 2)
-    fvd[3] = write_samples(tmp_path / "s", clips, [label] * 2 if label else own, classes, source=source)
+    fvd[3] = write_samples(
+        tmp_path / "s", clips, [label] * 2 if label else own, classes, source=source
+    )
     if name:
         assert run(tmp_path / "a.json", *fvd)["protocol"] == f"fvd2_real8_8f_{name}"
         said = capsys.readouterr().out
-        assert "warning: 2 generated members for 6 features" in said and "8 real members" not in said
+        assert (
+            "warning: 2 generated members for 6 features" in said and "8 real members" not in said
+        )
     else:
-        refused(capsys, tmp_path / "a.json", *fvd, words=["sample again with --cfg-scale (1 turns it off)"])
+        refused(
+            capsys,
+            tmp_path / "a.json",
+            *fvd,
+            words=["sample again with --cfg-scale (1 turns it off)"],
+        )
 
 
-def test_each_of_several_sample_folders_gets_a_manifest(shapes, samples, tmp_path, monkeypatch, capsys):
+def test_each_of_several_sample_folders_gets_a_manifest(
+    shapes, samples, tmp_path, monkeypatch, capsys
+):
     folders = [shutil.copytree(samples, tmp_path / name) for name in "ab"]
-    np.savez(folders[1] / "samples.npz", **{name: x[:5] for name, x in np.load(samples / "samples.npz").items()})
+    np.savez(
+        folders[1] / "samples.npz",
+        **{name: x[:5] for name, x in np.load(samples / "samples.npz").items()},
+    )
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 6, "--samples"]
     run("scores.json", *flags, *folders)
     alone = run(tmp_path / "alone.json", *flags, folders[1])
     found = [json.loads((folder / "scores.json").read_text()) for folder in folders]
-    assert found[1]["values"] == alone["values"] and found[0]["protocol"] == "consistency12_real6_8f"
+    assert (
+        found[1]["values"] == alone["values"] and found[0]["protocol"] == "consistency12_real6_8f"
+    )
     for out in (tmp_path / "x.json", "samples.json", "sheet.json", "grid.json"):
-        refused(capsys, out, *flags, *folders, words=[f"{out}: expected the name of a new file in each of --samples"])
-    refused(capsys, folders[0] / "sheet.json", *flags, folders[0], words=["expected the name of a new file"])
+        refused(
+            capsys,
+            out,
+            *flags,
+            *folders,
+            words=[f"{out}: expected the name of a new file in each of --samples"],
+        )
+    refused(
+        capsys,
+        folders[0] / "sheet.json",
+        *flags,
+        folders[0],
+        words=["expected the name of a new file"],
+    )
     made = tempfile.mkdtemp  # the check of a folder
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda dir: os.open("", 0) if dir == folders[1] else made(dir=dir))
-    refused(capsys, "more.json", *flags, *folders, words=[f"--out {folders[1]}: ", "is not a writable folder"])
+    monkeypatch.setattr(
+        tempfile, "mkdtemp", lambda dir: os.open("", 0) if dir == folders[1] else made(dir=dir)
+    )
+    refused(
+        capsys,
+        "more.json",
+        *flags,
+        *folders,
+        words=[f"--out {folders[1]}: ", "is not a writable folder"],
+    )
 
 
-def test_real_features_are_cached_until_the_file_or_the_data_change(shapes, fvd, tmp_path, monkeypatch, capsys):
+def test_real_features_are_cached_until_the_file_or_the_data_change(
+    shapes, fvd, tmp_path, monkeypatch, capsys
+):
     fvd[5] = shutil.copytree(shapes, tmp_path / "data")
     reads, real_stream = [], sources.real_stream
-    monkeypatch.setattr(sources, "real_stream", lambda *args: (reads.append(1) or part for part in real_stream(*args)))
+    monkeypatch.setattr(
+        sources,
+        "real_stream",
+        lambda *args: (reads.append(1) or part for part in real_stream(*args)),
+    )
 
     def again():
         reads.clear()
@@ -152,10 +247,15 @@ def test_a_manifest_repeats_bit_for_bit_or_reports_the_differences(shapes, fvd, 
     repeat = [tmp_path / "b.json", "--manifest", tmp_path / "a.json"]
     new = run(*repeat)
     assert new["repeats"]["bit_equal"] and new["repeats"]["agrees"]
-    assert new["values"] == old["values"] and new["result"]["interval95"] == old["result"]["interval95"]
+    assert (
+        new["values"] == old["values"]
+        and new["result"]["interval95"] == old["result"]["interval95"]
+    )
     assert "bit for bit" in capsys.readouterr().out
 
-    moved = [shutil.copytree(path, tmp_path / name) for path, name in ((fvd[5], "data"), (fvd[3], "s"))]
+    moved = [
+        shutil.copytree(path, tmp_path / name) for path, name in ((fvd[5], "data"), (fvd[3], "s"))
+    ]
     moved.append(shutil.copy(fvd[7], tmp_path))
     places = ["--data-path", moved[0], "--samples", moved[1], "--detector", moved[2]]
     assert run(*repeat, *places)["repeats"]["bit_equal"]
@@ -169,32 +269,46 @@ def test_a_manifest_repeats_bit_for_bit_or_reports_the_differences(shapes, fvd, 
     assert run(*repeat, "--tolerance", 0.02)["repeats"]["agrees"]
 
     clips = np.load(moved[1] / "samples.npz")
-    write_npz(moved[1] / "samples.npz", clips["arr_0"] ^ 1, clips["labels"])  # sampled again, with different rounding
+    write_npz(
+        moved[1] / "samples.npz", clips["arr_0"] ^ 1, clips["labels"]
+    )  # sampled again, with different rounding
     assert run(*repeat, *places, "--tolerance", 1)["repeats"]["agrees"]
     assert "agree with" in (said := capsys.readouterr().out) and "samples" in said
     about = json.loads((moved[1] / "samples.json").read_text())
     about["source"]["weights_sha256"] = "b"
     (moved[1] / "samples.json").write_text(json.dumps(about))
-    refused(capsys, *repeat, *places, words=["--samples: weights_sha256 is b, expected a as in --manifest"])
+    refused(
+        capsys,
+        *repeat,
+        *places,
+        words=["--samples: weights_sha256 is b, expected a as in --manifest"],
+    )
     next(moved[0].glob("*/*g02*")).rename(next(moved[0].glob("*/*g02*")).with_name("another.avi"))
     refused(capsys, *repeat, *places[:2], words=["--data-path: videos_sha256"])
 
 
-@pytest.mark.parametrize(("old", "new", "agrees"), [
-    ({"a": 1.0}, {"a": 1.0005}, True),
-    ({"a": 1.0}, {"a": 1.002}, False),
-    ({"a": 1000.0}, {"a": 1000.9}, True),  # relative to large values
-    ({"a": None}, {"a": None}, True),
-    ({"a": None}, {"a": 1.0}, False),
-    ({"a": 1.0}, {"a": None}, False),
-    ({"a": 1.0}, {}, False),
-    ({"a": 1.0}, {"a": 1.0, "b": 2.0}, True),  # a new value
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("old", "new", "agrees"),
+    [
+        ({"a": 1.0}, {"a": 1.0005}, True),
+        ({"a": 1.0}, {"a": 1.002}, False),
+        ({"a": 1000.0}, {"a": 1000.9}, True),  # relative to large values
+        ({"a": None}, {"a": None}, True),
+        ({"a": None}, {"a": 1.0}, False),
+        ({"a": 1.0}, {"a": None}, False),
+        ({"a": 1.0}, {}, False),
+        ({"a": 1.0}, {"a": 1.0, "b": 2.0}, True),  # a new value
+    ],
+)
 def test_values_agree_within_the_tolerance_and_missing_ones_do_not(old, new, agrees):
     shared = {"code": "x", "packages": {}, "machine": {}, "generated": {"samples_sha256": "a"}}
-    found, line = manifest.compare("m.json", shared | {"values": old}, shared | {"values": new, "code": "y"}, 1e-3)
+    found, line = manifest.compare(
+        "m.json", shared | {"values": old}, shared | {"values": new, "code": "y"}, 1e-3
+    )
     assert found["agrees"] == agrees and line.endswith("changed since: code")
-    assert found["bit_equal"] == (old == {name: value for name, value in new.items() if name in old})
+    assert found["bit_equal"] == (
+        old == {name: value for name, value in new.items() if name in old}
+    )
 
 
 def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
@@ -205,7 +319,9 @@ def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 12, "--samples"]
     scores = {}
     for patch in (4, 5):
-        folder = write_samples(tmp_path / f"{patch}", clips, labels, classes, source={"temporal_patch_size": patch})
+        folder = write_samples(
+            tmp_path / f"{patch}", clips, labels, classes, source={"temporal_patch_size": patch}
+        )
         found = run(tmp_path / f"{patch}.json", *flags, folder)
         scores[patch] = found["values"]["seam_score"]
     assert scores[4] > 1.5 and scores[5] < 1  # the seams are not at the borders of patches of 5
@@ -213,7 +329,15 @@ def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
 
 def test_images_of_sample_gd_get_a_fid(detector, places, tmp_path):
     data = make_images(tmp_path / "images", 40)
-    sample_here(places / "image.pt", tmp_path / "s", "--num-samples", 10, "--cfg-scale", 1.5, "--no-previews")
+    sample_here(
+        places / "image.pt",
+        tmp_path / "s",
+        "--num-samples",
+        10,
+        "--cfg-scale",
+        1.5,
+        "--no-previews",
+    )
     flags = ["--metric", "fid", "--data-path", data, "--detector", detector, "--num-real", 10]
     found = run(tmp_path / "a.json", *flags, "--samples", tmp_path / "s")
     assert found["protocol"] == "fid10_1f_cfg1.5" and found["values"]["fid"] > 0
@@ -231,26 +355,73 @@ def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
 
 
 def test_score_sh_repeats_the_samples_and_scores_of_a_manifest(shapes, tmp_path):
-    ckpt = random_checkpoint(tmp_path / "a.pt", training={"stop_below": 1e9}, num_frames=4, use_rope=True)
-    flags = ["--num-samples", 3, "--num-frames", FRAMES, "--num-sampling-steps", 4, "--stop-below", 0, "--seed", 2]
-    run_main(sample_gd, "--video", "--ckpt", ckpt, "--folder", tmp_path / "s", *flags, "--classes", 1, 0)
-    flags = ["--metric", "consistency", "--samples", tmp_path / "s", "--data-path", shapes, "--num-real", 4]
+    ckpt = random_checkpoint(
+        tmp_path / "a.pt", training={"stop_below": 1e9}, num_frames=4, use_rope=True
+    )
+    flags = [
+        "--num-samples",
+        3,
+        "--num-frames",
+        FRAMES,
+        "--num-sampling-steps",
+        4,
+        "--stop-below",
+        0,
+        "--seed",
+        2,
+    ]
+    run_main(
+        sample_gd, "--video", "--ckpt", ckpt, "--folder", tmp_path / "s", *flags, "--classes", 1, 0
+    )
+    flags = [
+        "--metric",
+        "consistency",
+        "--samples",
+        tmp_path / "s",
+        "--data-path",
+        shapes,
+        "--num-real",
+        4,
+    ]
     old = run(tmp_path / "m.json", *flags)
-    environment = {"PATH": PATH, "MANIFEST": str(tmp_path / "m.json"), "OUT": str(tmp_path / "again")}
-    assert "bit for bit" in end(spawn("bash", ROOT / "scripts/score.sh", environment=environment), timeout=240)
+    environment = {
+        "PATH": PATH,
+        "MANIFEST": str(tmp_path / "m.json"),
+        "OUT": str(tmp_path / "again"),
+    }
+    assert "bit for bit" in end(
+        spawn("bash", ROOT / "scripts/score.sh", environment=environment), timeout=240
+    )
     new = json.loads((tmp_path / "again/again.json").read_text())
     assert new["generated"]["samples_sha256"] == old["generated"]["samples_sha256"]
 
 
 def test_manifest_flags_may_have_values_that_begin_with_a_dash():
-    flags = {"data_path": "-d", "metric": "motion", "out": "x", "samples": ["s", "t"], "keep_background": True}
+    flags = {
+        "data_path": "-d",
+        "metric": "motion",
+        "out": "x",
+        "samples": ["s", "t"],
+        "keep_background": True,
+    }
     words = manifest.as_words(flags | {"split": None})
-    assert words == ["--data-path=-d", "--metric=motion", "--out=x", "--samples", "s", "t", "--keep-background"]
+    assert words == [
+        "--data-path=-d",
+        "--metric=motion",
+        "--out=x",
+        "--samples",
+        "s",
+        "t",
+        "--keep-background",
+    ]
     assert vars(evaluate.parse_args(words)).items() >= flags.items()
 
 
 def test_an_older_manifest_is_repeated_or_refused(tmp_path):
-    path, about = tmp_path / "m.json", {"format": manifest.FORMAT, "generated": {"flags": {"num_samples": 3}}}
+    path, about = (
+        tmp_path / "m.json",
+        {"format": manifest.FORMAT, "generated": {"flags": {"num_samples": 3}}},
+    )
     path.write_text(json.dumps(about))
     assert manifest.sampling_words(path) == ["--num-samples=3", "--stop-below=0"]
     path.write_text(json.dumps(about | {"generated": {}}))
@@ -266,7 +437,9 @@ def test_the_commit_in_a_manifest_has_a_plus_if_files_have_changed(tmp_path, mon
 
     def git(*words):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     git("init")
     assert manifest.code_commit() is None  # in a repository, but not tracked

@@ -30,23 +30,41 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "settings", [VIDEO | {"position_table": "space", "rope_speed": 0.5}, {"use_rope": True, "ebm": "dot"}]
+    "settings",
+    [VIDEO | {"position_table": "space", "rope_speed": 0.5}, {"use_rope": True, "ebm": "dot"}],
 )
 def test_an_export_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, settings):
     name = "video" if "num_frames" in settings else "image"
-    path, folder = random_checkpoint(tmp_path / f"{name}.pt", **settings), tmp_path / "shared" / name
+    path, folder = (
+        random_checkpoint(tmp_path / f"{name}.pt", **settings),
+        tmp_path / "shared" / name,
+    )
     run_main(export, path, folder)
     assert sorted(file.name for file in folder.iterdir()) == FILES
     model, config, step = checkpoint.load_model(folder)
     saved = checkpoint.load(path)
-    assert differences(model.state_dict(), saved["ema"]) == [] != differences(saved["model"], saved["ema"])
-    assert (vars(model.config), config["data"], step) == (saved["config"]["model"], saved["config"]["data"], 10)
-    before, after = (sample_here(ckpt, tmp_path / f"of {ckpt.name}", "--no-previews")[0] for ckpt in (path, folder))
+    assert (
+        differences(model.state_dict(), saved["ema"])
+        == []
+        != differences(saved["model"], saved["ema"])
+    )
+    assert (vars(model.config), config["data"], step) == (
+        saved["config"]["model"],
+        saved["config"]["data"],
+        10,
+    )
+    before, after = (
+        sample_here(ckpt, tmp_path / f"of {ckpt.name}", "--no-previews")[0]
+        for ckpt in (path, folder)
+    )
     assert np.array_equal(before, after) and before.std() > 30  # the network had an effect
 
 
 def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
-    vae, other = make_vae(tmp_path / "vae-64"), make_vae(tmp_path / "other", block_out_channels=(8, 16))
+    vae, other = (
+        make_vae(tmp_path / "vae-64"),
+        make_vae(tmp_path / "other", block_out_channels=(8, 16)),
+    )
     path = random_checkpoint(tmp_path / "best.pt", vae, training={"vae": str(vae)}, **VIDEO)
     before, _ = sample_here(path, tmp_path / "before", "--no-previews")
     vae = vae.rename(tmp_path / "moved")
@@ -56,8 +74,13 @@ def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
     run_main(export, path, tmp_path / "shared", "--vae", vae)
     card, text = ((tmp_path / "shared" / name).read_text() for name in ("README.md", "config.json"))
     assert "| VAE | its own, in `vae/` |" in card and "vae-64" not in card + text
-    folder, vae = (tmp_path / "shared").rename(tmp_path / "elsewhere"), vae.rename(tmp_path / "gone")
-    run_main(export, folder, tmp_path / "half", "--dtype", "fp16")  # an export of an export has it too
+    folder, vae = (
+        (tmp_path / "shared").rename(tmp_path / "elsewhere"),
+        vae.rename(tmp_path / "gone"),
+    )
+    run_main(
+        export, folder, tmp_path / "half", "--dtype", "fp16"
+    )  # an export of an export has it too
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (vae / file).read_bytes() == (folder / "vae" / file).read_bytes()
         assert (vae / file).read_bytes() == (tmp_path / "half/vae" / file).read_bytes()
@@ -68,8 +91,13 @@ def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
 
 
 def test_the_card_names_a_vae_that_is_downloaded(tmp_path):
-    run_main(export, random_checkpoint(tmp_path / "best.pt", "mse"), tmp_path / "shared")  # without downloading it
-    assert "stabilityai/sd-vae-ft-mse, downloaded on first use" in (tmp_path / "shared/README.md").read_text()
+    run_main(
+        export, random_checkpoint(tmp_path / "best.pt", "mse"), tmp_path / "shared"
+    )  # without downloading it
+    assert (
+        "stabilityai/sd-vae-ft-mse, downloaded on first use"
+        in (tmp_path / "shared/README.md").read_text()
+    )
     assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == FILES
 
 
@@ -79,8 +107,14 @@ def test_half_precision_is_half_as_large_and_rounded(exported, tmp_path):
     run_main(export, exported[0], half, "--dtype", "fp16")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (exported[1], half)]
     assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.02)
-    weights, (model, _, _) = load_file(exported[1] / "model.safetensors"), checkpoint.load_model(half)
-    assert all(torch.equal(value, weights[name].half().float()) for name, value in model.state_dict().items())
+    weights, (model, _, _) = (
+        load_file(exported[1] / "model.safetensors"),
+        checkpoint.load_model(half),
+    )
+    assert all(
+        torch.equal(value, weights[name].half().float())
+        for name, value in model.state_dict().items()
+    )
 
 
 def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp_path, capsys):
@@ -90,8 +124,21 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
     assert (about["step"], about["dtype"], about["training"]["lr"]) == (10, "fp32", 1e-4)
     assert about["model"] == saved["config"]["model"] and about["data"] == saved["config"]["data"]
     assert "somebody" not in text + card and text.count("\n") > 20  # readable
-    expected = "EqM-(depth 1, width 48", "weights of step 10", "2: A, B", "0.04 s apart", "| data | videos |", "1.0000"
-    expected += "| 16 px |", "| none, the model works on pixels |", "--video --use-rope", "sampler gd", "No scores yet."
+    expected = (
+        "EqM-(depth 1, width 48",
+        "weights of step 10",
+        "2: A, B",
+        "0.04 s apart",
+        "| data | videos |",
+        "1.0000",
+    )
+    expected += (
+        "| 16 px |",
+        "| none, the model works on pixels |",
+        "--video --use-rope",
+        "sampler gd",
+        "No scores yet.",
+    )
     assert all(words in card for words in expected)
     commands = [line for line in card.splitlines() if line.startswith("python EqM/")]
     for line, script in zip(commands, (sample_gd, train), strict=True):
@@ -127,8 +174,29 @@ def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_p
 
     def trained(name, ckpt, steps, *flags, status=0):
         """(checkpoint files, their contents) of the steps of a run, the first lines of its metrics."""
-        flags = ["--data-path", data, "--results-dir", tmp_path / name, "--ckpt-every", 1, "--log-every", 1, *flags]
-        flags += ["--lr", 0.01, "--muon-lr", 0.02, "--optimizer", "muon", "--global-batch-size", 2, "--num-workers", 0]
+        flags = [
+            "--data-path",
+            data,
+            "--results-dir",
+            tmp_path / name,
+            "--ckpt-every",
+            1,
+            "--log-every",
+            1,
+            *flags,
+        ]
+        flags += [
+            "--lr",
+            0.01,
+            "--muon-lr",
+            0.02,
+            "--optimizer",
+            "muon",
+            "--global-batch-size",
+            2,
+            "--num-workers",
+            0,
+        ]
         run_main(train, "--ckpt", ckpt, *flags, "--max-steps", steps[-1], status=status)
         files = [*(tmp_path / name).glob("*/checkpoints/00*.pt")]
         assert [int(file.stem) for file in sorted(files)] == ([] if status else list(steps))
@@ -147,12 +215,18 @@ def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_p
     assert "add --new-classes to train on these" in capsys.readouterr().err
     files, states = trained("a", tmp_path / "shared", (11, 12), "--new-classes")
     assert "has 1 of your 2 classes; others start" in capsys.readouterr().out
-    shared, table = load_file(tmp_path / "shared/model.safetensors"), "y_embedder.embedding_table.weight"
+    shared, table = (
+        load_file(tmp_path / "shared/model.safetensors"),
+        "y_embedder.embedding_table.weight",
+    )
     shared[table] = shared[table][[1, 2, 2]]  # B, and C begins with the embedding of no class
     follows(shared, states, 0)
     changes = [(value - shared[name]).abs().max() for name, value in states[0]["model"].items()]
     assert 0 < max(changes) < 0.1  # it has learned from there on
-    assert states[0]["config"]["data"].items() >= {"classes": ["B", "C"], "image_size": 16, "vae": "none"}.items()
+    assert (
+        states[0]["config"]["data"].items()
+        >= {"classes": ["B", "C"], "image_size": 16, "vae": "none"}.items()
+    )
     assert states[0]["phase"].items() >= {"first_step": 10, "position": 2, "ema_start": 10}.items()
     row = json.loads((files[0].parents[1] / "metrics.jsonl").read_text().splitlines()[0])
     assert (row["lr"], row["muon_lr"]) == (0.01, 0.02)  # those of the flags, with a fresh optimizer

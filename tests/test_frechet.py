@@ -14,16 +14,28 @@ def normal(*shape, seed=0):
 
 
 def test_the_frechet_distance_equals_its_closed_forms():
-    factor, mean_a, mean_b, one = normal(6, 9), normal(6), normal(6, seed=1), torch.ones(1, dtype=torch.float64)
+    factor, mean_a, mean_b, one = (
+        normal(6, 9),
+        normal(6),
+        normal(6, seed=1),
+        torch.ones(1, dtype=torch.float64),
+    )
     cov, means = factor @ factor.T / 9, (mean_a - mean_b).square().sum().item()
     assert frechet_distance(mean_a, cov, mean_b, cov) == pytest.approx(means, rel=1e-12)
     assert frechet_distance(mean_a, cov, mean_a, cov) == pytest.approx(0, abs=1e-12)
-    assert frechet_distance(3 * one, 4 * one[None], one, 25 * one[None]) == pytest.approx((3 - 1) ** 2 + (2 - 5) ** 2)
+    assert frechet_distance(3 * one, 4 * one[None], one, 25 * one[None]) == pytest.approx(
+        (3 - 1) ** 2 + (2 - 5) ** 2
+    )
     a, b = normal(6).square(), normal(6, seed=1).square()
     a[2] = 0  # a dimension in which nothing varies
     deviations = (a.sqrt() - b.sqrt()).square().sum().item()
-    assert frechet_distance(mean_a, a.diag(), mean_b, b.diag()) == pytest.approx(means + deviations, rel=1e-12)
-    a, b = torch.tensor([2.0, 3, 0, 0, 0, 0]).double(), torch.tensor([0, 0, 5.0, 7, 0, 0]).double()  # no overlap
+    assert frechet_distance(mean_a, a.diag(), mean_b, b.diag()) == pytest.approx(
+        means + deviations, rel=1e-12
+    )
+    a, b = (
+        torch.tensor([2.0, 3, 0, 0, 0, 0]).double(),
+        torch.tensor([0, 0, 5.0, 7, 0, 0]).double(),
+    )  # no overlap
     assert frechet_distance(mean_a, a.diag(), mean_a, b.diag()) == pytest.approx(17, rel=1e-12)
 
 
@@ -38,14 +50,22 @@ def test_moments_cover_all_frames():
 def test_the_bootstrap_error_equals_the_deviation_over_repeated_sets():
     reference = torch.zeros(1).double(), torch.ones(1, 1).double()
     sets = [2 + normal(200, 1, seed=seed) for seed in range(400)]
-    distances = [frechet_distance(*reference, part.mean(dim=0), torch.cov(part.T).view(1, 1)) for part in sets]
+    distances = [
+        frechet_distance(*reference, part.mean(dim=0), torch.cov(part.T).view(1, 1))
+        for part in sets
+    ]
     found = frechet.bootstrap_error(*reference, sets[0][:, None], 400, seed=0)
     assert found == pytest.approx(np.std(distances), rel=0.15)
-    assert found == pytest.approx(2 * 2 / 200**0.5, rel=0.15)  # of (mean - 0)^2 at 2, to first order
+    assert found == pytest.approx(
+        2 * 2 / 200**0.5, rel=0.15
+    )  # of (mean - 0)^2 at 2, to first order
 
 
 def test_the_bootstrap_resamples_whole_clips():
-    reference, clips = (torch.zeros(3).double(), torch.eye(3).double()), 1 + normal(60, 1, 3, seed=1)
+    reference, clips = (
+        (torch.zeros(3).double(), torch.eye(3).double()),
+        1 + normal(60, 1, 3, seed=1),
+    )
     alone, copies, more = (
         frechet.bootstrap_error(*reference, own, 100, seed=0)
         for own in (clips, clips.repeat(1, 8, 1), clips.repeat(8, 1, 1))  # static clips; more clips
@@ -55,30 +75,51 @@ def test_the_bootstrap_resamples_whole_clips():
 
 def test_clips_reach_the_detector_from_0_to_255_as_c_t_h_w():
     def detector(x, **flags):
-        assert flags == {"rescale": True, "resize": True, "return_features": True} and x.is_contiguous()
+        assert (
+            flags == {"rescale": True, "resize": True, "return_features": True}
+            and x.is_contiguous()
+        )
         return torch.cat([x[:, :, 0].mean((2, 3)), x[:, :, -1].mean((2, 3))], dim=1)
 
     clips = torch.zeros(5, 4, 6, 8, 3, dtype=torch.uint8)
     clips[:, 0, ..., 0], clips[:, -1, ..., 2], clips[3, -1, ..., 2] = 255, 10, 20
     features = frechet.extract(detector, clips, "fvd", batch_size=2)
     assert features.shape == (5, 1, 6)
-    assert features[0, 0].tolist() == [255, 0, 0, 0, 0, 10] and features[3, 0].tolist() == [255, 0, 0, 0, 0, 20]
+    assert features[0, 0].tolist() == [255, 0, 0, 0, 0, 10] and features[3, 0].tolist() == [
+        255,
+        0,
+        0,
+        0,
+        0,
+        20,
+    ]
 
 
 def test_image_detectors_get_frames_in_order():
-    clips = torch.randint(0, 256, (3, 4, 6, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features = frechet.extract(lambda x, return_features: x[:, :, 0].mean(2), clips, "fid", batch_size=5)
-    torch.testing.assert_close(features, clips[:, :, 0].float().mean(dim=2))  # (B, T, C), of the first row
+    clips = torch.randint(
+        0, 256, (3, 4, 6, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    features = frechet.extract(
+        lambda x, return_features: x[:, :, 0].mean(2), clips, "fid", batch_size=5
+    )
+    torch.testing.assert_close(
+        features, clips[:, :, 0].float().mean(dim=2)
+    )  # (B, T, C), of the first row
 
 
-@pytest.mark.parametrize(("detector", "reason"), [
-    (lambda x, **_: x, r"returned \[2, 3, 4, 8, 8\], expected features \[2, D\]"),
-    (lambda x, **_: x[:1].flatten(1), "expected features"),
-    (lambda x, **_: x.mean(), r"returned \[\], expected features \[2, D\]"),
-    (lambda x, **_: [x], "list"),
-    (lambda x, **_: x.flatten(1) / 0, "not finite"),
-    (lambda x, **_: x.view(5), ""),  # a RuntimeError of torch
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("detector", "reason"),
+    [
+        (lambda x, **_: x, r"returned \[2, 3, 4, 8, 8\], expected features \[2, D\]"),
+        (lambda x, **_: x[:1].flatten(1), "expected features"),
+        (lambda x, **_: x.mean(), r"returned \[\], expected features \[2, D\]"),
+        (lambda x, **_: [x], "list"),
+        (lambda x, **_: x.flatten(1) / 0, "not finite"),
+        (lambda x, **_: x.view(5), ""),  # a RuntimeError of torch
+    ],
+)
 def test_a_detector_that_does_not_return_finite_features_is_refused(detector, reason):
-    with pytest.raises(UserError, match=f"--detector x: fails when called for --metric fvd: .*{reason}"):
+    with pytest.raises(
+        UserError, match=f"--detector x: fails when called for --metric fvd: .*{reason}"
+    ):
         frechet.check_detector("x", detector, "fvd", 4, 8)

@@ -22,22 +22,46 @@ from video.index import scan_videos, split_videos
 from video.writers import write_mp4, write_samples
 
 FRAMES, SIZE, FPS = 8, 16, 8
-CLASSES = ["CircleDown", "CircleLeft", 'a "quoted" class', "<img src=x onerror=alert(1)>\n& ünï→{{cards}}'</script>"]
+CLASSES = [
+    "CircleDown",
+    "CircleLeft",
+    'a "quoted" class',
+    "<img src=x onerror=alert(1)>\n& ünï→{{cards}}'</script>",
+]
 LABELS = 0, 1, 2, 3, 0, 1
 
 
-def make_samples(folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size=SIZE, fps=FPS, given=None):
+def make_samples(
+    folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size=SIZE, fps=FPS, given=None
+):
     """A folder as sample_gd.py writes it; frame f of sample n has the gray level 20 f + 10 n. Returns the folder."""
     levels = 20 * np.arange(num_frames) + 10 * np.arange(len(labels))[:, None]  # (N, T)
-    videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(np.uint8)
-    write_samples(folder, [(range(len(labels)), 0, videos)], num_frames, labels, fps, previews=False)
+    videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(
+        np.uint8
+    )
+    write_samples(
+        folder, [(range(len(labels)), 0, videos)], num_frames, labels, fps, previews=False
+    )
     flags = {
-        "ckpt": "results/<E>/best.pt", "video": num_frames > 1, "num_frames": num_frames, "seed": 3, "sampler": "ngd",
-        "num_sampling_steps": 40, "cfg_scale": 1.5, "stop_below": None,
-    }  # fmt: skip
-    about = {"classes": list(classes), "time_scale": 1 / fps, "mean_evaluations": 39.0, "flags": flags}
+        "ckpt": "results/<E>/best.pt",
+        "video": num_frames > 1,
+        "num_frames": num_frames,
+        "seed": 3,
+        "sampler": "ngd",
+        "num_sampling_steps": 40,
+        "cfg_scale": 1.5,
+        "stop_below": None,
+    }
+    about = {
+        "classes": list(classes),
+        "time_scale": 1 / fps,
+        "mean_evaluations": 39.0,
+        "flags": flags,
+    }
     if given:
-        about["given"] = [{"source": f"clips/{n}.mp4", "frames": given, "class": "A"} for n in range(len(labels))]
+        about["given"] = [
+            {"source": f"clips/{n}.mp4", "frames": given, "class": "A"} for n in range(len(labels))
+        ]
     (folder / "samples.json").write_text(json.dumps(about))
     return folder
 
@@ -89,15 +113,23 @@ class Page:
     def __init__(self, path):
         self.source = path.read_text(encoding="utf-8")
         tags = r"<(script|style)>.*?</\1>|<[a-z/!][^>]*>"  # no attribute holds a >
-        self.texts = [html.unescape(text) for text in re.sub(tags, "\0", self.source, flags=re.DOTALL).split("\0")]
+        self.texts = [
+            html.unescape(text)
+            for text in re.sub(tags, "\0", self.source, flags=re.DOTALL).split("\0")
+        ]
 
     def values(self, tag, attribute):
         """The values of an attribute of all tags of this name."""
-        return [html.unescape(value) for value in re.findall(rf'<{tag} [^>]*?\b{attribute}="([^"]*)"', self.source)]
+        return [
+            html.unescape(value)
+            for value in re.findall(rf'<{tag} [^>]*?\b{attribute}="([^"]*)"', self.source)
+        ]
 
     def files(self, tag, attribute, kind):
         """The files embedded in the page, as bytes."""
-        parts = [source.removeprefix(f"data:{kind};base64,") for source in self.values(tag, attribute)]
+        parts = [
+            source.removeprefix(f"data:{kind};base64,") for source in self.values(tag, attribute)
+        ]
         return [base64.b64decode(part, validate=True) for part in parts]
 
 
@@ -106,19 +138,30 @@ class Page:
 
 def test_a_page_embeds_the_sample_videos_and_settings_and_loads_no_other_file(samples):
     page = Page(samples / "gallery.html")
-    assert page.files("video", "data-src", "video/mp4") == [path.read_bytes() for path in sorted(samples.glob("*.mp4"))]
+    assert page.files("video", "data-src", "video/mp4") == [
+        path.read_bytes() for path in sorted(samples.glob("*.mp4"))
+    ]
     assert page.values("figure", "data-label") == [str(label) for label in LABELS]
     assert page.values("figure", "data-given") == ["0 1 2 7"] * len(LABELS)
     text = "|".join(page.texts)
     for words in (
-        "my & samples", "6 videos of 8 frames, 16 x 16 px, 8 frames per second; ngd, 39 evaluations, guidance 1.5",
-        "results/<E>/best.pt", "--num-sampling-steps|40", "--stop-below|none", "--video|on", "CircleLeft (2)",
+        "my & samples",
+        "6 videos of 8 frames, 16 x 16 px, 8 frames per second; ngd, 39 evaluations, guidance 1.5",
+        "results/<E>/best.pt",
+        "--num-sampling-steps|40",
+        "--stop-below|none",
+        "--video|on",
+        "CircleLeft (2)",
         "sample 5, seed 3; frames 0-2,7 given: 5.mp4",
-    ):  # fmt: skip
+    ):
         assert words in text, words
     assert "real" not in page.texts and list(samples.parent.iterdir()) == [samples]
-    assert {*re.findall(r'\b(?:src|href)="(.{5})', page.source)} == {"data:"} and "://" not in page.source
-    assert any("default-src 'none'" in policy for policy in page.values("meta", "content"))  # it loads no other file
+    assert {*re.findall(r'\b(?:src|href)="(.{5})', page.source)} == {
+        "data:"
+    } and "://" not in page.source
+    assert any(
+        "default-src 'none'" in policy for policy in page.values("meta", "content")
+    )  # it loads no other file
 
 
 def test_class_names_are_shown_as_text_whatever_they_contain(samples, tmp_path):
@@ -136,7 +179,10 @@ def test_class_names_are_shown_as_text_whatever_they_contain(samples, tmp_path):
 
 def test_each_sample_has_a_real_clip_of_its_class_beside_it(page, real):
     page = Page(page)
-    assert [text for text in page.texts if text in ("generated", "real")] == ["generated", "real"] * 6
+    assert [text for text in page.texts if text in ("generated", "real")] == [
+        "generated",
+        "real",
+    ] * 6
     _, val = split_videos(real, scan_videos(real).videos, 0.5)
     shown = [set(), set()]
     for index, data in enumerate(page.files("video", "data-src", "video/mp4")[1::2]):
@@ -157,9 +203,13 @@ def test_titles_of_real_clips_name_their_split_and_a_different_frame_rate(tmp_pa
     run_main(gallery, folder, "--data-path", real, "--val-fraction", 0)  # one video validates
     page = Page(folder / "gallery.html")
     titles = [text for text in page.texts if text[:4] in ("gene", "real")]
-    assert titles.pop() == titles[0] == titles[2] == "generated"  # without a label there is no real clip
+    assert (
+        titles.pop() == titles[0] == titles[2] == "generated"
+    )  # without a label there is no real clip
     assert {titles[1], titles[3]} == {"real, 25 fps", "real, from training, 25 fps"}
-    red = decode(io.BytesIO(page.files("video", "data-src", "video/mp4")[1]))[0][..., 0].mean(axis=(1, 2))
+    red = decode(io.BytesIO(page.files("video", "data-src", "video/mp4")[1]))[0][..., 0].mean(
+        axis=(1, 2)
+    )
     assert np.allclose(np.diff(red), 4, atol=3)  # every frame
     assert "none" in page.texts and "none (1)" in page.texts
 
@@ -174,7 +224,9 @@ def test_a_page_of_images_holds_png_files(images):
 
 def test_a_page_of_many_samples_shows_the_first_and_says_so(samples, tmp_path, real, capsys):
     out = tmp_path / "page.html"
-    run_main(gallery, samples, "--num-samples", 2, "--data-path", real, "--out", out)  # real has no other class
+    run_main(
+        gallery, samples, "--num-samples", 2, "--data-path", real, "--out", out
+    )  # real has no other class
     assert len(Page(out).values("video", "data-src")) == 4
     run_main(gallery, samples, "--num-samples", 4, "--out", out)
     assert len(Page(out).values("figure", "data-label")) == 4
@@ -202,11 +254,17 @@ def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_pat
     for row, top in enumerate(tops):
         line = pixels[top + half, picture.LEFT + half :: step]  # the middle of each frame
         shown = range(8) if row < 2 else range(0, 23, 2)  # 12 of the 23 frames
-        assert line[: len(shown)].tolist() == [[(20 * frame + 10 * (row % 2)) % 256] * 3 for frame in shown]
+        assert line[: len(shown)].tolist() == [
+            [(20 * frame + 10 * (row % 2)) % 256] * 3 for frame in shown
+        ]
         assert (line[len(shown) :] == 255).all()
         marked = (pixels[top, picture.LEFT + half :: step] == ImageColor.getrgb(MARK)).all(axis=-1)
-        assert marked.tolist() == [row >= 2 and frame in (0, 2) for frame in [*shown, *[-1] * (12 - len(shown))]]
-        assert (pixels[top : top + picture.SIDE, : picture.LEFT - picture.GAP] < 128).any()  # the name
+        assert marked.tolist() == [
+            row >= 2 and frame in (0, 2) for frame in [*shown, *[-1] * (12 - len(shown))]
+        ]
+        assert (
+            pixels[top : top + picture.SIDE, : picture.LEFT - picture.GAP] < 128
+        ).any()  # the name
 
 
 # The page in a browser ------------------------------------------------------------------------------------------------
@@ -218,12 +276,16 @@ CHOOSE = "filter.value = '%s'; filter.dispatchEvent(new Event('change'))"  # "" 
 SHOWN = "cards.filter(card => card.offsetParent).map(card => card.querySelector('figcaption').firstChild.data)"
 
 
-def test_videos_play_in_step_also_after_one_falls_behind_and_no_request_leaves_the_page(browser, page):
+def test_videos_play_in_step_also_after_one_falls_behind_and_no_request_leaves_the_page(
+    browser, page
+):
     browser.open(page, READY)
     assert browser.ask("videos.length") == 12
     assert browser.ask(f"videos.every(video => Math.abs(video.duration - {FRAMES / FPS}) < 0.01)")
     browser.ask(f"videos[3].currentTime = (now + 0.5) % {FRAMES / FPS}; videos[4].pause()")
-    browser.wait(f"videos.every(video => !video.paused) && Math.max(...{TIMES}) - Math.min(...{TIMES}) < {0.5 / FPS}")
+    browser.wait(
+        f"videos.every(video => !video.paused) && Math.max(...{TIMES}) - Math.min(...{TIMES}) < {0.5 / FPS}"
+    )
     times = browser.ask(
         f"""new Promise(done => {{
           const rows = [];
@@ -238,7 +300,10 @@ def test_videos_play_in_step_also_after_one_falls_behind_and_no_request_leaves_t
     times = np.array(times)  # (moments, videos), over two whole rounds
     assert (times.max(axis=0) > (FRAMES - 1) / FPS).all()  # each reaches its last frame
     assert np.median(np.ptp(times, axis=1)) < 1 / FPS  # a busy machine may stall now and then
-    requests = {params["request"]["url"].partition(":")[0] for params in browser.seen("Network.requestWillBeSent")}
+    requests = {
+        params["request"]["url"].partition(":")[0]
+        for params in browser.seen("Network.requestWillBeSent")
+    }
     assert "file" in requests and requests <= {"file", "data", "blob"}
 
 
@@ -278,10 +343,16 @@ def test_the_filter_shows_one_class_and_hidden_videos_are_not_loaded(browser, sa
     for label, name in enumerate(CLASSES):
         browser.ask(CHOOSE % label)
         assert browser.ask(SHOWN) == [name] * LABELS.count(label)
-        browser.wait(f"videos.filter(video => video.ready).length === {LABELS.count(label)} && {PLAYING}")
+        browser.wait(
+            f"videos.filter(video => video.ready).length === {LABELS.count(label)} && {PLAYING}"
+        )
     browser.ask(CHOOSE % "")
     browser.wait(f"{READY} && {PLAYING}")
-    for frame, border in ((1, "solid"), (3, "none"), (7, "solid")):  # around samples while a given frame is shown
+    for frame, border in (
+        (1, "solid"),
+        (3, "none"),
+        (7, "solid"),
+    ):  # around samples while a given frame is shown
         browser.ask(f"setPlaying(false); show({frame})")
         browser.wait(f"getComputedStyle(videos[0]).outlineStyle === '{border}'")
 

@@ -27,12 +27,15 @@ def only(path):
     return clip
 
 
-@pytest.mark.parametrize(("rate", "seconds", "shown"), [
-    (25, 2 / 25, [0, 2, 4, 6]),
-    (30, 1 / 10, [0, 3, 6, 9]),
-    (30, 1 / 25, [0, 1, 2, 4]),  # the nearest in time: 0, 1.2, 2.4, 3.6
-    (10, 1 / 25, [0, 0, 1, 1]),  # a slower video repeats frames: 0, 0.4, 0.8, 1.2
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rate", "seconds", "shown"),
+    [
+        (25, 2 / 25, [0, 2, 4, 6]),
+        (30, 1 / 10, [0, 3, 6, 9]),
+        (30, 1 / 25, [0, 1, 2, 4]),  # the nearest in time: 0, 1.2, 2.4, 3.6
+        (10, 1 / 25, [0, 0, 1, 1]),  # a slower video repeats frames: 0, 0.4, 0.8, 1.2
+    ],
+)
 def test_clips_are_read_at_the_frame_rate_of_the_model(tmp_path, rate, seconds, shown):
     write_video(tmp_path / "v.mp4", 20, rate=rate, codec="libx264", size=(48, 48))
     frames = only(tmp_path / "v.mp4").read(range(4), seconds, 48)
@@ -45,7 +48,13 @@ def test_the_frame_count_of_a_clip_follows_the_time_scale_and_frames_are_cropped
     write_video(tmp_path / "v.avi", 10, size=(48, 48))
     save(tmp_path / "a.png", picture(48, 56))
     video, image = only(tmp_path / "v.avi"), only(tmp_path / "a.png")
-    assert [video.count(seconds / 25) for seconds in (1, 2, 3, 9, 10)] == [10, 5, 4, 2, 1] and image.count(0.04) == 1
+    assert [video.count(seconds / 25) for seconds in (1, 2, 3, 9, 10)] == [
+        10,
+        5,
+        4,
+        2,
+        1,
+    ] and image.count(0.04) == 1
     assert video.read(range(4), 3 / 25, 48).shape[1] == 4
     assert "has 4 frames of 0.12 s" in error_of(video.read, range(5), 3 / 25, 48)
     assert "has 1 frame of 0.04 s" in error_of(image.read, range(2), 0.04, 48)
@@ -54,11 +63,25 @@ def test_the_frame_count_of_a_clip_follows_the_time_scale_and_frames_are_cropped
 
 
 def test_a_folder_gives_its_files_then_the_files_of_its_class_folders(tmp_path):
-    for name in ("2.png", "10.JPG", ".hidden.png", "v.mp4", "notes.txt", "inner/3.png", "inner/deep/4.png"):
+    for name in (
+        "2.png",
+        "10.JPG",
+        ".hidden.png",
+        "v.mp4",
+        "notes.txt",
+        "inner/3.png",
+        "inner/deep/4.png",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    found = [(clip.path.removeprefix(f"{tmp_path}/"), clip.class_name) for clip in find_clips("", tmp_path, BOTH)]
-    assert found == [*((name, tmp_path.name) for name in ("10.JPG", "2.png", "v.mp4")), ("inner/3.png", "inner")]
+    found = [
+        (clip.path.removeprefix(f"{tmp_path}/"), clip.class_name)
+        for clip in find_clips("", tmp_path, BOTH)
+    ]
+    assert found == [
+        *((name, tmp_path.name) for name in ("10.JPG", "2.png", "v.mp4")),
+        ("inner/3.png", "inner"),
+    ]
     assert len(find_clips("--given", tmp_path, ("image",))) == 3
 
 
@@ -67,7 +90,9 @@ def test_earlier_samples_keep_their_frame_rate_and_classes(tmp_path):
     folder = write_samples(tmp_path / "s", clips, [1, -1, 0], ["A", "B"])
     for place in (folder, folder / "samples.npz"):
         found = find_clips("--given", place, BOTH)
-        assert [clip.class_name for clip in found] == ["B", None, "A"] and str(found[2]).endswith("sample 2")
+        assert [clip.class_name for clip in found] == ["B", None, "A"] and str(found[2]).endswith(
+            "sample 2"
+        )
         assert found[1].count(0.08) == 4
         assert found[1].read(range(4), 0.08, 16)[0, :, 0, 0].tolist() == [8, 10, 12, 14]
 
@@ -86,7 +111,9 @@ def sample(places, tmp_path):
     """A function that returns (samples, content of samples.json) of a checkpoint and flags."""
 
     def sample(model, *flags, folder="s", **expected):
-        return sample_here(places / f"{model}.pt", tmp_path / folder, "--no-previews", *flags, **expected)
+        return sample_here(
+            places / f"{model}.pt", tmp_path / folder, "--no-previews", *flags, **expected
+        )
 
     return sample
 
@@ -104,7 +131,9 @@ def test_samples_show_given_frames_exactly_as_read(places, sample, model):
     for number, (name, count) in enumerate((("b", 4), ("c", 3))):  # of 8 frames at most a half
         path = places / f"B/{name}.mp4"
         assert np.array_equal(clips[number, :count], frames_of(path, range(count)))
-        assert not np.array_equal(clips[number, count:], plain[number, count:])  # the others are sampled
+        assert not np.array_equal(
+            clips[number, count:], plain[number, count:]
+        )  # the others are sampled
         entry = {"source": str(path), "frames": f"0-{count - 1}", "class": "B", "time_scale": 0.04}
         assert about["given"][number] == entry
     assert "real" not in about
@@ -112,29 +141,48 @@ def test_samples_show_given_frames_exactly_as_read(places, sample, model):
 
 def test_given_latents_stay_bit_for_bit_and_only_background_is_added(places, sample, monkeypatch):
     seen, decode, path = [], VAE.decode, places / "B/b.mp4"  # (latents, decoded) of each window
-    monkeypatch.setattr(VAE, "decode", lambda vae, x: seen.append((x, decode(vae, x))) or seen[-1][1])
-    flags = ["--given", path, "--given-frames", "0-3,5", "--num-frames", 16, "--window", 10, "--overlap", 4]
+    monkeypatch.setattr(
+        VAE, "decode", lambda vae, x: seen.append((x, decode(vae, x))) or seen[-1][1]
+    )
+    flags = [
+        "--given",
+        path,
+        "--given-frames",
+        "0-3,5",
+        "--num-frames",
+        16,
+        "--window",
+        10,
+        "--overlap",
+        4,
+    ]
     clips, about = sample("latents", *flags, "--no-keep-background")
     known, others = [0, 1, 2, 3, 5], [4, *range(6, 16)]
     encoded = load_vae(str(places / "vae")).encode(only(path).read(known, 0.04, 16)[None])[0]
     (latents, _), _ = seen
     torch.testing.assert_close(latents[0][:, known], encoded)
     assert torch.equal(latents[0][:, known], latents[1][:, known])
-    assert np.array_equal(clips[:, others], torch.cat([decoded for _, decoded in seen], dim=1)[:, others])
+    assert np.array_equal(
+        clips[:, others], torch.cat([decoded for _, decoded in seen], dim=1)[:, others]
+    )
     assert all(np.array_equal(clip[known], frames_of(path, known)) for clip in clips)
     kept, other = sample("latents", *flags)
     assert not np.array_equal(kept, clips) and np.array_equal(kept[:, known], clips[:, known])
     assert [found["source"]["keep_background"] for found in (about, other)] == [False, True]
 
 
-def test_the_class_is_the_folder_of_the_clip_else_the_flag_else_none(places, sample, tmp_path, capsys):
-    for number, (place, words, classes) in enumerate((
-        ("other", [], ["none", "none"]),
-        ("other", ["A", "B"], ["A", "B"]),
-        ("B", ["A"], ["B", "B"]),
-        ("B", ["none"], ["none", "none"]),
-        (tmp_path / "1", [], ["A", "B"]),  # the samples of the second
-    )):  # fmt: skip
+def test_the_class_is_the_folder_of_the_clip_else_the_flag_else_none(
+    places, sample, tmp_path, capsys
+):
+    for number, (place, words, classes) in enumerate(
+        (
+            ("other", [], ["none", "none"]),
+            ("other", ["A", "B"], ["A", "B"]),
+            ("B", ["A"], ["B", "B"]),
+            ("B", ["none"], ["none", "none"]),
+            (tmp_path / "1", [], ["A", "B"]),  # the samples of the second
+        )
+    ):
         words = ["--classes", *words] if words else []
         _, about = sample("pixels", "--given", places / place, *words, folder=str(number))
         assert [entry["class"] for entry in about["given"]] == classes
@@ -143,10 +191,22 @@ def test_the_class_is_the_folder_of_the_clip_else_the_flag_else_none(places, sam
 
 def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
     clips, about = sample("pixels", "--given", places, "--num-samples", 8, "--samples-per-clip", 2)
-    assert [entry["source"][-5:] for entry in about["given"][::2]] == ["a.png", "b.mp4", "c.mp4", "d.mp4"]  # not z.mp4
-    assert [entry["class"] for entry in about["given"][::2]] == ["A", "B", "B", "none"]  # in one batch
+    assert [entry["source"][-5:] for entry in about["given"][::2]] == [
+        "a.png",
+        "b.mp4",
+        "c.mp4",
+        "d.mp4",
+    ]  # not z.mp4
+    assert [entry["class"] for entry in about["given"][::2]] == [
+        "A",
+        "B",
+        "B",
+        "none",
+    ]  # in one batch
     assert np.load(tmp_path / "s/samples.npz")["labels"].tolist() == [0, 0, 1, 1, 1, 1, -1, -1]
-    assert np.array_equal(clips[2, :4], clips[3, :4]) and not np.array_equal(clips[2, 4:], clips[3, 4:])
+    assert np.array_equal(clips[2, :4], clips[3, :4]) and not np.array_equal(
+        clips[2, 4:], clips[3, 4:]
+    )
 
 
 def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatch, capsys):
@@ -154,7 +214,16 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
     for name, rate in (("A/a", 25), ("A/b", 20), ("B/c", 12.5)):
         write_video(data / f"{name}.avi", 20, rate, size=(16, 16))
     _, val = split_videos(data, scan_videos(data).videos, 0.6)
-    flags = ["--given", data, "--given-split", "val", "--val-fraction", 0.6, "--given-frames", "0-2,7"]
+    flags = [
+        "--given",
+        data,
+        "--given-split",
+        "val",
+        "--val-fraction",
+        0.6,
+        "--given-frames",
+        "0-2,7",
+    ]
     clips, about = sample("pixels", *flags, "--samples-per-clip", 2, "--num-samples", 4)
     for clip, entry in zip(clips, about["given"], strict=True):
         (video,) = (video for video in val if entry["source"].startswith(f"{video.path}, clip "))
@@ -189,21 +258,30 @@ def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_p
         assert (sheet == (255, 127, 14)).all(axis=1).any() == is_given  # marked on the sheet
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    ("--given no/such.mp4", "--given no/such.mp4: no such file or folder"),
-    ("--given zz/z.mp4 --folder zz", "--given zz/z.mp4: zz/z.mp4 is in --folder zz"),
-    ("--given no/such --given-split val", "--given no/such: no such folder"),
-    ("--init no/such.mp4", "--init no/such.mp4: no such file or folder"),
-])  # fmt: skip
-def test_a_wrong_path_of_a_clip_is_found_before_the_model_is_loaded(flags, words, places, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--given no/such.mp4", "--given no/such.mp4: no such file or folder"),
+        ("--given zz/z.mp4 --folder zz", "--given zz/z.mp4: zz/z.mp4 is in --folder zz"),
+        ("--given no/such --given-split val", "--given no/such: no such folder"),
+        ("--init no/such.mp4", "--init no/such.mp4: no such file or folder"),
+    ],
+)
+def test_a_wrong_path_of_a_clip_is_found_before_the_model_is_loaded(
+    flags, words, places, monkeypatch, capsys
+):
     monkeypatch.chdir(places)
-    record_calls(monkeypatch, checkpoint, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    record_calls(
+        monkeypatch, checkpoint, "load_model", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     assert words in refused(capsys, sample_gd, "--video", "--ckpt", "pixels.pt", *flags.split())
 
 
 def random_video(frames, low=50, high=200, seed=0):
     """Random frames of two samples, uint8 (2, T, 4, 4, 3)."""
-    return torch.randint(low, high, (2, frames, 4, 4, 3), generator=torch.Generator().manual_seed(seed)).byte()
+    return torch.randint(
+        low, high, (2, frames, 4, 4, 3), generator=torch.Generator().manual_seed(seed)
+    ).byte()
 
 
 def details(real, mask, **settings):
@@ -223,7 +301,10 @@ def test_static_parts_keep_the_exact_pixels_of_given_frames():
 
 
 def test_without_given_frames_or_loss_clips_are_shown_as_decoded():
-    noise, mask = random_video(5, 0, 256), torch.tensor([[False] * 5, [False, True, False, False, True]])
+    noise, mask = (
+        random_video(5, 0, 256),
+        torch.tensor([[False] * 5, [False, True, False, False, True]]),
+    )
     real = noise.clone()
     real[0] = 0  # read, but not given
     assert torch.equal(details(real, mask).add(noise, 0), noise)
@@ -232,9 +313,13 @@ def test_without_given_frames_or_loss_clips_are_shown_as_decoded():
 @pytest.mark.parametrize("given", [(0, 1), (3,), (0, 7), ()])
 def test_details_do_not_depend_on_windows(given):
     decoded, real = random_video(8, 100, 120), random_video(8, 100, 120, seed=2)
-    mask = torch.tensor([[frame in given for frame in range(8)], [frame == 0 for frame in range(8)]])
+    mask = torch.tensor(
+        [[frame in given for frame in range(8)], [frame == 0 for frame in range(8)]]
+    )
     whole, parts = details(real, mask).add(decoded, 0), details(real, mask)
-    windows = torch.cat([parts.add(decoded[:, first : first + 2], first) for first in (0, 2, 4, 6)], dim=1)
+    windows = torch.cat(
+        [parts.add(decoded[:, first : first + 2], first) for first in (0, 2, 4, 6)], dim=1
+    )
     known = min(given, default=0)
     assert torch.equal(windows[0, known:], whole[0, known:]) and torch.equal(windows[1], whole[1])
 

@@ -15,7 +15,9 @@ from training import run_main
 
 @pytest.mark.parametrize("what", ["nothing", "positions", "one bias"])
 def test_the_limits_of_bf16_pass_rounding_and_no_mistake(what):
-    config = model_config("EqM-Ti/4", num_classes=3, temporal_patch_size=4, depth=2, input_size=8, use_rope=True)
+    config = model_config(
+        "EqM-Ti/4", num_classes=3, temporal_patch_size=4, depth=2, input_size=8, use_rope=True
+    )
     network, inputs = gpu_checks.random_network(config), gpu_checks.random_inputs(config, 6)
     reference = gpu_checks.outputs_and_gradients(network, *inputs)
     wrong = deepcopy(network)
@@ -23,7 +25,11 @@ def test_the_limits_of_bf16_pass_rounding_and_no_mistake(what):
         wrong.rope.theta = 1.0
     if what == "one bias":
         wrong.blocks[1].attn.proj.bias.data.zero_()
-    errors = zip(gpu_checks.network_errors(wrong, reference, inputs, "bf16"), gpu_checks.ERRORS["bf16"], strict=True)
+    errors = zip(
+        gpu_checks.network_errors(wrong, reference, inputs, "bf16"),
+        gpu_checks.ERRORS["bf16"],
+        strict=True,
+    )
     assert all(error <= limit for error, limit in errors) == (what == "nothing")
 
 
@@ -39,25 +45,37 @@ def test_with_several_gpus_sharded_runs_are_compared_compiled_and_not(monkeypatc
         runs.append(flags)
         return name
 
-    gpu_checks.test_ranks("plain", "all ranks", run, lambda what, value, limit: rows.update({what: value}))
+    gpu_checks.test_ranks(
+        "plain", "all ranks", run, lambda what, value, limit: rows.update({what: value})
+    )
     assert rows == {
-        "2 ranks / 1": "all ranks", "2 ranks, --shard / 1": "--shard",
+        "2 ranks / 1": "all ranks",
+        "2 ranks, --shard / 1": "--shard",
         "2 ranks, --compile --shard / 1": "--compile --shard",
-    }  # fmt: skip
+    }
     assert ("--precision", "fp32", "--compile", "--shard") in runs
 
 
 @pytest.mark.parametrize("values", [[0.1], [0.1, 0.11, math.nan]])
-def test_a_value_above_its_limit_or_missing_gives_status_1_and_is_named(values, monkeypatch, tmp_path, capsys):
+def test_a_value_above_its_limit_or_missing_gives_status_1_and_is_named(
+    values, monkeypatch, tmp_path, capsys
+):
     def run_pytest(command, plugins):
         for value in values:
             rows, failed = [], False
             try:
-                check = gpu_checks.checker(lambda *row, rows=rows: rows.append(row), "What it does.")
+                check = gpu_checks.checker(
+                    lambda *row, rows=rows: rows.append(row), "What it does."
+                )
                 check(f"row {value}", value, 0.1, "note")
             except AssertionError:
                 failed = True
-            report = {"when": "call", "failed": failed, "user_properties": rows, "nodeid": f"x.py::test {value}"}
+            report = {
+                "when": "call",
+                "failed": failed,
+                "user_properties": rows,
+                "nodeid": f"x.py::test {value}",
+            }
             plugins[0].pytest_runtest_logreport(SimpleNamespace(**report))
 
     monkeypatch.setattr(gpu_check.pytest, "main", run_pytest)
@@ -67,10 +85,15 @@ def test_a_value_above_its_limit_or_missing_gives_status_1_and_is_named(values, 
     run_main(gpu_check, 2, "--out", out, status=int(len(values) > 1))
     text = out.read_text()
     (made,) = json.loads(out.with_suffix(".json").read_text())
-    assert f" 2 --out {out}" in made["command"] and made["code"] and made["machine"] and made["date"]
+    assert (
+        f" 2 --out {out}" in made["command"] and made["code"] and made["machine"] and made["date"]
+    )
     assert "**What it does.**" in text and "| row 0.1 | 0.1 | 0.1 | ok | note |" in text
     assert len({line.count("|") for line in text.splitlines() if "|" in line}) == 1
     if len(values) > 1:
         assert "| row nan | nan | 0.1 | FAILED | note |" in text
-        assert "gpu_check.py: error: FAILED: test 0.11; test nan; the reasons" in capsys.readouterr().err
+        assert (
+            "gpu_check.py: error: FAILED: test 0.11; test nan; the reasons"
+            in capsys.readouterr().err
+        )
     assert ("All checks are ok." in text) == (len(values) == 1)

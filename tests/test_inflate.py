@@ -21,7 +21,11 @@ IMAGE = {"temporal_patch_size": 1, "num_frames": 1}
 KINDS = {  # of image models; head_dim is 32
     "fixed": {"use_rope": False},
     "rotary": {"rope_theta": 100.0},
-    "rotary and table, moving": {"position_table": "space", "rope_speed": 0.5, "rope_split": "8,12,12"},
+    "rotary and table, moving": {
+        "position_table": "space",
+        "rope_speed": 0.5,
+        "rope_split": "8,12,12",
+    },
     "normalized": {"use_rope": False, "qk_norm": True},
     "told the noise level": {"use_rope": False, "objective": "flow"},
 }
@@ -30,12 +34,18 @@ KINDS = {  # of image models; head_dim is 32
 @torch.no_grad()
 def largest_error(image, video, y=0, seconds=1 / 25):
     """The largest distance of the fields of equal frames from the image's field, over all RATES."""
-    x, told = clip(1, image.config), {"gamma": torch.tensor([0.3])} if image.config.objective == "flow" else {}
+    x, told = (
+        clip(1, image.config),
+        {"gamma": torch.tensor([0.3])} if image.config.objective == "flow" else {},
+    )
 
     def field(model, x, seconds):
         return model(x, torch.tensor([y]), torch.tensor([seconds]), **told)
 
-    equal, expected = x.expand(-1, -1, video.config.temporal_patch_size, -1, -1), field(image, x, seconds)
+    equal, expected = (
+        x.expand(-1, -1, video.config.temporal_patch_size, -1, -1),
+        field(image, x, seconds),
+    )
     return max(distance(field(video, equal, 1 / fps), expected.expand_as(equal)) for fps in RATES)
 
 
@@ -50,11 +60,17 @@ def inflated(image, *settings, **more):
 def test_equal_frames_get_the_field_of_the_image_at_any_frame_rate(kind):
     image = tiny(**IMAGE | KINDS[kind])
     video, own = inflated(image), image.config
-    positions = {} if own.use_rope else {"use_rope": True, "rope_split": "10,0,0", "position_table": "space"}
+    positions = (
+        {}
+        if own.use_rope
+        else {"use_rope": True, "rope_split": "10,0,0", "position_table": "space"}
+    )
     assert video.config == replace(own, num_frames=8, temporal_patch_size=2, **positions)
     assert largest_error(image, video) < 1e-5
     assert largest_error(image, inflated(image, 4, 100.0)) < 1e-5
-    assert largest_error(image, inflated(image, time_scale=1 / 8), seconds=1 / 8) < 1e-5  # frames of 8 fps
+    assert (
+        largest_error(image, inflated(image, time_scale=1 / 8), seconds=1 / 8) < 1e-5
+    )  # frames of 8 fps
     assert largest_error(image, inflated(image, time_scale=1 / 8)) > 0.01
 
 
@@ -65,14 +81,27 @@ def test_frame_rates_and_times_can_be_learned():
     with torch.enable_grad():
         video(clip(8), labels(), torch.tensor([1 / 12])).square().sum().backward()
     assert (video.t_embedder.mlp[0].weight.grad != 0).any()
-    later = clip(8).unflatten(2, (-1, 2)).roll(1, dims=2).flatten(2, 3)  # its temporal patches, one later
+    later = (
+        clip(8).unflatten(2, (-1, 2)).roll(1, dims=2).flatten(2, 3)
+    )  # its temporal patches, one later
     assert distance(video(later, labels()), video(clip(8), labels())) > 0.05
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 STEPS = ["--log-every", 1, "--sample-every", 0, "--val-clips", 2]
-VIDEOS = [*IMAGES, *STEPS, "--video", "--use-rope", "--temporal-patch-size", 2, "--num-frames", 4, "--lr", 1e-9]
+VIDEOS = [
+    *IMAGES,
+    *STEPS,
+    "--video",
+    "--use-rope",
+    "--temporal-patch-size",
+    2,
+    "--num-frames",
+    4,
+    "--lr",
+    1e-9,
+]
 
 
 def newest(results):
@@ -83,7 +112,14 @@ def newest(results):
 def runs(tmp_path_factory):
     """(the checkpoint of a small image run, videos of the same classes)."""
     root = tmp_path_factory.mktemp("runs")
-    images = [*IMAGES, *STEPS, "--data-path", make_images(root / "images", 6), "--results-dir", root / "image"]
+    images = [
+        *IMAGES,
+        *STEPS,
+        "--data-path",
+        make_images(root / "images", 6),
+        "--results-dir",
+        root / "image",
+    ]
     run_main(train, *images, "--max-steps", 3, "--lr", 0.1, "--ema-decay", 0.5, "--sampler", "ngd")
     return newest(root / "image"), write_equal_videos(root / "videos", 10, size=(16, 16))
 
@@ -98,7 +134,10 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     assert (step, first_step, config["training"]["inflate"]) == (3, 1, str(path))
     assert config["training"]["sampler"] == "ngd"
     state = checkpoint.load(newest(tmp_path))
-    assert state["phase"]["ema_start"] == 0 and state["optimizer"]["states"][0]["state"][0]["step"] == 1
+    assert (
+        state["phase"]["ema_start"] == 0
+        and state["optimizer"]["states"][0]["state"][0]["step"] == 1
+    )
 
     capsys.readouterr()
     run_main(train, *flags, "--inflate", path, "--max-steps", 1, "--resume")
@@ -111,7 +150,10 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     assert f"which began from other weights ({path}); remove one of the two" in line
     run_main(train, *flags, "--ckpt", newest(tmp_path), "--num-frames", 6, "--max-steps", 2)
     later, config, _ = checkpoint.load_model(newest(tmp_path))
-    assert later.config == replace(video.config, num_frames=6) and config["training"]["inflate"] is None
+    assert (
+        later.config == replace(video.config, num_frames=6)
+        and config["training"]["inflate"] is None
+    )
 
 
 def test_the_frame_rate_of_the_images_is_that_of_their_training(runs, tmp_path):
@@ -122,7 +164,12 @@ def test_the_frame_rate_of_the_images_is_that_of_their_training(runs, tmp_path):
     flags = [*VIDEOS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 1]
     run_main(train, *flags, "--inflate", tmp_path / "image.pt")
     image, video = (checkpoint.load_model(one)[0] for one in (path, newest(tmp_path)))
-    assert largest_error(image, video, y=1, seconds=1 / 8) < 1e-5 < 0.001 < largest_error(image, video, y=1)
+    assert (
+        largest_error(image, video, y=1, seconds=1 / 8)
+        < 1e-5
+        < 0.001
+        < largest_error(image, video, y=1)
+    )
 
 
 def test_a_run_from_scratch_is_not_resumed_as_one_from_an_image_model(runs, tmp_path, capsys):

@@ -23,13 +23,32 @@ LAYERS = (  # from the top; a module may import from layers below, and from its 
     ("runtime",),
     ("uncaught",),
 )
-STAND_ALONE = {"transport": {"runtime"}, "samplers": {"runtime", "transport"}}  # the rooms that they may import
-LONG = {("train", "main"): 170, ("train_vae", "main"): 100}  # the visible loops; all other functions: 60 lines
+STAND_ALONE = {
+    "transport": {"runtime"},
+    "samplers": {"runtime", "transport"},
+}  # the rooms that they may import
+LONG = {
+    ("train", "main"): 170,
+    ("train_vae", "main"): 100,
+}  # the visible loops; all other functions: 60 lines
 # A condition is opaque: only the models, the data, what is on the disk and the flags know that it is a class.
-KNOW_CLASSES = {"models", "published", "video", "cache_latents", "preflight", "generation", "given", "sample_gd"}
+KNOW_CLASSES = {
+    "models",
+    "published",
+    "video",
+    "cache_latents",
+    "preflight",
+    "generation",
+    "given",
+    "sample_gd",
+}
 KNOW_CLASSES |= {"scoring", "evaluate"}
 NAME_CLASSES = {  # what the others name without knowing it
-    "train": {"classes", "class_dropout_prob", "labels"},  # of folders; of dropped conditions; of samples
+    "train": {
+        "classes",
+        "class_dropout_prob",
+        "labels",
+    },  # of folders; of dropped conditions; of samples
     "train_vae": {"classes"},
     "checkpoint": {"new_classes"},  # a flag
     "runtime.cli": {"formatter_class"},  # of argparse
@@ -63,7 +82,9 @@ def own_imports(tree):
     for target in targets:
         parts = target.split(".")
         found |= {dotted for dotted in (".".join(parts[:n]) for n in (1, 2)) if dotted in MODULES}
-    return {one for one in found if not any(other.startswith(f"{one}.") for other in found)}  # the module, not its room
+    return {
+        one for one in found if not any(other.startswith(f"{one}.") for other in found)
+    }  # the module, not its room
 
 
 def test_imports_go_down_without_a_cycle_and_never_to_an_entry_script():
@@ -71,7 +92,11 @@ def test_imports_go_down_without_a_cycle_and_never_to_an_entry_script():
     assert layers.keys() == ROOMS, f"say in LAYERS where {sorted(ROOMS ^ layers.keys())} belong"
     left = {name: own_imports(tree) for name, tree in MODULES.items()}
     for name, targets in left.items():
-        up = {target for target in targets if layers[target.split(".")[0]] < layers[name.split(".")[0]]}
+        up = {
+            target
+            for target in targets
+            if layers[target.split(".")[0]] < layers[name.split(".")[0]]
+        }
         assert not up, f"{name} imports {', '.join(sorted(up))} from above it"
     while free := [name for name, targets in left.items() if not targets & left.keys()]:
         for name in free:
@@ -91,18 +116,32 @@ def test_no_module_hides_one_that_is_installed_or_in_the_standard_library():
 def test_only_preflight_resolves_flags_and_nothing_assigns_to_one():
     for name, tree in (MODULES | SCRIPTS).items():
         for node in ast.walk(tree):
-            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr
-            of_flags = called == "resolve" and node.keywords  # that of a path or of the ranks' vote takes none
-            assert not of_flags or name == "preflight", f"{name}, line {node.lineno}: resolves flags"
+            called = (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr
+            )
+            of_flags = (
+                called == "resolve" and node.keywords
+            )  # that of a path or of the ranks' vote takes none
+            assert not of_flags or name == "preflight", (
+                f"{name}, line {node.lineno}: resolves flags"
+            )
             is_stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-            assert not is_stored or ast.unparse(node.value) != "args", f"{name}, line {node.lineno}: sets a flag"
+            assert not is_stored or ast.unparse(node.value) != "args", (
+                f"{name}, line {node.lineno}: sets a flag"
+            )
 
 
 def test_few_modules_know_that_a_condition_is_a_class():
     for module, tree in MODULES.items():
         if module.split(".")[0] in KNOW_CLASSES:
             continue
-        names = {getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "attr", "arg", "value")}
+        names = {
+            getattr(node, field, None)
+            for node in ast.walk(tree)
+            for field in ("id", "attr", "arg", "value")
+        }
         names = {name for name in names if isinstance(name, str) and name.isidentifier()}
         found = {name for name in names if re.search("label|(?<!data)class(?!method)", name)}
         found -= NAME_CLASSES.get(module, set())
@@ -111,14 +150,24 @@ def test_few_modules_know_that_a_condition_is_a_class():
 
 def test_no_call_could_run_code_from_a_file():  # commands on such files: test_bad_inputs.py
     forbidden = r"allow_pickle=True|weights_only=False|pickle\.loads?\(|yaml|\beval\(|\bexec\(|os\.system|shell=True"
-    for path in (path for part in ("EqM", "scripts", "datasets") for path in (ROOT / part).rglob("*.py")):
+    for path in (
+        path for part in ("EqM", "scripts", "datasets") for path in (ROOT / part).rglob("*.py")
+    ):
         text = re.sub(r"\.eval\(\)", "", path.read_text())  # of a network
         assert not re.search(forbidden, text), path
-        assert all("weights_only=True" in load for load in re.findall(r"torch\.load\([^)]*\)", text)), path
-        assert all("use_safetensors=True" in load for load in re.findall(r"from_pretrained\([^)]*", text)), path
+        assert all(
+            "weights_only=True" in load for load in re.findall(r"torch\.load\([^)]*\)", text)
+        ), path
+        assert all(
+            "use_safetensors=True" in load for load in re.findall(r"from_pretrained\([^)]*", text)
+        ), path
 
 
-LIBRARIES = [path for path in sorted(ROOT.rglob("scripts/**/*.py")) if "\nif __name__ ==" not in path.read_text()]
+LIBRARIES = [
+    path
+    for path in sorted(ROOT.rglob("scripts/**/*.py"))
+    if "\nif __name__ ==" not in path.read_text()
+]
 
 
 @pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
@@ -128,7 +177,9 @@ def test_a_library_of_the_scripts_says_so_when_it_is_run(path, monkeypatch, caps
         runpy.run_path(str(path), run_name="__main__")
     (line,) = capsys.readouterr().err.splitlines()
     instead = re.fullmatch(f"{path.name}: error: this is a library; run (.*) instead", line)[1]
-    assert ended.value.code == 2 and (ROOT / instead.split()[-2 if "--" in instead else -1]).exists()
+    assert (
+        ended.value.code == 2 and (ROOT / instead.split()[-2 if "--" in instead else -1]).exists()
+    )
 
 
 def test_functions_fit_on_a_screen():
@@ -136,4 +187,6 @@ def test_functions_fit_on_a_screen():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
-                assert lines <= LONG.get((name, node.name), 60), f"{name}.{node.name} has {lines} lines"
+                assert lines <= LONG.get((name, node.name), 60), (
+                    f"{name}.{node.name} has {lines} lines"
+                )

@@ -26,11 +26,19 @@ def seen(tmp_path_factory):
     root = write_equal_videos(tmp_path_factory.mktemp("videos"))
     source = open_source(root, 16)
     clips = {n: clips_of(source, n, frame_interval=(1, 2)) for n in (4, 8)}
-    loader, before = make_loader(clips, KEYS, 2, 0, torch.device("cpu")), set(multiprocessing.active_children())
+    loader, before = (
+        make_loader(clips, KEYS, 2, 0, torch.device("cpu")),
+        set(multiprocessing.active_children()),
+    )
     batches = batches_of(loader)
-    processes = [Path("/proc", str(process.pid)) for process in set(multiprocessing.active_children()) - before]
+    processes = [
+        Path("/proc", str(process.pid))
+        for process in set(multiprocessing.active_children()) - before
+    ]
     found = {"blocked here": signal.pthread_sigmask(signal.SIG_BLOCK, [])}
-    assert [batch["indices"].tolist() for batch in batches] == [[index for _, index in keys] for keys in KEYS]
+    assert [batch["indices"].tolist() for batch in batches] == [
+        [index for _, index in keys] for keys in KEYS
+    ]
     found["commands"] = [(process / "cmdline").read_text() for process in processes]
     found["statuses"] = [(process / "status").read_text() for process in processes]
     for video in source.videos():
@@ -49,10 +57,14 @@ def test_loader_processes_get_no_scan(tmp_path):
 
 
 def test_loader_processes_are_no_forks_and_leave_stop_signals_to_the_rank(seen):
-    assert len(seen["commands"]) == 2 and all("spawn_main" in command for command in seen["commands"])
+    assert len(seen["commands"]) == 2 and all(
+        "spawn_main" in command for command in seen["commands"]
+    )
     assert not seen["blocked here"] & set(STOP_SIGNALS)
     for status in seen["statuses"]:
-        (mask,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:")]
+        (mask,) = [
+            int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:")
+        ]
         assert [number.name for number in STOP_SIGNALS if not mask >> (number - 1) & 1] == []
 
 
@@ -61,7 +73,9 @@ def test_an_error_in_a_loader_process_is_one_line_without_its_traceback(seen):
     assert line.startswith(f"--data-path {seen['root']}: 4 corrupt files in a row, the first is ")
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()]
+)
 def test_a_process_that_is_killed_while_it_hands_over_a_batch_is_named(error, capsys):
     class Loader(list):
         num_workers = 0

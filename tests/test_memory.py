@@ -22,7 +22,10 @@ ROWS = memory.read_rows()
 @pytest.fixture(scope="module")
 def counts():
     """{flag: (bytes kept, bytes at the peak)} of EqM-S/2 with one and with two blocks, for a clip."""
-    return {flag: [memory.count_step("S/2", flag, 1, depth) for depth in (1, 2)] for flag in memory.FLAGS}
+    return {
+        flag: [memory.count_step("S/2", flag, 1, depth) for depth in (1, 2)]
+        for flag in memory.FLAGS
+    }
 
 
 def per_block(steps, part):
@@ -31,7 +34,9 @@ def per_block(steps, part):
 
 def test_a_block_keeps_its_input_and_if_selective_attention_and_all_products_but_one(counts):
     in_float = 4 * TOKENS * WIDTH
-    products = 2 * (3 + 1 + 1 + 1) * TOKENS * WIDTH  # in bf16: queries, keys and values, attention, proj, fc2
+    products = (
+        2 * (3 + 1 + 1 + 1) * TOKENS * WIDTH
+    )  # in bf16: queries, keys and values, attention, proj, fc2
     sums = 4 * TOKENS * HEADS  # of the weights of attention
     assert per_block(counts["full"], 0) == pytest.approx(in_float, rel=1e-3)
     assert per_block(counts["selective"], 0) == pytest.approx(in_float + products + sums, rel=1e-3)
@@ -46,7 +51,11 @@ def test_the_bytes_are_those_that_saved_tensor_hooks_see(counts):
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with FakeTensorMode(), patch.object(models, "attend", attend), autocast(torch.device("cpu"), "bf16"):
+    with (
+        FakeTensorMode(),
+        patch.object(models, "attend", attend),
+        autocast(torch.device("cpu"), "bf16"),
+    ):
         model = EqM_models["EqM-S/2"](depth=1, **memory.SETTINGS)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(torch.empty(1, 4, 16, 32, 32), torch.zeros(1, dtype=torch.long))
@@ -64,7 +73,9 @@ def test_selective_takes_xl_from_3_8_to_1_1_gb_a_clip_for_a_tenth_more_flops():
 
 def test_the_committed_counts_are_those_of_the_code_and_the_tables_are_theirs():
     row = memory.measure("S/2", "selective")
-    assert row == ROWS[4] | {name: pytest.approx(row[name], rel=1e-2) for name in row if name.endswith(("mb", "flops"))}
+    assert row == ROWS[4] | {
+        name: pytest.approx(row[name], rel=1e-2) for name in row if name.endswith(("mb", "flops"))
+    }
     assert (ROOT / "results/memory.md").read_text().splitlines()[2:] == memory.tables(ROWS)
 
 
@@ -72,7 +83,9 @@ def test_the_copy_of_a_checkpoint_counts_powers_of_two_as_torch_allocates_pinned
     sizes = [0, 1, 4, 5, 4096, 4097, 3 * 2**20]
     assert [pinned_bytes(size) for size in sizes] == [0, 1, 4, 8, 4096, 8192, 4 * 2**20]
     with torch.device("meta"):
-        weights = [weight.nbytes for weight in EqM_models["EqM-XL/2"](**memory.SETTINGS).parameters()]
+        weights = [
+            weight.nbytes for weight in EqM_models["EqM-XL/2"](**memory.SETTINGS).parameters()
+        ]
     rounded = sum(2 ** math.ceil(math.log2(size)) for size in weights)
     (pinned,) = {row["pinned_mb"] for row in ROWS if row["model"] == "XL/2"}
     assert 1e6 * pinned == 4 * rounded > 1.3 * 4 * sum(weights)  # weight, EMA, two of AdamW
@@ -83,7 +96,9 @@ def test_a_sharded_run_needs_the_rounded_memory_for_its_copy_on_gpus(monkeypatch
     monkeypatch.setattr(checkpoint, "is_sharded", lambda _: True)
     monkeypatch.setattr(checkpoint, "free_bytes", lambda: 10_000)
     writer = checkpoint.Writer(tmp_path)
-    writer.check_memory({"model": {str(size): torch.empty(size, dtype=torch.int8) for size in sizes}})
+    writer.check_memory(
+        {"model": {str(size): torch.empty(size, dtype=torch.int8) for size in sizes}}
+    )
     with FakeTensorMode():
         on_gpu = {str(size): torch.empty(size, dtype=torch.int8, device="cuda:0") for size in sizes}
     assert "takes 1.23e-05 GB of memory" in error_of(writer.check_memory, {"model": on_gpu})
@@ -95,11 +110,15 @@ def test_the_peak_of_any_batch_is_known_from_two_batches(flag):
     for clips, error in ((2, 0.05), (64, 0.01), (1024, 0.01)):
         line = few + (clips - 1) * (many - few) / (memory.BATCHES[1] - 1)
         peak = memory.count_step("S/4", flag, clips, 2)[1]
-        assert line == pytest.approx(peak, rel=error) and (clips > memory.BATCHES[1] or line > 0.9999 * peak)
+        assert line == pytest.approx(peak, rel=error) and (
+            clips > memory.BATCHES[1] or line > 0.9999 * peak
+        )
 
 
 def test_clips_fit_in_proportion_to_their_frames_and_to_the_memory_that_is_free():
     def fits(frames, gb, ranks=1):
         return memory.fitting_clips(ROWS[-3], frames, gb, ranks)  # of XL/2, whose states take 13 GB
 
-    assert fits(4, 80) - 2 * fits(8, 80) in (0, 1) and fits(8, 24) < fits(8, 80) * 24 / 80 < fits(8, 24, ranks=8)
+    assert fits(4, 80) - 2 * fits(8, 80) in (0, 1) and fits(8, 24) < fits(8, 80) * 24 / 80 < fits(
+        8, 24, ranks=8
+    )

@@ -16,9 +16,17 @@ from rope import apply_rotary
 from runtime.distributed import autocast
 
 TINY = EqMConfig(
-    input_size=4, patch_size=2, temporal_patch_size=4, in_channels=3, hidden_size=64, depth=2, num_heads=2,
-    num_classes=5, num_frames=8, use_rope=True,
-)  # fmt: skip
+    input_size=4,
+    patch_size=2,
+    temporal_patch_size=4,
+    in_channels=3,
+    hidden_size=64,
+    depth=2,
+    num_heads=2,
+    num_classes=5,
+    num_frames=8,
+    use_rope=True,
+)
 KINDS = {  # of positions
     "fixed": {"use_rope": False},
     "rotary": {},
@@ -58,24 +66,32 @@ def distance(a, b):
 # Positions ------------------------------------------------------------------------------------------------------------
 
 MOVES = {
-    "time reversed": lambda x: x.unflatten(2, (-1, 2)).flip(2).flatten(2, 3),  # temporal patches, not their frames
+    "time reversed": lambda x: (
+        x.unflatten(2, (-1, 2)).flip(2).flatten(2, 3)
+    ),  # temporal patches, not their frames
     "rows rolled": lambda x: x.roll(2, dims=3),
     "columns rolled": lambda x: x.roll(2, dims=4),
 }
 
 
-@pytest.fixture(params=[(32, True), (36, True), (32, False)], ids=["head_dim 32", "head_dim 36", "fixed"])
+@pytest.fixture(
+    params=[(32, True), (36, True), (32, False)], ids=["head_dim 32", "head_dim 36", "fixed"]
+)
 def shallow(request):
     """A model of one block with 4 x 3 x 3 patches, and a clip."""
     head_dim, use_rope = request.param
-    model = tiny(input_size=6, temporal_patch_size=2, depth=1, hidden_size=2 * head_dim, use_rope=use_rope)
+    model = tiny(
+        input_size=6, temporal_patch_size=2, depth=1, hidden_size=2 * head_dim, use_rope=use_rope
+    )
     return model, clip(8, model.config)
 
 
 def without_positions(model, monkeypatch):
     if model.config.use_rope:
         rotary = model.rope.forward
-        monkeypatch.setattr(model.rope, "forward", lambda *args: (0 * rotary(*args)[0] + 1, 0 * rotary(*args)[1]))
+        monkeypatch.setattr(
+            model.rope, "forward", lambda *args: (0 * rotary(*args)[0] + 1, 0 * rotary(*args)[1])
+        )
     else:
         monkeypatch.setitem(model._buffers, "pos_embed", torch.zeros_like(model.pos_embed))
 
@@ -99,7 +115,9 @@ def test_the_time_scale_acts_through_its_embedding_and_rotary_positions(shallow,
     with monkeypatch.context() as patch:
         without_positions(model, patch)
         assert difference() > 0.05
-    monkeypatch.setattr(model.t_embedder, "forward", lambda time_scale: torch.zeros(1, model.config.hidden_size))
+    monkeypatch.setattr(
+        model.t_embedder, "forward", lambda time_scale: torch.zeros(1, model.config.hidden_size)
+    )
     assert difference() > 0.05 if model.config.use_rope else difference() == 0
 
 
@@ -112,29 +130,51 @@ VIDEO, SPACE = {"num_frames": 10}, {"num_frames": 10, "use_rope": True, "positio
 IMAGE = {"num_frames": 1, "temporal_patch_size": 1}
 
 
-@pytest.mark.parametrize(("size", "side", "kind"), [
-    ("Ti", 3, VIDEO), ("L", 3, VIDEO), ("S", 5, IMAGE), ("S", 5, SPACE), ("S", 3, SPACE), ("S", 5, IMAGE | SPACE)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "side", "kind"),
+    [
+        ("Ti", 3, VIDEO),
+        ("L", 3, VIDEO),
+        ("S", 5, IMAGE),
+        ("S", 5, SPACE),
+        ("S", 3, SPACE),
+        ("S", 5, IMAGE | SPACE),
+    ],
+)
 def test_the_position_table_equals_a_naive_one_and_has_distinct_rows(size, side, kind):
     config = model_config(f"EqM-{size}/4", input_size=4 * side, in_channels=3, **kind)
     table, D = position_table(config), config.hidden_size
-    if kind is VIDEO:  # a third of the channels for each axis, the rest zero: 1024 channels are no multiple of 6
-        third, places = 2 * (D // 6), itertools.product(range(3), range(side), range(side))  # 10 frames: 3 patches
-        naive = [sum((naive_axis(p, third) for p in place), []) + [0] * (D - 3 * third) for place in places]
+    if (
+        kind is VIDEO
+    ):  # a third of the channels for each axis, the rest zero: 1024 channels are no multiple of 6
+        third, places = (
+            2 * (D // 6),
+            itertools.product(range(3), range(side), range(side)),
+        )  # 10 frames: 3 patches
+        naive = [
+            sum((naive_axis(p, third) for p in place), []) + [0] * (D - 3 * third)
+            for place in places
+        ]
     else:  # of MAE, the width first, whatever the number of frames
-        naive = [naive_axis(w, D // 2) + naive_axis(h, D // 2) for h in range(side) for w in range(side)]
+        naive = [
+            naive_axis(w, D // 2) + naive_axis(h, D // 2) for h in range(side) for w in range(side)
+        ]
     torch.testing.assert_close(table, torch.tensor([naive]))
     assert len(table[0].unique(dim=0)) == len(naive)
 
 
-@pytest.mark.parametrize("kind", [KINDS["fixed"], KINDS["rotary and table"]], ids=["fixed", "space"])
+@pytest.mark.parametrize(
+    "kind", [KINDS["fixed"], KINDS["rotary and table"]], ids=["fixed", "space"]
+)
 def test_blocks_get_patches_plus_positions_and_return_the_features(kind):
     model, x, seen = tiny(**kind), clip(8, batch=2), []
     model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     model.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
     f, features = model(x, labels(2), return_features=True)
     table = position_table(model.config)
-    tokens = model.x_embedder(x) + table.repeat(1, 8 // table.shape[1], 1)  # the same for every temporal patch
+    tokens = model.x_embedder(x) + table.repeat(
+        1, 8 // table.shape[1], 1
+    )  # the same for every temporal patch
     assert torch.equal(seen[0], tokens)
     assert torch.equal(seen[1], features) and features.shape == (2, 2 * 2 * 2, 64)
     assert torch.equal(f, model(x, labels(2)))
@@ -148,7 +188,9 @@ def test_blocks_get_patches_plus_positions_and_return_the_features(kind):
 @torch.no_grad()
 def test_a_clip_is_padded_with_its_last_frame_to_fill_its_last_patch(num_frames, kind):
     padding = -num_frames % 4
-    model, filled = (tiny(**KINDS[kind], num_frames=frames) for frames in (num_frames, num_frames + padding))
+    model, filled = (
+        tiny(**KINDS[kind], num_frames=frames) for frames in (num_frames, num_frames + padding)
+    )
     x = clip(num_frames, batch=2)
     f = model(x, labels(2))
     assert f.shape == x.shape and f.isfinite().all()
@@ -160,7 +202,9 @@ def test_a_clip_is_padded_with_its_last_frame_to_fill_its_last_patch(num_frames,
 
 @pytest.mark.parametrize("use_rope", [True, False])
 def test_clips_that_do_not_fit_patches_or_fixed_positions_are_refused(use_rope):
-    wrong = dict.fromkeys((1, 3), "at least 4 frames") | ({} if use_rope else dict.fromkeys((7, 9), "to num_frames 8"))
+    wrong = dict.fromkeys((1, 3), "at least 4 frames") | (
+        {} if use_rope else dict.fromkeys((7, 9), "to num_frames 8")
+    )
     for num_frames, message in wrong.items():
         with pytest.raises(ValueError, match=f"{message}, got {num_frames}"):
             tiny(use_rope=use_rope)(clip(num_frames), labels())
@@ -183,7 +227,9 @@ def test_bfloat16_rounds_little_and_autocast_keeps_tokens_in_float32(use_rope):
     model, x, y, dtypes = tiny(use_rope=use_rope), clip(8), labels(), []
     f = model(x, y)
     for block in model.blocks:
-        block.register_forward_hook(lambda block, args, out: dtypes.extend((args[0].dtype, out.dtype)))
+        block.register_forward_hook(
+            lambda block, args, out: dtypes.extend((args[0].dtype, out.dtype))
+        )
     with torch.autocast("cpu", torch.bfloat16):
         mixed, features = model(x, y, return_features=True)
     assert {*dtypes, features.dtype} == {torch.float32}
@@ -195,22 +241,34 @@ def test_bfloat16_rounds_little_and_autocast_keeps_tokens_in_float32(use_rope):
 
 @pytest.mark.parametrize("num_tokens", [64, PLAIN_TOKENS + 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(dtype, num_tokens, monkeypatch):
+def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(
+    dtype, num_tokens, monkeypatch
+):
     torch.manual_seed(0)  # the largest rounding of random inputs is close to the limit
-    precise, kernel, calls = torch.promote_types(dtype, torch.float32), F.scaled_dot_product_attention, []
+    precise, kernel, calls = (
+        torch.promote_types(dtype, torch.float32),
+        F.scaled_dot_product_attention,
+        [],
+    )
     inputs = [torch.randn(1, 2, num_tokens, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
 
     def with_gradients(attention, inputs):
         out = attention(*inputs)
         return out.detach(), *torch.autograd.grad(out.to(precise).square().sum(), inputs)
 
-    expected = with_gradients(kernel, [part.detach().to(precise).requires_grad_() for part in inputs])
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: calls.append(q.dtype) or kernel(q, k, v))
+    expected = with_gradients(
+        kernel, [part.detach().to(precise).requires_grad_() for part in inputs]
+    )
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v: calls.append(q.dtype) or kernel(q, k, v)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = with_gradients(attend, inputs)
         with torch.no_grad():
             assert torch.equal(attend(*inputs), kernel(*inputs))
-    plain = dtype == torch.bfloat16 and num_tokens <= PLAIN_TOKENS  # more tokens would hold too many weights
+    plain = (
+        dtype == torch.bfloat16 and num_tokens <= PLAIN_TOKENS
+    )  # more tokens would hold too many weights
     assert calls == ([] if plain else [precise]) + [dtype]
     for one, exact in zip(found, expected, strict=True):
         assert one.dtype == dtype
@@ -221,34 +279,59 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(dtype, 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"qk_norm": True}, {"use_rope": False, "hidden_size": 8}, {"ebm": "dot"}, {"ebm": "l2"}]
+    "changes",
+    [{"qk_norm": True}, {"use_rope": False, "hidden_size": 8}, {"ebm": "dot"}, {"ebm": "l2"}],
 )
 def test_a_new_model_predicts_zero_and_has_a_gradient_to_learn_from(changes):
     model, x, y = EqM(dataclasses.replace(TINY, **changes)), clip(8, batch=2), labels(2)
     f = model(x, y, torch.tensor([0.04, 0.1]))
-    assert f.any() == (model.config.ebm == "l2")  # the square of a zero output would have no gradient
+    assert f.any() == (
+        model.config.ebm == "l2"
+    )  # the square of a zero output would have no gradient
     (f - clip(8, batch=2, seed=2)).square().mean().backward()
-    assert sum(parameter.grad.abs().sum() for parameter in model.parameters() if parameter.grad is not None) > 0
+    assert (
+        sum(
+            parameter.grad.abs().sum()
+            for parameter in model.parameters()
+            if parameter.grad is not None
+        )
+        > 0
+    )
 
 
 def test_a_model_name_sets_size_and_patches_and_overrides_win():
-    assert list(EqM_models) == [f"EqM-{size}/{p}" for size in ("Ti", "S", "B", "L", "XL") for p in (2, 4, 8)]
+    assert list(EqM_models) == [
+        f"EqM-{size}/{p}" for size in ("Ti", "S", "B", "L", "XL") for p in (2, 4, 8)
+    ]
     for patch, changes, expected in (
-        (4, {}, (4, 4, 4, 1000)), (2, {}, (2, 2, 2, 1000)), (4, {"temporal_patch_size": 2}, (4, 2, 2, 1000)),
-    ):  # fmt: skip
+        (4, {}, (4, 4, 4, 1000)),
+        (2, {}, (2, 2, 2, 1000)),
+        (4, {"temporal_patch_size": 2}, (4, 2, 2, 1000)),
+    ):
         config = EqM_models[f"EqM-S/{patch}"](depth=1, **changes).config
-        assert (config.patch_size, config.temporal_patch_size, config.num_frames, config.num_classes) == expected
+        assert (
+            config.patch_size,
+            config.temporal_patch_size,
+            config.num_frames,
+            config.num_classes,
+        ) == expected
         assert (config.depth, config.hidden_size, config.num_heads) == (1, 384, 6)
 
 
-@pytest.mark.parametrize(("message", "changes"), [
-    ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
-    ("must be a multiple of 2 x 2 heads, .* 66", {"hidden_size": 66}),
-    ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
-    ("must be one of none, space, .* 'time'", {"position_table": "time"}),
-    ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
-    ("rope_split 10,0,0 omits height or width; it needs position_table space", {"rope_split": "10,0,0"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
+        ("must be a multiple of 2 x 2 heads, .* 66", {"hidden_size": 66}),
+        ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
+        ("must be one of none, space, .* 'time'", {"position_table": "time"}),
+        ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
+        (
+            "rope_split 10,0,0 omits height or width; it needs position_table space",
+            {"rope_split": "10,0,0"},
+        ),
+    ],
+)
 def test_an_inconsistent_configuration_is_refused(message, changes):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **changes)
@@ -280,7 +363,10 @@ def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
     model.t_embedder.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0]))
     model(clip(4, batch=3), labels(3), torch.tensor([1 / 25, 2 / 25, 1 / 100]))
     frequencies = [10_000 ** (-j / 128) for j in range(128)]
-    naive = [[math.cos(s * w) for w in frequencies] + [math.sin(s * w) for w in frequencies] for s in (0, 1, -2)]
+    naive = [
+        [math.cos(s * w) for w in frequencies] + [math.sin(s * w) for w in frequencies]
+        for s in (0, 1, -2)
+    ]
     torch.testing.assert_close(seen[0], torch.tensor(naive), atol=1e-6, rtol=0)
 
 
@@ -288,11 +374,17 @@ def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
 def test_patches_are_embedded_like_a_convolution_and_put_back_in_place(monkeypatch):
     values = TINY.values_per_token  # 4 x 2 x 2 x 3 = 48
     model, x = tiny(hidden_size=values), clip(12, batch=2)
-    torch.testing.assert_close(model.x_embedder(x), model.x_embedder.proj(x).flatten(2).mT)  # (B, N, D), width fastest
+    torch.testing.assert_close(
+        model.x_embedder(x), model.x_embedder.proj(x).flatten(2).mT
+    )  # (B, N, D), width fastest
     model.x_embedder.proj.weight.copy_(torch.eye(values).unflatten(1, (3, 4, 2, 2)))
     model.x_embedder.proj.bias.zero_()
-    tokens = model.x_embedder(x)  # values in the order of the convolution: channel, time, row, column
-    last = tokens.unflatten(-1, (3, 16)).mT.flatten(-2)  # in the order of the last layer: time, row, column, channel
+    tokens = model.x_embedder(
+        x
+    )  # values in the order of the convolution: channel, time, row, column
+    last = tokens.unflatten(-1, (3, 16)).mT.flatten(
+        -2
+    )  # in the order of the last layer: time, row, column, channel
     monkeypatch.setattr(model.final_layer, "forward", lambda *_: last)
     assert torch.equal(model(x, labels(2)), x)
 
@@ -300,7 +392,9 @@ def test_patches_are_embedded_like_a_convolution_and_put_back_in_place(monkeypat
 # Energies -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[("dot", True, 6), ("dot", False, 8), ("l2", True, 8), ("l2", False, 6)])  # 6 frames are padded
+@pytest.fixture(
+    params=[("dot", True, 6), ("dot", False, 8), ("l2", True, 8), ("l2", False, 6)]
+)  # 6 frames are padded
 def energy(request):
     """(a model with an energy, the same network without one, clips)."""
     ebm, use_rope, num_frames = request.param
@@ -311,7 +405,9 @@ def energy(request):
 
 def slope(function, weights, seed, h=1e-5):
     """(a random direction, the derivative of a function along it by finite differences)."""
-    direction = torch.randn(weights.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    direction = torch.randn(
+        weights.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     values = [function(weights.add_(step * h * direction)) for step in (1, -2)]
     weights += h * direction
     return direction, (values[0] - values[1]) / (2 * h)
@@ -330,7 +426,9 @@ def test_the_field_is_minus_the_gradient_of_the_defined_energy(energy):
             plain.energy(x, y, scale)
         for seed in range(4):
             direction, expected = slope(lambda x: model.energy(x, y, scale), x, seed)
-            torch.testing.assert_close((f * direction).sum(dim=(1, 2, 3, 4)), -expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                (f * direction).sum(dim=(1, 2, 3, 4)), -expected, rtol=1e-5, atol=1e-6
+            )
 
 
 def test_training_gradients_of_an_energy_equal_finite_differences(energy):
@@ -341,11 +439,18 @@ def test_training_gradients_of_an_energy_equal_finite_differences(energy):
         return (model(x, labels(2)) - goal).square().mean()
 
     loss().backward()
-    names = ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "x_embedder.proj.weight", "final_layer.linear.bias")
+    names = (
+        "blocks.0.attn.qkv.weight",
+        "blocks.1.mlp.fc1.weight",
+        "x_embedder.proj.weight",
+        "final_layer.linear.bias",
+    )
     for name in names:
         weight = model.get_parameter(name)
         direction, expected = slope(loss, weight.data, 4)
-        assert (weight.grad * direction).sum().item() == pytest.approx(expected.item(), rel=1e-4), name
+        assert (weight.grad * direction).sum().item() == pytest.approx(expected.item(), rel=1e-4), (
+            name
+        )
 
 
 @pytest.mark.parametrize("ebm", ["dot", "l2"])
@@ -370,10 +475,18 @@ def loss_and_gradients(model, x, y, **told):
     return loss.item(), gradients
 
 
-@pytest.mark.parametrize(("kind", "ebm", "precision"), [
-    ("full", "none", "bf16"), ("full", "dot", "fp32"), ("selective", "none", "fp32"), ("selective", "none", "bf16"),
-])  # fmt: skip
-@pytest.mark.parametrize("use_rope", [True, False])  # --compile: test_compile.py; --shard: test_sharding.py
+@pytest.mark.parametrize(
+    ("kind", "ebm", "precision"),
+    [
+        ("full", "none", "bf16"),
+        ("full", "dot", "fp32"),
+        ("selective", "none", "fp32"),
+        ("selective", "none", "bf16"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use_rope", [True, False]
+)  # --compile: test_compile.py; --shard: test_sharding.py
 def test_grad_checkpointing_changes_neither_loss_nor_gradient(kind, ebm, precision, use_rope):
     model, x, y, calls = tiny(ebm=ebm, use_rope=use_rope), clip(8, batch=2), labels(2), []
     y[1] = model.config.num_classes  # no class
@@ -384,7 +497,9 @@ def test_grad_checkpointing_changes_neither_loss_nor_gradient(kind, ebm, precisi
         again, same = loss_and_gradients(model, x, y)
     assert again == loss
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
-    assert len(calls) == (2 if ebm == "none" else 3)  # forward, once for the field, once for the loss
+    assert len(calls) == (
+        2 if ebm == "none" else 3
+    )  # forward, once for the field, once for the loss
     if ebm == "none":
         with torch.no_grad():
             model(x, y)
@@ -400,16 +515,25 @@ class NoTracker(nullcontext):
 def counted_flops(function):
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoTracker()
-    with counter, sdpa_kernel(SDPBackend.MATH):  # the counter misses the backward pass of other kernels
+    with (
+        counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the counter misses the backward pass of other kernels
         function()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("name", "num_frames", "ebm", "grad_checkpoint", "objective"), [
-    ("EqM-Ti/4", 7, "none", None, "eqm"), ("EqM-Ti/4", 16, "none", None, "flow"),
-    ("EqM-S/2", 4, "none", None, "eqm"), ("EqM-Ti/4", 8, "dot", None, "eqm"),
-    ("EqM-Ti/4", 8, "none", "full", "eqm"), ("EqM-Ti/4", 8, "none", "selective", "eqm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "num_frames", "ebm", "grad_checkpoint", "objective"),
+    [
+        ("EqM-Ti/4", 7, "none", None, "eqm"),
+        ("EqM-Ti/4", 16, "none", None, "flow"),
+        ("EqM-S/2", 4, "none", None, "eqm"),
+        ("EqM-Ti/4", 8, "dot", None, "eqm"),
+        ("EqM-Ti/4", 8, "none", "full", "eqm"),
+        ("EqM-Ti/4", 8, "none", "selective", "eqm"),
+    ],
+)
 def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint, objective):
     settings = {"input_size": 8, "in_channels": 4, "num_classes": 3, "use_rope": True, "depth": 2}
     config = model_config(name, ebm=ebm, objective=objective, **settings)
@@ -421,4 +545,6 @@ def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint, 
         assert counted_flops(lambda: model(x, y, **told)) == 2 * config.flops(num_frames)
     error = 0.1 if grad_checkpoint == "full" or ebm != "none" else 0.02
     trained = counted_flops(lambda: model(x, y, **told).square().mean().backward())
-    assert trained == pytest.approx(2 * config.training_flops(num_frames, grad_checkpoint), rel=error)
+    assert trained == pytest.approx(
+        2 * config.training_flops(num_frames, grad_checkpoint), rel=error
+    )

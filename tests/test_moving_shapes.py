@@ -52,13 +52,19 @@ def test_the_bytes_of_a_video_depend_only_on_the_flags(tmp_path, made):
     make(tmp_path / "few", "--videos-per-class", 2)
     all_files, few = content(made[0]), content(tmp_path / "few")
     assert all(few[name] == all_files[name] for name in few if "_g01_c01" in name)
-    assert not [name for name, data in all_files.items() if b"Lav" in data]  # the name of the encoder
+    assert not [
+        name for name, data in all_files.items() if b"Lav" in data
+    ]  # the name of the encoder
 
 
 def test_moving_shapes_has_the_layout_and_split_lists_of_ucf101(made):
     out, side = made
-    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == sorted([*shapes.CLASSES, "ucfTrainTestlist"])
-    lists = (out / f"ucfTrainTestlist/{name}.txt" for name in ("classInd", "trainlist01", "testlist01"))
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == sorted(
+        [*shapes.CLASSES, "ucfTrainTestlist"]
+    )
+    lists = (
+        out / f"ucfTrainTestlist/{name}.txt" for name in ("classInd", "trainlist01", "testlist01")
+    )
     index, train, test = (path.read_text().splitlines() for path in lists)
     assert index == [f"{number} {name}" for number, name in enumerate(sorted(shapes.CLASSES), 1)]
     train = dict(line.split() for line in train)
@@ -66,8 +72,12 @@ def test_moving_shapes_has_the_layout_and_split_lists_of_ucf101(made):
     listed = sorted([*train, *test])
     assert listed == sorted(str(p.relative_to(out)) for p in out.rglob("*.avi"))
     assert listed == sorted(f"{key}.avi" for key in side["videos"])
-    assert {name.split("_")[2] for name in test} == {"g01"} and not any("_g01_" in name for name in train)
-    assert set(Counter(name.split("/")[0] for name in test).values()) == {2}  # of 9: group 1 holds clips 1 and 2
+    assert {name.split("_")[2] for name in test} == {"g01"} and not any(
+        "_g01_" in name for name in train
+    )
+    assert set(Counter(name.split("/")[0] for name in test).values()) == {
+        2
+    }  # of 9: group 1 holds clips 1 and 2
     _, videos = plan()
     assert 0.1 <= sum("_g01_" in key for key in videos) / len(videos) <= 0.2
     assert {video["color"] for video in videos.values()} == {"red", "green", "blue"}
@@ -90,8 +100,17 @@ def test_decoded_videos_show_what_shapes_json_says(made):
             assert np.abs(centroid(frame) - center).max() < 0.2
             assert np.abs(frame.astype(int) - exact).mean() < 1.5
             x, y = centroid(exact).astype(int)
-            assert np.abs(frame[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1)) - shapes.COLORS[video["color"]]).max() < 5
-        assert video["rgb"] == list(shapes.COLORS[video["color"]]) and video["background_rgb"] == [0, 0, 0]
+            assert (
+                np.abs(
+                    frame[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1)) - shapes.COLORS[video["color"]]
+                ).max()
+                < 5
+            )
+        assert video["rgb"] == list(shapes.COLORS[video["color"]]) and video["background_rgb"] == [
+            0,
+            0,
+            0,
+        ]
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
@@ -120,7 +139,9 @@ def test_shapes_are_never_cut_off_and_cross_the_frame(flags):
         distance = video["speed"] * (args.frames - 1) / 25
         assert video["speed"] * args.frames / 25 == pytest.approx(args.size * 9 / 16)
         for moved in (0, distance):
-            center = np.array(video["start"]) + moved * np.array(shapes.DIRECTIONS[video["direction"]])
+            center = np.array(video["start"]) + moved * np.array(
+                shapes.DIRECTIONS[video["direction"]]
+            )
             share = shapes.coverage(video["shape"], center, video["radius"], args.size)
             assert share.sum() == pytest.approx(video["area"], rel=0.02)
 
@@ -133,7 +154,11 @@ def test_radii_colors_and_backgrounds_come_from_the_flags():
     assert {video["color"] for video in videos} == {"yellow", "cyan"}
     for video in videos:
         background = np.median(shapes.draw_clip(video, 64, 25), axis=(0, 1, 2))
-        assert tuple(background) == shapes.BACKGROUNDS[video["background"]] in ((10, 20, 50), (40, 40, 40))
+        assert (
+            tuple(background)
+            == shapes.BACKGROUNDS[video["background"]]
+            in ((10, 20, 50), (40, 40, 40))
+        )
 
 
 def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, made, capsys):
@@ -145,11 +170,20 @@ def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, made, 
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("error", "status", "words"), [
-    (KeyboardInterrupt(), 130, ""),
-    (OSError(28, "No space left on device"), 1, "set can't be written (No space left on device; the disk"),
-])  # fmt: skip
-def test_an_interrupted_run_or_a_full_disk_leaves_no_files(error, status, words, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "set can't be written (No space left on device; the disk",
+        ),
+    ],
+)
+def test_an_interrupted_run_or_a_full_disk_leaves_no_files(
+    error, status, words, tmp_path, monkeypatch, capsys
+):
     def fail_late(*_):
         if len(written) == 5:
             raise error
@@ -167,13 +201,18 @@ def test_an_interrupted_run_or_a_full_disk_leaves_no_files(error, status, words,
 def ucf(tmp_path):
     """A function that runs the script on tmp_path/data/ucf-101 with the contents of two fake archives."""
     contents, tools, data = (tmp_path / name for name in ("contents", "bin", "data"))
-    files = {f"unrar/UCF-101/{name}.avi": name for name in ("Archery/v_a_g01_c01", "Archery/v_a_g01_c02", "YoYo/v_y")}
+    files = {
+        f"unrar/UCF-101/{name}.avi": name
+        for name in ("Archery/v_a_g01_c01", "Archery/v_a_g01_c02", "YoYo/v_y")
+    }
     files["unzip/ucfTrainTestlist/trainlist01.txt"] = "Archery/v_a_g01_c01.avi 1\n"
     for name, text in files.items():
         (contents / name).parent.mkdir(parents=True, exist_ok=True)
         (contents / name).write_text(text)
     tools.mkdir(), data.mkdir()
-    write_commands(tools, {tool: f'cp -r "{contents}/{tool}/." "${{@: -1}}"' for tool in ("unrar", "unzip")})
+    write_commands(
+        tools, {tool: f'cp -r "{contents}/{tool}/." "${{@: -1}}"' for tool in ("unrar", "unzip")}
+    )
 
     def run(status=0, archives=None, **environment):
         """Returns (what is printed as an error, in one line; the files after it)."""
@@ -181,10 +220,18 @@ def ucf(tmp_path):
             (data / archives).mkdir(exist_ok=True)
             for name in ("UCF101.rar", "UCF101TrainTestSplits-RecognitionTask.zip"):
                 (data / archives / name).write_text("archive")
-        variables = {"PATH": f"{tools}:{os.environ['PATH']}", "EXPECT_VIDEOS": "3", "EXPECT_CLASSES": "2"}
+        variables = {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "EXPECT_VIDEOS": "3",
+            "EXPECT_CLASSES": "2",
+        }
         command = ["bash", str(SCRIPTS / "prepare_ucf101.sh"), str(data / "ucf-101")]
-        done = subprocess.run(command, env=os.environ | variables | environment, capture_output=True, text=True)
-        assert (done.returncode, len(done.stderr.splitlines())) == (status, int(status == 2)), done.stderr
+        done = subprocess.run(
+            command, env=os.environ | variables | environment, capture_output=True, text=True
+        )
+        assert (done.returncode, len(done.stderr.splitlines())) == (status, int(status == 2)), (
+            done.stderr
+        )
         return done.stderr, content(data)
 
     run.data = data
@@ -195,7 +242,9 @@ def ucf(tmp_path):
 def test_ucf101_is_arranged_and_resumes_after_an_interruption(ucf, where):
     _, files = ucf(archives=where)
     names = ["Archery/v_a_g01_c01.avi", "Archery/v_a_g01_c02.avi", "YoYo/v_y.avi"]
-    assert [name for name in files if name.endswith(".avi")] == [f"ucf-101/{name}" for name in names]
+    assert [name for name in files if name.endswith(".avi")] == [
+        f"ucf-101/{name}" for name in names
+    ]
     assert "ucfTrainTestlist/trainlist01.txt" in files
     assert ucf(PATH="/usr/bin:/bin")[1] == files  # nothing is unpacked again
     shutil.rmtree(ucf.data / "ucf-101/YoYo")
@@ -205,7 +254,11 @@ def test_ucf101_is_arranged_and_resumes_after_an_interruption(ucf, where):
 
 def test_ucf101_without_archives_with_missing_videos_or_foreign_files_is_refused(ucf):
     error, _ = ucf(status=2)
-    for words in ("UCF101.rar", "https://www.crcv.ucf.edu/data/UCF101.php", "holds 0 videos in 0 classes"):
+    for words in (
+        "UCF101.rar",
+        "https://www.crcv.ucf.edu/data/UCF101.php",
+        "holds 0 videos in 0 classes",
+    ):
         assert words in error
     (ucf.data / "UCF101.rar").write_text("archive")
     assert "UCF101TrainTestSplits-RecognitionTask.zip" in ucf(status=2)[0]

@@ -29,7 +29,10 @@ def found_in(monkeypatch, clips, videos, intervals, own=None, damaged=()):
             yield pixels[first : first + 5]
 
     monkeypatch.setattr(nearest, "read_all_frames", read_all_frames)
-    metadata = [Video(str(number), "A", len(pixels), 25.0, None, None) for number, pixels in enumerate(videos)]
+    metadata = [
+        Video(str(number), "A", len(pixels), 25.0, None, None)
+        for number, pixels in enumerate(videos)
+    ]
     windows = nearest.TrainingWindows("", metadata, *clips.shape[1:3], time_scale=1 / 25)
     windows.intervals, windows.own = intervals, range(len(videos)) if own is None else own
     (distances, places), bad = nearest.search(torch.from_numpy(clips), windows, num_workers=0)
@@ -52,15 +55,26 @@ def test_the_nearest_window_and_its_distance_equal_a_search_by_loops(monkeypatch
     videos, intervals = random_videos((5, 17, 4, 11, 23)), (1, 2, 1, 3, 1, 2)
     videos.append(videos[1])  # of equal windows the first counts
     clips = np.stack(random_videos([4] * 9, seed=1))
-    for clip, (number, first, mirrored) in zip(clips, [(1, 10, 0), (4, 19, 1), (3, 0, 1), (2, 0, 0)], strict=False):
-        window = videos[number][first:][:: intervals[number]][:4].astype(int)  # the first or the last ones of a video
+    for clip, (number, first, mirrored) in zip(
+        clips, [(1, 10, 0), (4, 19, 1), (3, 0, 1), (2, 0, 0)], strict=False
+    ):
+        window = videos[number][first:][:: intervals[number]][:4].astype(
+            int
+        )  # the first or the last ones of a video
         clip[:] = np.clip((window[:, :, ::-1] if mirrored else window) + clip % 9, 0, 255)
     monkeypatch.setattr(nearest, "BLOCK", 50)  # of 108 values
     distances, places, bad = found_in(monkeypatch, clips, videos, intervals)
-    assert [*zip(distances, places, strict=True)] == [naive(clip, videos, intervals) for clip in clips]
+    assert [*zip(distances, places, strict=True)] == [
+        naive(clip, videos, intervals) for clip in clips
+    ]
     assert places[:4] == [[1, 10, 0], [4, 19, 1], [3, 0, 1], [2, 0, 0]] and not bad
-    parts = [found_in(monkeypatch, clips, videos, intervals, own)[:2] for own in ((5, 4), (0, 2, 3), (), (1,))]
-    shared = functools.reduce(nearest.nearer, [tuple(map(torch.tensor, part)) for part in parts])  # as the ranks do
+    parts = [
+        found_in(monkeypatch, clips, videos, intervals, own)[:2]
+        for own in ((5, 4), (0, 2, 3), (), (1,))
+    ]
+    shared = functools.reduce(
+        nearest.nearer, [tuple(map(torch.tensor, part)) for part in parts]
+    )  # as the ranks do
     assert [part.tolist() for part in shared] == [distances, places]
 
 
@@ -71,7 +85,9 @@ def test_distances_are_exact_for_the_largest_sums_of_products(monkeypatch):
     copy = videos[1][3:6, :, ::-1].copy()
     other = copy.copy()
     other[1, 5, 7, 2] = 1
-    distances, places, _ = found_in(monkeypatch, np.stack([copy, other, videos[0][6:, :, ::-1]]), videos, (1, 1))
+    distances, places, _ = found_in(
+        monkeypatch, np.stack([copy, other, videos[0][6:, :, ::-1]]), videos, (1, 1)
+    )
     assert distances == [0, 1, 0]
     assert places[0][:2] == [1, 2] and places[2] == [0, 6, 1]  # of equal windows the first
 
@@ -85,7 +101,10 @@ def test_frames_before_damage_are_compared_and_the_video_is_named(monkeypatch):
 
 
 def test_the_frame_interval_is_the_closest_in_time_or_the_largest_that_fits():
-    videos = [Video("a", "A", *about, None, None) for about in ((20, 25.0), (20, 12.5), (5, 25.0), (20, 3.0))]
+    videos = [
+        Video("a", "A", *about, None, None)
+        for about in ((20, 25.0), (20, 12.5), (5, 25.0), (20, 3.0))
+    ]
     assert nearest.TrainingWindows("", videos, 4, 16, 1 / 12.5).intervals == [2, 1, 1, 1]
 
 
@@ -95,22 +114,33 @@ def test_means_ratio_and_shares_match_their_definitions():
     assert found["rmse"] == 5 and found["rmse_median"] == 6 and found["rmse_real"] == 60
     assert found["rmse_ratio"] == pytest.approx(5 / 60)
     low, high = found["rmse_ratio_interval95"]
-    assert low < 5 / 60 < high and high - low == pytest.approx(3.92 * 11**0.5 / 12**0.5 / 60, rel=0.2)
+    assert low < 5 / 60 < high and high - low == pytest.approx(
+        3.92 * 11**0.5 / 12**0.5 / 60, rel=0.2
+    )
     few = nearest.summarize(generated[:8], real)
     assert few["rmse_ratio"] == pytest.approx(5 / 60) and few["rmse_ratio_interval95"] is None
     assert found["nearer_than_all_real"] == found["nearer_than_95_percent"] == 1
-    found = nearest.summarize(np.array([9.0, 10, 14.9, 15, 50]), real)  # 5% of the real ones are below 15
+    found = nearest.summarize(
+        np.array([9.0, 10, 14.9, 15, 50]), real
+    )  # 5% of the real ones are below 15
     assert (found["nearer_than_all_real"], found["nearer_than_95_percent"]) == (0.2, 0.6)
     assert nearest.summarize(generated, np.zeros(3))["rmse_ratio"] is None
     once, videos = nearest.summarize(generated, real), ([*range(12)] * 3, [*range(101)] * 3)
-    found = nearest.summarize(np.tile(generated, 3), np.tile(real, 3), videos)  # several clips of each video
+    found = nearest.summarize(
+        np.tile(generated, 3), np.tile(real, 3), videos
+    )  # several clips of each video
     assert found == {name: pytest.approx(value) for name, value in once.items()}
 
 
-def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(shapes, tmp_path, monkeypatch, capsys):
+def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(
+    shapes, tmp_path, monkeypatch, capsys
+):
     clips, labels, classes = read_clips(shapes, "train", 6, interval=3)
     held_out, _, _ = read_clips(shapes, "val", 1, interval=3)
-    clips, sheets = np.concatenate([clips[:5, :, :, ::-1], held_out]), []  # five are mirrored copies
+    clips, sheets = (
+        np.concatenate([clips[:5, :, :, ::-1], held_out]),
+        [],
+    )  # five are mirrored copies
     monkeypatch.setattr(nearest, "write_sheet", lambda *args, notes: sheets.append((*args, notes)))
     folder = write_samples(tmp_path / "copies", clips, labels, classes, time_scale=3 / 25)
     flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 12]
@@ -119,20 +149,35 @@ def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(shapes, t
     assert made["protocol"] == "nearest6_real12_8f" and made["result"]["training_videos"] == 12
     assert sorted(pair["clip"] for pair in pairs[:5]) == [0, 1, 2, 3, 4] and pairs[5]["clip"] == 5
     assert [pair["rmse"] == 0 for pair in pairs] == [True] * 5 + [False]
-    assert made["values"]["nearer_than_all_real"] == pytest.approx(5 / 6) and made["values"]["rmse_real"] > 1
+    assert (
+        made["values"]["nearer_than_all_real"] == pytest.approx(5 / 6)
+        and made["values"]["rmse_real"] > 1
+    )
     ((path, videos, names, notes),) = sheets
     assert path == tmp_path / "n.sheet.png" and videos.shape == (12, 8, 16, 16, 3)
-    assert np.array_equal(videos[:10:2], videos[1:10:2]) and not np.array_equal(videos[10], videos[11])
+    assert np.array_equal(videos[:10:2], videos[1:10:2]) and not np.array_equal(
+        videos[10], videos[11]
+    )
     name = classes[labels[pairs[0]["clip"]]]
-    assert pairs[0]["class"] == pairs[0]["video_class"] == name and pairs[0]["video"].startswith(f"{name}/")
+    assert pairs[0]["class"] == pairs[0]["video_class"] == name and pairs[0]["video"].startswith(
+        f"{name}/"
+    )
     assert len(names) == 12 and names[0] == f"{name} {pairs[0]['clip']}: 0.0" and notes == []
-    assert names[1].startswith(f"{name}, v_") and names[1].endswith(f", frame {pairs[0]['first_frame']}, mirrored")
+    assert names[1].startswith(f"{name}, v_") and names[1].endswith(
+        f", frame {pairs[0]['first_frame']}, mirrored"
+    )
     few = "6 clips; no interval of ratios: fewer than 10 clips"
     assert made["result"]["interval_units"] == {"generated": few, "real": "12 clips"}
     assert run(tmp_path / "again.json", "--manifest", tmp_path / "n.json")["repeats"]["bit_equal"]
     made["real"]["training_sha256"] = "0"
     (tmp_path / "n.json").write_text(json.dumps(made))
-    refused(capsys, tmp_path / "m.json", "--manifest", tmp_path / "n.json", words=["--data-path: training_sha256 is"])
+    refused(
+        capsys,
+        tmp_path / "m.json",
+        "--manifest",
+        tmp_path / "n.json",
+        words=["--data-path: training_sha256 is"],
+    )
 
 
 def test_training_videos_that_cannot_be_decoded_are_named(shapes, tmp_path, monkeypatch, capsys):
@@ -148,4 +193,6 @@ def test_training_videos_that_cannot_be_decoded_are_named(shapes, tmp_path, monk
     assert run(tmp_path / "n.json", *flags)["result"]["bad_training_videos"] == [*bad]
     assert f"{[*bad][0]} can't be decoded to its end" in capsys.readouterr().out
     bad.clear()
-    refused(capsys, tmp_path / "m.json", *flags, words=["no training video can be decoded"], status=1)
+    refused(
+        capsys, tmp_path / "m.json", *flags, words=["no training video can be decoded"], status=1
+    )

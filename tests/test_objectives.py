@@ -45,12 +45,17 @@ def test_flow_moves_noise_along_the_exact_path_of_gaussian_data(method, error, s
     torch.testing.assert_close(x, mean + std * noise, atol=error, rtol=0)
     u = torch.tensor(told, dtype=torch.float64).unique()
     u = transport.shift_gamma(u, 1 / shift)
-    torch.testing.assert_close(u.diff(), (u[1] - u[0]).expand(159))  # equal steps in u, never at gamma = 1
+    torch.testing.assert_close(
+        u.diff(), (u[1] - u[0]).expand(159)
+    )  # equal steps in u, never at gamma = 1
     assert told[0] == pytest.approx(start_gamma) and max(told) < 1
 
 
 def test_given_values_have_gamma_1_and_the_others_that_of_the_solver():
-    mask, told = torch.arange(6).reshape(1, 1, 6, 1, 1) < torch.tensor([0, 2, 4]).reshape(3, 1, 1, 1, 1), []
+    mask, told = (
+        torch.arange(6).reshape(1, 1, 6, 1, 1) < torch.tensor([0, 2, 4]).reshape(3, 1, 1, 1, 1),
+        [],
+    )
     field = lambda x, keep, gamma: told.append(gamma) or torch.zeros_like(x)  # noqa: E731
     x = normal(3, 2, 6, 4, 4)
     sample(field, x, "euler", 5, objective="flow", given=torch.zeros_like(x), mask=mask)
@@ -75,7 +80,11 @@ def test_guidance_passes_the_levels_to_both_terms():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_targets_and_losses_of_each_objective(objective):
-    x, noise, gamma = normal(4, 2, 3, 4, 4), normal(4, 2, 3, 4, 4, seed=1), torch.tensor([0.0, 0.5, 0.9, 1.0])
+    x, noise, gamma = (
+        normal(4, 2, 3, 4, 4),
+        normal(4, 2, 3, 4, 4, seed=1),
+        torch.tensor([0.0, 0.5, 0.9, 1.0]),
+    )
     factor = transport.decay(gamma) if objective == "eqm" else torch.ones(4)
     truth, told = (x - noise) * factor.reshape(4, 1, 1, 1, 1), []
 
@@ -90,20 +99,32 @@ def test_targets_and_losses_of_each_objective(objective):
     levels = torch.tensor([[1.0, 0.3, 0.3]]).expand(4, 3)  # of frames
     goal = transport.target(x, noise, levels, objective)
     goal[:, :, 0] += 9.0  # an error where nothing is to be denoised
-    errors, square, _ = transport.losses(lambda *_, **__: goal, x, noise, levels, None, None, objective=objective)
+    errors, square, _ = transport.losses(
+        lambda *_, **__: goal, x, noise, levels, None, None, objective=objective
+    )
     torch.testing.assert_close(errors, torch.full((4,), 27.0 if objective == "eqm" else 0.0))
     part = transport.target(x, noise, levels, objective)[:, :, 0 if objective == "eqm" else 1 :]
     torch.testing.assert_close(square, part.square().mean())
     many = torch.linspace(0, 1, 20_000)
-    zero = transport.target(2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1), many, objective)
-    assert zero.square().mean().item() == pytest.approx(transport.zero_loss(4.0, objective), rel=0.02)
+    zero = transport.target(
+        2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1), many, objective
+    )
+    assert zero.square().mean().item() == pytest.approx(
+        transport.zero_loss(4.0, objective), rel=0.02
+    )
     assert transport.velocity(truth[1], gamma[1], objective).equal(x[1] - noise[1])
 
 
 def trained(objective, data, steps=300):
     """A small network trained on image batches data(step) (B, 1, 1, 8, 8) without classes."""
     torch.manual_seed(0)
-    shape = {"input_size": 8, "in_channels": 1, "temporal_patch_size": 1, "num_frames": 1, "use_rope": False}
+    shape = {
+        "input_size": 8,
+        "in_channels": 1,
+        "temporal_patch_size": 1,
+        "num_frames": 1,
+        "use_rope": False,
+    }
     shape |= {"hidden_size": 64, "patch_size": 4, "objective": objective}
     model = EqM(replace(TINY, **shape))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -130,13 +151,17 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
         return (mean + 0.05**0.5 * common + 0.2**0.5 * own).reshape(count, 1, 1, 8, 8)
 
     model, count, expected = trained(objective, data), 2048, 0.05 + 0.2 * torch.eye(64)
-    field = guided(model, Condition.of(torch.full((count,), -1), model.config), torch.full((count,), 0.04), 1.0)
+    field = guided(
+        model, Condition.of(torch.full((count,), -1), model.config), torch.full((count,), 0.04), 1.0
+    )
     path = {"num_steps": 61, "step_size": 0.007}  # as long as the published path
     # The descent does not stop exactly at the data: see test_samplers.py. It guesses gamma from 64 values only.
     error_of_mean, error_of_covariance = (0.12, 0.4) if objective == "eqm" else (0.05, 0.15)
     for method in ("gd", "ngd") if objective == "eqm" else SOLVERS:
         with torch.no_grad():
-            x, _ = sample(field, normal(count, 1, 1, 8, 8, seed=9), method, **path, objective=objective)
+            x, _ = sample(
+                field, normal(count, 1, 1, 8, 8, seed=9), method, **path, objective=objective
+            )
         x = x.flatten(1)
         assert (x.mean(dim=0) - mean).abs().mean() < error_of_mean, method
         assert (torch.cov(x.T) - expected).norm() < error_of_covariance * expected.norm(), method
@@ -147,10 +172,16 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
 
 @torch.no_grad()
 def test_a_level_per_temporal_patch_acts_on_the_tokens_of_that_patch():
-    model, x, levels = tiny(objective="flow"), clip(7, batch=2), torch.tensor([[0.2, 0.9], [0.5, 0.0]])
+    model, x, levels = (
+        tiny(objective="flow"),
+        clip(7, batch=2),
+        torch.tensor([[0.2, 0.9], [0.5, 0.0]]),
+    )
     per_frame = levels.repeat_interleave(4, dim=1)[:, :7]  # the second patch is padded
     one = model(x, labels(2), gamma=levels[:, 0])
-    torch.testing.assert_close(model(x, labels(2), gamma=levels[:, :1].expand(2, 7)), one, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(x, labels(2), gamma=levels[:, :1].expand(2, 7)), one, atol=1e-5, rtol=1e-5
+    )
     assert not torch.allclose(model(x, labels(2), gamma=per_frame), one, atol=1e-2)
     for block in model.blocks:  # without attention, tokens see only their own level
         block.attn.proj.weight.zero_()
@@ -161,7 +192,11 @@ def test_a_level_per_temporal_patch_acts_on_the_tokens_of_that_patch():
 
 
 def test_only_flow_models_take_gamma():
-    for objective, told in (("eqm", {"gamma": torch.zeros(1)}), ("blind", {"gamma": torch.zeros(1)}), ("flow", {})):
+    for objective, told in (
+        ("eqm", {"gamma": torch.zeros(1)}),
+        ("blind", {"gamma": torch.zeros(1)}),
+        ("flow", {}),
+    ):
         with pytest.raises(AssertionError, match="only objective flow"):
             tiny(objective=objective)(clip(8), labels(), **told)
     with pytest.raises(ValueError, match="ebm dot needs objective eqm, got blind"):
@@ -176,7 +211,9 @@ def test_forced_clips_of_flow_have_borders_at_patches_only():
     some = is_given.any(dim=1)
     assert 0.4 < some.float().mean() < 0.6 and not is_given.all(dim=1).any()
     assert len(is_given[some].unique(dim=0)) == 6  # every choice of one or two of three patches
-    assert torch.equal(draw[0][~some], draw[1][~some])  # levels per patch are those of the other objectives
+    assert torch.equal(
+        draw[0][~some], draw[1][~some]
+    )  # levels per patch are those of the other objectives
 
 
 # The scripts ----------------------------------------------------------------------------------------------------------
@@ -191,17 +228,30 @@ def flow_model(tmp_path_factory):
 
 @pytest.mark.parametrize("objective", ["flow", "blind"])
 def test_a_run_trains_resumes_and_samples_with_forcing(objective, shapes, tmp_path):
-    flags = ["--objective", objective, "--forcing", 0.75, "--temporal-patch-size", 2, "--gamma-shift", 2]
+    flags = [
+        "--objective",
+        objective,
+        "--forcing",
+        0.75,
+        "--temporal-patch-size",
+        2,
+        "--gamma-shift",
+        2,
+    ]
     whole = Training(shapes, tmp_path / "whole", 6, flags=flags)
     parts = Training(shapes, tmp_path / "parts", 6, flags=flags)
     run_here(whole)
     run_here(parts, stop_after=3)
-    run_here(Training(shapes, tmp_path / "parts", 6, flags=flags[2:]), "--resume")  # the checkpoint has the objective
+    run_here(
+        Training(shapes, tmp_path / "parts", 6, flags=flags[2:]), "--resume"
+    )  # the checkpoint has the objective
     assert whole.rows() == parts.rows()
     assert "val_loss_given" in whole.rows()[-1] and 0.7 < whole.rows()[-1]["val_loss_rel"] < 0.9
     best = whole.folder / "checkpoints" / "best.pt"
     assert checkpoint.load_model(best)[1]["model"]["objective"] == objective
-    one, about = sample_here(best, tmp_path / "one", "--num-frames", 8, "--sampler", "heun")  # in windows of 4
+    one, about = sample_here(
+        best, tmp_path / "one", "--num-frames", 8, "--sampler", "heun"
+    )  # in windows of 4
     assert about["source"]["objective"] == objective and about["source"]["gamma_shift"] == 2
     given = "--given", tmp_path / "one", "--given-frames", "0-3"
     again, _ = sample_here(best, tmp_path / "two", "--num-frames", 8, *given)
@@ -211,41 +261,75 @@ def test_a_run_trains_resumes_and_samples_with_forcing(objective, shapes, tmp_pa
 @pytest.mark.parametrize("use_rope", [True, False])
 def test_a_flow_model_samples_clips_whose_last_patch_is_partial_at_once(use_rope, tmp_path):
     settings = {"num_frames": 10, "use_rope": use_rope, "objective": "flow"}
-    path = random_checkpoint(tmp_path / "flow.pt", training={"num_frames": 10, "video": True}, **settings)
+    path = random_checkpoint(
+        tmp_path / "flow.pt", training={"num_frames": 10, "video": True}, **settings
+    )
     clips, about = sample_here(path, tmp_path / "samples")
     assert clips.shape[1] == about["source"]["window"] == 10
     sample_here(path, tmp_path / "given", "--given", tmp_path / "samples", "--given-frames", "8-9")
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--sampler gd", "--sampler gd: a model of --objective flow has no equilibria to descend to"),
-    ("--stop-below 1", "--stop-below 1.0: euler has a fixed number of steps; remove it"),
-    ("--objective eqm", "has objective flow, --objective gives eqm: they must agree"),
-    ("--num-frames 16 --overlap 3", "--overlap 3: splits a temporal patch"),
-    ("--num-frames 16 --window 10", "--window 10: splits a temporal patch"),
-    ("--given PICTURE", "has 1 frame; expected at least 4, a temporal patch"),
-    ("--num-frames 10 --window 8 --given SAMPLES --given-frames 8-9", "--given-frames 8-9: splits a temporal patch"),
-    ("--num-frames 16 --window 4", "--window 4: expected two temporal patches"),
-    ("--given SAMPLES --given-frames 0-2", "--given-frames 0-2: splits a temporal patch of 4 frames"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--sampler gd",
+            "--sampler gd: a model of --objective flow has no equilibria to descend to",
+        ),
+        ("--stop-below 1", "--stop-below 1.0: euler has a fixed number of steps; remove it"),
+        ("--objective eqm", "has objective flow, --objective gives eqm: they must agree"),
+        ("--num-frames 16 --overlap 3", "--overlap 3: splits a temporal patch"),
+        ("--num-frames 16 --window 10", "--window 10: splits a temporal patch"),
+        ("--given PICTURE", "has 1 frame; expected at least 4, a temporal patch"),
+        (
+            "--num-frames 10 --window 8 --given SAMPLES --given-frames 8-9",
+            "--given-frames 8-9: splits a temporal patch",
+        ),
+        ("--num-frames 16 --window 4", "--window 4: expected two temporal patches"),
+        (
+            "--given SAMPLES --given-frames 0-2",
+            "--given-frames 0-2: splits a temporal patch of 4 frames",
+        ),
+    ],
+)
 def test_samples_of_flow_refuse_what_it_cannot_do(flags, message, flow_model, tmp_path, capsys):
     from tiny_videos import picture, save
 
     save(tmp_path / "a.png", picture(16, 16))
     sample_here(flow_model, tmp_path / "samples")
-    words = flags.replace("PICTURE", str(tmp_path / "a.png")).replace("SAMPLES", str(tmp_path / "samples")).split()
-    line = refused(capsys, sample_gd, "--video", "--ckpt", flow_model, "--folder", tmp_path / "new", *words)
+    words = (
+        flags.replace("PICTURE", str(tmp_path / "a.png"))
+        .replace("SAMPLES", str(tmp_path / "samples"))
+        .split()
+    )
+    line = refused(
+        capsys, sample_gd, "--video", "--ckpt", flow_model, "--folder", tmp_path / "new", *words
+    )
     assert message in line
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--objective fm", "invalid choice: 'fm'"),
-    ("--objective flow --ebm l2", "ebm l2 needs objective eqm, got flow"),
-    ("--objective blind --sampler ngd", "--sampler ngd: a model of --objective blind has no equilibria"),
-    ("--objective flow --sampler euler --stop-below", "--stop-below 1.0: euler has a fixed number of steps"),
-    ("--objective eqm --ckpt FLOW --max-steps 99", "has objective flow, --objective gives eqm: they must agree"),
-])  # fmt: skip
-def test_training_refuses_contradictory_objectives(flags, message, flow_model, shapes, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--objective fm", "invalid choice: 'fm'"),
+        ("--objective flow --ebm l2", "ebm l2 needs objective eqm, got flow"),
+        (
+            "--objective blind --sampler ngd",
+            "--sampler ngd: a model of --objective blind has no equilibria",
+        ),
+        (
+            "--objective flow --sampler euler --stop-below",
+            "--stop-below 1.0: euler has a fixed number of steps",
+        ),
+        (
+            "--objective eqm --ckpt FLOW --max-steps 99",
+            "has objective flow, --objective gives eqm: they must agree",
+        ),
+    ],
+)
+def test_training_refuses_contradictory_objectives(
+    flags, message, flow_model, shapes, tmp_path, capsys
+):
     run = Training(shapes, tmp_path, 20)
     words = flags.replace("FLOW", str(flow_model)).split()
     size = ["--depth", 1, "--hidden-size", 48, "--num-frames", 8] if "FLOW" in flags else []

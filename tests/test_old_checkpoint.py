@@ -20,8 +20,30 @@ from training import error_of, run_main
 from video.writers import encode
 
 BEFORE, END = (Path(__file__).parent / "data" / name for name in ("before.pt", "before-end.pt"))
-FLAGS = ["--video", "--model", "EqM-Ti/2", "--depth", 1, "--hidden-size", 6, "--num-heads", 1, "--use-rope"]
-FLAGS += ["--temporal-patch-size", 1, "--num-frames", 4, "--vae", "none", "--image-size", 8, "--global-batch-size", 4]
+FLAGS = [
+    "--video",
+    "--model",
+    "EqM-Ti/2",
+    "--depth",
+    1,
+    "--hidden-size",
+    6,
+    "--num-heads",
+    1,
+    "--use-rope",
+]
+FLAGS += [
+    "--temporal-patch-size",
+    1,
+    "--num-frames",
+    4,
+    "--vae",
+    "none",
+    "--image-size",
+    8,
+    "--global-batch-size",
+    4,
+]
 FLAGS += ["--num-workers", 0, "--lr", 1e-3, "--forcing", 0.5, "--log-every", 3, "--sample-every", 0]
 
 
@@ -41,7 +63,9 @@ def machine():
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line for line in lines if "model name" in line), "")
-    return f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {av.__version__}, {cpu}"
+    return (
+        f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {av.__version__}, {cpu}"
+    )
 
 
 def flat(state):
@@ -49,7 +73,9 @@ def flat(state):
     moments = state["optimizer"]["states"][0]["state"].values()
     parts = {part: state[part].values() for part in ("model", "ema")}
     parts |= {part: [moment[part] for moment in moments] for part in ("exp_avg", "exp_avg_sq")}
-    return {part: torch.cat([value.flatten() for value in values]) for part, values in parts.items()}
+    return {
+        part: torch.cat([value.flatten() for value in values]) for part, values in parts.items()
+    }
 
 
 def test_it_resumes_bit_for_bit_as_the_tree_before_continues_it(videos, tmp_path):
@@ -67,21 +93,45 @@ def test_it_resumes_bit_for_bit_as_the_tree_before_continues_it(videos, tmp_path
     note, row = read_metrics(folder / "metrics.jsonl", notes=True)[0]
     assert note["note"] == f"resumed with other flags: data_path videos -> {videos}"
     # Means of steps 4 to 6, of which the file has the first
-    assert {name: row[name] for name in end["row"]} == pytest.approx(end["row"], rel=0 if is_exact else 1e-3, abs=0)
+    assert {name: row[name] for name in end["row"]} == pytest.approx(
+        end["row"], rel=0 if is_exact else 1e-3, abs=0
+    )
 
 
 def test_it_starts_a_new_phase_and_samples(videos, tmp_path):
-    flags = [*FLAGS, "--data-path", videos, "--results-dir", tmp_path, "--num-frames", 6, "--max-steps", 5]
+    flags = [
+        *FLAGS,
+        "--data-path",
+        videos,
+        "--results-dir",
+        tmp_path,
+        "--num-frames",
+        6,
+        "--max-steps",
+        5,
+    ]
     run_main(train, *flags, "--ckpt", BEFORE)
     state = checkpoint.load(tmp_path / "000-EqM-Ti-2-f6-rope/checkpoints/0000005.pt")
     assert (state["step"], state["phase"]["first_step"]) == (5, 4)
     assert state["optimizer"]["states"][0]["state"][0]["step"] == 5  # AdamW's state was loaded
-    flags = ["--video", "--ckpt", BEFORE, "--num-frames", 7, "--num-samples", 2, "--num-sampling-steps", 3]
+    flags = [
+        "--video",
+        "--ckpt",
+        BEFORE,
+        "--num-frames",
+        7,
+        "--num-samples",
+        2,
+        "--num-sampling-steps",
+        3,
+    ]
     run_main(sample_gd, *flags, "--folder", tmp_path)
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 7, 8, 8, 3)
 
 
-@pytest.mark.parametrize(("part", "name"), [("model", "rope_speed"), ("data", "longest_time_scale")])
+@pytest.mark.parametrize(
+    ("part", "name"), [("model", "rope_speed"), ("data", "longest_time_scale")]
+)
 def test_an_older_file_is_one_line_that_names_the_commit_that_reads_it(part, name, tmp_path):
     state = torch.load(BEFORE, weights_only=True)
     del state["config"][part][name]

@@ -13,7 +13,14 @@ from models import EqM, model_config
 from optim import Muon
 from training import differences
 
-SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
+SMALL = {
+    "input_size": 16,
+    "in_channels": 3,
+    "hidden_size": 192,
+    "depth": 1,
+    "num_heads": 3,
+    "num_classes": 2,
+}
 
 
 def test_the_learning_rates_warm_up_stay_constant_and_decay_to_zero():
@@ -35,22 +42,39 @@ def test_muon_gets_the_block_matrices_and_adamw_all_other_weights():
     optimizers = optim.make_optimizers(model, args)
     (adamw,), (muon,) = (optimizer.param_groups for optimizer in optimizers)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    by_adamw, by_muon = ({names[id(weight)] for weight in group["params"]} for group in (adamw, muon))
-    assert by_muon == {f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    by_adamw, by_muon = (
+        {names[id(weight)] for weight in group["params"]} for group in (adamw, muon)
+    )
+    assert by_muon == {
+        f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
     assert by_adamw == set(names.values()) - by_muon
-    assert (adamw["lr"], muon["lr"]) == (1e-3, 2e-2) and adamw["weight_decay"] == muon["weight_decay"] == 0.3
-    (alone,) = optim.make_optimizers(model, SimpleNamespace(optimizer="adamw", lr=1e-3, weight_decay=0.0))
+    assert (adamw["lr"], muon["lr"]) == (1e-3, 2e-2) and adamw["weight_decay"] == muon[
+        "weight_decay"
+    ] == 0.3
+    (alone,) = optim.make_optimizers(
+        model, SimpleNamespace(optimizer="adamw", lr=1e-3, weight_decay=0.0)
+    )
     assert len(alone.param_groups[0]["params"]) == len(names)
 
 
-SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128), (32, 32), (16, 8, 3, 3)]  # the last one: a convolution
+SHAPES = [
+    (96, 32),
+    (32, 32),
+    (128, 32),
+    (32, 128),
+    (32, 32),
+    (16, 8, 3, 3),
+]  # the last one: a convolution
 
 
 def steps_of(*optimizers):
     """Make four steps of optimizers with the same random gradients."""
     torch.manual_seed(0)
     for _ in range(4):
-        for weights in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
+        for weights in zip(
+            *(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True
+        ):
             gradient = torch.randn(weights[0].shape)
             for weight in weights:
                 weight.grad = gradient.clone().view_as(weight)
@@ -59,12 +83,16 @@ def steps_of(*optimizers):
 
 
 def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding_and_takes_convolutions_too():
-    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES[:-1]] for _ in range(2))
+    ours, theirs = (
+        [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES[:-1]] for _ in range(2)
+    )
     optimizers = Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     steps_of(*optimizers)
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).norm() < 0.02 * (other - 1).norm()
-    momenta = [optimizer.state_dict()["state"] for optimizer in optimizers]  # checkpoints are interchangeable
+    momenta = [
+        optimizer.state_dict()["state"] for optimizer in optimizers
+    ]  # checkpoints are interchangeable
     assert differences(*momenta) == []
     # A convolution is a matrix with a row per output
     kernels, matrix = (torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 8, 3, 3), (16, 72)))
@@ -72,7 +100,9 @@ def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding_and_takes_convoluti
     assert torch.equal(kernels.flatten(1), matrix) and not torch.equal(matrix, torch.ones(16, 72))
 
 
-def test_on_a_cpu_without_fast_bfloat16_muon_computes_in_float32_and_returns_nearly_the_same(monkeypatch):
+def test_on_a_cpu_without_fast_bfloat16_muon_computes_in_float32_and_returns_nearly_the_same(
+    monkeypatch,
+):
     matrices, directions = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0)), {}
     for capability in ("AVX2", "AVX512"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
@@ -87,7 +117,9 @@ def train_by_muon(rank, ranks, folder):
     torch.set_num_threads(1)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
+        )
     weights = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
     muon = Muon(weights, 0.02, 0.1)
     steps_of(muon)
@@ -100,7 +132,9 @@ def test_muon_gives_all_ranks_the_weights_of_a_single_rank(ranks, tmp_path):
     # A fork does not import torch again, which takes seconds.
     multiprocessing.start_processes(train_by_muon, (ranks, tmp_path), ranks, start_method="fork")
     names = ["0-1", *(f"{rank}-{ranks}" for rank in range(ranks))]
-    (alone, momenta, _), *found = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
+    (alone, momenta, _), *found = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names
+    )
     for weights, same_momenta, batches in found:
         assert {owner for owner, _ in batches} == set(range(ranks))  # no rank is idle
         assert differences(momenta, same_momenta) == []
@@ -120,13 +154,18 @@ def test_ranks_share_the_work_of_orthogonalizing_evenly():
         assert max(work) < 1.06 * sum(work) / ranks
 
 
-@pytest.mark.parametrize(("grad_norm", "loss", "fp16", "skip", "tolerated"), [
-    (1.0, 2.0, False, False, 0),
-    (torch.nan, torch.nan, False, True, 1),
-    (torch.inf, 2.0, True, True, 1),  # an overflow, as usual in fp16
-    (torch.nan, torch.nan, True, True, 0),  # fp16 does not explain a loss that is not finite
-])  # fmt: skip
-def test_nonfinite_gradients_skip_the_step_and_fp16_excuses_only_overflows(grad_norm, loss, fp16, skip, tolerated):
+@pytest.mark.parametrize(
+    ("grad_norm", "loss", "fp16", "skip", "tolerated"),
+    [
+        (1.0, 2.0, False, False, 0),
+        (torch.nan, torch.nan, False, True, 1),
+        (torch.inf, 2.0, True, True, 1),  # an overflow, as usual in fp16
+        (torch.nan, torch.nan, True, True, 0),  # fp16 does not explain a loss that is not finite
+    ],
+)
+def test_nonfinite_gradients_skip_the_step_and_fp16_excuses_only_overflows(
+    grad_norm, loss, fp16, skip, tolerated
+):
     scaler = SimpleNamespace(is_enabled=lambda: fp16)
     found = optim.check_gradient(torch.tensor(grad_norm), [torch.tensor(loss)], scaler)
     assert (bool(found[0]), found[1].item()) == (skip, tolerated)
@@ -134,4 +173,6 @@ def test_nonfinite_gradients_skip_the_step_and_fp16_excuses_only_overflows(grad_
 
 def test_the_ema_soon_forgets_its_start():  # its formula: test_export.py
     args = SimpleNamespace(ema_decay=0.9999)
-    assert [optim.ema_decay(args, steps) for steps in (1, 90, 10**6)] == pytest.approx([2 / 11, 0.91, 0.9999])
+    assert [optim.ema_decay(args, steps) for steps in (1, 90, 10**6)] == pytest.approx(
+        [2 / 11, 0.91, 0.9999]
+    )

@@ -32,9 +32,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta p
 
 GPU = torch.device("meta")
 aten = torch.ops.aten
-COPIES = {aten.copy_.default: 1, aten._to_copy.default: 0}  # and the place of the source in their arguments
-STAGED = 2**16  # bytes; the CPU waits for a larger copy to a GPU, also a non-blocking one, unless it is pinned
-FUSED = aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr  # their kernels take no scalar from the CPU
+COPIES = {
+    aten.copy_.default: 1,
+    aten._to_copy.default: 0,
+}  # and the place of the source in their arguments
+STAGED = (
+    2**16
+)  # bytes; the CPU waits for a larger copy to a GPU, also a non-blocking one, unless it is pinned
+FUSED = (
+    aten._fused_adamw_.default,
+    aten._fused_adamw_.tensor_lr,
+)  # their kernels take no scalar from the CPU
 
 
 class OneDevice(TorchDispatchMode):
@@ -59,10 +67,16 @@ class OneDevice(TorchDispatchMode):
         if function in COPIES:
             return self.copy(function, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-        devices = {part.device for part in tensors if part.dim() or on_gpu(part) or function in FUSED}
+        devices = {
+            part.device for part in tensors if part.dim() or on_gpu(part) or function in FUSED
+        }
         if len(devices) > 1:
-            pytest.fail(f"{function}: {', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}")
-        if function is aten._local_scalar_dense.default and on_gpu(args[0]):  # item(), float(), bool(), tolist()
+            pytest.fail(
+                f"{function}: {', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}"
+            )
+        if function is aten._local_scalar_dense.default and on_gpu(
+            args[0]
+        ):  # item(), float(), bool(), tolist()
             self.waits.append(function)
             return torch.ones((), dtype=args[0].dtype).item()
         if function is aten.index.Tensor and on_gpu(args[0]):
@@ -99,7 +113,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(rng, "generator", lambda *key, device="cpu": generator(*key))
     monkeypatch.setattr(distributed, "autocast", lambda device, precision: nullcontext())
     monkeypatch.setattr(distributed, "start", lambda *_, **__: GPU)
-    monkeypatch.setattr(torch_optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
+    monkeypatch.setattr(
+        torch_optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"]
+    )
     with OneDevice() as mode:
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: mode.pin(tensor))
         yield mode
@@ -108,15 +124,43 @@ def gpu(monkeypatch):
 VIDEOS = [*TINY, "--precision", "fp32"]
 FIXED = [flag for flag in VIDEOS if flag != "--use-rope"]
 RUNS = {  # base flags, more flags; waits in a step
-    "adamw, pixels through a VAE": (VIDEOS, ["--vae", "VAE", "--disp", "--grad-accum", 2, "--skip-nonfinite", 1], 1),
-    "muon, padded and forced clips": (VIDEOS, [
-        "--optimizer", "muon", "--num-frames", 6, "--val-frames", 4, "--forcing", 0.5, "--position-table", "space",
-        "--rope-speed", 0.5, "--qk-norm", "--gamma-shift", 2, "--grad-checkpoint", "--sample-every", 0,
-    ], 0),
-    "energy": (VIDEOS, ["--ebm", "dot", "--grad-checkpoint", "--sampler", "ngd", "--stop-below"], 0),
+    "adamw, pixels through a VAE": (
+        VIDEOS,
+        ["--vae", "VAE", "--disp", "--grad-accum", 2, "--skip-nonfinite", 1],
+        1,
+    ),
+    "muon, padded and forced clips": (
+        VIDEOS,
+        [
+            "--optimizer",
+            "muon",
+            "--num-frames",
+            6,
+            "--val-frames",
+            4,
+            "--forcing",
+            0.5,
+            "--position-table",
+            "space",
+            "--rope-speed",
+            0.5,
+            "--qk-norm",
+            "--gamma-shift",
+            2,
+            "--grad-checkpoint",
+            "--sample-every",
+            0,
+        ],
+        0,
+    ),
+    "energy": (
+        VIDEOS,
+        ["--ebm", "dot", "--grad-checkpoint", "--sampler", "ngd", "--stop-below"],
+        0,
+    ),
     "fixed positions, cached latents": (FIXED, ["--vae", "VAE", "--ebm", "l2"], 0),
     "images": (IMAGES, ["--val-clips", 4, "--precision", "fp32"], 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -125,12 +169,20 @@ def test_training_and_resuming_stay_on_the_gpu_and_steps_do_not_wait(
 ):
     base, flags, waits = RUNS[kind]
     flags = [tiny_vae if flag == "VAE" else flag for flag in flags]
-    data = make_images(tmp_path / "data", 12) if kind == "images" else latents if "latents" in kind else shapes
+    data = (
+        make_images(tmp_path / "data", 12)
+        if kind == "images"
+        else latents
+        if "latents" in kind
+        else shapes
+    )
     training = Training(data, tmp_path / "results", 5, flags=flags, base=base)
     often = ["--log-every", 5, "--val-every", 5, "--ckpt-every", 5]  # at the end, as samples
     seen = record_calls(monkeypatch, train, "update_ema", lambda *_: len(gpu.waits))
     assert run_here(training, *often, stop_after=3) == 3
-    assert seen[2] - seen[1] == seen[1] - seen[0] == waits  # a finite gradient needs no look at the losses
+    assert (
+        seen[2] - seen[1] == seen[1] - seen[0] == waits
+    )  # a finite gradient needs no look at the losses
     assert run_here(training, *often, "--resume") == 2
     assert seen[4] - seen[3] == waits
     assert training.rows()[-1]["step"] == 5 and "val_loss" in training.rows()[-1]
@@ -140,9 +192,15 @@ def test_training_and_resuming_stay_on_the_gpu_and_steps_do_not_wait(
 def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(regions, gpu):
     B, T, size = 4, 8, 64
     clips = torch.zeros(B, 3, T, size, size, dtype=torch.uint8).pin_memory()  # as the loader does
-    batch = {"clips": clips, "y": torch.zeros(B, dtype=torch.int64), "time_scales": torch.full((B,), 0.04)}
+    batch = {
+        "clips": clips,
+        "y": torch.zeros(B, dtype=torch.int64),
+        "time_scales": torch.full((B,), 0.04),
+    }
     batch["indices"] = torch.arange(B)
-    args = SimpleNamespace(global_seed=3, gamma_shift=2.0, precision="fp32", disp=False, forcing=0.5)
+    args = SimpleNamespace(
+        global_seed=3, gamma_shift=2.0, precision="fp32", disp=False, forcing=0.5
+    )
     args.forcing_regions = regions
     shape = {"temporal_patch_size": 4, "level_frames": 1, "input_size": size}
     config = SimpleNamespace(class_dropout_prob=0.1, num_classes=2, objective="eqm", **shape)
@@ -153,19 +211,50 @@ def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(
         assert torch.equal(levels, draw_gammas(3, 5, range(B), T, 4, 2.0, 0.5, 1, regions, size))
 
 
-@pytest.mark.parametrize(("flags", "ebm", "stops"), [
-    ("gd", "none", False),
-    ("ngd --mu 0.3 --cfg-scale 1", "none", False),
-    ("ngd --stop-below 1", "none", True),
-    ("euler", "none", False),
-    ("heun", "none", False),
-    ("ngd --report-energy", "dot", False),
-])  # fmt: skip
-def test_sampling_stays_on_the_gpu_and_waits_only_to_stop_samples(flags, ebm, stops, gpu, tmp_path, monkeypatch):
-    shape = {"depth": 1, "hidden_size": 48, "num_heads": 2, "num_frames": 8, "use_rope": True, "ebm": ebm}
+@pytest.mark.parametrize(
+    ("flags", "ebm", "stops"),
+    [
+        ("gd", "none", False),
+        ("ngd --mu 0.3 --cfg-scale 1", "none", False),
+        ("ngd --stop-below 1", "none", True),
+        ("euler", "none", False),
+        ("heun", "none", False),
+        ("ngd --report-energy", "dot", False),
+    ],
+)
+def test_sampling_stays_on_the_gpu_and_waits_only_to_stop_samples(
+    flags, ebm, stops, gpu, tmp_path, monkeypatch
+):
+    shape = {
+        "depth": 1,
+        "hidden_size": 48,
+        "num_heads": 2,
+        "num_frames": 8,
+        "use_rope": True,
+        "ebm": ebm,
+    }
     ckpt = save_checkpoint(tmp_path / "c.pt", **shape)
-    shared = ["--video", "--num-frames", 6, "--num-samples", 3, "--batch-size", 2, "--num-sampling-steps", 4]
-    shared += ["--no-previews", "--precision", "fp32", "--ckpt", ckpt, "--folder", tmp_path / "s", "--sampler"]
+    shared = [
+        "--video",
+        "--num-frames",
+        6,
+        "--num-samples",
+        3,
+        "--batch-size",
+        2,
+        "--num-sampling-steps",
+        4,
+    ]
+    shared += [
+        "--no-previews",
+        "--precision",
+        "fp32",
+        "--ckpt",
+        ckpt,
+        "--folder",
+        tmp_path / "s",
+        "--sampler",
+    ]
     seen = record_calls(monkeypatch, EqM, "forward", lambda *_, **__: len(gpu.waits))
     run_main(sample_gd, *shared, *flags.split())
     assert len(seen) >= 2 * 3

@@ -28,9 +28,18 @@ def make_run(folder, first, last, ckpt=None, torn="", cost=(2, 1e15), **columns)
     (folder / "config.json").write_text(json.dumps({"training": {"ckpt": ckpt and str(ckpt)}}))
     lines = []
     for step in range(first + 10, last + 1, 10):
-        row = {"step": step, "train_loss": 100 / step, "num_frames": int(folder.name.split("-f")[1].split("-")[0])}
-        row |= {name: (step - first) * each for name, each in zip(("seconds", "flops"), cost or (), strict=False)}
-        lines.append(json.dumps(row | {name: value(step) for name, value in columns.items()}) + "\n")
+        row = {
+            "step": step,
+            "train_loss": 100 / step,
+            "num_frames": int(folder.name.split("-f")[1].split("-")[0]),
+        }
+        row |= {
+            name: (step - first) * each
+            for name, each in zip(("seconds", "flops"), cost or (), strict=False)
+        }
+        lines.append(
+            json.dumps(row | {name: value(step) for name, value in columns.items()}) + "\n"
+        )
     (folder / "metrics.jsonl").write_text("".join(lines) + torn)
     return folder
 
@@ -38,7 +47,9 @@ def make_run(folder, first, last, ckpt=None, torn="", cost=(2, 1e15), **columns)
 def make_phases(root):
     """Three phases of 100, 50 and 50 steps, each from a checkpoint of the one before. Returns their folder."""
     one = make_run(root / "000-EqM-S-4-f4-rope", 0, 100)
-    two = make_run(root / "001-EqM-S-4-f8-rope", 100, 150, one / "checkpoints/0000100.pt", cost=(4, 3e15))
+    two = make_run(
+        root / "001-EqM-S-4-f8-rope", 100, 150, one / "checkpoints/0000100.pt", cost=(4, 3e15)
+    )
     make_run(root / "002-EqM-S-4-f16-rope", 150, 200, two / "checkpoints/best.pt", cost=(8, 9e15))
     return root
 
@@ -63,7 +74,11 @@ def test_phases_are_one_curve_whose_steps_seconds_and_flops_add_up(tmp_path):
     root = make_phases(tmp_path / "EXP")
     (curve,) = curves_of(root)
     assert frames(curve) == "f4 f8 f16"
-    assert steps(curve) == [list(range(10, 101, 10)), list(range(110, 151, 10)), list(range(160, 201, 10))]
+    assert steps(curve) == [
+        list(range(10, 101, 10)),
+        list(range(110, 151, 10)),
+        list(range(160, 201, 10)),
+    ]
     assert curve.label == "EXP/002-EqM-S-4-f16-rope"
     folders = sorted(root.iterdir())
     for places in (folders, folders[::-1], [*folders, root]):  # one by one, or twice
@@ -99,7 +114,9 @@ def test_a_schedule_is_split_into_phases_and_counts_nothing_twice(tmp_path):
 
 def test_a_phase_from_the_middle_of_another_is_a_curve_that_branches_off(tmp_path):
     root = make_phases(tmp_path / "EXP")
-    make_run(tmp_path / "elsewhere/EXP/000-EqM-S-4-f4-rope", 0, 100)  # of the same name, in another experiment
+    make_run(
+        tmp_path / "elsewhere/EXP/000-EqM-S-4-f4-rope", 0, 100
+    )  # of the same name, in another experiment
     start = "moved/EXP/000-EqM-S-4-f4-rope/checkpoints/0000060.pt"  # the experiment has moved
     make_run(root / "003-EqM-S-4-f8-rope", 60, 90, start, cost=(1, 1e15))
     make_run(root / "004-EqM-S-4-f64-rope", 0, 0)  # has not logged yet
@@ -125,8 +142,16 @@ def test_a_phase_whose_start_is_not_given_is_a_curve_and_a_line_says_so(tmp_path
 
 
 def test_the_thin_line_is_as_logged_and_the_thick_one_a_mean_in_its_phase(tmp_path):
-    one = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, train_loss=lambda step: 5 + step % 20 / 10)
-    make_run(tmp_path / "E/001-EqM-S-4-f8-rope", 50, 600, one / "checkpoints/0000050.pt", train_loss=lambda step: 1.0)
+    one = make_run(
+        tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, train_loss=lambda step: 5 + step % 20 / 10
+    )
+    make_run(
+        tmp_path / "E/001-EqM-S-4-f8-rope",
+        50,
+        600,
+        one / "checkpoints/0000050.pt",
+        train_loss=lambda step: 1.0,
+    )
     figure = plot_curves(curves_of(tmp_path / "E"))  # of 60 lines
     thin, thick = figure.axes[0].lines
     assert thin.get_linewidth() < thick.get_linewidth()
@@ -148,7 +173,9 @@ def test_smoothing_is_the_mean_of_the_finite_neighbors(window):
 def test_validation_has_a_row_of_losses_that_were_finite(tmp_path):
     values = {"val_loss": lambda step: None if step == 30 else 50 / step}
     values |= {"val_loss_rel": lambda step: 5 / step, "train_loss_rel": lambda step: 10 / step}
-    without = '{"step": 60, "train_loss": 2.0, "train_loss_rel": 0.2}\n'  # a line without validation
+    without = (
+        '{"step": 60, "train_loss": 2.0, "train_loss_rel": 0.2}\n'  # a line without validation
+    )
     every = np.arange(10, 51, 10)
     folder = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, torn=without, cost=None, **values)
     training, validation = plot_curves(curves_of(folder)).axes
@@ -185,4 +212,6 @@ def test_lines_say_what_was_not_drawn_and_odd_names_are_shown_as_they_are(tmp_pa
     with Image.open(out) as image:
         assert image.format == "PNG" and image.width == 1200  # two columns
     legend = plot_curves(curves_of(folder)).legends[0]
-    assert not legend.texts[0].get_parse_math() and texts(legend.texts) == ["_a$b_{$/000-EqM-S-4-f4-rope"]
+    assert not legend.texts[0].get_parse_math() and texts(legend.texts) == [
+        "_a$b_{$/000-EqM-S-4-f4-rope"
+    ]

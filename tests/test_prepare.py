@@ -25,7 +25,9 @@ def check_second_run(lost, script, *flags):
     run_main(script, *flags)
     after = snapshot(folder)
     assert content(folder) == files
-    assert [path for path in before if path.suffix != ".txt" and after[path] != before[path]] == [lost]
+    assert [path for path in before if path.suffix != ".txt" and after[path] != before[path]] == [
+        lost
+    ]
 
 
 # Weizmann -------------------------------------------------------------------------------------------------------------
@@ -36,7 +38,9 @@ def strips(tmp_path_factory):
     return write_strips(tmp_path_factory.mktemp("strips"))
 
 
-def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_made_again(strips, tmp_path):
+def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_made_again(
+    strips, tmp_path
+):
     out = tmp_path / "out"
     for held_out in ((3,), (1, 2)):
         run_main(prepare_weizmann, "--source", strips, "--out", out, "--hold-out", *held_out)
@@ -44,7 +48,10 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
         train, val = split_videos(str(out), scan.videos, 0.5)
         people = [{video.path[-5] for video in videos} for videos in (train, val)]
         assert people == [set("123") - set(map(str, held_out)), set(map(str, held_out))]
-    assert scan.classes == ["Bend", "JumpingJack", "OneHandWave", "TwoHandWave"] and len(scan.videos) == 12
+    assert (
+        scan.classes == ["Bend", "JumpingJack", "OneHandWave", "TwoHandWave"]
+        and len(scan.videos) == 12
+    )
     assert set(MOVES) == set(prepare_weizmann.CLASSES)
     for number, name in prepare_weizmann.CLASSES.items():
         for person in range(3):
@@ -54,23 +61,58 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
     check_second_run(out / "JumpingJack/person2.mkv", prepare_weizmann, *flags)
 
 
-@pytest.mark.parametrize(("damage", "held_out", "line"), [
-    (lambda actions, out: Image.new("RGB", (64 * 20 + 1, 64)).save(actions / "3/00000012.jpg", format="PNG"), [3],
-     "00000012.jpg: not a strip of 64 x 64 px frames; clone the repository again"),
-    (lambda actions, out: (actions / "0/00000000.jpg").write_text("git-lfs"), [3], "00000000.jpg: not a strip"),
-    (lambda actions, out: write_video(out / "Dive/me.avi"), [3],
-     "holds Dive/me.avi, which does not belong to this data set; name another folder"),
-    (lambda actions, out: shutil.rmtree(actions / "4"), [3], "person 1 has no clip of Bend"),
-    (lambda actions, out: (actions / "1/00000010.jpg").unlink(), [3], "person 2 has no clip of TwoHandWave"),
-    (lambda actions, out: shutil.rmtree(actions), [3], "expected a complete clone of MoCoGAN's repository"),
-    (lambda actions, out: None, [4], "--hold-out [4]: expected some of people 1 to 3, but not all"),
-    (lambda actions, out: None, [1, 2, 3], "--hold-out [1, 2, 3]: expected some of people 1 to 3, but not all"),
-])  # fmt: skip
-def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, capsys, damage, held_out, line):
+@pytest.mark.parametrize(
+    ("damage", "held_out", "line"),
+    [
+        (
+            lambda actions, out: Image.new("RGB", (64 * 20 + 1, 64)).save(
+                actions / "3/00000012.jpg", format="PNG"
+            ),
+            [3],
+            "00000012.jpg: not a strip of 64 x 64 px frames; clone the repository again",
+        ),
+        (
+            lambda actions, out: (actions / "0/00000000.jpg").write_text("git-lfs"),
+            [3],
+            "00000000.jpg: not a strip",
+        ),
+        (
+            lambda actions, out: write_video(out / "Dive/me.avi"),
+            [3],
+            "holds Dive/me.avi, which does not belong to this data set; name another folder",
+        ),
+        (lambda actions, out: shutil.rmtree(actions / "4"), [3], "person 1 has no clip of Bend"),
+        (
+            lambda actions, out: (actions / "1/00000010.jpg").unlink(),
+            [3],
+            "person 2 has no clip of TwoHandWave",
+        ),
+        (
+            lambda actions, out: shutil.rmtree(actions),
+            [3],
+            "expected a complete clone of MoCoGAN's repository",
+        ),
+        (
+            lambda actions, out: None,
+            [4],
+            "--hold-out [4]: expected some of people 1 to 3, but not all",
+        ),
+        (
+            lambda actions, out: None,
+            [1, 2, 3],
+            "--hold-out [1, 2, 3]: expected some of people 1 to 3, but not all",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(
+    strips, tmp_path, capsys, damage, held_out, line
+):
     own, out = shutil.copytree(strips, tmp_path / "strips"), tmp_path / "out"
     damage(own / "data/actions", out)
     before = snapshot(out)
-    assert line in refused(capsys, prepare_weizmann, "--source", own, "--out", out, "--hold-out", *held_out)
+    assert line in refused(
+        capsys, prepare_weizmann, "--source", own, "--out", out, "--hold-out", *held_out
+    )
     assert snapshot(out) == before
 
 
@@ -93,7 +135,10 @@ def sheets(tmp_path_factory):
     for layer in LAYERS:
         (folder / layer).mkdir()
         for value in range(6):
-            rows = [np.hstack([tile(layer, value, 13 * row + column) for column in range(13)]) for row in range(21)]
+            rows = [
+                np.hstack([tile(layer, value, 13 * row + column) for column in range(13)])
+                for row in range(21)
+            ]
             Image.fromarray(np.vstack(rows)).save(folder / layer / f"{value}.png", compress_level=1)
     return folder
 
@@ -108,19 +153,30 @@ def naive(tiles, character):
     return frames
 
 
-@pytest.mark.parametrize(("name", "tiles"), [
-    ("WalkLeft", [125, 118, 119, 120, 121, 122, 123, 124]),
-    ("SpellcastFront", [26, 27, 28, 29, 30, 31, 30, 32]),
-    ("SlashRight", [195, 196, 197, 198, 199, 200, 199, 195]),
-])  # fmt: skip
-def test_a_frame_shows_its_tile_of_each_layer_and_higher_layers_hide_lower_ones(sheets, name, tiles):
+@pytest.mark.parametrize(
+    ("name", "tiles"),
+    [
+        ("WalkLeft", [125, 118, 119, 120, 121, 122, 123, 124]),
+        ("SpellcastFront", [26, 27, 28, 29, 30, 31, 30, 32]),
+        ("SlashRight", [195, 196, 197, 198, 199, 200, 199, 195]),
+    ],
+)
+def test_a_frame_shows_its_tile_of_each_layer_and_higher_layers_hide_lower_ones(
+    sheets, name, tiles
+):
     read, draw = prepare_sprites.read_sheets(sheets), random.Random(0)
     for character in [(0, 0, 0, 0), (5, 4, 3, 2), *(draw.choices(range(6), k=4) for _ in range(5))]:
-        assert np.array_equal(prepare_sprites.compose(read, name, character), naive(tiles, character))
+        assert np.array_equal(
+            prepare_sprites.compose(read, name, character), naive(tiles, character)
+        )
 
 
 def test_transparent_pixels_are_blended_over_black():
-    sheets = {(layer, value): np.zeros((273, 64, 64, 4), np.uint8) for layer in LAYERS for value in range(6)}
+    sheets = {
+        (layer, value): np.zeros((273, 64, 64, 4), np.uint8)
+        for layer in LAYERS
+        for value in range(6)
+    }
     for value in range(6):
         sheets["body", value][:] = 200, 100, 0, 255
         sheets["hair", value][:] = 0, 100, 250, 51  # a fifth
@@ -128,8 +184,12 @@ def test_transparent_pixels_are_blended_over_black():
     assert np.array_equal(np.unique(frames.reshape(-1, 3), axis=0), [[160, 100, 50]])
 
 
-def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_part(sheets, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39})  # all 11,664 videos take half a minute
+def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_part(
+    sheets, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39}
+    )  # all 11,664 videos take half a minute
     command = prepare_sprites, "--source", sheets, "--out", tmp_path
     run_main(*command)
     scan = scan_videos(str(tmp_path))
@@ -140,16 +200,27 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
         body, bottomwear, topwear, hair = map(int, Path(video.path).stem.removeprefix("character"))
         assert 216 * body + 36 * bottomwear + 6 * topwear + hair in order[1000:]
     frames, fps = decode(tmp_path / "SpellcastRight/character5012.mkv")
-    assert fps == 8 and np.array_equal(frames, naive([39, 40, 41, 42, 43, 44, 43, 45], (5, 0, 1, 2)))
+    assert fps == 8 and np.array_equal(
+        frames, naive([39, 40, 41, 42, 43, 44, 43, 45], (5, 0, 1, 2))
+    )
     check_second_run(tmp_path / "SpellcastRight/character0000.mkv", *command)
 
 
-@pytest.mark.parametrize(("layer", "damage", "reason"), [
-    ("topwear/3.png", Path.unlink, "not found"),
-    ("shoes/1.png", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "not a sheet"),
-    ("hair/0.png", lambda path: Image.new("RGBA", (832, 1280)).save(path), "not a sheet"),
-])  # fmt: skip
-def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(sheets, tmp_path, capsys, layer, damage, reason):
+@pytest.mark.parametrize(
+    ("layer", "damage", "reason"),
+    [
+        ("topwear/3.png", Path.unlink, "not found"),
+        (
+            "shoes/1.png",
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"),
+            "not a sheet",
+        ),
+        ("hair/0.png", lambda path: Image.new("RGBA", (832, 1280)).save(path), "not a sheet"),
+    ],
+)
+def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(
+    sheets, tmp_path, capsys, layer, damage, reason
+):
     own, out = shutil.copytree(sheets, tmp_path / "sheets"), tmp_path / "out"
     damage(own / layer)
     line = refused(capsys, prepare_sprites, "--source", own, "--out", out)

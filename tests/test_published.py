@@ -33,7 +33,9 @@ with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as fi
 STATE = {name.removeprefix("state."): value for name, value in TENSORS.items() if "state." in name}
 X, Y = TENSORS["x"].unsqueeze(2), TENSORS["y"]  # images of one frame
 KNOWN = {field.name for field in fields(EqMConfig)}
-CONFIG = EqMConfig(temporal_patch_size=1, **{name: value for name, value in SETTINGS.items() if name in KNOWN})
+CONFIG = EqMConfig(
+    temporal_patch_size=1, **{name: value for name, value in SETTINGS.items() if name in KNOWN}
+)
 
 
 def make_model(**changes):
@@ -44,13 +46,17 @@ def make_model(**changes):
 
 
 def guided(function, guidance):
-    return samplers.guided(function, Condition(Y, CONFIG.num_classes), torch.full((3,), 0.04), guidance)
+    return samplers.guided(
+        function, Condition(Y, CONFIG.num_classes), torch.full((3,), 0.04), guidance
+    )
 
 
 def descend(method):
     settings = {"step_size": SETTINGS["sampler_eta"], "momentum": SETTINGS["sampler_mu"]}
     num_steps = SETTINGS["sampler_evaluations"] + 1
-    x, evaluations = samplers.sample(guided(make_model(), 1.0), X, method, num_steps=num_steps, **settings)
+    x, evaluations = samplers.sample(
+        guided(make_model(), 1.0), X, method, num_steps=num_steps, **settings
+    )
     assert evaluations.tolist() == [SETTINGS["sampler_evaluations"]] * 3
     return x
 
@@ -100,7 +106,10 @@ def write_file(path, state, kind):
     """Write a file as the published training script does, or only its network ("bare")."""
     ema = state | {BIAS: state[BIAS] + 1}  # so that the EMA weights differ from the raw ones
     args = argparse.Namespace(vae="mse", **({"ebm": "l2"} if kind == "of energies" else {}))
-    torch.save(ema if kind == "bare" else {"model": state, "ema": ema, "opt": {"state": {}}, "args": args}, path)
+    torch.save(
+        ema if kind == "bare" else {"model": state, "ema": ema, "opt": {"state": {}}, "args": args},
+        path,
+    )
     return path
 
 
@@ -127,11 +136,17 @@ def test_a_published_file_loads_and_is_exported_with_its_ema_weights(tmp_path, t
 
 
 def test_a_published_file_has_its_own_energy_or_the_energy_of_the_flag(tmp_path, tiny_name):
-    bare, own = (write_file(tmp_path / f"{kind}.pt", STATE, kind) for kind in ("bare", "of energies"))
+    bare, own = (
+        write_file(tmp_path / f"{kind}.pt", STATE, kind) for kind in ("bare", "of energies")
+    )
     assert checkpoint.load_model(bare, model=tiny_name, ebm="dot")[0].config.ebm == "dot"
-    assert "has ebm l2, --ebm gives dot" in error_of(checkpoint.load_model, own, model=tiny_name, ebm="dot")
+    assert "has ebm l2, --ebm gives dot" in error_of(
+        checkpoint.load_model, own, model=tiny_name, ebm="dot"
+    )
     half = {name: value.half() for name, value in STATE.items()}
-    torch.save({"ema": half, "args": {"ebm": "dot", "vae": "mse"}}, tmp_path / "a.pt")  # plain args, half precision
+    torch.save(
+        {"ema": half, "args": {"ebm": "dot", "vae": "mse"}}, tmp_path / "a.pt"
+    )  # plain args, half precision
     model, config, _ = checkpoint.load_model(tmp_path / "a.pt", model=tiny_name)
     assert (model.config.ebm, config["data"]["vae"]) == ("dot", "mse")
 
@@ -139,7 +154,11 @@ def test_a_published_file_has_its_own_energy_or_the_energy_of_the_flag(tmp_path,
 @pytest.mark.parametrize("part", ["model", "ema", "opt"])
 def test_a_flipped_bit_of_a_published_file_is_found_if_it_is_used(tmp_path, tiny_name, part):
     weight, path = "blocks.1.mlp.fc1.weight", tmp_path / "a.pt"
-    state = {"model": STATE, "ema": STATE | {weight: STATE[weight] + 1}, "opt": {weight: torch.rand(100)}}
+    state = {
+        "model": STATE,
+        "ema": STATE | {weight: STATE[weight] + 1},
+        "opt": {weight: torch.rand(100)},
+    }
     torch.save(state, path)
     flip_bit(path, state[part][weight])
     for load, used in (
@@ -158,9 +177,19 @@ REFUSALS = {  # what is wrong: (tensors that are replaced or missing, --model, o
     "patches": ({}, "EqM-Tiny/4", {}, "holds EqM-Tiny/2, expected EqM-Tiny/4"),
     "rotary positions": ({}, "EqM-Tiny/2", {"use_rope": True}, "cannot be converted"),
     "videos": ({}, "EqM-Tiny/2", {"video": True}, "holds an image model"),
-    "positions moved": ({"pos_embed": TABLE.roll(1, dims=1)}, "EqM-Tiny/2", {}, "pos_embed is not our table"),
+    "positions moved": (
+        {"pos_embed": TABLE.roll(1, dims=1)},
+        "EqM-Tiny/2",
+        {},
+        "pos_embed is not our table",
+    ),
     # as in DiT forks
-    "height first": ({"pos_embed": TABLE.roll(24, dims=2)}, "EqM-Tiny/2", {}, "pos_embed is not our table"),
+    "height first": (
+        {"pos_embed": TABLE.roll(24, dims=2)},
+        "EqM-Tiny/2",
+        {},
+        "pos_embed is not our table",
+    ),
     "positions cut": ({"pos_embed": TABLE[:, :9]}, "EqM-Tiny/2", {}, "pos_embed is not our table"),
     "no positions": ({"pos_embed": None}, "EqM-Tiny/2", {}, "pos_embed"),
     "no weight": ({"blocks.1.mlp.fc1.weight": None}, "EqM-Tiny/2", {}, "blocks.1.mlp.fc1.weight"),
@@ -170,11 +199,17 @@ REFUSALS = {  # what is wrong: (tensors that are replaced or missing, --model, o
 @pytest.mark.parametrize("wrong", REFUSALS)
 def test_a_published_file_that_does_not_fit_is_refused(tmp_path, wrong):
     tensors, name, asked, words = REFUSALS[wrong]
-    torch.save({key: value for key, value in (STATE | tensors).items() if value is not None}, tmp_path / "a.pt")
+    torch.save(
+        {key: value for key, value in (STATE | tensors).items() if value is not None},
+        tmp_path / "a.pt",
+    )
     line = error_of(checkpoint.load_model, tmp_path / "a.pt", model=name, **asked)
     assert line.startswith(f"--ckpt {tmp_path / 'a.pt'}: ") and words in line
     if not asked:
-        line = error_of(checkpoint.load_inflated, argparse.Namespace(inflate=tmp_path / "a.pt", model=name, ebm=None))
+        line = error_of(
+            checkpoint.load_inflated,
+            argparse.Namespace(inflate=tmp_path / "a.pt", model=name, ebm=None),
+        )
         assert line.startswith(f"--inflate {tmp_path / 'a.pt'}: ") and words in line
 
 
@@ -200,10 +235,18 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     flags += ["--lr", 1e-9, "--log-every", 1, "--sample-every", 2, "--num-samples", 2]
     run_main(train, *flags, "--max-steps", 2, "--ckpt", path)
     (folder,) = (tmp_path / "results").iterdir()
-    trained, started = checkpoint.load(folder / "checkpoints/0000002.pt"), checkpoint.load(path, model=tiny_name)
-    assert all((value - started["model"][name]).abs().max() < 1e-6 for name, value in trained["model"].items())
+    trained, started = (
+        checkpoint.load(folder / "checkpoints/0000002.pt"),
+        checkpoint.load(path, model=tiny_name),
+    )
+    assert all(
+        (value - started["model"][name]).abs().max() < 1e-6
+        for name, value in trained["model"].items()
+    )
     before, after = (one["ema"][BIAS] - started["model"][BIAS] for one in (started, trained))
-    torch.testing.assert_close(after, before * 2 / 11 * 3 / 12)  # the average began anew: see optim.ema_decay
+    torch.testing.assert_close(
+        after, before * 2 / 11 * 3 / 12
+    )  # the average began anew: see optim.ema_decay
     assert (folder / "samples/0000002.png").exists()
 
     # Only the classes of the published model have no names; those of this run are called 0 and 1
@@ -219,25 +262,55 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
 
 
 @torch.no_grad()
-def test_a_published_file_starts_clips_with_the_field_of_the_published_code(tmp_path, tiny_name, capsys):
+def test_a_published_file_starts_clips_with_the_field_of_the_published_code(
+    tmp_path, tiny_name, capsys
+):
     path, vae = write_file(tmp_path / "a.pt", STATE, "whole"), make_vae(tmp_path / "vae")
     data = write_equal_videos(tmp_path / "data", 10, size=(16, 16))
-    flags = ["--video", "--use-rope", "--inflate", path, "--model", tiny_name, "--new-classes", "--vae", vae]
-    flags += ["--data-path", data, "--image-size", 16, "--num-frames", 4, "--max-steps", 1, "--lr", 1e-9]
+    flags = [
+        "--video",
+        "--use-rope",
+        "--inflate",
+        path,
+        "--model",
+        tiny_name,
+        "--new-classes",
+        "--vae",
+        vae,
+    ]
+    flags += [
+        "--data-path",
+        data,
+        "--image-size",
+        16,
+        "--num-frames",
+        4,
+        "--max-steps",
+        1,
+        "--lr",
+        1e-9,
+    ]
     flags += ["--global-batch-size", 2, "--num-workers", 0, "--sample-every", 0, "--val-clips", 2]
     flags += ["--results-dir", tmp_path / "results"]
-    assert "add --new-classes" in refused(capsys, train, *[flag for flag in flags if flag != "--new-classes"])
+    assert "add --new-classes" in refused(
+        capsys, train, *[flag for flag in flags if flag != "--new-classes"]
+    )
     with torch.enable_grad():
         run_main(train, *flags)
     (latest,) = tmp_path.glob("results/*/checkpoints/latest.pt")
     model, config, _ = checkpoint.load_model(latest, use_ema=False)
     positions = {"use_rope": True, "rope_split": "8,0,0", "position_table": "space"}
     own = {"num_frames": 4, "temporal_patch_size": 2, "num_classes": 2}
-    assert model.config == replace(CONFIG, **positions, **own) and config["data"]["classes"] == ["A", "B"]
+    assert model.config == replace(CONFIG, **positions, **own) and config["data"]["classes"] == [
+        "A",
+        "B",
+    ]
 
     image = make_model()
     image.final_layer.linear.bias += 1  # of the EMA weights
-    expected = image(X, torch.full((3,), CONFIG.num_classes)).expand(-1, -1, 2, -1, -1)  # new classes start as none
+    expected = image(X, torch.full((3,), CONFIG.num_classes)).expand(
+        -1, -1, 2, -1, -1
+    )  # new classes start as none
     for fps in (12, 25, 50):
         f = model(X.expand(-1, -1, 2, -1, -1), torch.tensor([0, 1, 2]), torch.full((3,), 1 / fps))
         assert ((f - expected).norm() / expected.norm()).item() < 1e-5

@@ -16,7 +16,12 @@ from training import ROOT, run_main
 RESULTS = ROOT / "results"
 FILES = sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.csv")])
 KEYS = "code", "command", "date", "machine"
-RECORD = {"code": "0" * 40, "command": "python scripts/studies/seeds.py", "date": "2026-11-30", "machine": "one"}
+RECORD = {
+    "code": "0" * 40,
+    "command": "python scripts/studies/seeds.py",
+    "date": "2026-11-30",
+    "machine": "one",
+}
 
 
 def records_of(path):
@@ -31,12 +36,18 @@ def records_of(path):
 def check_records(path):
     """Fail unless the numbers of a result file can be made again, as far as it says how."""
     records = records_of(path)
-    assert records, f"{path.name} does not say how it was made; expected {path.stem}.json with {', '.join(KEYS)}"
+    assert records, (
+        f"{path.name} does not say how it was made; expected {path.stem}.json with {', '.join(KEYS)}"
+    )
     for record in records:
         for key in KEYS:
             assert record.get(key), f"{path.name} lacks {key}"
-        assert re.fullmatch("[0-9a-f]{40}", record["code"]), f"{path.name}: {record['code']} is no commit"
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"]), f"{path.name}: {record['date']} is no date"
+        assert re.fullmatch("[0-9a-f]{40}", record["code"]), (
+            f"{path.name}: {record['code']} is no commit"
+        )
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"]), (
+            f"{path.name}: {record['date']} is no date"
+        )
     if path.suffix == ".csv":
         with open(path, newline="") as file:
             codes = {row["code"] for row in csv.DictReader(file)}
@@ -58,7 +69,10 @@ def test_every_table_has_its_numbers_or_its_command_beside_it():
 
 def has_full_history():
     words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
-    return shutil.which("git") and subprocess.run(words, capture_output=True, text=True).stdout.strip() == "false"
+    return (
+        shutil.which("git")
+        and subprocess.run(words, capture_output=True, text=True).stdout.strip() == "false"
+    )
 
 
 def test_the_commits_of_results_exist():
@@ -66,21 +80,30 @@ def test_the_commits_of_results_exist():
     asked = "".join(f"{code}\n" for code in sorted(codes))
     if has_full_history():  # neither a shallow clone nor an archive
         words = ["git", "-C", str(ROOT), "cat-file", "--batch-check"]
-        answer = subprocess.run(words, input=asked, capture_output=True, text=True, check=True).stdout
+        answer = subprocess.run(
+            words, input=asked, capture_output=True, text=True, check=True
+        ).stdout
         assert not [line for line in answer.splitlines() if " commit " not in line]
     assert len(codes) > 10
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("a.json", {"rows": []}, "a.json lacks code"),
-    ("a.json", {"made": RECORD | {"machine": ""}}, "a.json lacks machine"),
-    ("a.json", [RECORD, {"value": 1}], "a.json lacks code"),
-    ("a.json", [], "a.json does not say how it was made"),
-    ("a.json", [RECORD | {"code": "0" * 40 + "+"}], "is no commit"),
-    ("a.json", [RECORD | {"date": "yesterday"}], "is no date"),
-    ("a.csv", None, "a.csv does not say how it was made; expected a.json with code, command, date, machine"),
-    ("a.csv", [RECORD | {"code": "1" * 40}], "a.json lacks the commits"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", {"rows": []}, "a.json lacks code"),
+        ("a.json", {"made": RECORD | {"machine": ""}}, "a.json lacks machine"),
+        ("a.json", [RECORD, {"value": 1}], "a.json lacks code"),
+        ("a.json", [], "a.json does not say how it was made"),
+        ("a.json", [RECORD | {"code": "0" * 40 + "+"}], "is no commit"),
+        ("a.json", [RECORD | {"date": "yesterday"}], "is no date"),
+        (
+            "a.csv",
+            None,
+            "a.csv does not say how it was made; expected a.json with code, command, date, machine",
+        ),
+        ("a.csv", [RECORD | {"code": "1" * 40}], "a.json lacks the commits"),
+    ],
+)
 def test_a_result_file_without_these_is_refused(name, content, words, tmp_path):
     path = tmp_path / name
     if path.suffix == ".csv":
@@ -125,7 +148,9 @@ def test_numbers_that_are_only_tabulated_again_keep_what_they_say(tmp_path):
 def test_the_benchmark_says_how_it_was_made(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    monkeypatch.setattr(benchmark, "PARTS", {"step": lambda args, report: report.add("a / b", [1.0])})
+    monkeypatch.setattr(
+        benchmark, "PARTS", {"step": lambda args, report: report.add("a / b", [1.0])}
+    )
     run_main(benchmark)
     content = json.loads((tmp_path / "results/benchmark.json").read_text())
     assert content["made"]["command"].endswith("benchmark.py") and content["rows"][0]["median"] == 1
@@ -138,4 +163,7 @@ def test_counts_of_memory_say_how_they_were_made(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "measure", lambda name, flag: next(rows))
     run_main(memory)
     content = json.loads((tmp_path / "results/memory.json").read_text())
-    assert content["made"]["command"].endswith("memory.py") and len(content["rows"]) == len(memory.read_rows()) == 15
+    assert (
+        content["made"]["command"].endswith("memory.py")
+        and len(content["rows"]) == len(memory.read_rows()) == 15
+    )

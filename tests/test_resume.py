@@ -60,8 +60,16 @@ CACHED = [flag for flag in TINY if flag not in ("--vae", "none")]
 KINDS = {  # data, flags that replace TINY's or add to them
     "bf16, muon": ("shapes", TINY, ["--precision", "bf16", "--optimizer", "muon"]),
     # The second start ends in the warm-up, at step 4, which the third logs before its first step
-    "accumulation": ("shapes", TINY, ["--grad-accum", 2, "--disp", "--lr-decay", 0.5, "--warmup-steps", 5]),
-    "an energy": ("shapes", TINY, ["--ebm", "dot", "--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3]),
+    "accumulation": (
+        "shapes",
+        TINY,
+        ["--grad-accum", 2, "--disp", "--lr-decay", 0.5, "--warmup-steps", 5],
+    ),
+    "an energy": (
+        "shapes",
+        TINY,
+        ["--ebm", "dot", "--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3],
+    ),
     "latents": ("latents", CACHED, ["--forcing", 0.5, "--disp"]),
     "images": ("images", IMAGES, []),
 }
@@ -70,7 +78,9 @@ KINDS = {  # data, flags that replace TINY's or add to them
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_resumes_bit_for_bit(kind, request, tmp_path):
     data, base, flags = KINDS[kind]
-    data = make_images(tmp_path / "images", 8) if data == "images" else request.getfixturevalue(data)
+    data = (
+        make_images(tmp_path / "images", 8) if data == "images" else request.getfixturevalue(data)
+    )
     whole = Training(data, tmp_path / "whole", STEPS, base=base, flags=flags)
     assert run_here(whole) == STEPS
     check_in_parts(whole, tmp_path / "parts", (1, 3, None))
@@ -108,13 +118,21 @@ def test_a_resume_links_a_checkpoint_to_its_missing_names(copy):
     for name in (f"{STEPS:07d}.pt", "latest.pt"):
         (copy.folder / "checkpoints" / name).unlink()
         run_here(copy, "--resume")
-        assert {path.name: path.read_bytes() for path in (copy.folder / "checkpoints").iterdir()} == names
+        assert {
+            path.name: path.read_bytes() for path in (copy.folder / "checkpoints").iterdir()
+        } == names
 
 
-@pytest.mark.parametrize(("end", "words"), [
-    (["--max-steps", 5], "the checkpoint is at step 7 already; steps are counted over all phases; give"),
-    (["--epochs", 1], "the checkpoint is at step 7, these epochs end at step 3; give more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (
+            ["--max-steps", 5],
+            "the checkpoint is at step 7 already; steps are counted over all phases; give",
+        ),
+        (["--epochs", 1], "the checkpoint is at step 7, these epochs end at step 3; give more"),
+    ],
+)
 def test_a_run_that_is_past_the_last_step_of_the_flags_is_refused(end, words, copy, capsys):
     before = snapshot(copy.folder)
     del before[copy.folder / "lock"]
@@ -182,10 +200,15 @@ def test_a_run_with_deleted_checkpoints_is_named_and_stays_unchanged(deleted, wh
     if deleted == "files":
         (copy.folder / "checkpoints").mkdir()
     words = f"--resume: the checkpoints of {copy.folder} were deleted (its metrics reach step {STEPS}): restore one"
-    assert words in refused(capsys, train, *copy.command_flags(*OFTEN, "--resume")) and copy.rows() == whole.rows()
+    assert (
+        words in refused(capsys, train, *copy.command_flags(*OFTEN, "--resume"))
+        and copy.rows() == whole.rows()
+    )
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"nothing")], ids=["none", "damaged"])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_bytes(b"nothing")], ids=["none", "damaged"]
+)
 def test_a_run_without_an_intact_checkpoint_starts_over_in_its_folder(damage, whole, copy, capsys):
     for path in (copy.folder / "checkpoints").iterdir():
         damage(path)
@@ -200,8 +223,12 @@ def test_a_run_without_an_intact_checkpoint_starts_over_in_its_folder(damage, wh
 def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(
     script, whole, tmp_path, capsys, monkeypatch
 ):
-    write = checkpoint.Writer.write  # and wait, so that nothing is deleted while the thread adds files to it
-    monkeypatch.setattr(checkpoint.Writer, "write", lambda self, *a, **k: (write(self, *a, **k), self.wait()))
+    write = (
+        checkpoint.Writer.write
+    )  # and wait, so that nothing is deleted while the thread adds files to it
+    monkeypatch.setattr(
+        checkpoint.Writer, "write", lambda self, *a, **k: (write(self, *a, **k), self.wait())
+    )
     run = replace(whole, results=tmp_path / "run", base=TINY if script is train else TINY_VAE)
     flags = run.command_flags(*(OFTEN if script is train else ["--save-minutes", 1e-9]))
 
@@ -217,6 +244,8 @@ def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(
     flags[flags.index("--results-dir") + 1] = run.results
     with counted_steps(script, 2, lambda: delete("")):
         run_main(script, *flags, status=1)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]  # beside the bar's
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if "error" in line
+    ]  # beside the bar's
     words = f"{run.results / folder.name} was deleted or moved during the run; put it back, then continue"
     assert line.startswith(f"{script.__name__}.py: error: {words}")

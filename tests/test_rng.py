@@ -6,7 +6,13 @@ import torch
 from runtime.rng import generator, normal, uniform
 
 KEY = (0, "noise", 5, 17)
-OTHERS = [(1, "noise", 5, 17), (0, "flip", 5, 17), (0, "noise", 6, 17), (0, "noise", 5, 18), (0, "noise", 51, 7)]
+OTHERS = [
+    (1, "noise", 5, 17),
+    (0, "flip", 5, 17),
+    (0, "noise", 6, 17),
+    (0, "noise", 5, 18),
+    (0, "noise", 51, 7),
+]
 
 
 def test_a_draw_is_a_function_of_its_key_alone():

@@ -18,7 +18,9 @@ def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
     """Rotate x (B, h, N, d) pair by pair with complex numbers; channels are the numbers for (time, height, width)."""
     z = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))  # (B, h, N, d / 2)
     places = list(itertools.product(*map(range, grid)))
-    for (b, seconds), (n, (t, h, w)) in itertools.product(enumerate(time_scale.tolist()), enumerate(places)):
+    for (b, seconds), (n, (t, h, w)) in itertools.product(
+        enumerate(time_scale.tolist()), enumerate(places)
+    ):
         time = t * seconds * 25
         for axis, position in enumerate((time, h, w)):
             pairs = channels[axis] // 2
@@ -34,11 +36,19 @@ def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
 
 
 @pytest.mark.parametrize(("stretch", "speed"), [(1.0, 0.0), (1.0, 0.5), (2.5, 2.0)])
-@pytest.mark.parametrize(("head_dim", "split", "channels"), [
-    (64, "", (20, 20, 20)), (10, "", (2, 2, 2)), (32, "16,8,8", (16, 8, 8)), (32, "2,14,4", (2, 14, 4)),
-    (32, "10,0,0", (10, 0, 0)),
-])  # fmt: skip
-def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(head_dim, split, channels, stretch, speed):
+@pytest.mark.parametrize(
+    ("head_dim", "split", "channels"),
+    [
+        (64, "", (20, 20, 20)),
+        (10, "", (2, 2, 2)),
+        (32, "16,8,8", (16, 8, 8)),
+        (32, "2,14,4", (2, 14, 4)),
+        (32, "10,0,0", (10, 0, 0)),
+    ],
+)
+def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(
+    head_dim, split, channels, stretch, speed
+):
     time_scale, grid, x = torch.tensor([1 / 25, 0.1]), (2, 2, 3), torch.randn(2, 1, 12, head_dim)
     settings = {"theta": 100.0} if split else {}  # by default 10,000
     theta, speed = settings.get("theta", 10_000), speed if min(channels[1:]) >= 6 else 0.0
@@ -51,14 +61,36 @@ def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(head_dim
     assert torch.equal(rotated[..., sum(channels) :], x[..., sum(channels) :])
 
 
-@pytest.mark.parametrize(("head_dim", "split", "speed", "message"), [
-    *[(32, split, 0.0, f"rope_split .*{split}")
-      for split in ("16,8", "8,8,8,2", "16,8,7", "0,16,16", "-2,8,8", "8,8,8,", "x", "16,12,6")],
-    *[(head_dim, "", 0.0, f"head_dim of at least 6, .* {head_dim}") for head_dim in (0, 4, 5, 65)],
-    *[(32, "", speed, r"rope_speed must be in \[0, 1000\]") for speed in (-0.1, 1001, float("nan"))],
-    *[(32, split, 0.5, "rope_speed 0.5 needs 6 channels") for split in ("16,12,4", "20,4,8")],
-])  # fmt: skip
-def test_a_rope_split_or_speed_that_does_not_fit_the_head_is_refused(head_dim, split, speed, message):
+@pytest.mark.parametrize(
+    ("head_dim", "split", "speed", "message"),
+    [
+        *[
+            (32, split, 0.0, f"rope_split .*{split}")
+            for split in (
+                "16,8",
+                "8,8,8,2",
+                "16,8,7",
+                "0,16,16",
+                "-2,8,8",
+                "8,8,8,",
+                "x",
+                "16,12,6",
+            )
+        ],
+        *[
+            (head_dim, "", 0.0, f"head_dim of at least 6, .* {head_dim}")
+            for head_dim in (0, 4, 5, 65)
+        ],
+        *[
+            (32, "", speed, r"rope_speed must be in \[0, 1000\]")
+            for speed in (-0.1, 1001, float("nan"))
+        ],
+        *[(32, split, 0.5, "rope_speed 0.5 needs 6 channels") for split in ("16,12,4", "20,4,8")],
+    ],
+)
+def test_a_rope_split_or_speed_that_does_not_fit_the_head_is_refused(
+    head_dim, split, speed, message
+):
     with pytest.raises(ValueError, match=message):
         RotaryEmbedding3D(head_dim, 100.0, split, speed)
 
@@ -72,7 +104,9 @@ def test_rotary_scores_depend_on_distances_only_and_tell_before_from_after(speed
     table = scores.reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
     near, far = table[:4, :4, :4, :4, :4, :4], table[2:, 1:5, 2:, 2:, 1:5, 2:]
     torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(near, table[:4, :4, :4, 1:5, :4, :4], atol=1e-2)  # other relative positions
+    assert not torch.allclose(
+        near, table[:4, :4, :4, 1:5, :4, :4], atol=1e-2
+    )  # other relative positions
     assert (table[1, 0, 0, 3, 0, 0] - table[3, 0, 0, 1, 0, 0]).abs() > 0.01
 
 
@@ -88,21 +122,38 @@ def test_low_precision_rounds_rotated_values_once_and_never_the_angles():
         assert torch.equal(apply_rotary(x, *expected), rotated)
     low = torch.stack(rope.to(torch.bfloat16)(grid, time_scale))
     assert low.dtype == torch.float32 and torch.equal(low, expected)
-    for dtype in (torch.bfloat16, torch.float16):  # the result has that of the queries and is rounded once
-        assert torch.equal(apply_rotary(x.to(dtype), *expected), apply_rotary(x.to(dtype).float(), *expected).to(dtype))
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # the result has that of the queries and is rounded once
+        assert torch.equal(
+            apply_rotary(x.to(dtype), *expected),
+            apply_rotary(x.to(dtype).float(), *expected).to(dtype),
+        )
 
 
-@pytest.mark.parametrize(("method", "num_frames", "time_scale", "positions"), [
-    ("linear", 16, 1 / 25, [0, 0.5, 1, 1.5]),  # twice the trained length
-    ("linear", 8, 2 / 25, [0, 1]),  # the same in seconds
-    ("linear", 12, 1 / 50, [0, 0.5, 1]),  # shorter than in training: nothing to squeeze
-    ("none", 16, 1 / 25, [0, 1, 2, 3]),
-])  # fmt: skip
-def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(method, num_frames, time_scale, positions):
-    config = model_config("EqM-Ti/4", input_size=8, in_channels=3, depth=1, use_rope=True, num_frames=8)
+@pytest.mark.parametrize(
+    ("method", "num_frames", "time_scale", "positions"),
+    [
+        ("linear", 16, 1 / 25, [0, 0.5, 1, 1.5]),  # twice the trained length
+        ("linear", 8, 2 / 25, [0, 1]),  # the same in seconds
+        ("linear", 12, 1 / 50, [0, 0.5, 1]),  # shorter than in training: nothing to squeeze
+        ("none", 16, 1 / 25, [0, 1, 2, 3]),
+    ],
+)
+def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(
+    method, num_frames, time_scale, positions
+):
+    config = model_config(
+        "EqM-Ti/4", input_size=8, in_channels=3, depth=1, use_rope=True, num_frames=8
+    )
     model = EqM(config)  # trained on positions 0 and 1, of patches of 4 frames
     data = {"fps": 25.0, "frame_interval": [1], "time_scale": 1 / 25}
-    generation.scale_rope(SimpleNamespace(rope_scale=method, ckpt="a.pt"), model, data, 8, num_frames, time_scale)
+    generation.scale_rope(
+        SimpleNamespace(rope_scale=method, ckpt="a.pt"), model, data, 8, num_frames, time_scale
+    )
     cos, sin = model.rope(config.grid(num_frames), torch.tensor([time_scale]))
     angles = torch.atan2(sin, cos).unflatten(2, config.grid(num_frames))[0, 0, :, 0, 0]
-    torch.testing.assert_close(angles[:, 0], torch.tensor(positions, dtype=torch.float32))  # of frequency 1
+    torch.testing.assert_close(
+        angles[:, 0], torch.tensor(positions, dtype=torch.float32)
+    )  # of frequency 1

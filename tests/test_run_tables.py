@@ -37,41 +37,66 @@ def tabulate(script, *names):
     """(numbers of the runs, {title: cells} of the table) that a script writes of the files of these runs."""
     run_main(script, *names, "--out", "out")
     place = Path("out", script.__name__)
-    rows = [line.strip("|").split("|") for line in place.with_suffix(".md").read_text().splitlines() if "|" in line]
-    return json.loads(place.with_suffix(".json").read_text()), {row[0].strip(): row[1:] for row in rows}
+    rows = [
+        line.strip("|").split("|")
+        for line in place.with_suffix(".md").read_text().splitlines()
+        if "|" in line
+    ]
+    return json.loads(place.with_suffix(".json").read_text()), {
+        row[0].strip(): row[1:] for row in rows
+    }
 
 
 def write_people(name, run):
     """Write the files of a run of weizmann.sh with these numbers."""
     last = {"step": run["steps"], "num_frames": 16, "seconds": 60 * run["minutes_of_model"]}
     best = last | {"step": run["best_step"], "val_loss": run["val_loss"]}
-    others = [best | {"num_frames": 8, "val_loss": 0.1}, best | {"step": 3, "val_loss": 9}]  # shorter clips, or worse
+    others = [
+        best | {"num_frames": 8, "val_loss": 0.1},
+        best | {"step": 3, "val_loss": 9},
+    ]  # shorter clips, or worse
     vae = {"step": run["vae_steps"], "val_psnr": run["vae_psnr"]}
     write_lines(f"results/{name}/000-VAE-64px-f4/metrics.jsonl", vae)
     write_lines(f"results/{name}/001-EqM-S-2-f4-rope/metrics.jsonl", *others, best, last)
-    settings = f"HOURS={run['hours']} DATA=datasets/weizmann HOLD_OUT=7\\ 8 VAE_STEPS={run['vae_steps']}\n"
+    settings = (
+        f"HOURS={run['hours']} DATA=datasets/weizmann HOLD_OUT=7\\ 8 VAE_STEPS={run['vae_steps']}\n"
+    )
     Path("results", name, "settings").write_text(settings)
     nearest = dict(run["nearest"])
     results = {task: run[task] | {"psnr_by_frame": [1]} for task in people.PREDICTIONS}
-    results["classifier"] = {kind: run[f"classifier_{kind}"] | {"by_class": 1} for kind in ("real", "samples")}
+    results["classifier"] = {
+        kind: run[f"classifier_{kind}"] | {"by_class": 1} for kind in ("real", "samples")
+    }
     results["classifier"]["interval_units"] = run["interval_units"]
     kept = "rmse_ratio_interval95", "interval_units"
     results["nearest"] = {name: nearest.pop(name) for name in kept}
     for task, result in results.items():
-        write_lines(f"samples/{name}-{task}.json", {"values": nearest, "result": result, "code": "of the score"})
+        write_lines(
+            f"samples/{name}-{task}.json",
+            {"values": nearest, "result": result, "code": "of the score"},
+        )
 
 
 def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
-    long, short = run_of(people, hours=3.0, vae_psnr=31.414), run_of(people, hours=0.5, vae_psnr=29.0)
+    long, short = (
+        run_of(people, hours=3.0, vae_psnr=31.414),
+        run_of(people, hours=0.5, vae_psnr=29.0),
+    )
     write_people("long", long), write_people("short", short)
     runs, table = tabulate(people, "long", "short")
     assert list(map(numbers_of, runs)) == [short, long]
     command = "EXP=short HOURS=0.5 DATA=datasets/weizmann HOLD_OUT=7\\ 8 VAE_STEPS=5400 bash scripts/weizmann.sh"
-    assert (runs[0]["command"], runs[0]["code"]) == (command, "of the score") and runs[0]["date"] and runs[0]["machine"]
+    assert (
+        (runs[0]["command"], runs[0]["code"]) == (command, "of the score")
+        and runs[0]["date"]
+        and runs[0]["machine"]
+    )
     assert table[""] == [" HOURS=0.5 ", " HOURS=3 "]
     assert table["VAE, PSNR of held-out people (dB)"] == [" 29.00 ", " 31.41 "]
     said = capsys.readouterr().out
-    assert "| classifier: real clips, one person held out | 31 of 32, 96.9% |" in said  # of 8 people
+    assert (
+        "| classifier: real clips, one person held out | 31 of 32, 96.9% |" in said
+    )  # of 8 people
     assert "| 95 of 96, 99.0% (94.3 - 99.8) |" in said
 
 
@@ -96,12 +121,16 @@ def write_sprites(name, run, vae=None):
     last = {"step": run["steps"], "seconds": 60 * run["minutes_of_model"]}
     write_lines(f"results/{name}/001-EqM-S-4-f4-8-rope/metrics.jsonl", last)
     objective = run.get("objective", "eqm")
-    settings = f"HOURS={run['hours']} DATA=datasets/sprites SEED={run['seed']} OBJECTIVE={objective}{used}"
+    settings = (
+        f"HOURS={run['hours']} DATA=datasets/sprites SEED={run['seed']} OBJECTIVE={objective}{used}"
+    )
     settings += f" VAE_STEPS={run['vae_steps']} SAMPLES=2592 PREDICTIONS=2664\n"
     Path("results", name, "settings").write_text(settings)
     long = {"samples": [1], "validation": [1], "psnr_by_frame": [1]}
     results = {task: run[task] | long for task in sprites.TASKS if task in run}
-    results["classifier"] = {kind: run[f"classifier_{kind}"] | {"static": [1]} for kind in ("real", "samples")}
+    results["classifier"] = {
+        kind: run[f"classifier_{kind}"] | {"static": [1]} for kind in ("real", "samples")
+    }
     for task, result in results.items():
         write_lines(f"samples/{name}-{task}.json", {"result": result, "code": "of the score"})
 
@@ -118,7 +147,9 @@ def test_each_run_is_a_column_by_hours_and_seed_and_may_share_its_vae():
     assert table[""] == [" HOURS=0.5, seed 0 ", " HOURS=2, seed 0 ", " HOURS=2, seed 1, flow "]
     assert table["steps of the VAE; of the model"] == [" 7; 8 ", " 7; 8 ", " 7; 9 "]
     assert table["samples; predictions"] == [" 2592; 2664 "] * 3
-    command = "EXP=short HOURS=0.5 DATA=datasets/sprites SEED=0 OBJECTIVE=eqm VAE_STEPS=7 SAMPLES=2592 "
+    command = (
+        "EXP=short HOURS=0.5 DATA=datasets/sprites SEED=0 OBJECTIVE=eqm VAE_STEPS=7 SAMPLES=2592 "
+    )
     command += "PREDICTIONS=2664 bash scripts/sprites.sh"
     assert (runs[0]["command"], runs[0]["code"]) == (command, "of the score") and runs[0]["machine"]
     line = f"- HOURS=0.5, seed 0: `{command}`; commit of the sco, {runs[0]['date']}, "

@@ -24,8 +24,14 @@ def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
 
 
 NEAR = {  # runs that are there -> what a missing run EqM-S-4-f8-rope is told
-    ("EqM-S-4-f8", "VAE-64px-f8-rope"): "; 001-EqM-S-4-f8 differs only in --use-rope: change it to resume that run",
-    ("EqM-S-4-f8", "EqM-S-4-f4-8-16-rope"): "; 002-EqM-S-4-f4-8-16-rope differs only in --num-frames: change it",
+    (
+        "EqM-S-4-f8",
+        "VAE-64px-f8-rope",
+    ): "; 001-EqM-S-4-f8 differs only in --use-rope: change it to resume that run",
+    (
+        "EqM-S-4-f8",
+        "EqM-S-4-f4-8-16-rope",
+    ): "; 002-EqM-S-4-f4-8-16-rope differs only in --num-frames: change it",
     ("EqM-XL-2-f8-rope",): "; 001-EqM-XL-2-f8-rope differs only in --model: change it",
     ("EqM-XL-2-f4-rope", "VAE-64px-f4-c4-8-8-8", "notes"): "",
 }
@@ -39,14 +45,22 @@ def test_a_run_that_differs_in_one_flag_is_named(found, tmp_path):
     assert text.startswith(NEAR[found]) and bool(text) == bool(NEAR[found])
     assert runs.name_similar(tmp_path, "VAE-1px") == ""
     unknown_model = runs.name_similar(tmp_path, "EqM-*-f8-rope")
-    assert ("--model" in unknown_model, "--use-rope" in unknown_model) == (False, "--use-rope" in text)
+    assert ("--model" in unknown_model, "--use-rope" in unknown_model) == (
+        False,
+        "--use-rope" in text,
+    )
 
 
 def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs.fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
+    monkeypatch.setattr(
+        runs.fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented"))
+    )
     folder = runs.make_run_folder(tmp_path, "a")
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"note: {folder} is not protected against a second writer") and "no file locks" in line
+    assert (
+        line.startswith(f"note: {folder} is not protected against a second writer")
+        and "no file locks" in line
+    )
 
 
 def test_the_last_checkpoints_and_those_of_phases_are_kept_and_half_written_files_removed(tmp_path):
@@ -59,6 +73,9 @@ def test_the_last_checkpoints_and_those_of_phases_are_kept_and_half_written_file
     runs.keep_last(folder.parent, 2, always={10})
     assert names(folder) == ["0000010.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"]
     kept = names(folder)
-    (folder / "latest.pt.tmp").touch(), (folder.parent / "metrics.jsonl.tmp").touch()  # of a killed process
+    (
+        (folder / "latest.pt.tmp").touch(),
+        (folder.parent / "metrics.jsonl.tmp").touch(),
+    )  # of a killed process
     runs.remove_temporary_files(folder.parent)
     assert names(folder) == kept and names(folder.parent) == ["checkpoints", "lock", "samples"]

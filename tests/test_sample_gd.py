@@ -21,17 +21,34 @@ from scoring import manifest
 from test_generation import TUNED
 from tiny_data import random_checkpoint
 from tiny_videos import write_equal_videos
-from training import FEW_STEPS, PYTHON, ROOT, Training, content, error_of, on_two_ranks, refused, run_main, sample_here
+from training import (
+    FEW_STEPS,
+    PYTHON,
+    ROOT,
+    Training,
+    content,
+    error_of,
+    on_two_ranks,
+    refused,
+    run_main,
+    sample_here,
+)
 from video.index import scan_videos
 from video.samples import read_samples
 
 
 def images(places, folder, count, *flags, **expected):
-    return sample_here(places / "image.pt", folder, "--num-samples", count, "--batch-size", 2, *flags, **expected)
+    return sample_here(
+        places / "image.pt", folder, "--num-samples", count, "--batch-size", 2, *flags, **expected
+    )
 
 
 def names_of(count):
-    return {f"{index:06d}.png" for index in range(count)} | {"samples.npz", "samples.json", "grid.png"}
+    return {f"{index:06d}.png" for index in range(count)} | {
+        "samples.npz",
+        "samples.json",
+        "grid.png",
+    }
 
 
 def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_path, monkeypatch):
@@ -61,18 +78,28 @@ def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_pa
         patch.setattr(sample_gd, "write_reports", lambda *_: pytest.fail("here"))
         with pytest.raises(pytest.fail.Exception, match="here"):
             images(places, folder, 3, "--stop-below", 0.1)
-    assert "samples.npz" in content(folder) and "samples.json" not in content(folder)  # which comes last
+    assert "samples.npz" in content(folder) and "samples.json" not in content(
+        folder
+    )  # which comes last
     images(places, folder, 3, "--no-previews")
     assert content(folder).keys() == with_previews.keys() - {"grid.png"}
-    assert all(data == with_previews[name] for name, data in content(folder).items() if name != "samples.json")
+    assert all(
+        data == with_previews[name]
+        for name, data in content(folder).items()
+        if name != "samples.json"
+    )
 
 
-def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_path, monkeypatch, capsys):
+def test_samples_of_another_run_are_replaced_only_with_overwrite(
+    places, tmp_path, monkeypatch, capsys
+):
     folder, other = tmp_path / "s", shutil.copytree(places, tmp_path / "other")
     images(places, folder, 2)
     found = {"format": manifest.FORMAT}
     manifest.write_manifest(folder / "motion.json", found | {"generated": {"samples": str(folder)}})
-    manifest.write_manifest(folder / "fvd.json", found | {"generated": {"weights_sha256": "of another model"}})
+    manifest.write_manifest(
+        folder / "fvd.json", found | {"generated": {"weights_sha256": "of another model"}}
+    )
     reports = ("energy.csv", "energy.png", "evaluations.csv", "evaluations.png")  # of another call
     for name in (*reports, "motion.png", "mine.json", "mine.png"):
         (folder / name).write_text("{}")
@@ -119,32 +146,55 @@ def test_samples_never_become_training_videos(places, tmp_path, capsys):
 
 
 def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path):
-    flags = ["--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, "--folder", tmp_path / "s", "--num-frames", 4000]
+    flags = [
+        "--ckpt",
+        places / "pixels.pt",
+        "--video",
+        *FEW_STEPS,
+        "--folder",
+        tmp_path / "s",
+        "--num-frames",
+        4000,
+    ]
     process = spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *flags)  # endless
     wait_until((tmp_path / "s/samples.unfinished").exists, process)
     process.kill()
     end(process, -signal.SIGKILL)
     left = content(tmp_path / "s").keys()
-    assert "samples.unfinished" in left and not [n for n in left if n.endswith((".mp4", ".gif", ".npz", ".json"))]
+    assert "samples.unfinished" in left and not [
+        n for n in left if n.endswith((".mp4", ".gif", ".npz", ".json"))
+    ]
     assert sample_here(places / "pixels.pt", tmp_path / "s")[0].shape[:2] == (2, 8)
     assert not [name for name in content(tmp_path / "s") if name.endswith((".tmp", ".unfinished"))]
 
 
-@pytest.mark.parametrize(("model", "window"), [("pixels", 8), ("latents", 8), ("fixed", 8), ("plain", 20)])
-def test_more_frames_than_in_training_are_sampled_window_by_window(places, tmp_path, capsys, model, window):
+@pytest.mark.parametrize(
+    ("model", "window"), [("pixels", 8), ("latents", 8), ("fixed", 8), ("plain", 20)]
+)
+def test_more_frames_than_in_training_are_sampled_window_by_window(
+    places, tmp_path, capsys, model, window
+):
     folder, ckpt = tmp_path / "s", places / f"{model}.pt"
     clips, about = sample_here(ckpt, folder, "--num-frames", 20)
-    assert clips.shape[:2] == (2, 20) and about["source"]["window"] == window and "note" not in capsys.readouterr().out
+    assert (
+        clips.shape[:2] == (2, 20)
+        and about["source"]["window"] == window
+        and "note" not in capsys.readouterr().out
+    )
     files = {"000000.mp4", "000001.mp4", "000000.gif", "000001.gif", "grid.gif", "sheet.png"}
     assert content(folder).keys() == files | {"samples.npz", "samples.json"}
     short, _ = sample_here(ckpt, folder, "--num-frames", 8, "--no-previews")
-    assert np.array_equal(short, clips[:, :8]) == (model != "plain")  # which has other noise, in one window
+    assert np.array_equal(short, clips[:, :8]) == (
+        model != "plain"
+    )  # which has other noise, in one window
     if model == "pixels":
         run_main(gallery, folder)
         run_main(picture, folder, "--out", tmp_path / "picture.png")
         assert (folder / "gallery.html").exists() and (tmp_path / "picture.png").exists()
     sample_here(ckpt, folder, "--num-frames", 12, "--window", 8, "--no-previews")
-    assert ("trained without --forcing, or on clips of one" in capsys.readouterr().out) == (model == "plain")
+    assert ("trained without --forcing, or on clips of one" in capsys.readouterr().out) == (
+        model == "plain"
+    )
 
 
 def test_sampling_uses_the_settings_of_training_unless_a_flag_replaces_them(tmp_path, capsys):
@@ -154,12 +204,34 @@ def test_sampling_uses_the_settings_of_training_unless_a_flag_replaces_them(tmp_
     for place, flags, changed, said in (
         (ckpt, [], {}, "ngd, 2 evaluations of step size 0.05, guidance 1.5"),
         (tmp_path / "exported", [], {}, "ngd, 2 evaluations of step size 0.05, guidance 1.5"),
-        (ckpt, ["--cfg-scale", 2, "--stop-below"], {"cfg_scale": 2.0, "stop_below": 1.0}, "guidance 2"),
-        (ckpt, ["--sampler", "heun"], {"sampler": "heun", "stop_below": None}, "heun, 3 evaluations, guidance 1.5"),
+        (
+            ckpt,
+            ["--cfg-scale", 2, "--stop-below"],
+            {"cfg_scale": 2.0, "stop_below": 1.0},
+            "guidance 2",
+        ),
+        (
+            ckpt,
+            ["--sampler", "heun"],
+            {"sampler": "heun", "stop_below": None},
+            "heun, 3 evaluations, guidance 1.5",
+        ),
     ):
-        run_main(sample_gd, "--video", "--ckpt", place, "--folder", tmp_path / "s", "--num-samples", 1, *flags)
+        run_main(
+            sample_gd,
+            "--video",
+            "--ckpt",
+            place,
+            "--folder",
+            tmp_path / "s",
+            "--num-samples",
+            1,
+            *flags,
+        )
         flags = json.loads((tmp_path / "s/samples.json").read_text())["flags"]
-        assert flags.items() >= (TUNED | chosen | changed).items() and said in capsys.readouterr().out
+        assert (
+            flags.items() >= (TUNED | chosen | changed).items() and said in capsys.readouterr().out
+        )
 
 
 def test_a_weaker_model_guides_instead_of_the_class(places, tmp_path, capsys):
@@ -170,15 +242,29 @@ def test_a_weaker_model_guides_instead_of_the_class(places, tmp_path, capsys):
 
     plain, about = made("--cfg-scale", 1)
     same, _ = made("--cfg-scale", 5, "--weak-ckpt", strong)
-    assert np.array_equal(plain, same) and about["source"]["weak_sha256"] is None  # f + 5 (f - f) is f
+    assert (
+        np.array_equal(plain, same) and about["source"]["weak_sha256"] is None
+    )  # f + 5 (f - f) is f
     state = checkpoint.load(strong)
     state["ema"] = {name: weight / 2 for name, weight in state["ema"].items()}
     checkpoint.save(weak, state)
     guided, about = made("--cfg-scale", 2, "--weak-ckpt", weak, "--classes", "none")
-    assert not np.array_equal(made("--classes", "none")[0], guided)  # samples without a class are guided, too
+    assert not np.array_equal(
+        made("--classes", "none")[0], guided
+    )  # samples without a class are guided, too
     assert about["source"]["weak_sha256"] == checkpoint.weights_sha256(state["ema"])
     assert f"guidance 2 by {weak}" in capsys.readouterr().out
-    refused(capsys, sample_gd, "--video", "--ckpt", strong, "--weak-ckpt", places / "latents.pt", "--folder", "new")
+    refused(
+        capsys,
+        sample_gd,
+        "--video",
+        "--ckpt",
+        strong,
+        "--weak-ckpt",
+        places / "latents.pt",
+        "--folder",
+        "new",
+    )
 
 
 def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes, tmp_path):
@@ -188,15 +274,26 @@ def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes,
         return {name: training[name] for name in SAMPLER}
 
     first = Training(shapes, tmp_path / "first", 2, flags=["--frame-interval", 1, 4])
-    assert train_on(first, *[w for name in TUNED for w in (f"--{name.replace('_', '-')}", TUNED[name])]) == TUNED
+    assert (
+        train_on(
+            first, *[w for name in TUNED for w in (f"--{name.replace('_', '-')}", TUNED[name])]
+        )
+        == TUNED
+    )
     assert train_on(replace(first, steps=3), "--resume") == TUNED
-    second = Training(shapes, tmp_path / "second", 4, flags=["--ckpt", first.folder / "checkpoints/0000003.pt"])
+    second = Training(
+        shapes, tmp_path / "second", 4, flags=["--ckpt", first.folder / "checkpoints/0000003.pt"]
+    )
     assert train_on(second, "--cfg-scale", 3) == TUNED | {"cfg_scale": 3.0}
-    data = json.loads((first.folder / "config.json").read_text())["data"]  # of 25 frames 8 are at most 3 apart, not 4
+    data = json.loads((first.folder / "config.json").read_text())[
+        "data"
+    ]  # of 25 frames 8 are at most 3 apart, not 4
     assert (data["time_scale"], data["longest_time_scale"]) == pytest.approx((0.04, 0.12))
 
 
-def test_rank_0_alone_opens_a_split_with_the_index_beside_the_runs(places, shapes, tmp_path, monkeypatch):
+def test_rank_0_alone_opens_a_split_with_the_index_beside_the_runs(
+    places, shapes, tmp_path, monkeypatch
+):
     folder = tmp_path / "runs/000-a/checkpoints"
     folder.mkdir(parents=True)
     ckpt = shutil.copy(places / "pixels.pt", folder)
@@ -208,8 +305,13 @@ def test_rank_0_alone_opens_a_split_with_the_index_beside_the_runs(places, shape
     clips, about = sample_here(places / "pixels.pt", tmp_path / "one", *split)
     two, other = read_samples("two", tmp_path / "two")[1::-1]
     assert np.array_equal(clips, two) and about["real"] == other["real"]
-    stderr = on_two_ranks(*sampling, tmp_path / "x", "--num-frames", 28, status=1)  # torchrun's own status
+    stderr = on_two_ranks(
+        *sampling, tmp_path / "x", "--num-frames", 28, status=1
+    )  # torchrun's own status
     (line,) = [line for line in stderr.splitlines() if "error: " in line]
-    assert "the longest video of --given-split val has 25 frames" in line and not (tmp_path / "x").exists()
+    assert (
+        "the longest video of --given-split val has 25 frames" in line
+        and not (tmp_path / "x").exists()
+    )
     monkeypatch.setenv("RANK", "1")
     assert sample_gd.open_split(SimpleNamespace(given_split="val"), None) is None

@@ -27,9 +27,17 @@ def optimal_field(mean, std, num_gammas=300):
     slope = (gamma * std**2 - (1 - gamma)) / v
 
     def field(z, keep):
-        distance = z.square().sum(1)[:, None] - 2 * gamma * (z @ mean)[:, None] + gamma**2 * mean.square().sum()
-        weights = (-distance / (2 * v) - z.shape[1] / 2 * v.log()).softmax(dim=1) * transport.decay(gamma)
-        return (weights * (1 - slope * gamma)).sum(1)[:, None] * mean + (weights * slope).sum(1)[:, None] * z
+        distance = (
+            z.square().sum(1)[:, None]
+            - 2 * gamma * (z @ mean)[:, None]
+            + gamma**2 * mean.square().sum()
+        )
+        weights = (-distance / (2 * v) - z.shape[1] / 2 * v.log()).softmax(dim=1) * transport.decay(
+            gamma
+        )
+        return (weights * (1 - slope * gamma)).sum(1)[:, None] * mean + (weights * slope).sum(1)[
+            :, None
+        ] * z
 
     return field
 
@@ -68,9 +76,16 @@ def test_the_observer_sees_every_point_and_the_start_is_not_changed(method, num_
 def test_stopped_samples_are_not_evaluated_again():
     # f = -x halves x in each step: from x = 2^n the root mean square is below 1 after n + 1 steps.
     start, seen = torch.tensor([8.0, 1.0, 0.5, 4.0])[:, None].expand(4, 6), []
-    x, evaluations = sample(lambda x, keep: seen.append(keep.tolist()) or -x, start, "gd", 100, 0.5, stop_below=1.0)
+    x, evaluations = sample(
+        lambda x, keep: seen.append(keep.tolist()) or -x, start, "gd", 100, 0.5, stop_below=1.0
+    )
     assert seen == [[0, 1, 2, 3], [0, 1, 3], [0, 3], [0, 3], [0]]
-    assert evaluations.tolist() == [5, 2, 1, 4]  # including the one that finds f below the threshold
+    assert evaluations.tolist() == [
+        5,
+        2,
+        1,
+        4,
+    ]  # including the one that finds f below the threshold
     assert torch.equal(x, torch.full((4, 6), 0.5))  # without a further step
 
 
@@ -79,7 +94,9 @@ def test_a_diverging_sample_does_not_stop_early(method):
     field = lambda x, keep: torch.where(keep[:, None] == 0, torch.nan, -x)  # noqa: E731
     _, evaluations = sample(field, normal(2, 3), method, 50, 0.5, stop_below=0.01)
     assert evaluations[0] == 49 and evaluations[1] < 20
-    _, evaluations = sample(lambda x, keep: -x, torch.zeros(3, 4), method, 10, 0.1, stop_below=0.0)  # 0 never stops
+    _, evaluations = sample(
+        lambda x, keep: -x, torch.zeros(3, 4), method, 10, 0.1, stop_below=0.0
+    )  # 0 never stops
     assert evaluations.tolist() == [9, 9, 9]
 
 
@@ -91,7 +108,9 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
     path = data - noise
     start = noise + start_gamma * path
 
-    def field(x, keep):  # of one data point and a known noise: the position of x on the line between them gives gamma
+    def field(
+        x, keep
+    ):  # of one data point and a known noise: the position of x on the line between them gives gamma
         gamma = ((x - noise) * path).sum(dim=1) / path.square().sum(dim=1)
         return transport.decay(gamma)[:, None] * path
 
@@ -102,7 +121,9 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
 def test_the_error_of_a_solver_falls_with_its_order(method, order, monkeypatch):
     gammas = []
-    monkeypatch.setattr(transport, "velocity", lambda f, gamma, _: gammas.append(gamma.item()) or f)  # dx/dgamma = -x
+    monkeypatch.setattr(
+        transport, "velocity", lambda f, gamma, _: gammas.append(gamma.item()) or f
+    )  # dx/dgamma = -x
     start, errors = normal(2, 3, dtype=torch.float64), []
     for num_steps in (41, 81):
         x, _ = sample(lambda x, keep: -x, start, method, num_steps)
@@ -110,7 +131,9 @@ def test_the_error_of_a_solver_falls_with_its_order(method, order, monkeypatch):
     assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order, abs=0.1)
     gammas.clear()
     sample(lambda x, keep: x, start, method, num_steps=7, start_gamma=0.4)
-    assert sorted(set(gammas)) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])  # equal steps, never at gamma 1
+    assert sorted(set(gammas)) == pytest.approx(
+        [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    )  # equal steps, never at gamma 1
 
 
 @every_method
@@ -119,7 +142,9 @@ def test_masked_values_stay_and_the_others_move_as_if_alone(method):
 
     def field(x, keep):
         seen.append(x)
-        return (normal(8) - x) * torch.where(GIVEN, torch.nan, 1.0)  # the field of masked values must not matter
+        return (normal(8) - x) * torch.where(
+            GIVEN, torch.nan, 1.0
+        )  # the field of masked values must not matter
 
     masked = {"given": given, "mask": GIVEN.expand(3, 8)}
     x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), **masked)
@@ -130,7 +155,10 @@ def test_masked_values_stay_and_the_others_move_as_if_alone(method):
 
 def test_a_sample_stops_by_the_field_of_its_unmasked_part():
     # f = -x of the unmasked part, which halves in each step; its root mean square is that of 5, 8 and 2 values.
-    start, mask = torch.full((3, 8), 8.0), torch.stack([GIVEN, torch.zeros(8, dtype=torch.bool), torch.arange(8) < 6])
+    start, mask = (
+        torch.full((3, 8), 8.0),
+        torch.stack([GIVEN, torch.zeros(8, dtype=torch.bool), torch.arange(8) < 6]),
+    )
     masked = {"given": torch.full((3, 8), 9.0), "mask": mask}
     x, evaluations = sample(lambda x, keep: -x, start, "gd", 100, 0.5, stop_below=1.0, **masked)
     assert evaluations.tolist() == [5, 5, 5]
@@ -141,7 +169,11 @@ def test_a_condition_can_be_removed_from_some_samples():
     mask = torch.tensor([True, False, False])
     found = CONDITION.to("cpu").null(mask).y
     assert torch.equal(found, torch.where(mask, 10, CONDITION.y)) and found.dtype == torch.int64
-    assert CONDITION.null().y.tolist() == [10, 10, 10] and CONDITION.y.tolist() == [3, 10, 7]  # negative: no class
+    assert CONDITION.null().y.tolist() == [10, 10, 10] and CONDITION.y.tolist() == [
+        3,
+        10,
+        7,
+    ]  # negative: no class
     assert CONDITION.null().is_null() and not CONDITION.is_null()
 
 
@@ -158,12 +190,20 @@ def test_guidance_acts_on_all_channels_of_one_float32_batch_or_of_a_weaker_netwo
     f = field(x, torch.arange(3))
     ((inputs, y, time_scale),) = calls
     copies = 1 if guidance == 1 else 2  # of the condition only, or also without it
-    assert torch.equal(inputs, torch.cat([x] * copies)) and torch.equal(time_scale, torch.cat([TIME_SCALE] * copies))
+    assert torch.equal(inputs, torch.cat([x] * copies)) and torch.equal(
+        time_scale, torch.cat([TIME_SCALE] * copies)
+    )
     assert sorted(y.tolist()) == sorted([10] * 3 * (copies - 1) + CONDITION.y.tolist())
     f_null, f_condition = (network(x, y, TIME_SCALE) for y in (torch.full((3,), 10), CONDITION.y))
-    torch.testing.assert_close(f, (f_null + guidance * (f_condition - f_null)).float())  # also the dtype
-    weak = guided(network, CONDITION, TIME_SCALE, guidance, lambda *inputs: network(*inputs).square())
-    expected = f_condition if guidance == 1 else f_condition**2 + guidance * (f_condition - f_condition**2)
+    torch.testing.assert_close(
+        f, (f_null + guidance * (f_condition - f_null)).float()
+    )  # also the dtype
+    weak = guided(
+        network, CONDITION, TIME_SCALE, guidance, lambda *inputs: network(*inputs).square()
+    )
+    expected = (
+        f_condition if guidance == 1 else f_condition**2 + guidance * (f_condition - f_condition**2)
+    )
     torch.testing.assert_close(weak(x, torch.arange(3)), expected.float())
     keep = torch.tensor([2, 0])  # samples that are kept keep their condition and time scale
     torch.testing.assert_close(field(x[keep], keep), f[keep])

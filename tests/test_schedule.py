@@ -68,7 +68,9 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(
     assert rows == expected
     total = 0
     for phase, (frames, last_step, batch) in zip(chain, PHASES, strict=True):
-        (alone, config), (state, scheduled) = (saved(run, f"{last_step:07d}.pt") for run in (phase, training))
+        (alone, config), (state, scheduled) = (
+            saved(run, f"{last_step:07d}.pt") for run in (phase, training)
+        )
         assert config["training"]["num_frames"] == scheduled["training"]["num_frames"] == frames
         clips = (last_step - alone["phase"]["first_step"]) * batch
         flops = clips * EqMConfig(**config["model"]).training_flops(frames)
@@ -79,7 +81,10 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(
 
 
 def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_path, capsys):
-    for schedule, stop in (("4:6:2,8:8:2", 4), ("4:3:2,8:8:2", None)):  # resumed with a shorter first phase
+    for schedule, stop in (
+        ("4:6:2,8:8:2", 4),
+        ("4:3:2,8:8:2", None),
+    ):  # resumed with a shorter first phase
         training = run_schedule(schedule, shapes, tmp_path / "r", stops=[stop])
     state, _ = saved(training, "latest.pt")
     assert (state["step"], state["phase"]["first_step"]) == (8, 4)
@@ -90,12 +95,25 @@ def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_p
 
 
 def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_path):
-    flags = ["--keep-last", 1, "--ckpt-every", 1, "--log-every", 1, "--val-every", 100, "--sample-every", 0]
+    flags = [
+        "--keep-last",
+        1,
+        "--ckpt-every",
+        1,
+        "--log-every",
+        1,
+        "--val-every",
+        100,
+        "--sample-every",
+        0,
+    ]
     schedule, first_step, expected, total = parse_schedule("4:3:2,8:5:2,16:7:2"), 0, [], 0
     for phase in schedule:
         expected += frames_of_steps(schedule, phase, first_step, first_step, 0.6, 0)
         first_step = phase.last_step
-    training = run_schedule("4:3:2,8:5:2,16:7:2", shapes, tmp_path / "r", *flags, "--mix", 0.6, "--forcing", 0.5)
+    training = run_schedule(
+        "4:3:2,8:5:2,16:7:2", shapes, tmp_path / "r", *flags, "--mix", 0.6, "--forcing", 0.5
+    )
     names = {path.name for path in (training.folder / "checkpoints").iterdir()}
     assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names and "0000001.pt" not in names
     _, config = saved(training, "latest.pt")

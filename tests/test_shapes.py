@@ -22,7 +22,9 @@ COMBINATIONS = list(itertools.product(drawing.SHAPES, drawing.DIRECTIONS))
 
 
 def clip_of(centers, shape="Circle", color=RED, size=16, radius=0.18 * 16, background=(0, 0, 0)):
-    return np.stack([drawing.draw_frame(shape, center, radius, size, color, background) for center in centers])
+    return np.stack(
+        [drawing.draw_frame(shape, center, radius, size, color, background) for center in centers]
+    )
 
 
 def line(direction, frames=16, speed=0.36, middle=(8.1, 7.8)):
@@ -39,38 +41,60 @@ def noisy(clip, deviation, seed=0):
 # Straight motion ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("frames", "speed", "size"), [
-    (25, 0.36, 16), (7, 0.55, 16), (2, 0.5, 16), (7, 0.55, 24), (7, 0.55, 40), (7, 0.55, 64), (7, 0.55, 96)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("frames", "speed", "size"),
+    [
+        (25, 0.36, 16),
+        (7, 0.55, 16),
+        (2, 0.5, 16),
+        (7, 0.55, 24),
+        (7, 0.55, 40),
+        (7, 0.55, 64),
+        (7, 0.55, 96),
+    ],
+)
 def test_the_tracker_measures_drawn_clips_of_any_size(frames, speed, size):
     scale = size / 16
     for shape, direction in COMBINATIONS:
-        found = track(clip_of(line(direction, frames, speed) * scale, shape, BLUE, size, 2.88 * scale))
+        found = track(
+            clip_of(line(direction, frames, speed) * scale, shape, BLUE, size, 2.88 * scale)
+        )
         assert (found.direction, found.shape, found.reason) == (direction, shape, "")
         assert found.speed == pytest.approx(speed * scale, abs=0.1 * scale / frames)
         assert found.area == pytest.approx(drawing.AREAS[shape] * (2.88 * scale) ** 2, rel=0.05)
         assert np.abs(np.subtract(found.color, BLUE)).max() <= 8
 
 
-@pytest.mark.parametrize(("deviation", "noise", "area"), [(0.7, 6, 0.2), (1.0, 0, 0.2), (0, 10, 0.2), (0.5, 0, 0.05)])
+@pytest.mark.parametrize(
+    ("deviation", "noise", "area"), [(0.7, 6, 0.2), (1.0, 0, 0.2), (0, 10, 0.2), (0.5, 0, 0.05)]
+)
 def test_the_tracker_tolerates_blur_and_noise(deviation, noise, area):
     for shape, direction in COMBINATIONS:
         clip = clip_of(line(direction, 7, 0.55), shape, GREEN)
-        blurred = gaussian_filter(clip.astype(float), (0, deviation, deviation, 0), mode="constant").round()
+        blurred = gaussian_filter(
+            clip.astype(float), (0, deviation, deviation, 0), mode="constant"
+        ).round()
         found = track(noisy(blurred, noise))
         assert (found.direction, found.shape) == (direction, shape), found.reason
-        assert found.speed == pytest.approx(0.55, abs=0.05) and found.area == pytest.approx(track(clip).area, rel=area)
+        assert found.speed == pytest.approx(0.55, abs=0.05) and found.area == pytest.approx(
+            track(clip).area, rel=area
+        )
 
 
 def test_the_tracker_finds_every_color_on_every_background():
-    for color, background in itertools.product(drawing.COLORS.values(), drawing.BACKGROUNDS.values()):
+    for color, background in itertools.product(
+        drawing.COLORS.values(), drawing.BACKGROUNDS.values()
+    ):
         found = track(clip_of(line("Left"), "Square", color, background=background))
         assert (found.direction, found.shape) == ("Left", "Square")
         assert np.abs(np.subtract(found.color, color)).max() <= 12
 
 
 PATH, STEPS, AFTER = line("Right", 16, 0.4), np.arange(16), (np.arange(16) >= 8)[:, None]
-ANGLE, WOBBLE = np.linspace(0, np.pi / 2, 16)[:, None], np.array([[0, 0.4], [0, -0.4], [0, -0.4], [0, 0.4]])
+ANGLE, WOBBLE = (
+    np.linspace(0, np.pi / 2, 16)[:, None],
+    np.array([[0, 0.4], [0, -0.4], [0, -0.4], [0, 0.4]]),
+)
 SPREAD = np.stack([np.linspace(0, 4, 16), np.zeros(16)], 1)
 CORNERS = [(3, 3), (13, 3), (3, 13), (13, 13), (8, 8)]
 
@@ -89,27 +113,64 @@ REFUSED = {
     "two objects": (lambda: pair(11), "more than one object"),
     "two that touch": (lambda: pair(5.28), "not compact"),
     "two that overlap": (lambda: pair(3.52), "no known shape"),
-    "five": (lambda: np.maximum.reduce([clip_of(line("Right", 7, 0.3, at), radius=1.8) for at in CORNERS]), "than one"),
-    "a second one in a frame": (lambda: changed(clip_of(PATH), 5, clip_of([(2.5, 2.5)], radius=1.5)[0]), "than one"),
-    "a color from some frame on": (lambda: np.concatenate([clip_of(PATH)[:8], clip_of(PATH, color=BLUE)[8:]]), "color"),
-    "halves": (lambda: np.where(STEPS[:, None, None] < 8, clip_of(PATH), clip_of(PATH, color=GREEN)), "color"),
+    "five": (
+        lambda: np.maximum.reduce(
+            [clip_of(line("Right", 7, 0.3, at), radius=1.8) for at in CORNERS]
+        ),
+        "than one",
+    ),
+    "a second one in a frame": (
+        lambda: changed(clip_of(PATH), 5, clip_of([(2.5, 2.5)], radius=1.5)[0]),
+        "than one",
+    ),
+    "a color from some frame on": (
+        lambda: np.concatenate([clip_of(PATH)[:8], clip_of(PATH, color=BLUE)[8:]]),
+        "color",
+    ),
+    "halves": (
+        lambda: np.where(STEPS[:, None, None] < 8, clip_of(PATH), clip_of(PATH, color=GREEN)),
+        "color",
+    ),
     "colors that cancel": (
-        lambda: np.where(STEPS[:, None, None] < 8, 255, np.zeros((4, 16, 16, 3))).astype(np.uint8), "color"),
+        lambda: np.where(STEPS[:, None, None] < 8, 255, np.zeros((4, 16, 16, 3))).astype(np.uint8),
+        "color",
+    ),
     "it vanishes": (lambda: changed(clip_of(PATH), 9, 0), "vanishes"),
-    "it fades": (lambda: np.concatenate([clip_of(PATH)[:9], clip_of(PATH)[9:] // 2]), "area changes"),
-    "it splits": (lambda: np.maximum(clip_of(PATH + SPREAD, radius=2), clip_of(PATH - SPREAD, radius=2)), ""),
+    "it fades": (
+        lambda: np.concatenate([clip_of(PATH)[:9], clip_of(PATH)[9:] // 2]),
+        "area changes",
+    ),
+    "it splits": (
+        lambda: np.maximum(clip_of(PATH + SPREAD, radius=2), clip_of(PATH - SPREAD, radius=2)),
+        "",
+    ),
     "a jump": (lambda: clip_of(PATH + 2 * AFTER * [1, 0]), "not straight and steady"),
     "a hop": (lambda: clip_of(PATH + 2 * AFTER * [0, 1]), "not straight and steady"),
     "a stop": (lambda: clip_of(PATH[np.minimum(STEPS, 8)]), "not straight and steady"),
-    "a turn": (lambda: clip_of(np.concatenate([PATH[:8], PATH[8:0:-1]])), "not straight and steady"),
-    "a curve": (lambda: clip_of(8 + 4 * np.concatenate([np.cos(ANGLE), np.sin(ANGLE)], 1)), "not straight and steady"),
-    "a diagonal": (lambda: clip_of(8 + np.linspace(-3, 3, 16)[:, None] * [1, 1]), "not straight and steady"),
+    "a turn": (
+        lambda: clip_of(np.concatenate([PATH[:8], PATH[8:0:-1]])),
+        "not straight and steady",
+    ),
+    "a curve": (
+        lambda: clip_of(8 + 4 * np.concatenate([np.cos(ANGLE), np.sin(ANGLE)], 1)),
+        "not straight and steady",
+    ),
+    "a diagonal": (
+        lambda: clip_of(8 + np.linspace(-3, 3, 16)[:, None] * [1, 1]),
+        "not straight and steady",
+    ),
     "a wrong order": (lambda: clip_of(PATH)[[0, 3, 1, 4, 2, 6, 5]], "not straight and steady"),
-    "a wobble in a short clip": (lambda: clip_of(line("Right", 4) + WOBBLE), "not straight and steady"),
+    "a wobble in a short clip": (
+        lambda: clip_of(line("Right", 4) + WOBBLE),
+        "not straight and steady",
+    ),
     "black": (lambda: np.zeros((4, 16, 16, 3), np.uint8), "nothing"),
     "noise on gray": (lambda: noisy(np.full((4, 16, 16, 3), 30, np.uint8), 6), "nothing"),
-    "noise": (lambda: np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), ""),
-}  # fmt: skip
+    "noise": (
+        lambda: np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8),
+        "",
+    ),
+}
 
 
 @pytest.mark.filterwarnings("error")
@@ -129,7 +190,9 @@ def test_a_small_wobble_or_one_of_two_objects_has_a_direction():
 def test_a_static_object_has_a_shape_but_no_direction(frames):
     for seed in range(10):
         found = track(noisy(clip_of(line("Up", frames, 0), "Triangle"), 5, seed))
-        assert found.direction is None and "stands still" in found.reason and found.shape == "Triangle"
+        assert (
+            found.direction is None and "stands still" in found.reason and found.shape == "Triangle"
+        )
 
 
 def test_the_truth_of_shapes_json_is_scaled_to_the_clip(request, tmp_path):
@@ -137,21 +200,37 @@ def test_the_truth_of_shapes_json_is_scaled_to_the_clip(request, tmp_path):
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
     assert truth.area == pytest.approx(math.pi * 2.88**2)
-    assert "shapes.json: not the shapes.json of a Moving Shapes data set" in error_of(shapes.Truth, tmp_path)
+    assert "shapes.json: not the shapes.json of a Moving Shapes data set" in error_of(
+        shapes.Truth, tmp_path
+    )
 
 
 def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
     up, left = Track("Up", "Circle", 0.5, 20), Track("Left", "Square", 0.5, 20)
-    tracks = [Track("Up", "Circle", 0.4, 18), Track("Up", "Square", 0.6, 26), Track("Down", "Circle", 5, 99)]
-    tracks += [Track(reason="nothing stands out"), Track(None, "Square", reason="the object stands still")]
+    tracks = [
+        Track("Up", "Circle", 0.4, 18),
+        Track("Up", "Square", 0.6, 26),
+        Track("Down", "Circle", 5, 99),
+    ]
+    tracks += [
+        Track(reason="nothing stands out"),
+        Track(None, "Square", reason="the object stands still"),
+    ]
     found = shapes.summarize_tracks(tracks, [up] * 4 + [left])
-    assert (found["clips"], found["right"], found["direction_accuracy"], found["shape_accuracy"]) == (5, 2, 0.4, 0.6)
+    assert (
+        found["clips"],
+        found["right"],
+        found["direction_accuracy"],
+        found["shape_accuracy"],
+    ) == (5, 2, 0.4, 0.6)
     assert found["both_accuracy"] == 0.2
     assert found["speed_ratio"] == pytest.approx(1.0) and found["area_ratio"] == pytest.approx(1.1)
     half = stdtrit(1, 0.975) * 0.2  # Student's t of 0.9 and 1.3
     assert found["area_ratio_interval95"] == pytest.approx([1.1 - half, 1.1 + half])
     assert found["refused"] == {"nothing stands out": 1, "the object stands still": 1}
-    tripled = shapes.summarize_tracks(tracks * 3, ([up] * 4 + [left]) * 3, [*range(5)] * 3)  # 3 clips of each video
+    tripled = shapes.summarize_tracks(
+        tracks * 3, ([up] * 4 + [left]) * 3, [*range(5)] * 3
+    )  # 3 clips of each video
     assert tripled["area_ratio_interval95"] == pytest.approx(found["area_ratio_interval95"])
     assert tripled["direction_interval95"] is tripled["shape_interval95"] is None  # of 5 videos
     twice = shapes.summarize_tracks(tracks * 2, ([up] * 4 + [left]) * 2)
@@ -160,9 +239,16 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
         assert tripled[name] == pytest.approx(twice[name])
     none = shapes.summarize_tracks([Track(reason="x")], [up])
     assert none["speed_ratio"] is none["area_ratio"] is None and none["direction_accuracy"] == 0
-    lines = [line.split() for line in shapes.result_lines({"generated": found, "real": none}, shapes.TRACKED)]
+    lines = [
+        line.split()
+        for line in shapes.result_lines({"generated": found, "real": none}, shapes.TRACKED)
+    ]
     assert ["speed", "/", "true", "speed", "1.000", "(-1.541", "to", "3.541)", "-"] in lines
-    assert lines[2][2:6] == ["0.400", "(0.118", "to", "0.769)"] and lines[-1][:3] == ["refused:", "the", "object"]
+    assert lines[2][2:6] == ["0.400", "(0.118", "to", "0.769)"] and lines[-1][:3] == [
+        "refused:",
+        "the",
+        "object",
+    ]
 
 
 def test_motion_of_real_clips_is_all_right(request, tmp_path):
@@ -180,7 +266,17 @@ def test_motion_of_real_clips_is_all_right(request, tmp_path):
 
 # Bouncing motion ------------------------------------------------------------------------------------------------------
 
-BOUNCING = "--bounce", "--seed", 3, "--size", 32, "--videos-per-class", 2, "--seconds", 6.4  # 160 frames
+BOUNCING = (
+    "--bounce",
+    "--seed",
+    3,
+    "--size",
+    32,
+    "--videos-per-class",
+    2,
+    "--seconds",
+    6.4,
+)  # 160 frames
 VIDEOS = list(plan(*BOUNCING)[1].values())
 
 
@@ -188,7 +284,9 @@ VIDEOS = list(plan(*BOUNCING)[1].values())
 def follow(tmp_path_factory):
     """What the tracker says of a clip of a video."""
     path = tmp_path_factory.mktemp("bounce") / "shapes.json"
-    path.write_text(json.dumps({"size": 32, "videos": dict(enumerate(VIDEOS)), "settings": {"bounce": True}}))
+    path.write_text(
+        json.dumps({"size": 32, "videos": dict(enumerate(VIDEOS)), "settings": {"bounce": True}})
+    )
     truth = shapes.Truth(path.parent)
     return lambda clip, video: shapes.follow(clip, truth(video["class"], len(clip[0]), 1 / 25))
 
@@ -207,8 +305,12 @@ def test_bouncing_shapes_move_like_a_ball_between_two_walls(video):
         if position > video["high"] or position < video["low"]:
             position, sign = 2 * min(max(position, video["low"]), video["high"]) - position, -sign
     clip = draw(video).astype(float).sum((2, 3) if along else (1, 3))
-    assert clip.sum(axis=1).min() == pytest.approx(clip.sum(axis=1).max(), rel=0.01)  # it is never cut off
-    assert (clip[:, 0] > 0).any() and (clip[:, -1] > 0).any()  # and touches the border where it turns
+    assert clip.sum(axis=1).min() == pytest.approx(
+        clip.sum(axis=1).max(), rel=0.01
+    )  # it is never cut off
+    assert (clip[:, 0] > 0).any() and (
+        clip[:, -1] > 0
+    ).any()  # and touches the border where it turns
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.2])
@@ -229,22 +331,39 @@ def drifting(video):
     """Its clip, with motion across its axis."""
     shifts = [round(2 * math.sin(t / 8)) for t in range(160)]
     axis = 0 if video["axis"] == "Horizontal" else 1
-    return np.stack([np.roll(frame, shift, axis) for frame, shift in zip(draw(video), shifts, strict=True)])
+    return np.stack(
+        [np.roll(frame, shift, axis) for frame, shift in zip(draw(video), shifts, strict=True)]
+    )
 
 
 SPOILED = {  # a clip of a video, the window in which it is lost
     "another color": (lambda video: switched(video, 64, rgb=drawing.COLORS["white"]), 4),
-    "another shape": (lambda video: switched(video, 96, shape="Square" if video["shape"] == "Circle" else "Circle"), 6),
+    "another shape": (
+        lambda video: switched(
+            video, 96, shape="Square" if video["shape"] == "Circle" else "Circle"
+        ),
+        6,
+    ),
     "two objects": (lambda video: np.maximum(draw(video), draw(video)[::-1, ::-1, ::-1]), None),
-    "nothing": (lambda video: np.concatenate([draw(video)[:32], np.zeros((128, 32, 32, 3), np.uint8)]), 2),
+    "nothing": (
+        lambda video: np.concatenate([draw(video)[:32], np.zeros((128, 32, 32, 3), np.uint8)]),
+        2,
+    ),
     "turns early": (lambda video: draw(video, path=early_turns(video)), -1),
-    "leaves": (lambda video: draw(video, path=np.linspace(video["path"][0], video["path"][0] + 40, 160)), None),
+    "leaves": (
+        lambda video: draw(video, path=np.linspace(video["path"][0], video["path"][0] + 40, 160)),
+        None,
+    ),
     "moves across": (drifting, -1),
 }
 
 
 def early_turns(video):
-    return video["low"] + 0.25 * (video["high"] - video["low"]) + np.abs(np.array(video["path"]) - video["low"]) / 2
+    return (
+        video["low"]
+        + 0.25 * (video["high"] - video["low"])
+        + np.abs(np.array(video["path"]) - video["low"]) / 2
+    )
 
 
 @pytest.mark.parametrize("kind", SPOILED)
@@ -259,7 +378,9 @@ def test_spoiled_bouncing_clips_are_recognized(follow, kind):
     assert follow(draw(video, path=stops), video)[1][-1] < 0.05
 
 
-@pytest.mark.parametrize(("low", "high", "is_right"), [(2, 8, True), (0, 8, False), (2, 10, False), (4, 8, False)])
+@pytest.mark.parametrize(
+    ("low", "high", "is_right"), [(2, 8, True), (0, 8, False), (2, 10, False), (4, 8, False)]
+)
 def test_turns_are_the_extremes_of_a_path_despite_jitter(low, high, is_right):
     path = np.array([3, 2.6, 3.1, 5, 4.6, 8, 7.6, 8.2, 8.1, 6, 2, 2.5, 1.8, 2, 4.0])
     for axis, truth in enumerate(shapes.Bounce("Circle", axis, 1.0, low, high) for axis in (0, 1)):

@@ -38,22 +38,31 @@ def test_sharded_training_is_ddp_up_to_rounding_in_a_share_of_the_memory(kind, f
     assert sharded_norm == pytest.approx(norm, rel=ROUNDING[kind])
     for rank in found:
         held, weights, block = rank[kind]["bytes"]
-        assert held < 1.05 * 5 * weights / RANKS + block  # weights, gradients, two states of AdamW, EMA
+        assert (
+            held < 1.05 * 5 * weights / RANKS + block
+        )  # weights, gradients, two states of AdamW, EMA
 
 
 @pytest.mark.parametrize("precision", GATHERED)
-def test_rounding_before_weights_are_gathered_saves_a_third_of_the_bytes_and_changes_no_bit(precision, found):
+def test_rounding_before_weights_are_gathered_saves_a_third_of_the_bytes_and_changes_no_bit(
+    precision, found
+):
     for rank in found:
         (usual_sent, usual_kept, usual), (sent, kept, weights) = rank[precision]
         assert sent <= 0.67 * usual_sent and differences(usual, weights) == []
-        if precision == "bf16":  # without checkpointing; rounded copies of both blocks take as much as one block
+        if (
+            precision == "bf16"
+        ):  # without checkpointing; rounded copies of both blocks take as much as one block
             assert usual_kept - kept > 0.9 * rank["muon"]["bytes"][2]
 
 
 def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again(found):
     first, second, usual = found[0]["saved"]
     assert differences(first, second) == []
-    forms = [tree_map(lambda x: (x.shape, x.dtype) if torch.is_tensor(x) else x, state) for state in (first, usual)]
+    forms = [
+        tree_map(lambda x: (x.shape, x.dtype) if torch.is_tensor(x) else x, state)
+        for state in (first, usual)
+    ]
     assert forms[0] == forms[1]
     weights, ema = found[0]["muon"]["end"][1]
     assert differences([first["model"], first["ema"]], [weights, ema]) == []

@@ -38,7 +38,9 @@ def test_clips_are_the_same_bit_for_bit_with_and_without_a_cache(tmp_path, kind)
     if kind == "corrupt":
         scribble(tmp_path / "data/Run/a.avi")
     bad, frames = 0, 1 if kind == "images" else 5
-    plain, found = (clips_of(one, frames, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path)))
+    plain, found = (
+        clips_of(one, frames, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path))
+    )
     for index in range(30):
         expected, sample = plain[index], found[index]
         assert torch.equal(expected.pop("clip"), sample.pop("clip")) and expected == sample
@@ -60,7 +62,9 @@ def test_a_later_run_decodes_only_videos_that_have_changed(tmp_path, decoded):
     files = open_source(root, SIZE)
     again = cached(files, tmp_path)
     assert sorted(decoded) == ["Run/a.avi", "Run/b.mp4", "Run/c.mkv"]
-    assert not again.place(files.videos()[2]).exists()  # its frames from before are not taken for those of now
+    assert not again.place(
+        files.videos()[2]
+    ).exists()  # its frames from before are not taken for those of now
     plain, found = (clips_of(one, 5, frame_interval=(1, 3)) for one in (files, again))
     for index in range(10):
         assert torch.equal(plain[index]["clip"], found[index]["clip"])
@@ -99,7 +103,9 @@ def test_videos_are_written_a_few_at_a_time_and_no_more_after_an_error():
 
 
 def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(source.fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
+    monkeypatch.setattr(
+        source.fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented"))
+    )
     line = error_of(cached, open_source(write_mixed_videos(tmp_path / "data"), SIZE), tmp_path)
     words = "can't be locked (Function not implemented): move --results-dir"
     assert line.startswith("--cache-frames: ") and words in line
@@ -115,13 +121,22 @@ def test_runs_at_once_fill_the_cache_of_a_killed_run_and_decode_each_video_once(
     files, paths = open_source(root, SIZE), (tmp_path / "decoded").read_text().split()
     first, *others = (video.path for video in files.videos())
     assert paths[:2] == [first, others[0]] and sorted(paths[2:]) == others
-    plain, found = (clips_of(one, 5, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path)))
-    assert all(torch.equal(plain[index]["clip"], found[index]["clip"]) for index in range(10)) and not decoded
+    plain, found = (
+        clips_of(one, 5, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path))
+    )
+    assert (
+        all(torch.equal(plain[index]["clip"], found[index]["clip"]) for index in range(10))
+        and not decoded
+    )
 
 
-def test_too_much_is_refused_before_anything_is_made_unless_it_is_forced(shapes, tmp_path, monkeypatch, capsys):
+def test_too_much_is_refused_before_anything_is_made_unless_it_is_forced(
+    shapes, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(source, "LARGEST", 400_000)
-    line = refused(capsys, train, *Training(shapes, tmp_path / "runs", STEPS).command_flags("--cache-frames"))
+    line = refused(
+        capsys, train, *Training(shapes, tmp_path / "runs", STEPS).command_flags("--cache-frames")
+    )
     assert "--cache-frames: 24 videos take 0.5 MB" in line and "add --cache-frames-force" in line
     assert not (tmp_path / "runs").exists()
     CachedFiles(open_source(shapes, 16), tmp_path / "runs", force=True)
@@ -131,9 +146,14 @@ def test_a_disk_that_fills_up_is_one_line_and_a_cache_needs_no_other(tmp_path, m
     files = open_source(write_mixed_videos(tmp_path / "data"), SIZE)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(source, "THREADS", 1)
-        calls = record_calls(patch, os, "fsync", lambda _: len(calls) >= 4 and no_space())  # two calls per file
+        calls = record_calls(
+            patch, os, "fsync", lambda _: len(calls) >= 4 and no_space()
+        )  # two calls per file
         cached(files, tmp_path)
-    assert not list(tmp_path.rglob("*.tmp")) and len(list(tmp_path.glob(".pixels*/*.safetensors"))) == 2
+    assert (
+        not list(tmp_path.rglob("*.tmp"))
+        and len(list(tmp_path.glob(".pixels*/*.safetensors"))) == 2
+    )
     make_latents(tmp_path / "latents")
     error = error_of(CachedFiles, open_source(tmp_path / "latents", 16), tmp_path)
     assert error.startswith("--cache-frames: --data-path is a cache")

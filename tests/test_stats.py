@@ -16,19 +16,22 @@ PERSON, CHARACTER = "Bend/person7.mkv", "WalkLeft/character0123.mkv"
 UCF = "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi"
 
 
-@pytest.mark.parametrize(("one", "other", "are_one"), [
-    (PERSON, "JumpingJack/person7.mkv", True),
-    (PERSON, "Bend/person8.mkv", False),
-    (PERSON, "Bend/person7-copy3.mkv", True),  # of datasets/augment.py
-    (PERSON, f"{PERSON}, clip 5", True),  # a given clip, as samples.json names it
-    (CHARACTER, "SlashFront/character0123.mkv, clip 2663", True),
-    (CHARACTER, "WalkLeft/character0124.mkv", False),
-    (UCF, "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c05.avi", True),
-    (UCF, "ApplyEyeMakeup/v_ApplyEyeMakeup_g09_c01.avi", False),
-    (UCF, "ApplyLipstick/v_ApplyLipstick_g08_c01.avi", False),
-    (0, 1, False),  # samples that continue no video
-    (7, 7, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("one", "other", "are_one"),
+    [
+        (PERSON, "JumpingJack/person7.mkv", True),
+        (PERSON, "Bend/person8.mkv", False),
+        (PERSON, "Bend/person7-copy3.mkv", True),  # of datasets/augment.py
+        (PERSON, f"{PERSON}, clip 5", True),  # a given clip, as samples.json names it
+        (CHARACTER, "SlashFront/character0123.mkv, clip 2663", True),
+        (CHARACTER, "WalkLeft/character0124.mkv", False),
+        (UCF, "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c05.avi", True),
+        (UCF, "ApplyEyeMakeup/v_ApplyEyeMakeup_g09_c01.avi", False),
+        (UCF, "ApplyLipstick/v_ApplyLipstick_g08_c01.avi", False),
+        (0, 1, False),  # samples that continue no video
+        (7, 7, True),
+    ],
+)
 def test_a_unit_is_a_video_or_what_videos_share(one, other, are_one):
     assert (stats.unit_of(one) == stats.unit_of(other)) == are_one
 
@@ -84,8 +87,11 @@ def test_shares_have_wilson_intervals_but_none_over_few_units():
     independent = 0.75, pytest.approx(stats.wilson(3, 4))
     assert stats.share(hits[:4], range(4)) == stats.share(hits[:4]) == independent
     assert stats.shares({"a": hits, "b": []}, [0] * 80) == {
-        "a": 0.75, "a_interval95": None, "b": None, "b_interval95": None,
-    }  # fmt: skip
+        "a": 0.75,
+        "a_interval95": None,
+        "b": None,
+        "b_interval95": None,
+    }
 
 
 def test_ratios_have_intervals_over_at_least_ten_units():
@@ -104,23 +110,38 @@ def test_ratios_have_intervals_over_at_least_ten_units():
 SPRITES = [f"{name}/character{number:04}.mkv" for name in ("Walk", "Slash") for number in range(12)]
 
 
-@pytest.mark.parametrize(("lacking", "videos", "over", "missing"), [
-    ("shares", range(96), "96 clips", ""),
-    ("shares", range(9), "9 clips", ""),
-    ("ratios", range(9), "9 clips", "; no interval of ratios: fewer than 10 clips"),
-    ("shares", [f"a/{clip % 12}.mkv" for clip in range(96)], "12 videos", ""),
-    ("shares", ["a/1.mkv", "a/1.mkv", "b/2.mkv"], "2 videos",
-     "; no interval of shares: fewer than 10 videos"),
-    ("ratios", ["a/1.mkv, clip 0", "a/1.mkv, clip 2", "b/2.mkv, clip 1"], "2 videos",
-     "; no interval of ratios: fewer than 10 videos"),
-    ("", ["a/1.mkv", "a/1.mkv", "b/2.mkv"], "2 videos", ""),
-    ("", ["a/1.mkv"] * 3, "3 clips", "; no interval: fewer than 2 videos"),
-    ("shares", SPRITES, "12 groups of videos", ""),
-    ("shares", ["Bend/person7.mkv", "Wave/person7.mkv", "Bend/person8.mkv"], "2 groups of videos",
-     "; no interval of shares: fewer than 10 groups of videos"),
-    ("shares", ["a/1.mkv"] * 32, "32 clips", "; no interval: fewer than 2 videos"),
-    ("shares", ["a/1.mkv"], "1 clips", "; no interval of means: fewer than 2 clips"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lacking", "videos", "over", "missing"),
+    [
+        ("shares", range(96), "96 clips", ""),
+        ("shares", range(9), "9 clips", ""),
+        ("ratios", range(9), "9 clips", "; no interval of ratios: fewer than 10 clips"),
+        ("shares", [f"a/{clip % 12}.mkv" for clip in range(96)], "12 videos", ""),
+        (
+            "shares",
+            ["a/1.mkv", "a/1.mkv", "b/2.mkv"],
+            "2 videos",
+            "; no interval of shares: fewer than 10 videos",
+        ),
+        (
+            "ratios",
+            ["a/1.mkv, clip 0", "a/1.mkv, clip 2", "b/2.mkv, clip 1"],
+            "2 videos",
+            "; no interval of ratios: fewer than 10 videos",
+        ),
+        ("", ["a/1.mkv", "a/1.mkv", "b/2.mkv"], "2 videos", ""),
+        ("", ["a/1.mkv"] * 3, "3 clips", "; no interval: fewer than 2 videos"),
+        ("shares", SPRITES, "12 groups of videos", ""),
+        (
+            "shares",
+            ["Bend/person7.mkv", "Wave/person7.mkv", "Bend/person8.mkv"],
+            "2 groups of videos",
+            "; no interval of shares: fewer than 10 groups of videos",
+        ),
+        ("shares", ["a/1.mkv"] * 32, "32 clips", "; no interval: fewer than 2 videos"),
+        ("shares", ["a/1.mkv"], "1 clips", "; no interval of means: fewer than 2 clips"),
+    ],
+)
 def test_units_are_named_and_so_is_why_there_is_no_interval(lacking, videos, over, missing):
     units, line = stats.interval_units(lacking, real=videos)
     assert units == {"real": over + missing}

@@ -40,12 +40,16 @@ from schedule import Phase
 from training import ROOT, counted_steps, refused, run_main
 
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
-SAMPLED = [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]  # in this order
+SAMPLED = [
+    (name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths
+]  # in this order
 SCRIPT = lab.Run.script  # in a process of its own
 SCRIPTS = {
-    "EqM/train.py": train, "EqM/sample_gd.py": sample_gd, "EqM/evaluate.py": evaluate,
+    "EqM/train.py": train,
+    "EqM/sample_gd.py": sample_gd,
+    "EqM/evaluate.py": evaluate,
     "datasets/make_moving_shapes.py": make_moving_shapes,
-}  # fmt: skip
+}
 
 # Miniatures that are really run (killed, and by two processes at once: faults/test_study_kills.py) --------------------
 
@@ -57,14 +61,19 @@ def commands(tmp_path_factory):
 
     def script(run, *words, **variables):
         seen.append([str(word) for word in words])
-        if words[0] == "datasets/make_moving_shapes.py" and made.setdefault(words[3:], words[2]) != words[2]:
+        if (
+            words[0] == "datasets/make_moving_shapes.py"
+            and made.setdefault(words[3:], words[2]) != words[2]
+        ):
             words[2].exists() or words[2].symlink_to(made[words[3:]])
             return
         if words[0] == "scripts/quickstart.sh":
             flags = arms.recipe_flags(BY_NAME["16 rotary"], variables["SEED"], 1.0, MINIATURE)
             flags += [*arms.sampling_flags(MINIATURE), "--data-path", variables["DATA"], "--resume"]
             words = "EqM/train.py", *flags, "--results-dir", ROOT / "results" / variables["EXP"]
-        with pytest.MonkeyPatch.context() as patch:  # the plots of scores take long, and are tested with these
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # the plots of scores take long, and are tested with these
             patch.setattr(Figure, "savefig", lambda figure, path, **settings: None)
             run_main(SCRIPTS[words[0]], *words[1:])
 
@@ -104,21 +113,32 @@ def test_a_study_writes_each_validation_and_sample_row_once(trained, commands, c
     assert "| 16 fixed | 100 |" in (out / "study.md").read_text()
     (made,) = json.loads((out / "study.json").read_text())
     assert made["command"].endswith(" ".join(["--only", *map(shlex.quote, TWO_ARMS)]))
-    assert {row["code"] for row in rows} == {made["code"]} and {row["machine"] for row in rows} == {made["machine"]}
+    assert {row["code"] for row in rows} == {made["code"]} and {row["machine"] for row in rows} == {
+        made["machine"]
+    }
     commands.clear()
     for flags, words in ([], "all is done"), (["--list"], "2 runs, 0.0 hours left"):
         run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS, *flags)
-        assert words in capsys.readouterr().out and not commands and lines_of(out / "study.csv") == rows
+        assert (
+            words in capsys.readouterr().out
+            and not commands
+            and lines_of(out / "study.csv") == rows
+        )
 
 
 MINIATURES = {  # study: its flags, a line of its report
-    given_frames: ("--seeds 0 --shares 0.75", r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|"),
+    given_frames: (
+        "--seeds 0 --shares 0.75",
+        r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|",
+    ),
     seeds: ("--seeds 3", r"^\| frames \| lowest direction accuracy \(%\) \| median \| seed 3 \|$"),
 }
 
 
 @pytest.mark.parametrize("script", MINIATURES, ids=lambda script: script.__name__)
-def test_a_miniature_study_writes_its_table_and_resumes(script, trained, commands, capsys, monkeypatch):
+def test_a_miniature_study_writes_its_table_and_resumes(
+    script, trained, commands, capsys, monkeypatch
+):
     monkeypatch.setattr(given_frames, "TASKS", dict(list(given_frames.TASKS.items())[1::6]))
     (out, _), (flags, line) = trained, MINIATURES[script]
     flags = ["--miniature", "--out", out, *flags.split()]
@@ -128,7 +148,9 @@ def test_a_miniature_study_writes_its_table_and_resumes(script, trained, command
     assert re.search(line, found.with_suffix(".md").read_text(), re.M)
     assert json.loads(found.read_text())["made"]["command"].endswith(" ".join(map(str, flags)))
     content, folder = found.read_text(), out / script.__name__.replace("_", "-")
-    scores = [path for path in folder.rglob("*.json") if path.name in ("motion.json", "prediction.json")]
+    scores = [
+        path for path in folder.rglob("*.json") if path.name in ("motion.json", "prediction.json")
+    ]
     scores[-1].unlink()
     commands.clear()
     run_main(script, *flags)
@@ -149,24 +171,42 @@ def compared(commands, tmp_path_factory):
 
 
 def test_objectives_have_a_row_per_run_and_are_compared_by_seed(compared):
-    rows, text = json.loads((compared / "objectives.json").read_text()), (compared / "objectives.md").read_text()
+    rows, text = (
+        json.loads((compared / "objectives.json").read_text()),
+        (compared / "objectives.md").read_text(),
+    )
     assert [(row["objective"], row["seed"]) for row in rows] == [("eqm", 0), ("flow", 0)]
-    assert all(row["code"] and row["machine"] and row["date"] and "--seeds 0" in row["command"] for row in rows)
+    assert all(
+        row["code"] and row["machine"] and row["date"] and "--seeds 0" in row["command"]
+        for row in rows
+    )
     spent = {task: own["evaluations"] for task, own in rows[1]["values"].items() if task}
-    assert spent == {objectives.MAIN: 15, "24 frames": 15, "32 frames": 15, "2 evaluations": 2,
-                     "2 evaluations, no guidance": 2}  # fmt: skip
+    assert spent == {
+        objectives.MAIN: 15,
+        "24 frames": 15,
+        "32 frames": 15,
+        "2 evaluations": 2,
+        "2 evaluations, no guidance": 2,
+    }
     assert rows[0]["values"]["until the field is below 1"]["evaluations"] <= 30
-    assert re.search(r"both right \(%\): eqm minus flow is [-+]\d+\.\d+ \(one seed, no interval\)", text)
+    assert re.search(
+        r"both right \(%\): eqm minus flow is [-+]\d+\.\d+ \(one seed, no interval\)", text
+    )
 
 
 def test_a_row_without_a_new_task_is_replaced(tmp_path):
-    run = lab.JsonRun(tmp_path, tasks={"old": (), "new": ()}, out=tmp_path / "rows.json", about={"seed": 0})
+    run = lab.JsonRun(
+        tmp_path, tasks={"old": (), "new": ()}, out=tmp_path / "rows.json", about={"seed": 0}
+    )
     other = {"seed": 1, "values": {"old": {}}}
     lab.add_rows(run.out, [{"seed": 0, "values": {"old": {}}}, other])
     assert not run.has_row
     row = {"seed": 0, "values": {"old": {}, "new": {}}}
     lab.add_rows(run.out, [row], replaces=run.about)
-    assert run.has_row and [kept["values"] for kept in lab.read_rows(run.out)] == [other["values"], row["values"]]
+    assert run.has_row and [kept["values"] for kept in lab.read_rows(run.out)] == [
+        other["values"],
+        row["values"],
+    ]
 
 
 def test_descents_with_few_evaluations_sample_the_same_models(compared, commands, monkeypatch):
@@ -181,16 +221,21 @@ def test_descents_with_few_evaluations_sample_the_same_models(compared, commands
     assert re.search(r"^\| flow, Euler steps \| \d+.0 \| \d+.0 \|$", text, re.M)
 
 
-@pytest.mark.parametrize(("way", "evaluations", "expected"), [
-    ("euler", 15, ["--sampler", "euler", "--num-sampling-steps", 16]),
-    ("heun", 15, ["--sampler", "heun", "--num-sampling-steps", 9]),
-    (0.6, 15, ["--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", "0.04"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("way", "evaluations", "expected"),
+    [
+        ("euler", 15, ["--sampler", "euler", "--num-sampling-steps", 16]),
+        ("heun", 15, ["--sampler", "heun", "--num-sampling-steps", 9]),
+        (0.6, 15, ["--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", "0.04"]),
+    ],
+)
 def test_all_ways_to_sample_take_the_same_evaluations(way, evaluations, expected):
     assert objectives.sampling(way, evaluations) == expected
 
 
-def test_starts_without_a_clock_fill_one_table_cell_at_a_time(compared, commands, monkeypatch, tmp_path):
+def test_starts_without_a_clock_fill_one_table_cell_at_a_time(
+    compared, commands, monkeypatch, tmp_path
+):
     monkeypatch.setattr(no_clock, "PARTS", {"noisy clips": (0.4,), "noisy half": (0.0,)})
     run_main(no_clock, "--miniature", "--out", compared, "--seeds", 0)
     path = compared / "no_clock.json"
@@ -203,14 +248,18 @@ def test_starts_without_a_clock_fill_one_table_cell_at_a_time(compared, commands
     run_main(no_clock, "--miniature", "--out", compared, "--seeds", 0)
     again = json.loads(path.read_text())
     assert [row | {"date": ""} for row in again] == [row | {"date": ""} for row in rows]
-    assert not [words for words in commands if words[0].startswith("EqM")]  # data sets say that they exist
+    assert not [
+        words for words in commands if words[0].startswith("EqM")
+    ]  # data sets say that they exist
 
 
 def test_the_noise_level_of_shapes_can_be_estimated():
     clips = torch.full((4, 3, 8, 16, 16), -1.0)
     clips[:, :, :, 4:9, 5:11] = 0.8
     for gamma in (0.2, 0.5, 0.9):
-        noisy = gamma * clips + (1 - gamma) * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
+        noisy = gamma * clips + (1 - gamma) * torch.randn(
+            clips.shape, generator=torch.Generator().manual_seed(0)
+        )
         noisy[:, :, 4:] = clips[:, :, 4:]
         assert no_clock.estimate_gammas(noisy, 4) == pytest.approx([gamma, 1], abs=0.05)
 
@@ -225,11 +274,16 @@ def test_all_positions_have_equal_compute(data_set, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["people", "bouncing"])
-def test_positions_on_other_data_keep_each_finished_run(name, trained, commands, tmp_path, monkeypatch):
+def test_positions_on_other_data_keep_each_finished_run(
+    name, trained, commands, tmp_path, monkeypatch
+):
     monkeypatch.setattr(positions, "POSITIONS", {"fixed": "", "moving": arms.MOVING})
     (_, model), latents, out = trained, tmp_path / "latents", tmp_path / "results"
     bouncing = positions.DATA_SETS["bouncing"]  # shorter videos, fewer clips
-    (words, metrics), short = bouncing.tasks[positions.LONG], {"made": ("--bounce", "--seconds", 1.4)}
+    (words, metrics), short = (
+        bouncing.tasks[positions.LONG],
+        {"made": ("--bounce", "--seconds", 1.4)},
+    )
     short["tasks"] = {positions.LONG: (words.replace("256", "24"), metrics)}
     short["metrics"] = dict.fromkeys(metrics, "--split all --num-real 4")
     monkeypatch.setitem(positions.DATA_SETS, "bouncing", replace(bouncing, **short))
@@ -249,27 +303,42 @@ def test_positions_on_other_data_keep_each_finished_run(name, trained, commands,
     assert not commands and written.read_text() == report
     written.with_suffix(".json").write_text(json.dumps(rows[:1]))  # a stopped run continues
     run_main(positions, *flags)
-    assert not commands and json.loads(written.with_suffix(".json").read_text())[1]["values"] == rows[1]["values"]
+    assert (
+        not commands
+        and json.loads(written.with_suffix(".json").read_text())[1]["values"] == rows[1]["values"]
+    )
 
 
 def test_positions_on_other_data_need_its_videos(tmp_path, capsys):
-    assert "--data-path: expected the videos of sprites" in refused(capsys, positions, "sprites", "--out", tmp_path)
+    assert "--data-path: expected the videos of sprites" in refused(
+        capsys, positions, "sprites", "--out", tmp_path
+    )
 
 
 def test_kernels_are_compared_at_the_start_and_later(commands, monkeypatch, tmp_path):
     monkeypatch.setitem(inflation.DATA, "shapes", replace(inflation.DATA["shapes"], patches=(4,)))
     out = tmp_path
     run_main(inflation, "kernels", "--miniature", "--out", out, "--seeds", 0)
-    rows, text = json.loads((out / "inflation_kernels.json").read_text()), (out / "inflation_kernels.md").read_text()
-    assert [(row["spread"], row["steps"]) for row in rows] == [(name, n) for n in (1, 2) for name in inflation.SPREADS]
-    assert len({row["val_loss"] for row in rows}) == 6 and "## shapes, temporal patch 4, after 2 steps" in text
+    rows, text = (
+        json.loads((out / "inflation_kernels.json").read_text()),
+        (out / "inflation_kernels.md").read_text(),
+    )
+    assert [(row["spread"], row["steps"]) for row in rows] == [
+        (name, n) for n in (1, 2) for name in inflation.SPREADS
+    ]
+    assert (
+        len({row["val_loss"] for row in rows}) == 6
+        and "## shapes, temporal patch 4, after 2 steps" in text
+    )
     assert "- val_loss: one frame minus mean is " in text
     commands.clear()
     run_main(inflation, "kernels", "--miniature", "--out", out, "--seeds", 0)
     assert not commands
 
 
-def test_a_start_from_images_is_compared_with_scratch_over_compute(shapes, commands, monkeypatch, tmp_path):
+def test_a_start_from_images_is_compared_with_scratch_over_compute(
+    shapes, commands, monkeypatch, tmp_path
+):
     monkeypatch.setattr(inflation, "TASK", ("--num-frames 8 --num-samples 4", ("nearest",)))
     monkeypatch.setattr(inflation, "VALID", "rmse_ratio")
     monkeypatch.setattr(inflation, "SHARES", {"scratch": (1.0,), "images": (0.6, 1.0)})
@@ -278,20 +347,38 @@ def test_a_start_from_images_is_compared_with_scratch_over_compute(shapes, comma
     flags = ["pay", "--miniature", "--out", out, "--seeds", 0, *videos, "--latents", latents]
     commands.clear()
     run_main(inflation, *flags)
-    rows, text = json.loads((out / "inflation_pay.json").read_text()), (out / "inflation_pay.md").read_text()
-    assert [(row["arm"], row["share"]) for row in rows] == [("scratch", 1.0), ("images", 0.6), ("images", 1.0)]
+    rows, text = (
+        json.loads((out / "inflation_pay.json").read_text()),
+        (out / "inflation_pay.md").read_text(),
+    )
+    assert [(row["arm"], row["share"]) for row in rows] == [
+        ("scratch", 1.0),
+        ("images", 0.6),
+        ("images", 1.0),
+    ]
     assert "| images | 60 | 83 | " in text and "- Seed 0: compute to " in text
     assert sum("--inflate" in words for words in commands) == 2
 
 
 def test_compute_of_an_image_model_counts_once():
-    found = {("scratch", 1.0): 0.8, ("images", 0.2): 0.6, ("images", 0.4): 0.7, ("images", 0.6): 0.9}
+    found = {
+        ("scratch", 1.0): 0.8,
+        ("images", 0.2): 0.6,
+        ("images", 0.4): 0.7,
+        ("images", 0.6): 0.9,
+    }
     own = {"seed": 0, "val_loss": 1.0, "flops": 100.0, "image_flops": 20.0}
-    lines = inflation.pay_markdown([
-        own | {"arm": arm, "share": share, "valid": valid} for (arm, share), valid in found.items()
-    ])  # fmt: skip
+    lines = inflation.pay_markdown(
+        [
+            own | {"arm": arm, "share": share, "valid": valid}
+            for (arm, share), valid in found.items()
+        ]
+    )
     assert lines[-1] == "- Seed 0: compute to 80.0% valid samples: 0.50 free, 0.70 counted."
-    assert inflation.compute_needed(0.6, (0.2, 0.4), (0.6, 0.7), 0.1) == "at most 0.20 free, 0.30 counted"
+    assert (
+        inflation.compute_needed(0.6, (0.2, 0.4), (0.6, 0.7), 0.1)
+        == "at most 0.20 free, 0.30 counted"
+    )
     assert inflation.compute_needed(0.8, (0.2, 0.4), (0.6, 0.7), 0.1) == "more than 0.40"
 
 
@@ -303,7 +390,9 @@ def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):
     assert "the training was stopped; run the same command to continue" in capsys.readouterr().err
     run_main(study, *flags)
     one, other = (lines_of(folder / "study.csv") for folder in (tmp_path, out))
-    assert [row | {"seconds": ""} for row in one] == [row | {"seconds": ""} for row in other[: len(one)]]
+    assert [row | {"seconds": ""} for row in one] == [
+        row | {"seconds": ""} for row in other[: len(one)]
+    ]
 
 
 def test_a_study_starts_no_run_that_exceeds_its_minutes(tmp_path, capsys):
@@ -325,10 +414,18 @@ def test_all_arms_have_equal_compute_and_tokens_per_step(share):
     config = arms.config_of(FULL)
     full = FULL.steps * 8 * config.training_flops(16)
     for arm in arms.ARMS:
-        phases, flops, first_step = [Phase(*phase) for phase in arms.plan(arm, share, FULL)[0]], 0, 0
+        phases, flops, first_step = (
+            [Phase(*phase) for phase in arms.plan(arm, share, FULL)[0]],
+            0,
+            0,
+        )
         for phase in phases:  # as train.py counts them, step by step
-            frames = schedule.frames_of_steps(phases, phase, first_step, first_step, arm.mix, seed=0)
-            flops += sum(phase.batch_size * config.training_flops(num_frames) for num_frames in frames)
+            frames = schedule.frames_of_steps(
+                phases, phase, first_step, first_step, arm.mix, seed=0
+            )
+            flops += sum(
+                phase.batch_size * config.training_flops(num_frames) for num_frames in frames
+            )
             first_step = phase.last_step
             assert phase.batch_size * math.prod(config.grid(phase.num_frames)) == arms.TOKENS
         assert flops == pytest.approx(share * full, rel=0.02), arm.name
@@ -341,20 +438,33 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
     }
     assert len({run.folder for run in runs}) == len(runs) == 5 + 8 + 9
     assert [run.key for run in runs[-5:]] == [
-        ("16 fixed", 4, 1), ("16 table", 4, 1), *(("16 table", seed, 1.6) for seed in range(3))
-    ]  # fmt: skip
+        ("16 fixed", 4, 1),
+        ("16 table", 4, 1),
+        *(("16 table", seed, 1.6) for seed in range(3)),
+    ]
 
 
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-TABLES = {script.__name__: script.markdown for script in (*MINIATURES, objectives, no_clock, disturb, people, sprites)}
+TABLES = {
+    script.__name__: script.markdown
+    for script in (*MINIATURES, objectives, no_clock, disturb, people, sprites)
+}
 TABLES["coverage"] = coverage.markdown
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
-TABLES |= {"objectives_tuning": objectives.tuning_markdown, "given_frames_objectives": given_frames.markdown}
-TABLES |= {"old/inflation_kernels": inflation.kernels_markdown, "inflation_pay": inflation.pay_markdown}
+TABLES |= {
+    "objectives_tuning": objectives.tuning_markdown,
+    "given_frames_objectives": given_frames.markdown,
+}
+TABLES |= {
+    "old/inflation_kernels": inflation.kernels_markdown,
+    "inflation_pay": inflation.pay_markdown,
+}
 TABLES["old/seeds"] = seeds.markdown
-TABLES["objectives_few"] = partial(objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json"))
+TABLES["objectives_few"] = partial(
+    objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json")
+)
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))
@@ -381,7 +491,9 @@ def test_intervals_cover_as_often_in_a_small_simulation(tmp_path):
 def test_a_table_of_experiments_keeps_the_columns_of_other_runs(tmp_path, monkeypatch):
     runs = {"eqm": {"psnr": 30}, "flow": {"objective": "flow", "psnr": 20}, "again": {"psnr": 31}}
     runs = {name: {"hours": 1, "seed": 0} | run for name, run in runs.items()}
-    made = lab.ExperimentTable("", "census", "", "census.sh", runs.__getitem__, lambda run: {"PSNR": str(run["psnr"])})
+    made = lab.ExperimentTable(
+        "", "census", "", "census.sh", runs.__getitem__, lambda run: {"PSNR": str(run["psnr"])}
+    )
     for names in (["flow", "eqm"], ["again"]):
         monkeypatch.setattr("sys.argv", ["census.py", *names, "--out", str(tmp_path)])
         made.main()
@@ -404,7 +516,9 @@ def test_the_committed_report_matches_the_committed_rows(tmp_path):
     (tmp_path / "study.csv").write_bytes((ROOT / "results/study.csv").read_bytes())
     run_main(study, "--report", "--out", tmp_path)
     assert (tmp_path / "study.md").read_text() == (ROOT / "results/study.md").read_text()
-    assert {path.name for path in tmp_path.glob("figures/*")} == {f"study-{letter}.png" for letter in "BC"}
+    assert {path.name for path in tmp_path.glob("figures/*")} == {
+        f"study-{letter}.png" for letter in "BC"
+    }
     study.write_rows(tmp_path / "again.csv", study.read_rows(tmp_path / "study.csv"))
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "study.csv").read_bytes()
 
@@ -412,8 +526,11 @@ def test_the_committed_report_matches_the_committed_rows(tmp_path):
 @pytest.mark.parametrize(
     ("values", "others", "text"),
     [  # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30; t = 16 with two degrees of freedom
-        ([1.0, 2.0, 3.1], [0.5, 1.5, 2.5, 9.0],
-         "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds; p 0.004, by Holm 0.004): higher."),
+        (
+            [1.0, 2.0, 3.1],
+            [0.5, 1.5, 2.5, 9.0],
+            "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds; p 0.004, by Holm 0.004): higher.",
+        ),
         ([1.0, -1.0], [0.0, 0.0], "no significant difference"),
         ([1.0], [0.0], "one seed"),
         ([], [0.0], "- Loss, a minus b: not run yet."),
@@ -434,7 +551,9 @@ def test_p_values_are_those_of_students_t():
 def test_holm_multiplies_the_smallest_p_by_their_number_the_next_by_one_less_and_so_on():
     # By hand: 4 x 0.005, 3 x 0.011, then 2 x 0.02 and 1 x 0.04
     assert lab.holm([0.04, 0.005, 0.02, 0.011]) == pytest.approx([0.04, 0.02, 0.04, 0.033])
-    assert lab.holm([0.03, 0.02, 0.9]) == pytest.approx([0.06, 0.06, 0.9])  # never below that of a smaller p
+    assert lab.holm([0.03, 0.02, 0.9]) == pytest.approx(
+        [0.06, 0.06, 0.9]
+    )  # never below that of a smaller p
     assert lab.holm([0.6, 0.7]) == [1, 1] and lab.holm([]) == []
 
 
@@ -453,7 +572,9 @@ def test_holm_rejects_what_its_definition_rejects():
 def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
     # t is 4 sqrt(3), so p = 1 - sqrt(48 / 50) = 0.0202, and five times that in a table of five
     gap = lab.difference("a", "b", "Loss", {0: 1.3, 1: 1.4, 2: 1.5}, dict.fromkeys(range(3), 1.0))
-    others = [lab.difference("a", "b", "Loss", {0: 1.0, 1: 1.1, 2: 0.9}, dict.fromkeys(range(3), 1.0))] * 4
+    others = [
+        lab.difference("a", "b", "Loss", {0: 1.0, 1: 1.1, 2: 0.9}, dict.fromkeys(range(3), 1.0))
+    ] * 4
     alone, (among, *_) = lab.difference_lines([gap]), lab.difference_lines([gap, *others])
     assert alone[0].endswith("p 0.020, by Holm 0.020): higher.")
     assert among.endswith("p 0.020, by Holm 0.101): no significant difference.")
@@ -477,7 +598,11 @@ def test_compute_to_reach_a_goal_is_interpolated_or_unknown():
 @pytest.fixture
 def some_rows(tmp_path):
     """A folder with a csv of some committed rows: the arms with fixed and moving positions."""
-    rows = [row for row in study.read_rows(ROOT / "results/study.csv") if row["arm"] in ("16 fixed", "16 moving")]
+    rows = [
+        row
+        for row in study.read_rows(ROOT / "results/study.csv")
+        if row["arm"] in ("16 fixed", "16 moving")
+    ]
     study.write_rows(tmp_path / "study.csv", rows)
     return tmp_path
 
@@ -486,10 +611,18 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
     rows = study.read_rows(some_rows / "study.csv")
     lost_run, last = ("16 moving", 4, 1), {"step": 7, "loss": math.inf, "loss_16": math.inf}
     lost = next(row for row in rows if study.key_of(row) == lost_run) | last
-    study.write_rows(some_rows / "study.csv", [*(row for row in rows if study.key_of(row) != lost_run), lost])
+    study.write_rows(
+        some_rows / "study.csv", [*(row for row in rows if study.key_of(row) != lost_run), lost]
+    )
     run_main(study, "--report", "--out", some_rows)
-    text, (run,) = (some_rows / "study.md").read_text(), [run for run in a_study(some_rows).runs if run.key == lost_run]
-    assert run.is_done and "| 16 moving | 100 | 0.331 ± 0.003 (0.333, 0.321, 0.336, 0.333, inf) |" in text
+    text, (run,) = (
+        (some_rows / "study.md").read_text(),
+        [run for run in a_study(some_rows).runs if run.key == lost_run],
+    )
+    assert (
+        run.is_done
+        and "| 16 moving | 100 | 0.331 ± 0.003 (0.333, 0.321, 0.336, 0.333, inf) |" in text
+    )
     words = r"Loss: 16 moving minus 16 fixed is -0.0\d\d \(95% -0.\d+ to -0.\d+, 4 seeds; p .*, by Holm .*\): lower"
     assert re.search(words, text)
     assert "Direction accuracy (0 to 1), 16 rotary minus 16 fixed: not run yet." in text
@@ -500,11 +633,22 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("old", "new", "words"), [
-    ("\n2,", "\n1,", "has another version or recipe (flags, sizes); expected version 2; move the file away"),
-    (",16 moving,0,", ",x,0,", "arm 'x' has another version or recipe"),
-    ("version,", "versions,", "has other columns; expected those of version 2; move the file away"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "\n2,",
+            "\n1,",
+            "has another version or recipe (flags, sizes); expected version 2; move the file away",
+        ),
+        (",16 moving,0,", ",x,0,", "arm 'x' has another version or recipe"),
+        (
+            "version,",
+            "versions,",
+            "has other columns; expected those of version 2; move the file away",
+        ),
+    ],
+)
 def test_rows_of_other_studies_are_refused(old, new, words, some_rows, capsys):
     path = some_rows / "study.csv"
     path.write_text(path.read_text().replace(old, new, 1))
@@ -514,5 +658,7 @@ def test_rows_of_other_studies_are_refused(old, new, words, some_rows, capsys):
 
 
 def test_a_failing_script_is_a_one_line_error(tmp_path):
-    with pytest.raises(lab.UserError, match=r"sample.sh ended with status 2 \(.*error: .*word.*\); see .*log"):
+    with pytest.raises(
+        lab.UserError, match=r"sample.sh ended with status 2 \(.*error: .*word.*\); see .*log"
+    ):
         SCRIPT(lab.Run(tmp_path), "scripts/sample.sh", "word")

@@ -10,7 +10,15 @@ from PIL import Image
 
 import autoencoder
 import train_vae
-from autoencoder import Autoencoder, hidden_matrices, jitter_colors, losses_of, make_autoencoder, psnr, residual_blocks
+from autoencoder import (
+    Autoencoder,
+    hidden_matrices,
+    jitter_colors,
+    losses_of,
+    make_autoencoder,
+    psnr,
+    residual_blocks,
+)
 from training import TINY_VAE, Training, compare, content, record_calls, refused, run_here
 from vae import load_vae
 from video.loader import batches_of
@@ -21,7 +29,9 @@ STEPS = 7
 @pytest.fixture(scope="module")
 def made(shapes, tmp_path_factory):
     """A run that nothing has disturbed, and the frames that each of its validations measures: held out, then others."""
-    training = Training(shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py")
+    training = Training(
+        shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py"
+    )
 
     def frames_and_videos(ema, loader, device):
         batches = list(batches_of(loader))
@@ -43,13 +53,22 @@ def test_losses_match_their_definitions():
     x, standard = torch.rand(2, 3, 8, 8), (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     assert all(loss == 0 for loss in losses_of(x, x, *standard).values())
     found = losses_of(x, x + 0.25, *standard)
-    assert found["pixel_loss"].item() == pytest.approx(0.25) and found["gradient_loss"].item() < 1e-6
+    assert (
+        found["pixel_loss"].item() == pytest.approx(0.25) and found["gradient_loss"].item() < 1e-6
+    )
     ramp = torch.arange(8.0).expand(2, 3, 8, 8)  # one more per column, as much in each row
     assert losses_of(x, x + 0.5 * ramp, *standard)["gradient_loss"].item() == pytest.approx(0.5)
-    mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)  # the KL loss is in nats per latent value
+    mean, logvar = (
+        torch.randn(2, 4, 3, 3),
+        torch.randn(2, 4, 3, 3),
+    )  # the KL loss is in nats per latent value
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
-    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
-    assert losses_of(x, x, mean, logvar)["kl_loss"].item() == pytest.approx(1e-4 * expected.item(), rel=1e-5)
+    expected = torch.distributions.kl_divergence(
+        posterior, torch.distributions.Normal(0.0, 1.0)
+    ).mean()
+    assert losses_of(x, x, mean, logvar)["kl_loss"].item() == pytest.approx(
+        1e-4 * expected.item(), rel=1e-5
+    )
 
 
 def test_the_psnr_of_a_constant_error_is_known():
@@ -76,8 +95,12 @@ def test_at_first_residual_blocks_change_nothing_and_latents_have_little_noise()
     model = make_autoencoder([8, 16, 16], 4, 32)
     for block in residual_blocks(model):
         x = torch.randn(2, block.in_channels, 8, 8)
-        torch.testing.assert_close(block(x, None), block.conv_shortcut(x) if block.conv_shortcut else x)
-    found, mean, logvar = Autoencoder(model)(torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 4, 8, 8))
+        torch.testing.assert_close(
+            block(x, None), block.conv_shortcut(x) if block.conv_shortcut else x
+        )
+    found, mean, logvar = Autoencoder(model)(
+        torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 4, 8, 8)
+    )
     assert mean.shape == logvar.shape == (2, 4, 8, 8)
     assert 0.01 < (logvar / 2).exp().mean() < 0.1 < mean.std()
     torch.testing.assert_close(found, model.decode(mean).sample)  # without noise
@@ -86,8 +109,19 @@ def test_at_first_residual_blocks_change_nothing_and_latents_have_little_noise()
 def test_muon_trains_all_convolutions_of_a_vae_but_the_first_and_last_ones():
     model = make_autoencoder([8, 16, 16], 4, 32)
     own = set(map(id, hidden_matrices(model)))
-    others = [name for name, weight in model.named_parameters() if weight.dim() == 4 and id(weight) not in own]
-    ends = "encoder.conv_in", "encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in", "decoder.conv_out"
+    others = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.dim() == 4 and id(weight) not in own
+    ]
+    ends = (
+        "encoder.conv_in",
+        "encoder.conv_out",
+        "quant_conv",
+        "post_quant_conv",
+        "decoder.conv_in",
+        "decoder.conv_out",
+    )
     assert sorted(others) == sorted(f"{name}.weight" for name in ends)
 
 
@@ -105,7 +139,9 @@ def test_the_validation_psnr_equals_the_exported_vaes_on_held_out_frames(made):
     (training, [*_, (frames, held_out), (_, others)]), expected = made, []
     assert held_out and others and not held_out & others
     vae = load_vae(str(training.folder / "vae"))
-    for frame, found in zip(frames, vae.decode(vae.encode(frames)), strict=True):  # (3, 1, H, W), (1, H, W, 3)
+    for frame, found in zip(
+        frames, vae.decode(vae.encode(frames)), strict=True
+    ):  # (3, 1, H, W), (1, H, W, 3)
         error = ((frame[:, 0].movedim(0, -1).numpy().astype(float) - found[0].numpy()) ** 2).mean()
         expected.append(10 * np.log10(255**2 / error))
     assert training.rows()[-1]["val_psnr"] == pytest.approx(np.mean(expected), abs=0.02)
@@ -114,13 +150,18 @@ def test_the_validation_psnr_equals_the_exported_vaes_on_held_out_frames(made):
 def test_it_learns_and_writes_sheets_of_reconstructions(whole):
     scores = [row["val_psnr"] for row in whole.rows() if "val_psnr" in row]
     assert len(scores) == 2 and scores[-1] > scores[0]
-    assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == ["0000005.png", "0000007.png"]
+    assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == [
+        "0000005.png",
+        "0000007.png",
+    ]
     with Image.open(whole.folder / "samples/0000007.png") as sheet:
         assert sheet.width > 3 * sheet.height  # two rows of eight frames
 
 
 @pytest.mark.parametrize("stop_after", [5, STEPS])  # validation is due; all is done but that
-def test_an_interrupted_run_resumed_from_cached_frames_ends_bit_for_bit_like_the_whole_run(whole, tmp_path, stop_after):
+def test_an_interrupted_run_resumed_from_cached_frames_ends_bit_for_bit_like_the_whole_run(
+    whole, tmp_path, stop_after
+):
     parts = replace(whole, results=tmp_path / "parts")
     assert run_here(parts, stop_after=stop_after) == stop_after
     latest = parts.folder / "checkpoints/latest.pt"
@@ -128,7 +169,9 @@ def test_an_interrupted_run_resumed_from_cached_frames_ends_bit_for_bit_like_the
     del state["config"]["typed"]
     torch.save(state, latest)  # as the tree before wrote it
     assert run_here(parts, "--resume", "--cache-frames") == STEPS - stop_after
-    assert compare(whole, parts) == [] and content(parts.folder / "vae") == content(whole.folder / "vae")
+    assert compare(whole, parts) == [] and content(parts.folder / "vae") == content(
+        whole.folder / "vae"
+    )
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(whole, tmp_path, capsys):
@@ -143,7 +186,9 @@ def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path
     copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
     assert run_here(copy, "--resume") == 0
     assert "is finished at step 7" in capsys.readouterr().out
-    assert compare(whole, copy) == [] and content(copy.folder / "vae") == content(whole.folder / "vae")
+    assert compare(whole, copy) == [] and content(copy.folder / "vae") == content(
+        whole.folder / "vae"
+    )
     line = refused(capsys, train_vae, *copy.command_flags("--resume", "--optimizer", "adamw"))
     assert "trained with --optimizer muon, got adamw: give the same" in line
     line = refused(capsys, train_vae, *copy.command_flags("--resume", "--max-steps", 6))

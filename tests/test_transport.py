@@ -23,17 +23,28 @@ def losses_of(f, x, noise, gamma, first=0):
     """(loss (B,), mean square of the target) of a network that returns f and checks its inputs."""
 
     def network(x_gamma, *others, return_features):
-        assert torch.equal(x_gamma, transport.interpolate(x, noise, gamma)) and others == ("y", "time_scale")
+        assert torch.equal(x_gamma, transport.interpolate(x, noise, gamma)) and others == (
+            "y",
+            "time_scale",
+        )
         return (f, "features") if return_features else f
 
     loss, square, nothing = transport.losses(network, x, noise, gamma, "y", "time_scale", first)
-    *same, features = transport.losses(network, x, noise, gamma, "y", "time_scale", first, return_features=True)
-    assert torch.equal(same[0], loss) and same[1] == square and (nothing, features) == (None, "features")
+    *same, features = transport.losses(
+        network, x, noise, gamma, "y", "time_scale", first, return_features=True
+    )
+    assert (
+        torch.equal(same[0], loss)
+        and same[1] == square
+        and (nothing, features) == (None, "features")
+    )
     return loss, square
 
 
 def test_the_decay_is_4_up_to_gamma_0_8_then_falls_to_0():
-    torch.testing.assert_close(transport.decay(torch.tensor([0.4, 0.8, 0.95])), torch.tensor([4.0, 4.0, 1.0]))
+    torch.testing.assert_close(
+        transport.decay(torch.tensor([0.4, 0.8, 0.95])), torch.tensor([4.0, 4.0, 1.0])
+    )
     torch.testing.assert_close(transport.decay(GAMMA), torch.tensor(DECAY))
     gamma = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # midpoint rule
     integral = transport.decay(gamma).square().mean().item()
@@ -43,7 +54,10 @@ def test_the_decay_is_4_up_to_gamma_0_8_then_falls_to_0():
 
 def test_gamma_per_frame_is_the_noise_level_of_that_frame():
     x, noise, f = (normal(4, 2, 3, 5, 5, seed=seed) for seed in range(3))
-    own, same = torch.rand(4, 3, generator=torch.Generator().manual_seed(3)), GAMMA[:, None].expand(4, 3)
+    own, same = (
+        torch.rand(4, 3, generator=torch.Generator().manual_seed(3)),
+        GAMMA[:, None].expand(4, 3),
+    )
     own[0, 1] = 1  # a clean frame is the data, and its target is zero
     for function in (transport.interpolate, transport.target):
         frames = [function(x[:, :, [t]], noise[:, :, [t]], own[:, t]) for t in range(3)]
@@ -57,12 +71,20 @@ def test_gamma_per_frame_is_the_noise_level_of_that_frame():
 def test_a_network_that_predicts_zero_has_the_expected_loss():
     x, noise = 2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1)
     losses, square = losses_of(torch.zeros_like(x), x, noise, torch.linspace(0, 1, 20_000))
-    assert losses.mean().item() == pytest.approx(transport.zero_loss(4.0), rel=0.02)  # 4 standard errors
-    assert square.item() == pytest.approx(losses.mean().item(), rel=1e-5)  # the mean square of the same targets
+    assert losses.mean().item() == pytest.approx(
+        transport.zero_loss(4.0), rel=0.02
+    )  # 4 standard errors
+    assert square.item() == pytest.approx(
+        losses.mean().item(), rel=1e-5
+    )  # the mean square of the same targets
 
 
 def test_the_loss_is_the_mean_squared_error_per_clip_in_float32():
-    x, noise, offsets = normal(4, 2, 3, 4, 4), normal(4, 2, 3, 4, 4, seed=1), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    x, noise, offsets = (
+        normal(4, 2, 3, 4, 4),
+        normal(4, 2, 3, 4, 4, seed=1),
+        torch.tensor([0.0, 1.0, 2.0, 3.0]),
+    )
     truth = transport.target(x, noise, GAMMA)
     assert torch.equal(losses_of(truth, x, noise, GAMMA)[0], torch.zeros(4))
     losses, _ = losses_of(truth + offsets.reshape(4, 1, 1, 1, 1), x, noise, GAMMA)
@@ -86,9 +108,13 @@ def test_the_dispersive_loss_is_exact_for_equal_features_single_samples_and_larg
     equal, z = torch.ones(8, 5, requires_grad=True), normal(8, 5)
     loss = transport.dispersive_loss(equal)
     loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-6) and torch.equal(equal.grad, torch.zeros(8, 5))  # not NaN
+    assert loss.item() == pytest.approx(0, abs=1e-6) and torch.equal(
+        equal.grad, torch.zeros(8, 5)
+    )  # not NaN
     assert transport.dispersive_loss(z[:1]).item() == 0
-    assert transport.dispersive_loss(z + 1e4).item() == pytest.approx(transport.dispersive_loss(z).item(), rel=1e-3)
+    assert transport.dispersive_loss(z + 1e4).item() == pytest.approx(
+        transport.dispersive_loss(z).item(), rel=1e-3
+    )
 
 
 @functools.cache
@@ -102,10 +128,14 @@ def test_shifted_gamma_keeps_its_ends_and_has_the_closed_form_density(shift):
     gamma = shift_gamma(u, shift)
     assert (gamma[0], gamma[-1]) == (0, 1)
     middle = (gamma[1:] + gamma[:-1]) / 2
-    density = shift / (1 + (shift - 1) * middle).square()  # du/dgamma of u = S gamma / (1 + (S - 1) gamma)
+    density = (
+        shift / (1 + (shift - 1) * middle).square()
+    )  # du/dgamma of u = S gamma / (1 + (S - 1) gamma)
     torch.testing.assert_close(u.diff() / gamma.diff(), density, atol=0, rtol=1e-5)
     torch.testing.assert_close(shift_gamma(gamma, 1 / shift), u)  # its inverse
-    assert shift_gamma(torch.tensor(0.5), 3.0) == 0.25  # 0.5 / (0.5 + 1.5): a shift above 1 moves to the noise
+    assert (
+        shift_gamma(torch.tensor(0.5), 3.0) == 0.25
+    )  # 0.5 / (0.5 + 1.5): a shift above 1 moves to the noise
 
 
 def test_half_of_the_forced_clips_have_given_frames_and_one_gamma():
@@ -116,9 +146,13 @@ def test_half_of_the_forced_clips_have_given_frames_and_one_gamma():
     is_given = levels == 1
     some = is_given.any(dim=1)
     assert some.float().mean().item() == pytest.approx(0.5, abs=0.045)
-    assert torch.equal(levels[some][~is_given[some]], plain[some].repeat_interleave((~is_given[some]).sum(dim=1)))
+    assert torch.equal(
+        levels[some][~is_given[some]], plain[some].repeat_interleave((~is_given[some]).sum(dim=1))
+    )
     assert not (levels == plain[:, None]).all(dim=1).any()
-    assert torch.equal(draw(1.0, 4), plain) and torch.equal(draw(1.0, 1), plain)  # one temporal patch is not forced
+    assert torch.equal(draw(1.0, 4), plain) and torch.equal(
+        draw(1.0, 1), plain
+    )  # one temporal patch is not forced
 
 
 @pytest.mark.parametrize("num_frames", [5, 10, 16])
@@ -129,12 +163,18 @@ def test_the_other_half_has_one_level_per_temporal_patch(num_frames):
     assert all((part == part[:, :1]).all() for part in parts)
     first, last = parts[0][:, 0], parts[-1][:, 0]
     u = shift_gamma(torch.cat([first, last]), 1 / 3)  # the inverse of the shift: uniform
-    assert u.mean().item() == pytest.approx(0.5, abs=0.04) and u.var().item() == pytest.approx(1 / 12, abs=0.009)
+    assert u.mean().item() == pytest.approx(0.5, abs=0.04) and u.var().item() == pytest.approx(
+        1 / 12, abs=0.009
+    )
     assert abs(torch.corrcoef(torch.stack([first, last]))[0, 1].item()) < 0.13
 
 
 def test_some_clips_are_clean_except_for_a_rectangle_of_their_gamma():
-    levels, forced, plain = draw_gammas(0, 0, list(MANY), 8, 4, 3.0, 0.5, 1, 0.25, 6), draw(0.5, 8), draw(0.0, 8)
+    levels, forced, plain = (
+        draw_gammas(0, 0, list(MANY), 8, 4, 3.0, 0.5, 1, 0.25, 6),
+        draw(0.5, 8),
+        draw(0.0, 8),
+    )
     is_other = (levels == forced[:, :, None, None]).flatten(1).all(dim=1)
     assert is_other.float().mean().item() == pytest.approx(0.75, abs=0.04)  # 4 standard errors
     noisy, sides = levels[~is_other] < 1, Counter()
@@ -147,7 +187,9 @@ def test_some_clips_are_clean_except_for_a_rectangle_of_their_gamma():
     assert sides.keys() == {(side, first) for side in range(2, 6) for first in range(7 - side)}
     expected = plain[~is_other][:, None, None, None].expand_as(noisy)
     assert torch.equal(levels[~is_other][noisy], expected[noisy])
-    assert torch.equal(draw_gammas(0, 0, list(MANY), 4, 4, 3.0, 0.5, 1, 0.25, 6), draw(0.0, 4))  # one temporal patch
+    assert torch.equal(
+        draw_gammas(0, 0, list(MANY), 4, 4, 3.0, 0.5, 1, 0.25, 6), draw(0.0, 4)
+    )  # one temporal patch
 
 
 @pytest.mark.parametrize("num_frames", [2, 3, 4, 16])
@@ -162,27 +204,41 @@ def test_given_frames_may_end_anywhere_but_are_never_all_or_none(num_frames):
     assert masks.keys() >= {(frame,) for frame in every}
     if num_frames > 2:
         last = num_frames - 1
-        assert masks.keys() >= {(0, last), (0, *range(2, num_frames)), (*range(num_frames - 2), last)}
+        assert masks.keys() >= {
+            (0, last),
+            (0, *range(2, num_frames)),
+            (*range(num_frames - 2), last),
+        }
     lengths = torch.tensor([len(mask) for mask in masks.elements() if mask in first])
     assert len(lengths) / 4000 > 0.45
     if num_frames == 16:  # few given frames are likelier than many
-        assert ((lengths <= 4).sum() / (lengths <= 15).sum()).item() == pytest.approx((4 / 15) ** 0.5, abs=0.06)
+        assert ((lengths <= 4).sum() / (lengths <= 15).sum()).item() == pytest.approx(
+            (4 / 15) ** 0.5, abs=0.06
+        )
 
 
 def test_condition_dropout_grows_with_the_number_of_clean_frames():
     levels = torch.full((4, 16), 0.3)
     for row, count in enumerate((0, 1, 4, 15)):
         levels[row, :count] = 1
-    assert condition_dropout(levels, 0.1).tolist() == pytest.approx([0.1, 0.25, 0.5, (15 / 16) ** 0.5])
-    assert condition_dropout(levels, 0.3).tolist() == pytest.approx([0.3, 0.3, 0.5, (15 / 16) ** 0.5])
+    assert condition_dropout(levels, 0.1).tolist() == pytest.approx(
+        [0.1, 0.25, 0.5, (15 / 16) ** 0.5]
+    )
+    assert condition_dropout(levels, 0.3).tolist() == pytest.approx(
+        [0.3, 0.3, 0.5, (15 / 16) ** 0.5]
+    )
     areas = torch.where(torch.arange(16) < 4, 1.0, 0.3).expand(2, 3, 16, 16)
     assert condition_dropout(areas, 0.1).tolist() == pytest.approx([0.5, 0.5])
     assert condition_dropout(levels[:, -1], 0.1).tolist() == pytest.approx([0.1] * 4)
     assert first_given(torch.tensor([0.25, 0.5]), 3, 1).tolist() == [[1, 0.25, 0.25], [1, 0.5, 0.5]]
     for num_frames, expected in ((4, 0.10), (8, 0.30), (16, 0.29)):
-        assert condition_dropout(draw(0.75, num_frames), 0.1).mean().item() == pytest.approx(expected, abs=0.025)
+        assert condition_dropout(draw(0.75, num_frames), 0.1).mean().item() == pytest.approx(
+            expected, abs=0.025
+        )
 
 
 def test_noise_levels_depend_only_on_seed_and_sample_index():
-    assert torch.equal(torch.cat([draw(0.5, indices=range(n, n + 1)) for n in range(20)]), draw(0.5)[:20])
+    assert torch.equal(
+        torch.cat([draw(0.5, indices=range(n, n + 1)) for n in range(20)]), draw(0.5)[:20]
+    )
     assert not torch.equal(draw(0.5, indices=range(20), seed=1), draw(0.5)[:20])

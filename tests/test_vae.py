@@ -27,13 +27,17 @@ def directory(tmp_path_factory):
 
 
 def save_tiny(path, **overrides):
-    return str(make_vae(path, **{"block_out_channels": (8, 16), "scaling_factor": SCALE} | overrides))
+    return str(
+        make_vae(path, **{"block_out_channels": (8, 16), "scaling_factor": SCALE} | overrides)
+    )
 
 
 def add_to_weights(directory, amount):
     """Change the weights in the directory of a VAE."""
     file = Path(directory, WEIGHTS)
-    file.write_bytes(save({name: tensor + amount for name, tensor in load(file.read_bytes()).items()}))
+    file.write_bytes(
+        save({name: tensor + amount for name, tensor in load(file.read_bytes()).items()})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +45,25 @@ def tiny(directory):
     return load_vae(directory)
 
 
-CLIPS = torch.randint(0, 256, (2, 3, 5, 8, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+CLIPS = torch.randint(
+    0, 256, (2, 3, 5, 8, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+)
 
 
 def test_a_vae_is_known_by_its_weights_and_not_by_its_place(tiny, directory, tmp_path, monkeypatch):
     copy = load_vae(str(shutil.copytree(directory, tmp_path / "copy")))
-    assert tiny.sha256 == copy.sha256 == hashlib.sha256(Path(directory, WEIGHTS).read_bytes()).hexdigest()
+    assert (
+        tiny.sha256
+        == copy.sha256
+        == hashlib.sha256(Path(directory, WEIGHTS).read_bytes()).hexdigest()
+    )
     monkeypatch.chdir(tmp_path)
     Path("none").mkdir()  # a word of --vae is never a folder
-    assert (load_vae("none").sha256, load_vae("none").name, load_vae("copy").name) == (None, "none", copy.name)
+    assert (load_vae("none").sha256, load_vae("none").name, load_vae("copy").name) == (
+        None,
+        "none",
+        copy.name,
+    )
     check_same(copy, tiny.sha256, "it")
     add_to_weights(tmp_path / "copy", 0.1)
     line = error_of(check_same, load_vae("copy"), tiny.sha256, "it")
@@ -63,7 +77,9 @@ def test_pixels_survive_the_round_trip_at_all_256_levels():
     mean, std = vae.posterior(levels)
     assert std is None and mean.shape == (1, 3, 2, 16, 16) and mean.dtype == torch.float32
     assert mean.min() == -1 and mean.max() == 1
-    assert torch.equal(vae.encode(levels), mean) and torch.equal(vae.latents_of(levels, 0, "s", [0]), mean)
+    assert torch.equal(vae.encode(levels), mean) and torch.equal(
+        vae.latents_of(levels, 0, "s", [0]), mean
+    )
     assert torch.equal(vae.decode(mean), levels.permute(0, 2, 3, 4, 1))
     outside = torch.tensor([-7.0, -1, 0.001, 1, 1.01]).view(1, 1, 1, 1, 5).expand(1, 3, 1, 1, 5)
     assert vae.decode(outside)[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
@@ -71,14 +87,20 @@ def test_pixels_survive_the_round_trip_at_all_256_levels():
 
 @torch.no_grad()
 def test_latents_are_those_of_diffusers_shifted_and_scaled_once(tiny):
-    frames = (CLIPS / 127.5 - 1).transpose(1, 2).flatten(0, 1)  # (10, 3, H, W), as diffusers takes them
+    frames = (
+        (CLIPS / 127.5 - 1).transpose(1, 2).flatten(0, 1)
+    )  # (10, 3, H, W), as diffusers takes them
     posterior = tiny.model.encode(frames).latent_dist
-    means, stds = (part.unflatten(0, (2, 5)).transpose(1, 2) for part in (posterior.mean, posterior.std))
+    means, stds = (
+        part.unflatten(0, (2, 5)).transpose(1, 2) for part in (posterior.mean, posterior.std)
+    )
     mean, std = tiny.posterior(CLIPS)
     assert mean.shape == std.shape == (2, 4, 5, 4, 8) and mean.dtype == std.dtype == torch.float32
     torch.testing.assert_close((mean, std), (means, stds))
     noise = normal(2, "posterior", "s", [3, 5], mean.shape[1:])
-    torch.testing.assert_close(tiny.latents_of(CLIPS, 2, "s", [3, 5]), (means + stds * noise - SHIFT) * SCALE)
+    torch.testing.assert_close(
+        tiny.latents_of(CLIPS, 2, "s", [3, 5]), (means + stds * noise - SHIFT) * SCALE
+    )
     torch.testing.assert_close(tiny.encode(CLIPS), (means - SHIFT) * SCALE)
     decoded = tiny.decode(tiny.encode(CLIPS))
     assert decoded.shape == (2, 5, 8, 16, 3) and decoded.dtype == torch.uint8
@@ -88,7 +110,9 @@ def test_latents_are_those_of_diffusers_shifted_and_scaled_once(tiny):
 
 
 @pytest.mark.parametrize(("chunk", "sizes"), [(4, [4, 4, 2]), (8, [8, 2])])
-def test_the_model_gets_chunks_of_frames_whose_size_changes_nothing(tiny, monkeypatch, chunk, sizes):
+def test_the_model_gets_chunks_of_frames_whose_size_changes_nothing(
+    tiny, monkeypatch, chunk, sizes
+):
     expected, pixels = tiny.posterior(CLIPS), tiny.decode(tiny.encode(CLIPS))
     monkeypatch.setattr(vae_module, "CHUNK", chunk)
     seen = record_calls(monkeypatch, tiny.model, "encode", len)
@@ -98,16 +122,26 @@ def test_the_model_gets_chunks_of_frames_whose_size_changes_nothing(tiny, monkey
 
 
 def without_a_tensor(data):
-    return save({name: tensor for name, tensor in load(data).items() if name != "decoder.conv_out.bias"})
+    return save(
+        {name: tensor for name, tensor in load(data).items() if name != "decoder.conv_out.bias"}
+    )
 
 
 DAMAGES = {  # what: (file, the change of its bytes, words of the message)
     "a config that is not JSON": (CONFIG, lambda data: b"{", r"config\.json.*AutoencoderKL"),
     "no config": (CONFIG, None, r"config\.json"),
-    "another size": (CONFIG, lambda data: data.replace(b'"latent_channels": 4', b'"latent_channels": 8'), ""),
+    "another size": (
+        CONFIG,
+        lambda data: data.replace(b'"latent_channels": 4', b'"latent_channels": 8'),
+        "",
+    ),
     "no weights": (WEIGHTS, None, "diffusion_pytorch_model"),
     "weights of something else": (WEIGHTS, lambda data: b"x" * 1000, "diffusion_pytorch_model"),
-    "a tensor less": (WEIGHTS, without_a_tensor, r"lack 1 .*decoder\.conv_out\.bias"),  # not initialized at random
+    "a tensor less": (
+        WEIGHTS,
+        without_a_tensor,
+        r"lack 1 .*decoder\.conv_out\.bias",
+    ),  # not initialized at random
 }
 
 
@@ -124,7 +158,9 @@ def test_a_damaged_directory_is_refused_in_a_short_line(directory, tmp_path, dam
     assert re.search(f"--vae .*{words}", line) and len(line) < 600
 
 
-def test_a_published_vae_is_taken_from_the_cache_or_refused_in_a_line(directory, tmp_path, monkeypatch, capfd):
+def test_a_published_vae_is_taken_from_the_cache_or_refused_in_a_line(
+    directory, tmp_path, monkeypatch, capfd
+):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert re.search("--vae mse.*stabilityai/sd-vae-ft-mse.*directory", error_of(load_vae, "mse"))

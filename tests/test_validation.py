@@ -17,7 +17,13 @@ from video.index import Scan
 from video.loader import ClipsByFrames
 from video.source import Files, open_source
 
-CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], [(8, 0), (8, 1)], [(8, 2)]]
+CHUNKS = [
+    [(4, 0), (4, 1), (4, 2)],
+    [(4, 3), (4, 4), (4, 5)],
+    [(4, 6), (4, 7)],
+    [(8, 0), (8, 1)],
+    [(8, 2)],
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,9 @@ def batches(data_set, chunks=CHUNKS):
 
 def run(models, loader, num_frames=4, given=False, together=False):
     stop = StopSignal(together=together)
-    return validate(*models, VAE("none"), loader, num_frames, "fp32", torch.device("cpu"), stop, given)[0]
+    return validate(
+        *models, VAE("none"), loader, num_frames, "fp32", torch.device("cpu"), stop, given
+    )[0]
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -49,7 +57,9 @@ def test_the_losses_are_the_same_on_any_number_of_ranks(models, data_set, monkey
     expected, parts = run(models, batches(data_set)), []
     monkeypatch.setattr(distributed, "gather", lambda mine: parts.append(mine) or [mine])
     for rank in range(2):  # ranks that stay together have all chunks, and those of rank 0 count
-        of_rank = (models[::-1] if rank else models, CHUNKS) if together else (models, CHUNKS[rank::2])
+        of_rank = (
+            (models[::-1] if rank else models, CHUNKS) if together else (models, CHUNKS[rank::2])
+        )
         run(of_rank[0], batches(data_set, of_rank[1]), together=together)
     monkeypatch.setattr(distributed, "gather", lambda mine: parts)
     assert run(models, batches(data_set), together=together) == expected
@@ -58,11 +68,18 @@ def test_the_losses_are_the_same_on_any_number_of_ranks(models, data_set, monkey
 def test_it_sees_the_ema_the_raw_weights_and_every_number_of_frames(models, data_set):
     loader = batches(data_set)
     both = run(models, loader)
-    own = {name for name in both if name in ("val_loss", "val_loss_rel", "val_loss_raw") or "gamma" in name}
+    own = {
+        name
+        for name in both
+        if name in ("val_loss", "val_loss_rel", "val_loss_raw") or "gamma" in name
+    }
     assert both.keys() - own == {"val_loss_f4", "val_loss_rel_f4", "val_loss_f8", "val_loss_rel_f8"}
     assert both["val_loss"] == both["val_loss_f4"] != both["val_loss_f8"]
     swapped = run(models[::-1], loader, num_frames=8, given=True)
-    assert swapped["val_loss_raw"] == both["val_loss_f8"] and swapped["val_loss_f4"] == both["val_loss_raw"]
+    assert (
+        swapped["val_loss_raw"] == both["val_loss_f8"]
+        and swapped["val_loss_f4"] == both["val_loss_raw"]
+    )
     assert run(models, loader, given=True) == both  # clips of one temporal patch are not forced
 
 
@@ -75,9 +92,13 @@ def test_the_loss_with_given_frames_is_of_those_after_a_clean_first_half(models,
         columns = batch["clips"], batch["y"], batch["time_scales"], batch["indices"].tolist()
         for clip, y, scale, index in zip(*columns, strict=True):
             x = (clip.float() / 127.5 - 1)[None]
-            noise = torch.empty(1, *x.shape[1:]).normal_(generator=generator(0, "noise", "validation", index))
+            noise = torch.empty(1, *x.shape[1:]).normal_(
+                generator=generator(0, "noise", "validation", index)
+            )
             gamma = index * validation.GOLDEN_RATIO % 1
-            x_gamma = torch.cat([x[:, :, :4], gamma * x[:, :, 4:] + (1 - gamma) * noise[:, :, 4:]], dim=2)
+            x_gamma = torch.cat(
+                [x[:, :, :4], gamma * x[:, :, 4:] + (1 - gamma) * noise[:, :, 4:]], dim=2
+            )
             with torch.no_grad():
                 f = models[0](x_gamma, y[None], scale[None])[:, :, 4:]
             target = (x - noise)[:, :, 4:] * min(4, 20 * (1 - gamma))
@@ -87,19 +108,33 @@ def test_the_loss_with_given_frames_is_of_those_after_a_clean_first_half(models,
 
 def test_validation_tells_the_gammas_apart():
     n = torch.arange(10, dtype=torch.float64)
-    columns = 4, n, n / 10, n, 7, 0.5, -1  # frames, index, gamma, EMA, raw, E[x^2], with given frames: none
-    metrics = summarize(torch.stack([torch.as_tensor(column, dtype=n.dtype).expand(10) for column in columns], 1), 4)
+    columns = (
+        4,
+        n,
+        n / 10,
+        n,
+        7,
+        0.5,
+        -1,
+    )  # frames, index, gamma, EMA, raw, E[x^2], with given frames: none
+    metrics = summarize(
+        torch.stack([torch.as_tensor(column, dtype=n.dtype).expand(10) for column in columns], 1), 4
+    )
     assert metrics["val_loss"] == 4.5 and metrics["val_loss_raw"] == 7
     assert metrics["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)
     fifths = {name: value for name, value in metrics.items() if "gamma" in name}
     assert fifths == {f"val_loss_gamma_{n / 5}": 2 * n + 0.5 for n in range(5)}
-    assert not any("_f4" in name for name in metrics)  # the only number of frames has no name of its own
+    assert not any(
+        "_f4" in name for name in metrics
+    )  # the only number of frames has no name of its own
 
 
 def test_chunks_hold_clips_of_one_length_and_at_most_four_of_each_video():
     chunks = validation_chunks({4: ["a", "b", "c", "d", "e"], 8: ["a"]}, [4, 8], num_clips=18)
     assert [len(chunk) for chunk in chunks] == [validation.CHUNK, validation.CHUNK, 2, 4]
-    assert [key for chunk in chunks for key in chunk] == [(4, n) for n in range(18)] + [(8, n) for n in range(4)]
+    assert [key for chunk in chunks for key in chunk] == [(4, n) for n in range(18)] + [
+        (8, n) for n in range(4)
+    ]
 
 
 def test_a_few_clips_of_many_videos_cover_the_classes(tmp_path):

@@ -21,9 +21,15 @@ from video.source import Source, open_source
 SIZE = 32  # px, of clips from files
 CLASSES = ["Jump", "Run"]
 FRAMES = {
-    "Jump/d": (20, 30000 / 1001), "Jump/e": (20, 25.0), "Run/a": (40, 25.0), "Run/b": (60, 25.0), "Run/c": (30, 30.0)
-}  # fmt: skip
-VIDEOS = [Video(path, path[:-2], num_frames, fps, 48, 64) for path, (num_frames, fps) in FRAMES.items()]
+    "Jump/d": (20, 30000 / 1001),
+    "Jump/e": (20, 25.0),
+    "Run/a": (40, 25.0),
+    "Run/b": (60, 25.0),
+    "Run/c": (30, 30.0),
+}
+VIDEOS = [
+    Video(path, path[:-2], num_frames, fps, 48, 64) for path, (num_frames, fps) in FRAMES.items()
+]
 
 
 class Numbers(Source):
@@ -55,7 +61,9 @@ def test_frames_are_the_interval_apart_or_the_largest_that_fits(num_frames, inte
     clips = make_clips(num_frames, frame_interval=(interval, interval))
     for sample in (clips[index] for index in range(10)):
         length, fps = FRAMES[sample["video"]]
-        found = interval if num_frames == 1 else min(interval, (length - 1) // (num_frames - 1))  # 9: 6 of 20 frames
+        found = (
+            interval if num_frames == 1 else min(interval, (length - 1) // (num_frames - 1))
+        )  # 9: 6 of 20 frames
         assert np.diff(numbers(sample)).tolist() == [found] * (num_frames - 1)
         assert sample["time_scale"] == pytest.approx(found / fps, rel=1e-6)
 
@@ -70,15 +78,24 @@ def test_a_sample_has_the_condition_of_its_video_and_a_batch_stacks_them():
     assert torch.equal(batch["clips"], torch.stack([samples[4]["clip"], samples[9]["clip"]]))
     assert batch["y"].tolist() == [samples[4]["y"], samples[9]["y"]]
     assert batch["y"].dtype == torch.int64 and batch["time_scales"].dtype == torch.float32
-    assert batch["indices"].tolist() == [4, 9] and len(batch["videos"]) == 2 and batch["corrupt"] == []
+    assert (
+        batch["indices"].tolist() == [4, 9] and len(batch["videos"]) == 2 and batch["corrupt"] == []
+    )
 
 
 def test_intervals_and_starts_are_uniform_over_their_whole_range():
     clips = make_clips(videos=VIDEOS[4:], frame_interval=(1, 3))  # 30 frames
     seen = [numbers(clips[index]) for index in range(2000)]
     intervals = [frames[1] - frames[0] for frames in seen]
-    assert all(np.diff(frames).tolist() == [interval] * 3 for frames, interval in zip(seen, intervals, strict=True))
-    assert {interval: count // 100 for interval, count in Counter(intervals).items()} == {1: 6, 2: 6, 3: 6}
+    assert all(
+        np.diff(frames).tolist() == [interval] * 3
+        for frames, interval in zip(seen, intervals, strict=True)
+    )
+    assert {interval: count // 100 for interval, count in Counter(intervals).items()} == {
+        1: 6,
+        2: 6,
+        3: 6,
+    }
     for interval in (1, 2, 3):
         starts = {frames[0] for frames in seen if frames[1] - frames[0] == interval}
         assert starts == set(range(30 - 3 * interval))
@@ -121,8 +138,12 @@ def test_no_replacement_has_failed_before_and_spare_videos_come_last():
     spare = make_clips(videos=VIDEOS[:2], corrupt=keys[:3], spare=VIDEOS[2:])
     samples = [spare[index] for index in range(40)]
     assert {sample["video"] for sample in samples} == {"Run/b", "Run/c"}
-    assert all({"Jump/d", "Jump/e"} <= set(sample["corrupt"]) <= set(keys[:3]) for sample in samples)
-    with pytest.raises(CorruptDataError, match="--data-path /: 4 corrupt files in a row, the first is "):
+    assert all(
+        {"Jump/d", "Jump/e"} <= set(sample["corrupt"]) <= set(keys[:3]) for sample in samples
+    )
+    with pytest.raises(
+        CorruptDataError, match="--data-path /: 4 corrupt files in a row, the first is "
+    ):
         make_clips(videos=VIDEOS[:2], corrupt=keys, spare=VIDEOS[2:4])[0]
     with pytest.raises(UserError, match="--data-path /gone: was deleted") as error:
         Clips(Numbers(keys, "/gone"), VIDEOS[:2], CLASSES, 4)[0]
@@ -148,9 +169,14 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(("damage", "suffix"), [
-    *product(["scribbled", "truncated"], ["avi", "mp4", "mkv"]), ("vanished", "avi"), ("text", "avi")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "suffix"),
+    [
+        *product(["scribbled", "truncated"], ["avi", "mp4", "mkv"]),
+        ("vanished", "avi"),
+        ("text", "avi"),
+    ],
+)
 def test_a_corrupt_video_is_named_and_replaced_the_same_way_each_time(tmp_path, damage, suffix):
     root, name = tiny.write_equal_videos(tmp_path / "data"), f"A/bad.{suffix}"
     tiny.write_video(root / name, codec="libx264" if suffix == "mp4" else "mpeg4")
@@ -175,19 +201,28 @@ def lose_palette(path):
     Image.fromarray(tiny.picture()).quantize(4).save(path, format="PNG", transparency=1)
     data = path.read_bytes()
     start = data.index(b"PLTE") - 4
-    path.write_bytes(data[:start] + data[start + 12 + struct.unpack(">I", data[start : start + 4])[0] :])
+    path.write_bytes(
+        data[:start] + data[start + 12 + struct.unpack(">I", data[start : start + 4])[0] :]
+    )
 
 
 PNG_DAMAGES = {
     "bomb": bomb,
     "palette": lose_palette,
-    "exif": lambda path: Image.fromarray(tiny.picture()).save(path, format="PNG", exif=b"Exif\x00\x00no TIFF header"),
+    "exif": lambda path: Image.fromarray(tiny.picture()).save(
+        path, format="PNG", exif=b"Exif\x00\x00no TIFF header"
+    ),
 }
 
 
-@pytest.mark.parametrize(("damage", "suffix"), [
-    *product(["truncated", "text"], ["jpg", "png", "webp"]), ("vanished", "jpg"), *product(PNG_DAMAGES, ["png"])
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "suffix"),
+    [
+        *product(["truncated", "text"], ["jpg", "png", "webp"]),
+        ("vanished", "jpg"),
+        *product(PNG_DAMAGES, ["png"]),
+    ],
+)
 def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix):
     root, name = tiny.write_images(tmp_path / "images"), f"A/bad.{suffix}"
     tiny.save(root / name, tiny.picture(seed=9))
@@ -199,8 +234,14 @@ def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix)
 def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
     bad_videos = CorruptVideos(Scan([None] * 297, [], ["a", "b", "c"]), 0.01)
     assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
-    assert bad_videos.add(["b", "c"]) == ["c"] and bad_videos.add([]) == [] and len(bad_videos.paths) == 3
-    with pytest.raises(CorruptDataError, match="0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"):
+    assert (
+        bad_videos.add(["b", "c"]) == ["c"]
+        and bad_videos.add([]) == []
+        and len(bad_videos.paths) == 3
+    )
+    with pytest.raises(
+        CorruptDataError, match="0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"
+    ):
         bad_videos.add("defgh")
     bad_videos = CorruptVideos(Scan([None] * 2, [], []), 0.0, known=["a"])
     assert bad_videos.add(["a"]) == [] and str(bad_videos) == "corrupt so far: 1 of 2"
@@ -209,8 +250,13 @@ def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (2, 1), (3, 2), (4, 3), (12, 1)])
-def test_ranks_and_micro_batches_divide_every_step_without_gap_or_overlap(world_size, micro_batches):
-    ranks = [list(rank_batches(100, 5, 12, rank, world_size, micro_batches)) for rank in range(world_size)]
+def test_ranks_and_micro_batches_divide_every_step_without_gap_or_overlap(
+    world_size, micro_batches
+):
+    ranks = [
+        list(rank_batches(100, 5, 12, rank, world_size, micro_batches))
+        for rank in range(world_size)
+    ]
     ranks = torch.tensor(ranks)  # (ranks, steps x micro-batches, samples)
     steps = ranks.view(world_size, 5, -1).transpose(0, 1).reshape(5, 12)
     assert torch.equal(steps, torch.arange(100, 160).view(5, 12))

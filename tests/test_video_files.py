@@ -29,19 +29,33 @@ def remux(source, target, change, **options):
 
 
 VARIABLE = [40 * index for index in range(20)] + [800 + 70 * index for index in range(25)]  # ms
-X265 = {"codec": "libx265", "x265-params": "log-level=none:keyint=10:min-keyint=5:bframes=3:open-gop=1"}
+X265 = {
+    "codec": "libx265",
+    "x265-params": "log-level=none:keyint=10:min-keyint=5:bframes=3:open-gop=1",
+}
 LONG = {
     "plain.avi": {},
     "B-frames.mov": {"bf": "2"},
     "B-frames.mkv": {"bf": "2"},
     "XviD.avi": {"tag": "XVID", "bf": "2"},
     "B-frames.mp4": {"codec": "libx264", "bf": "3"},
-    "open GOP.mkv": {"codec": "libx264", "x264-params": "open-gop=1:bframes=8:b-pyramid=2:ref=8:scenecut=0"},
-    "interlaced.mp4": {"codec": "libx264", "x264-params": "open-gop=1:bframes=3:interlaced=1:scenecut=0"},
+    "open GOP.mkv": {
+        "codec": "libx264",
+        "x264-params": "open-gop=1:bframes=8:b-pyramid=2:ref=8:scenecut=0",
+    },
+    "interlaced.mp4": {
+        "codec": "libx264",
+        "x264-params": "open-gop=1:bframes=3:interlaced=1:scenecut=0",
+    },
     "HEVC.mp4": X265,
     "10 bits.mkv": X265 | {"pixel_format": "yuv420p10le"},
     "VP8.webm": {"codec": "libvpx", "deadline": "realtime"},
-    "VP9.webm": {"codec": "libvpx-vp9", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    "VP9.webm": {
+        "codec": "libvpx-vp9",
+        "cpu-used": "5",
+        "auto-alt-ref": "1",
+        "lag-in-frames": "16",
+    },
     "odd.mkv": {"codec": "libvpx-vp9", "cpu-used": "8", "size": (65, 49)},
     "variable.mp4": {"codec": "libx264", "bf": "3", "times": VARIABLE},
     "variable.mkv": X265 | {"times": VARIABLE},
@@ -49,22 +63,36 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(tmp_path, monkeypatch, name):
+def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(
+    tmp_path, monkeypatch, name
+):
     seen, decode_from = [], files.decode_from  # an item for each frame that PyAV decodes
-    monkeypatch.setattr(files, "decode_from", lambda *args: (seen.append(1) or frame for frame in decode_from(*args)))
+    monkeypatch.setattr(
+        files,
+        "decode_from",
+        lambda *args: (seen.append(1) or frame for frame in decode_from(*args)),
+    )
     write_video(tmp_path / name, 45, noise=200, **LONG[name])
     video = scan_videos(tmp_path).videos[0]
-    assert len(video.keyframes) >= 3 and video.num_frames == 45 and video.varies == ("variable" in name)
+    assert (
+        len(video.keyframes) >= 3
+        and video.num_frames == 45
+        and video.varies == ("variable" in name)
+    )
     plain = replace(video, keyframes=())
     expected = read_frames(tmp_path, plain, range(45))  # in order, with decord
     for one, numbers in product((plain, video), ([0], [9, 10], [8, 19, 41], [44])):
         assert np.array_equal(read_frames(tmp_path, one, numbers), expected[numbers])
     if not video.varies:  # else decord gives the time stamps
-        assert (halves(expected[..., 0])[0] - 4 * torch.arange(45)).abs().max() < 4  # frame k is frame k
+        assert (
+            halves(expected[..., 0])[0] - 4 * torch.arange(45)
+        ).abs().max() < 4  # frame k is frame k
         monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: pytest.fail("decord decodes"))
     for start in range(video.keyframes[1][0], 43):  # before, decord decodes
         seen.clear()
-        assert np.array_equal(read_frames(tmp_path, video, [start, start + 2]), expected[[start, start + 2]])
+        assert np.array_equal(
+            read_frames(tmp_path, video, [start, start + 2]), expected[[start, start + 2]]
+        )
         distance = start - max(number for number, _, _ in video.keyframes if number <= start)
         assert 0 < len(seen) <= 3 + distance or video.varies
 
@@ -80,7 +108,11 @@ def test_all_frames_of_a_file_that_decord_refuses_are_decoded_with_pyav(tmp_path
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_damage_makes_only_the_clips_between_two_keyframes_unreadable(tmp_path, codec):
-    options = {"g": "8", "sc_threshold": "1000000000"} if codec == "mpeg4" else {"x264-params": "keyint=8:scenecut=0"}
+    options = (
+        {"g": "8", "sc_threshold": "1000000000"}
+        if codec == "mpeg4"
+        else {"x264-params": "keyint=8:scenecut=0"}
+    )
     write_video(tmp_path / "v.mp4", 30, codec=codec, noise=200, **options)
     video = scan_videos(tmp_path).videos[0]
     assert [number for number, _, _ in video.keyframes] == [0, 8, 16, 24]
@@ -95,7 +127,13 @@ def test_damage_makes_only_the_clips_between_two_keyframes_unreadable(tmp_path, 
 
 @pytest.mark.parametrize("params", ["keyint=10", "keyint=10:slices=4", "intra-refresh=1:keyint=20"])
 def test_frames_after_a_keyframe_that_is_damaged_or_none_are_those_of_decord(tmp_path, params):
-    write_video(tmp_path / "v.mp4", 45, codec="libx264", noise=200, **{"x264-params": f"{params}:bframes=0:scenecut=0"})
+    write_video(
+        tmp_path / "v.mp4",
+        45,
+        codec="libx264",
+        noise=200,
+        **{"x264-params": f"{params}:bframes=0:scenecut=0"},
+    )
     video = scan_videos(tmp_path).videos[0]
     if "refresh" not in params:
         scribble(tmp_path / "v.mp4", offset=1000)  # in the middle of frame 10, a keyframe
@@ -114,7 +152,9 @@ def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_pa
     write_video(tmp_path / "plain.avi", 45)
 
     def doubled(packet):
-        two = av.Packet(2 * bytes(packet))  # XviD puts a B-frame into the packet of the frame before it
+        two = av.Packet(
+            2 * bytes(packet)
+        )  # XviD puts a B-frame into the packet of the frame before it
         two.dts, two.pts, two.is_keyframe = packet.dts, packet.pts, packet.is_keyframe
         return two
 
@@ -122,7 +162,9 @@ def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_pa
     assert len(probe(tmp_path, "all", "plain.avi").keyframes) > 1
     for name in ("a.avi", "packed.avi"):
         assert probe(tmp_path, "all", name).keyframes == ()
-    assert read_frame_indices(tmp_path, probe(tmp_path, "all", "a.avi"), range(45)) == list(range(45))
+    assert read_frame_indices(tmp_path, probe(tmp_path, "all", "a.avi"), range(45)) == list(
+        range(45)
+    )
 
 
 def test_a_video_of_too_many_pixels_is_unreadable(tmp_path, monkeypatch):
@@ -149,10 +191,16 @@ def test_frames_of_a_variable_rate_are_those_at_equal_distances_in_time(tmp_path
     write_video(tmp_path / name, codec="libx264", times=times)
     video = scan_videos(tmp_path).videos[0]
     assert video.num_frames == 20 and video.fps == pytest.approx(19 / 1.12)
-    expected = [min(range(20), key=lambda n: abs(times[n] - 1120 * index / 19)) for index in range(20)]
-    assert expected[:3] == [0, 1, 3] and len(set(expected)) < 20  # twice as fast at first, some twice at the end
+    expected = [
+        min(range(20), key=lambda n: abs(times[n] - 1120 * index / 19)) for index in range(20)
+    ]
+    assert (
+        expected[:3] == [0, 1, 3] and len(set(expected)) < 20
+    )  # twice as fast at first, some twice at the end
     assert read_frame_indices(tmp_path, video, range(20)) == expected
-    assert read_frame_indices(tmp_path, video, [3, 17, 19]) == [expected[index] for index in (3, 17, 19)]
+    assert read_frame_indices(tmp_path, video, [3, 17, 19]) == [
+        expected[index] for index in (3, 17, 19)
+    ]
     chunks = np.concatenate(list(read_all_frames(tmp_path, video, 7)))
     assert np.array_equal(chunks, read_frames(tmp_path, video, range(20)))
 
@@ -161,7 +209,9 @@ def test_time_stamps_that_jitter_leave_every_frame_in_its_place(tmp_path):
     jitter = np.random.default_rng(0).integers(-8, 9, 60).tolist()
     times = [round(1000 * index / 29.97) + shift for index, shift in enumerate(jitter)]
     write_video(tmp_path / "v.mp4", 60, codec="libx264", times=times)
-    assert read_frame_indices(tmp_path, scan_videos(tmp_path).videos[0], range(60)) == list(range(60))
+    assert read_frame_indices(tmp_path, scan_videos(tmp_path).videos[0], range(60)) == list(
+        range(60)
+    )
 
 
 @pytest.mark.parametrize("b_frames", ["0", "2"])
@@ -172,7 +222,12 @@ def test_frames_that_an_edit_list_removes_do_not_count(tmp_path, b_frames):
         return packet
 
     write_video(tmp_path / "whole.mp4", 30, codec="libx264", bf=b_frames)
-    remux(tmp_path / "whole.mp4", tmp_path / "cut.mp4", shifted, options={"avoid_negative_ts": "disabled"})
+    remux(
+        tmp_path / "whole.mp4",
+        tmp_path / "cut.mp4",
+        shifted,
+        options={"avoid_negative_ts": "disabled"},
+    )
     video = probe(tmp_path, "all", "cut.mp4")
     assert (video.num_frames, video.fps) == (25, 25)
     assert read_frame_indices(tmp_path, video, range(25)) == list(range(5, 30))
@@ -181,12 +236,19 @@ def test_frames_that_an_edit_list_removes_do_not_count(tmp_path, b_frames):
 
 
 def test_a_video_is_read_upright_however_the_phone_was_held(tmp_path):
-    turns = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # clockwise
+    turns = {
+        0: (1, 0, 0, 1),
+        90: (0, 1, -1, 0),
+        180: (-1, 0, 0, -1),
+        270: (0, -1, 1, 0),
+    }  # clockwise
     for turn, (a, b, c, d) in turns.items():
         write_video(tmp_path / f"{turn}.mp4", codec="libx264")
         data = bytearray((tmp_path / f"{turn}.mp4").read_bytes())
         matrix, one = data.index(b"tkhd") + 44, 0x10000  # in the track's header
-        data[matrix : matrix + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 0x40000000)
+        data[matrix : matrix + 36] = struct.pack(
+            ">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 0x40000000
+        )
         (tmp_path / f"{turn}.mp4").write_bytes(data)
     found = {video.path: video for video in scan_videos(tmp_path).videos}
     stored = read_frames(tmp_path, found["0.mp4"], [0, 1])
@@ -232,10 +294,15 @@ def read_image(path):
 def test_an_image_is_read_upright(tmp_path, suffix):
     upright, exif = picture(), Image.Exif()
     stored = {  # what a camera in this orientation stores
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).swapaxes(0, 1),
         8: np.rot90(upright, -1),
-    }  # fmt: skip
+    }
     for orientation, pixels in stored.items():
         exif[ExifTags.Base.Orientation] = orientation
         save(tmp_path / f"image.{suffix}", np.ascontiguousarray(pixels), exif=exif, quality=95)
@@ -253,7 +320,10 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
     kinds = {
         "rgb": (Image.fromarray(colors), colors),
         "gray": (Image.fromarray(gray), three),
-        "gray16": (Image.fromarray((gray.astype(np.int32) * 256 + sixteen).astype(np.uint16)), three),
+        "gray16": (
+            Image.fromarray((gray.astype(np.int32) * 256 + sixteen).astype(np.uint16)),
+            three,
+        ),
         "bilevel": (Image.fromarray(gray > 100), np.where(three > 100, 255, 0)),
         "grayalpha": (Image.fromarray(np.dstack([gray, 255 - gray])), three),
         "rgba": (Image.fromarray(transparent), colors),

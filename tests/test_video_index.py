@@ -43,10 +43,19 @@ def opened(monkeypatch):
 def test_a_scan_finds_videos_classes_rates_and_frames_and_ignores_hidden_and_other_files(tmp_path):
     odd = "Tai Chi/it's #2%20, Übung 1 (äöü, 太极).AVI"
     tiny.write_video(tiny.write_mixed_videos(tmp_path) / odd)
-    for name in ("Tai Chi/.hidden.avi", "Tai Chi/notes.txt", "ucfTrainTestlist/fake.avi", ".cache/x.avi", "readme.md"):
+    for name in (
+        "Tai Chi/.hidden.avi",
+        "Tai Chi/notes.txt",
+        "ucfTrainTestlist/fake.avi",
+        ".cache/x.avi",
+        "readme.md",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("not a video")
-    scan, paths = scan_videos(tmp_path), ["Jump/d.mov", "Jump/e.avi", "Run/a.avi", "Run/b.mp4", "Run/c.mkv", odd]
+    scan, paths = (
+        scan_videos(tmp_path),
+        ["Jump/d.mov", "Jump/e.avi", "Run/a.avi", "Run/b.mp4", "Run/c.mkv", odd],
+    )
     assert scan.classes == ["Jump", "Run", "Tai Chi"] and scan.unreadable == []
     assert [video.path for video in scan.videos] == paths
     assert [video.num_frames for video in scan.videos] == [20, 20, 40, 60, 30, 20]
@@ -62,12 +71,17 @@ def test_videos_or_images_directly_in_root_are_one_class_also_in_a_cache(tmp_pat
         scan = scan_videos(tmp_path, images=images)
         assert scan.classes == ["all"] and [video.key for video in scan.videos] == keys
     cache = tmp_path.with_name("cache")
-    run_main(cache_latents, "--data-path", tmp_path, "--vae", "none", "--image-size", 16, "--out", cache)
+    run_main(
+        cache_latents, "--data-path", tmp_path, "--vae", "none", "--image-size", 16, "--out", cache
+    )
     assert [video.key for video in open_source(cache, 16).videos()] == ["all/a", "all/b"]
 
 
 def test_a_file_that_cannot_be_opened_is_reported_also_a_pipe(root):
-    playlists = {"list.mp4": "ffconcat version 1.0\nfile one.avi\n", "m3u.mp4": "#EXTM3U\n#EXTINF:1,\none.avi\n"}
+    playlists = {
+        "list.mp4": "ffconcat version 1.0\nfile one.avi\n",
+        "m3u.mp4": "#EXTM3U\n#EXTINF:1,\none.avi\n",
+    }
     texts = {"text.avi": "not a video", "empty.mp4": "", "stub.mp4": "RIFF"} | playlists
     for name, text in texts.items():
         (root / "A" / name).write_text(text)
@@ -77,7 +91,9 @@ def test_a_file_that_cannot_be_opened_is_reported_also_a_pipe(root):
     not_utf8 = os.fsdecode(b"\xff.avi")
     shutil.copyfile(root / "A/one.avi", root / "A" / not_utf8)
     data = bytearray((root / "A/one.avi").read_bytes())
-    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 2**32 - 1)  # as many frames: decord would abort
+    struct.pack_into(
+        "<I", data, data.index(b"strh") + 8 + 32, 2**32 - 1
+    )  # as many frames: decord would abort
     (root / "A/claims.avi").write_bytes(data)
     scan = scan_videos(root)
     names = sorted([*texts, "sound.mp4", "pipe.avi", "link.avi", not_utf8, "claims.avi"])
@@ -117,19 +133,27 @@ def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, ru
 
 
 # dict: fields of a video; 2: the format without keyframes
-@pytest.mark.parametrize("text", ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}, 2])
+@pytest.mark.parametrize(
+    "text", ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}, 2]
+)
 def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys, text):
     scan, place = scan_videos(root, runs), index_place(root, runs)
     content = json.loads(place.read_text())
     if isinstance(text, dict):
         content["videos"][0][1] |= text
     if isinstance(text, int):
-        content = {"format": text, "videos": [[stamp, video | {"keyframes": []}] for stamp, video in content["videos"]]}
+        content = {
+            "format": text,
+            "videos": [[stamp, video | {"keyframes": []}] for stamp, video in content["videos"]],
+        }
     place.write_text(text if isinstance(text, str) else json.dumps(content))
     again = scan_videos(root, runs).videos
     assert again == scan.videos and all(video.keyframes for video in again)
     assert "building it again" in capsys.readouterr().out
-    assert scan_videos(root, runs).videos[0].keyframes == again[0].keyframes and capsys.readouterr().out == ""
+    assert (
+        scan_videos(root, runs).videos[0].keyframes == again[0].keyframes
+        and capsys.readouterr().out == ""
+    )
 
 
 def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path, opened):
@@ -146,7 +170,9 @@ def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path,
     assert scan_videos(root, tmp_path / "new") == newer and opened == []
 
 
-def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(root, runs, monkeypatch, capsys):
+def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(
+    root, runs, monkeypatch, capsys
+):
     monkeypatch.setattr(os, "replace", no_space)
     assert len(scan_videos(root, runs).videos) == 4
     assert list(runs.iterdir()) == []
@@ -159,7 +185,14 @@ def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(tmp_path, monke
     (root / "B" / "thumbnails.db").write_text("")
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened an image"))
     scan = scan_videos(root, tmp_path, images=True)
-    assert [video.path for video in scan.videos] == ["A/a.jpg", "A/b.jpeg", "A/c.png", "B/d.webp", "B/e.PNG", "B/f.jpg"]
+    assert [video.path for video in scan.videos] == [
+        "A/a.jpg",
+        "A/b.jpeg",
+        "A/c.png",
+        "B/d.webp",
+        "B/e.PNG",
+        "B/f.jpg",
+    ]
     assert scan.videos[0] == Video("A/a.jpg", "A", num_frames=1, fps=25.0, height=None, width=None)
     assert scan.classes == ["A", "B"] and scan.unreadable == []
     assert not list(tmp_path.rglob("*index*"))
@@ -177,12 +210,16 @@ def test_the_hash_split_stays_when_videos_are_added_or_converted(tmp_path):
     _, fewer_val = split_videos(tmp_path, videos[:1000], 0.05)
     assert fewer_val == [video for video in val if order[video] < 1000]
     converted = [tiny.make_video(video.key, suffix=".mp4") for video in videos]
-    assert [video.key for video in split_videos(tmp_path, converted, 0.05)[1]] == [video.key for video in val]
+    assert [video.key for video in split_videos(tmp_path, converted, 0.05)[1]] == [
+        video.key for video in val
+    ]
 
 
 def test_at_least_one_video_trains_and_one_validates(tmp_path):
     for first, fraction in product(range(20), (0.0, 0.5, 1.0)):
-        train, val = split_videos(tmp_path, [tiny.make_video(f"A/v{first}"), tiny.make_video(f"B/w{first}")], fraction)
+        train, val = split_videos(
+            tmp_path, [tiny.make_video(f"A/v{first}"), tiny.make_video(f"B/w{first}")], fraction
+        )
         assert len(train) == len(val) == 1 and train != val
 
 
@@ -190,9 +227,13 @@ def test_lists_in_root_come_first_unless_they_name_none_or_all_videos(tmp_path):
     videos = [tiny.make_video(f"A/s{index}", suffix=".mp4") for index in range(4)]
     keys = [video.key for video in videos]
     by_hash = split_videos(tmp_path / "data", videos, 0.2)
-    for number, (inside, beside, train) in enumerate((
-        (keys[:1], keys[1:2], videos[:1]), ([], [*keys[2:], "A/t"], videos[2:]), (["B/s0"], keys, by_hash[0])
-    )):  # fmt: skip
+    for number, (inside, beside, train) in enumerate(
+        (
+            (keys[:1], keys[1:2], videos[:1]),
+            ([], [*keys[2:], "A/t"], videos[2:]),
+            (["B/s0"], keys, by_hash[0]),
+        )
+    ):
         tiny.write_ucf_list(tmp_path / f"{number}/data", inside)
         tiny.write_ucf_list(tmp_path / f"{number}", beside)
         assert split_videos(tmp_path / f"{number}/data", videos, 0.2)[0] == train
@@ -215,9 +256,15 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
     data = find_data(Files(root, scan_videos(root), 16), 0.5, [4, 20], [8], "--num-frames")
     train, val = split_videos(root, data.source.videos(), 0.5)
     for num_frames in (4, 20):
-        assert data.train[num_frames] == [video for video in train if video.num_frames >= num_frames]
-    assert list(data.val) == [4, 8, 20] and data.val[8] == [video for video in val if video.num_frames >= 8]
-    assert data.num_too_short == 1 and data.spare(21) == [video for video in train if video.num_frames == 40]
+        assert data.train[num_frames] == [
+            video for video in train if video.num_frames >= num_frames
+        ]
+    assert list(data.val) == [4, 8, 20] and data.val[8] == [
+        video for video in val if video.num_frames >= 8
+    ]
+    assert data.num_too_short == 1 and data.spare(21) == [
+        video for video in train if video.num_frames == 40
+    ]
 
 
 def test_short_validation_videos_are_counted_and_the_longest_is_named_if_all_are_too_short(root):
@@ -235,7 +282,10 @@ def test_short_validation_videos_are_counted_and_the_longest_is_named_if_all_are
     opened = "0 files that can't be opened"
     assert log[0] == f"skipped: 2 files with fewer than 16 frames (2 for validation), {opened}"
     for line, frames in zip(log[1:], (30, 40), strict=True):
-        assert line == f"skipped: 2 validation files with fewer than the {frames} frames of --val-frames"
+        assert (
+            line
+            == f"skipped: 2 validation files with fewer than the {frames} frames of --val-frames"
+        )
     tiny.write_video(root / val[0].path, 9)
     source = Files(root, scan_videos(root), 16)
     line = error_of(find_data, source, 0.9, [4, 16], [], "--num-frames")
@@ -273,6 +323,11 @@ def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkey
             raise PermissionError(13, "Permission denied", folder)
 
     record_calls(monkeypatch, os, "scandir", refuse)  # root may read any folder
-    calls = {"--data-path": check_data_path, "--init": lambda path: find_clips("--init", path, ["video"])}
+    calls = {
+        "--data-path": check_data_path,
+        "--init": lambda path: find_clips("--init", path, ["video"]),
+    }
     for flag, call in calls.items():
-        assert error_of(call, root) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"
+        assert (
+            error_of(call, root) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"
+        )

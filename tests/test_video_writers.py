@@ -21,12 +21,16 @@ def noise(*shape):
 
 def levels(values, side=2):
     """Gray videos (N, T, side, side, 3) of these values (N, T)."""
-    return np.broadcast_to(np.asarray(values, np.uint8)[..., None, None, None], (*np.shape(values), side, side, 3))
+    return np.broadcast_to(
+        np.asarray(values, np.uint8)[..., None, None, None], (*np.shape(values), side, side, 3)
+    )
 
 
 def color_bars(frames=6, height=16, width=20):
     """A uint8 video (frames, height, width, 3) whose frames all differ: bars of 4 px that move by a pixel per frame."""
-    colors = np.array([[230, 30, 30], [30, 200, 60], [40, 60, 220], [240, 220, 40], [10, 10, 10]], np.uint8)
+    colors = np.array(
+        [[230, 30, 30], [30, 200, 60], [40, 60, 220], [240, 220, 40], [10, 10, 10]], np.uint8
+    )
     columns = (np.arange(width) + np.arange(frames)[:, None]) // 4 % len(colors)  # (frames, width)
     return np.repeat(colors[columns][:, None], height, axis=1)
 
@@ -35,7 +39,10 @@ def read_gif(path):
     """Frames (T, H, W, 3) and their delays in ms."""
     with Image.open(path) as image:
         assert image.info["loop"] == 0  # forever
-        shown = [(np.asarray(one.convert("RGB")), one.info["duration"]) for one in ImageSequence.Iterator(image)]
+        shown = [
+            (np.asarray(one.convert("RGB")), one.info["duration"])
+            for one in ImageSequence.Iterator(image)
+        ]
     return np.stack([frame for frame, _ in shown]), [delay for _, delay in shown]
 
 
@@ -47,7 +54,10 @@ def holds_note(picture, *notes):
     """Whether these notes, and nothing else, are below a picture."""
     line = text_line(f"Shows {', '.join(notes)}.")
     bottom = picture[-len(line) :]
-    return np.array_equal(bottom[:, : line.shape[1]], line) and (bottom[:, line.shape[1] :] == 255).all()
+    return (
+        np.array_equal(bottom[:, : line.shape[1]], line)
+        and (bottom[:, line.shape[1] :] == 255).all()
+    )
 
 
 def mean_difference(a, b):
@@ -58,7 +68,8 @@ def mean_difference(a, b):
 
 
 @pytest.mark.parametrize(
-    ("size", "factor"), [((33, 47), 4), ((127, 200), 2), ((128, 128), 1), ((129, 128), 2), ((1, 2), 128)]
+    ("size", "factor"),
+    [((33, 47), 4), ((127, 200), 2), ((128, 128), 1), ((129, 128), 2), ((1, 2), 128)],
 )
 def test_pixels_are_repeated_until_the_short_side_is_128_and_sides_even(size, factor):
     video = noise(2, *size)
@@ -69,7 +80,8 @@ def test_pixels_are_repeated_until_the_short_side_is_128_and_sides_even(size, fa
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "fps"), [(16, 20, 30000 / 1001), (131, 129, 12.5), (2, 3, 25 / 3), (15, 21, 0.5), (16, 20, 60)]
+    ("height", "width", "fps"),
+    [(16, 20, 30000 / 1001), (131, 129, 12.5), (2, 3, 25 / 3), (15, 21, 0.5), (16, 20, 60)],
 )
 def test_a_video_of_any_size_and_rate_holds_every_frame_in_order(tmp_path, height, width, fps):
     video = color_bars(9, height, width)
@@ -77,10 +89,14 @@ def test_a_video_of_any_size_and_rate_holds_every_frame_in_order(tmp_path, heigh
     frames, rate = decode(tmp_path / "v.mp4")
     assert rate == pytest.approx(fps, rel=1e-6)
     assert frames.shape == enlarge(video).shape
-    assert max(map(mean_difference, frames, enlarge(video))) < 5  # of 255; neighbors in time differ by 33
+    assert (
+        max(map(mean_difference, frames, enlarge(video))) < 5
+    )  # of 255; neighbors in time differ by 33
     write_lossless(tmp_path / "v.mkv", iter(video), fps)
     frames, rate = decode(tmp_path / "v.mkv")
-    assert np.array_equal(frames, video) and rate == pytest.approx(fps, rel=0.01)  # Matroska counts whole ms
+    assert np.array_equal(frames, video) and rate == pytest.approx(
+        fps, rel=0.01
+    )  # Matroska counts whole ms
 
 
 @pytest.mark.parametrize("fps", [10, 12.5, 29.97, 50, 100])
@@ -98,15 +114,21 @@ def test_a_gif_lasts_as_long_as_the_video_unless_browsers_slow_it_down(tmp_path,
 
 def test_a_gif_is_exact_if_no_frame_has_more_than_256_colors(tmp_path):
     video = noise(6, 16, 16)  # about 1,500 in all
-    alike = 100 + np.arange(256) // np.array([[1], [16], [256]]) % 16  # (3, 256), hard to tell apart
+    alike = (
+        100 + np.arange(256) // np.array([[1], [16], [256]]) % 16
+    )  # (3, 256), hard to tell apart
     video[0] = alike.T.reshape(16, 16, 3)
     write_gif(tmp_path / "v.gif", video, fps=25)
     assert np.array_equal(read_gif(tmp_path / "v.gif")[0], enlarge(video))
 
 
 def test_the_gif_of_a_real_video_is_close_and_does_not_flicker(tmp_path):
-    photos = [data.chelsea()] * 3 + [data.coffee()] * 3  # a view that moves over a cat and, after a cut, over a cup
-    video = np.stack([photo[20 + 9 * t :, 90 + 7 * t :][:128, :128] for t, photo in enumerate(photos)])
+    photos = [data.chelsea()] * 3 + [
+        data.coffee()
+    ] * 3  # a view that moves over a cat and, after a cut, over a cup
+    video = np.stack(
+        [photo[20 + 9 * t :, 90 + 7 * t :][:128, :128] for t, photo in enumerate(photos)]
+    )
     write_gif(tmp_path / "v.gif", video, fps=25)
     errors = list(map(mean_difference, read_gif(tmp_path / "v.gif")[0], video))
     assert max(errors) < 4  # gray levels; 256 colors in a regular grid: 7.5
@@ -133,7 +155,9 @@ def test_a_sheet_has_a_row_per_video_a_column_per_frame_and_names(tmp_path):
         expected[y : y + h, x : x + w] = enlarge(videos[row, column])
     assert np.array_equal(read_png(tmp_path / "plain.png"), expected)
 
-    write_sheet(tmp_path / "named.png", videos, names=["Archery", "", "a name that\n is much longer"])
+    write_sheet(
+        tmp_path / "named.png", videos, names=["Archery", "", "a name that\n is much longer"]
+    )
     named = read_png(tmp_path / "named.png")
     margin = named.shape[1] - expected.shape[1]
     assert np.array_equal(named[:, margin:], expected)
@@ -145,10 +169,26 @@ def test_a_sheet_has_a_row_per_video_a_column_per_frame_and_names(tmp_path):
 
     write_sheet(tmp_path / "marked.png", videos, marked=[(1,), (), (0, 3)])
     marked = (read_png(tmp_path / "marked.png") == (255, 127, 14)).all(axis=-1)
-    found = {(row, column) for row, column in np.ndindex(3, 4) if marked[row * (h + GAP), column * (w + GAP) + w // 2]}
+    found = {
+        (row, column)
+        for row, column in np.ndindex(3, 4)
+        if marked[row * (h + GAP), column * (w + GAP) + w // 2]
+    }
     assert found == {(0, 1), (2, 0), (2, 3)}
-    assert np.flatnonzero(marked[h // 2]).tolist() == [w + 1, w + 2, w + 3, 2 * w, 2 * w + 1, 2 * w + 2]  # 3 px wide
-    assert np.flatnonzero(marked[:h, w + w // 2]).tolist() == [0, 1, h - 2, h - 1]  # also below, in the gap
+    assert np.flatnonzero(marked[h // 2]).tolist() == [
+        w + 1,
+        w + 2,
+        w + 3,
+        2 * w,
+        2 * w + 1,
+        2 * w + 2,
+    ]  # 3 px wide
+    assert np.flatnonzero(marked[:h, w + w // 2]).tolist() == [
+        0,
+        1,
+        h - 2,
+        h - 1,
+    ]  # also below, in the gap
 
 
 def test_a_sheet_of_many_long_videos_shows_few_of_them_and_of_their_frames(tmp_path, monkeypatch):
@@ -163,28 +203,43 @@ def test_a_sheet_of_many_long_videos_shows_few_of_them_and_of_their_frames(tmp_p
     assert set(np.diff(cells[0])) <= {14, 15}  # evenly
 
 
-@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (8, 1, 8), (11, 2, 8), (70, 8, 8)])
+@pytest.mark.parametrize(
+    ("count", "rows", "columns"), [(1, 1, 1), (8, 1, 8), (11, 2, 8), (70, 8, 8)]
+)
 def test_a_grid_has_rows_of_8_videos_and_at_most_64(tmp_path, count, rows, columns):
     videos, side = levels(np.arange(count)[:, None] + [0, 50, 100], side=16).copy(), 128 + GAP
     videos[0] = noise(3, 16, 16)  # enlarged without smoothing
     grid = tile(videos, (8, 8), 128)
     assert grid.shape == (3, rows * side, columns * side, 3)
-    cells = grid.reshape(3, rows, side, columns, side, 3).transpose(1, 3, 0, 2, 4, 5).reshape(-1, 3, side, side, 3)
+    cells = (
+        grid.reshape(3, rows, side, columns, side, 3)
+        .transpose(1, 3, 0, 2, 4, 5)
+        .reshape(-1, 3, side, side, 3)
+    )
     for index, cell in enumerate(cells):
         assert (cell[:, :128, :128] == (enlarge(videos[index]) if index < count else 255)).all()
         assert (cell[:, 128:] == 255).all() and (cell[:, :, 128:] == 255).all()
-    write_sheet(tmp_path / "grid.png", videos[:, :1], names=["a name"] * count)  # which is not shown
+    write_sheet(
+        tmp_path / "grid.png", videos[:, :1], names=["a name"] * count
+    )  # which is not shown
     shown = read_png(tmp_path / "grid.png")
     assert np.array_equal(shown[: rows * side, : columns * side], grid[0])
-    assert holds_note(shown, *few(64, count, "images")) if count > 64 else shown.shape == grid[0].shape
+    assert (
+        holds_note(shown, *few(64, count, "images")) if count > 64 else shown.shape == grid[0].shape
+    )
 
 
-def test_names_with_accents_are_drawn_and_names_that_the_font_lacks_become_numbers(tmp_path, capsys):
+def test_names_with_accents_are_drawn_and_names_that_the_font_lacks_become_numbers(
+    tmp_path, capsys
+):
     drawable.cache_clear()
     videos, names = np.stack([color_bars(4)] * 3), ["Cañón Łódź", "乒乓球", "乒乓球"]
     write_sheet(tmp_path / "names.png", videos, names, labels=[0, 7, 7])
     (line,) = capsys.readouterr().out.splitlines()  # once
-    assert line == "note: the font of pictures lacks characters of 乒乓球: pictures say 'class 7' instead"
+    assert (
+        line
+        == "note: the font of pictures lacks characters of 乒乓球: pictures say 'class 7' instead"
+    )
     write_sheet(tmp_path / "same.png", videos, ["Cañón Łódź", "class 7", "class 7"])
     assert np.array_equal(read_png(tmp_path / "names.png"), read_png(tmp_path / "same.png"))
     assert drawable("Cañón", "class 7") == "Cañón"  # accents of their own
@@ -204,7 +259,9 @@ def in_windows(videos, ends, batches):
 
 def files_of(folder):
     """The content of all files; of mp4s the pixels, as x264 does not always write the same bytes."""
-    videos = {name: decode(folder / name)[0].tobytes() for name in content(folder) if name.endswith("mp4")}
+    videos = {
+        name: decode(folder / name)[0].tobytes() for name in content(folder) if name.endswith("mp4")
+    }
     return content(folder) | videos
 
 
@@ -221,7 +278,9 @@ def test_samples_in_parts_give_the_files_of_samples_at_once(tmp_path, monkeypatc
     assert files_of(once) == files_of(parts)
     suffixes = ("mp4", "gif") if T > 1 else ("png",)
     own = {f"{index:06d}.{suffix}" for index in range(9) for suffix in suffixes} | {"samples.npz"}
-    assert {path.name for path in once.iterdir()} == own | ({"grid.gif", "sheet.png"} if T > 1 else {"grid.png"})
+    assert {path.name for path in once.iterdir()} == own | (
+        {"grid.gif", "sheet.png"} if T > 1 else {"grid.png"}
+    )
     assert T > 1 or np.array_equal(read_png(once / "000008.png"), videos[8, 0])
     write_samples(bare, [(range(9), 0, videos)], *settings, previews=False)
     assert content(bare).keys() == {name for name in own if "gif" not in name}
@@ -235,7 +294,9 @@ def test_samples_in_parts_give_the_files_of_samples_at_once(tmp_path, monkeypatc
 def test_a_long_video_has_all_frames_and_a_thinned_gif_of_the_same_length(tmp_path, monkeypatch):
     monkeypatch.setattr(writers, "GIF_FRAMES", 10)
     videos = color_bars(41)[None]
-    write_samples(tmp_path, in_windows(videos, (16, 32, 41), [(0, 1)]), 41, [0], 25, ["a"], [(0, 40)])
+    write_samples(
+        tmp_path, in_windows(videos, (16, 32, 41), [(0, 1)]), 41, [0], 25, ["a"], [(0, 40)]
+    )
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], videos)
     assert len(decode(tmp_path / "000000.mp4")[0]) == 41
     noted = "grid.gif", lambda video: add_notes(tile(video[None]), ["10 of 41 frames"])

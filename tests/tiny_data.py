@@ -25,8 +25,16 @@ def make_vae(folder, **overrides):
     from diffusers import AutoencoderKL  # takes seconds to import
 
     torch.manual_seed(0)
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }
+    sizes = {
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "sample_size": 16,
+    }
     AutoencoderKL(**kinds | sizes | overrides).save_pretrained(folder)
     return folder
 
@@ -41,9 +49,15 @@ def make_images(root, count, suffix=".png"):
 
 
 LATENTS_SETTINGS = {  # of a latent cache
-    "format": LATENTS_FORMAT, "vae": "ema", "image_size": 16, "channels": 4, "downsample": 2,
-    "scale": 0.18215, "shift": 0.0, "flips": True,
-}  # fmt: skip
+    "format": LATENTS_FORMAT,
+    "vae": "ema",
+    "image_size": 16,
+    "channels": 4,
+    "downsample": 2,
+    "scale": 0.18215,
+    "shift": 0.0,
+    "flips": True,
+}
 
 
 def make_latents(folder):
@@ -51,10 +65,21 @@ def make_latents(folder):
     videos = []
     for size, name in enumerate("abc"):
         (folder / "A").mkdir(parents=True, exist_ok=True)
-        parts = {part: torch.rand(6, 4, 8, 8).half() for part in ("mean", "std", "mean_flipped", "std_flipped")}
+        parts = {
+            part: torch.rand(6, 4, 8, 8).half()
+            for part in ("mean", "std", "mean_flipped", "std_flipped")
+        }
         save_file(parts, folder / f"A/{name}.safetensors", metadata={"source_bytes": str(size)})
-        videos.append({"path": f"A/{name}.safetensors", "class_name": "A", "num_frames": 6, "fps": 25.0, "height": 16,
-                       "width": 16})  # fmt: skip
+        videos.append(
+            {
+                "path": f"A/{name}.safetensors",
+                "class_name": "A",
+                "num_frames": 6,
+                "fps": 25.0,
+                "height": 16,
+                "width": 16,
+            }
+        )
     counts = {"num_videos": 3, "num_frames": 18, "classes": ["A"], "unreadable": []}
     content = LATENTS_SETTINGS | counts | {"videos": videos}
     (folder / "latents.json").write_text(json.dumps(content, indent=1))
@@ -62,10 +87,24 @@ def make_latents(folder):
 
 def make_state(step=10, **settings):
     """Return the dict of a checkpoint as train.py writes it, of a named model so that --model can be checked."""
-    config = model_config("EqM-Ti/4", **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings))
+    config = model_config(
+        "EqM-Ti/4",
+        **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings),
+    )
     time_scales = dict.fromkeys(("time_scale", "longest_time_scale"), 0.04)
-    data = {"vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"], **time_scales}
-    training = {"model": "EqM-Ti/4", "num_frames": config.num_frames, "video": config.num_frames > 1}
+    data = {
+        "vae": "none",
+        "image_size": 16,
+        "fps": 25.0,
+        "frame_interval": [1],
+        "classes": ["A", "B"],
+        **time_scales,
+    }
+    training = {
+        "model": "EqM-Ti/4",
+        "num_frames": config.num_frames,
+        "video": config.num_frames > 1,
+    }
     return {
         "version": checkpoint.VERSION,
         "config": {"model": vars(config), "data": data, "training": training},
@@ -91,7 +130,9 @@ def random_checkpoint(path, vae="none", training=(), **settings):
     """
     latents = {} if vae == "none" else {"input_size": 8, "in_channels": 4}
     small = {"depth": 1, "hidden_size": 48, "num_heads": 2, "num_frames": 1}
-    state = make_state(**small | latents | {"temporal_patch_size": 4 if "num_frames" in settings else 1} | settings)
+    state = make_state(
+        **small | latents | {"temporal_patch_size": 4 if "num_frames" in settings else 1} | settings
+    )
     for weight in state["ema"].values():
         weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     size = state["config"]["model"]["input_size"] * (1 if vae == "none" else 2)
@@ -103,13 +144,23 @@ def random_checkpoint(path, vae="none", training=(), **settings):
 
 def write_npz(path, videos, labels):
     """Write a samples.npz of videos (N, T, H, W, 3) at once."""
-    np.savez(path, arr_0=videos if videos.shape[1] > 1 else videos[:, 0], labels=np.asarray(labels, np.int64))
+    np.savez(
+        path,
+        arr_0=videos if videos.shape[1] > 1 else videos[:, 0],
+        labels=np.asarray(labels, np.int64),
+    )
 
 
 def make_samples(folder):
     """Write a sample folder of two clips, as sample_gd.py does."""
-    np.savez(folder / "samples.npz", arr_0=np.zeros((2, 3, 8, 8, 3), np.uint8), labels=np.zeros(2, np.int64))
-    (folder / "samples.json").write_text(json.dumps({"classes": ["A"], "time_scale": 0.04, "flags": {"video": True}}))
+    np.savez(
+        folder / "samples.npz",
+        arr_0=np.zeros((2, 3, 8, 8, 3), np.uint8),
+        labels=np.zeros(2, np.int64),
+    )
+    (folder / "samples.json").write_text(
+        json.dumps({"classes": ["A"], "time_scale": 0.04, "flags": {"video": True}})
+    )
 
 
 def flip_bit(path, tensor):

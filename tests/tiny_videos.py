@@ -15,12 +15,20 @@ from video.clips import Clips
 from video.files import Video, read_frames
 
 
-def write_video(path, num_frames=20, rate=25, codec="mpeg4", times=None, size=(64, 48), sound=False, **options):
+def write_video(
+    path, num_frames=20, rate=25, codec="mpeg4", times=None, size=(64, 48), sound=False, **options
+):
     """times: a time stamp in ms for each frame, for a variable frame rate; size: width, height in px. Options, beside
     those of the codec: pixel_format; tag, its name in the file; noise: in the right half, which moves.
     """
-    pixel_format, tag, noise = options.pop("pixel_format", "yuv420p"), options.pop("tag", None), options.pop("noise", 0)
-    right = 255 - np.random.default_rng(0).integers(0, noise + 1, (size[1], size[0] - size[0] // 2, 3))
+    pixel_format, tag, noise = (
+        options.pop("pixel_format", "yuv420p"),
+        options.pop("tag", None),
+        options.pop("noise", 0),
+    )
+    right = 255 - np.random.default_rng(0).integers(
+        0, noise + 1, (size[1], size[0] - size[0] // 2, 3)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
@@ -50,7 +58,9 @@ def write_sound(path):
 def add_sound(file):
     """A second of silence."""
     stream = file.add_stream("aac", rate=16000)
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+    frame = av.AudioFrame.from_ndarray(
+        np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
+    )
     frame.sample_rate = 16000
     file.mux([*stream.encode(frame), *stream.encode()])
 
@@ -136,4 +146,6 @@ def write_images(root):
 
 def write_ucf_list(folder, keys):
     (folder / "ucfTrainTestlist").mkdir(parents=True, exist_ok=True)
-    (folder / "ucfTrainTestlist" / "trainlist01.txt").write_text("".join(f"{key}.avi 1\n" for key in keys))
+    (folder / "ucfTrainTestlist" / "trainlist01.txt").write_text(
+        "".join(f"{key}.avi 1\n" for key in keys)
+    )

@@ -27,14 +27,40 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SMALL = ["--image-size", 16, "--global-batch-size", 4, "--num-workers", 0]
 IMAGES = [*SMALL, "--model", "EqM-Ti/4", "--depth", 1, "--vae", "none"]
 ANY_LENGTH = [
-    *IMAGES, "--video", "--use-rope", "--hidden-size", 96, "--num-heads", 2, "--no-flip", "--frame-interval", 1, 3,
-    "--val-clips", 4, "--lr", 1e-3,
-]  # fmt: skip
+    *IMAGES,
+    "--video",
+    "--use-rope",
+    "--hidden-size",
+    96,
+    "--num-heads",
+    2,
+    "--no-flip",
+    "--frame-interval",
+    1,
+    3,
+    "--val-clips",
+    4,
+    "--lr",
+    1e-3,
+]
 TINY = [*ANY_LENGTH, "--num-frames", 4]
 TINY_VAE = [
-    *SMALL, "--downsample", 4, "--widths", 8, 8, 8, "--latent-channels", 2, "--log-every", 2, "--num-val-frames", 20,
-    "--val-every", 5,
-]  # fmt: skip
+    *SMALL,
+    "--downsample",
+    4,
+    "--widths",
+    8,
+    8,
+    8,
+    "--latent-channels",
+    2,
+    "--log-every",
+    2,
+    "--num-val-frames",
+    20,
+    "--val-every",
+    5,
+]
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
 OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
 # depends on the clock
@@ -61,7 +87,9 @@ class Training:
 
     def command_flags(self, *flags):
         paths = ["--data-path", self.data, "--results-dir", self.results]
-        end = ["--max-steps", self.steps] if self.steps else []  # 0 or None: a schedule sets the end
+        end = (
+            ["--max-steps", self.steps] if self.steps else []
+        )  # 0 or None: a schedule sets the end
         return [*self.base, *paths, *end, *self.flags, *flags]
 
     def start(self, *flags, until=0):
@@ -82,11 +110,19 @@ class Training:
     def rows(self):
         """The metrics, without notes and measured times."""
         rows = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
-        return [{name: row[name] for name in row if name not in MEASURED} for row in rows if "note" not in row]
+        return [
+            {name: row[name] for name in row if name not in MEASURED}
+            for row in rows
+            if "note" not in row
+        ]
 
     def last_step(self):
         """The last logged step; 0 before the first. The last line may be cut off, as after a kill."""
-        lines = [line for file in self.results.glob("*/metrics.jsonl") for line in file.read_text().splitlines()]
+        lines = [
+            line
+            for file in self.results.glob("*/metrics.jsonl")
+            for line in file.read_text().splitlines()
+        ]
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
     def saved(self, name="latest.pt"):
@@ -110,7 +146,9 @@ def record_calls(monkeypatch, owner, name, note):
 def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), signal.SIGTERM)):
     """A list that grows at each step of a training script. After stop_after steps, act() runs: SIGTERM by default."""
     with pytest.MonkeyPatch.context() as patch:  # update_ema ends a step
-        steps = record_calls(patch, script, "update_ema", lambda *_: len(steps) + 1 == stop_after and act())
+        steps = record_calls(
+            patch, script, "update_ema", lambda *_: len(steps) + 1 == stop_after and act()
+        )
         yield steps
 
 
@@ -152,10 +190,14 @@ FEW_STEPS = ["--num-samples", 2, "--num-sampling-steps", 4, "--stepsize", 0.05]
 def sample_here(ckpt, folder, *flags, status=0):
     """Run sample_gd.py in this process. Returns (samples, content of samples.json), or None with a status above 0."""
     video = [] if ckpt.stem == "image" else ["--video"]
-    run_main(sample_gd, "--ckpt", ckpt, "--folder", folder, *video, *FEW_STEPS, *flags, status=status)
+    run_main(
+        sample_gd, "--ckpt", ckpt, "--folder", folder, *video, *FEW_STEPS, *flags, status=status
+    )
     if status:
         return None
-    return np.load(folder / "samples.npz")["arr_0"], json.loads((folder / "samples.json").read_text())
+    return np.load(folder / "samples.npz")["arr_0"], json.loads(
+        (folder / "samples.json").read_text()
+    )
 
 
 def refused(capsys, script, *flags, status=2, late=False):
@@ -168,7 +210,11 @@ def refused(capsys, script, *flags, status=2, late=False):
         if status == 2 and not late:
             patch.setattr(distributed, "start", lambda *_: pytest.fail("a device was touched"))
         run_main(script, *flags, status=status)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "opening videos" not in line]
+    (line,) = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line and "opening videos" not in line
+    ]
     assert "error: " in line
     return line
 
@@ -200,7 +246,10 @@ def content(folder):
 def snapshot(folder):
     """What is in a folder: for each path its kind and, of a file, its size and time of change."""
     found = {place: os.lstat(place) for place in folder.rglob("*")}
-    return {at: (stat.st_mode, at.is_dir() or (stat.st_size, stat.st_mtime_ns)) for at, stat in found.items()}
+    return {
+        at: (stat.st_mode, at.is_dir() or (stat.st_size, stat.st_mtime_ns))
+        for at, stat in found.items()
+    }
 
 
 def differences(a, b, place="state"):
@@ -212,14 +261,22 @@ def differences(a, b, place="state"):
     if isinstance(a, (list, tuple)):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict):
-        found = [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"] if a.keys() != b.keys() else []
-        return found + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{place}.{key}")]
+        found = (
+            [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"] if a.keys() != b.keys() else []
+        )
+        return found + [
+            line
+            for key in a.keys() & b.keys()
+            for line in differences(a[key], b[key], f"{place}.{key}")
+        ]
     return [] if a == b else [place]
 
 
 def compare(one, other):
     """Return where two finished runs differ: in the content and the names of checkpoints, and in metrics."""
-    files = [sorted(path.name for path in (run.folder / "checkpoints").iterdir()) for run in (one, other)]
+    files = [
+        sorted(path.name for path in (run.folder / "checkpoints").iterdir()) for run in (one, other)
+    ]
     found = [] if files[0] == files[1] else [f"checkpoints {files}"]
     found += [] if one.rows() == other.rows() else ["metrics"]
     for name in set(files[0]) & set(files[1]):

@@ -38,7 +38,9 @@ def write_file(path, data):
 def link(path, name):
     """Give a file a second name in the same folder. It replaces an older file of that name in one step."""
     path = Path(path)
-    if path.with_name(name).exists() and path.samefile(path.with_name(name)):  # renaming would leave both
+    if path.with_name(name).exists() and path.samefile(
+        path.with_name(name)
+    ):  # renaming would leave both
         return
     temporary = path.with_name(name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -80,7 +82,9 @@ def why_unwritable(path, error, needed=None):
 def what_to_delete(path):
     """Advise how to free space: by the numbered checkpoints of the same run that best.pt and latest.pt do not share."""
     run = next((folder for folder in path.parents if (folder / "lock").exists()), path)
-    older = [file for file in sorted(run.glob("checkpoints/[0-9]*.pt")) if file.stat().st_nlink == 1]
+    older = [
+        file for file in sorted(run.glob("checkpoints/[0-9]*.pt")) if file.stat().st_nlink == 1
+    ]
     if not older:
         return "free some space there"
     names = " to ".join(file.name for file in dict.fromkeys((older[0], older[-1])))

@@ -26,7 +26,9 @@ from runtime.distributed import local_rank, rank
 LINE_SECONDS = 60  # between two lines of a Bar in a file
 LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}"
 UNTYPED = object()  # the value of a flag until it is parsed
-RANK_0_SPEAKS_FIRST = 10  # seconds that the other ranks give rank 0 to report an error that all ranks have
+RANK_0_SPEAKS_FIRST = (
+    10  # seconds that the other ranks give rank 0 to report an error that all ranks have
+)
 LOST = {  # pattern of an error's text -> its meaning
     r"DataLoader worker \(pid": "a loader process has ended, perhaps for lack of memory: lower --num-workers",
     r"can't allocate memory": "too little memory",  # not a torch.OutOfMemoryError, as on a GPU
@@ -84,16 +86,24 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None):
         names = [action.dest for action in self._actions if action.dest != "help"]
-        found, rest = self.parse_known_args(args, argparse.Namespace(**dict.fromkeys(names, UNTYPED)))
+        found, rest = self.parse_known_args(
+            args, argparse.Namespace(**dict.fromkeys(names, UNTYPED))
+        )
         if rest:
             self.error(self.explain(rest[0].split("=")[0], found))
         typed = [name for name in names if getattr(found, name) is not UNTYPED]
-        return Flags(vars(found) | {name: self.get_default(name) for name in names if name not in typed}, typed)
+        return Flags(
+            vars(found) | {name: self.get_default(name) for name in names if name not in typed},
+            typed,
+        )
 
     def explain(self, word, found):
         """Say why a word of the command line is wrong: a mistyped flag or an unexpected argument."""
         if not word.startswith("-"):
-            got = [f", {one.metavar} is {getattr(found, one.dest)}" for one in self._get_positional_actions()]
+            got = [
+                f", {one.metavar} is {getattr(found, one.dest)}"
+                for one in self._get_positional_actions()
+            ]
             return f"{word}: unexpected argument{''.join(got)}; if a pattern matches several files, name one of them"
         close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
         return f"{word}: no such flag; {f'did you mean {close[0]}?' if close else 'see --help'}"
@@ -103,7 +113,9 @@ def flag_text(args, name):
     """A flag with its value as a user types it, such as "--num-frames 4"."""
     value = getattr(args, name)
     value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-    return f"--{'no-' * (value is False)}{name.replace('_', '-')}" + ("" if isinstance(value, bool) else f" {value}")
+    return f"--{'no-' * (value is False)}{name.replace('_', '-')}" + (
+        "" if isinstance(value, bool) else f" {value}"
+    )
 
 
 def refuse_if(args, name, is_wrong, text):
@@ -114,8 +126,13 @@ def refuse_if(args, name, is_wrong, text):
 
 def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
     """A `type=` for argparse: an int or a finite float within bounds. `above` is exclusive."""
-    bounds, noun = {"above": above, "at least": least, "at most": most}, "an integer" if kind is int else "a number"
-    expected = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if abs(bound) < math.inf)
+    bounds, noun = (
+        {"above": above, "at least": least, "at most": most},
+        "an integer" if kind is int else "a number",
+    )
+    expected = " and ".join(
+        f"{word} {bound}" for word, bound in bounds.items() if abs(bound) < math.inf
+    )
 
     def parse(text):
         value = math.nan
@@ -129,14 +146,20 @@ def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
 
 
 COUNT, NATURAL = number(int, least=1, most=2**31 - 1), number(int, least=0, most=2**63 - 1)
-POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
+POSITIVE, NON_NEGATIVE, SHARE = (
+    number(float, above=0),
+    number(float, least=0),
+    number(float, least=0, most=1),
+)
 
 
 def add_speed_flags(parser):
     """Add the speed flags of training and sampling. Returns the add_argument of their group."""
     add = parser.add_argument_group("speed").add_argument
     precision = "bf16 and fp16: mixed precision; tf32: matrix products are rounded; tf32 and fp16 need a GPU; default: "
-    precision += "bf16 on a GPU that has it, else fp32; fp32 with an energy; a resumed run keeps its own"
+    precision += (
+        "bf16 on a GPU that has it, else fp32; fp32 with an energy; a resumed run keeps its own"
+    )
     add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help=precision)
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
     return add
@@ -146,7 +169,9 @@ def check_speed_flags(args):
     """Raise UserError if this machine does not support --precision or --compile."""
     check_precision(args.precision)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise UserError("--compile: no C++ compiler found; expected g++ or clang++; install g++ or remove the flag")
+        raise UserError(
+            "--compile: no C++ compiler found; expected g++ or clang++; install g++ or remove the flag"
+        )
 
 
 def precisions():
@@ -155,21 +180,33 @@ def precisions():
         return ["fp32", "bf16"]
     with torch.cuda.device(local_rank()):  # or every rank would use memory of the first GPU
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return ["bf16", "fp32", "tf32", "fp16"] if has_bf16 else ["fp32", "fp16"]  # the same GPUs have bf16 and tf32
+    return (
+        ["bf16", "fp32", "tf32", "fp16"] if has_bf16 else ["fp32", "fp16"]
+    )  # the same GPUs have bf16 and tf32
 
 
 def check_precision(precision):
     """Raise UserError if this machine does not support that --precision; None is not checked."""
     if precision not in (None, *precisions()):
-        device = torch.cuda.get_device_name(local_rank()) if torch.cuda.is_available() else "a machine without a GPU"
-        raise UserError(f"--precision {precision}: does not work on {device}; use {' or '.join(precisions())}")
+        device = (
+            torch.cuda.get_device_name(local_rank())
+            if torch.cuda.is_available()
+            else "a machine without a GPU"
+        )
+        raise UserError(
+            f"--precision {precision}: does not work on {device}; use {' or '.join(precisions())}"
+        )
 
 
 def resolve_precision(precision, energy, kept=None):
     """The --precision of the flag, else of the resumed run (`kept`), else the best for this model. Raises UserError."""
-    precision = precision or kept or ("fp32" if energy else None)  # the gradient of an energy is the field
+    precision = (
+        precision or kept or ("fp32" if energy else None)
+    )  # the gradient of an energy is the field
     if precision is None and "bf16" not in precisions():
-        say("note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory")
+        say(
+            "note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory"
+        )
     check_precision(precision)
     return precision or precisions()[0]
 
@@ -178,7 +215,9 @@ def check_devices():
     """Raise UserError if torchrun started more processes than this machine has GPUs, if it has any."""
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         found = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
-        raise UserError(f"--nproc_per_node={found}: GPUs on this machine: {torch.cuda.device_count()}; start as many")
+        raise UserError(
+            f"--nproc_per_node={found}: GPUs on this machine: {torch.cuda.device_count()}; start as many"
+        )
 
 
 def check_writable(flag, folder):
@@ -187,7 +226,9 @@ def check_writable(flag, folder):
         raise UserError(f"{flag} '': an empty name; name a folder")
     place = Path(folder).absolute()
     if any(len(os.fsencode(part)) > 255 for part in place.parts):
-        raise UserError(f"{flag} {str(folder)[:50]}...: a name of more than 255 bytes; use a shorter one")
+        raise UserError(
+            f"{flag} {str(folder)[:50]}...: a name of more than 255 bytes; use a shorter one"
+        )
     if not os.path.exists(place):
         place = Path(os.path.normpath(place))  # new/../file is `file` once the folder `new` is made
     while not os.path.lexists(place):  # a broken link blocks a folder, as a file does
@@ -195,7 +236,9 @@ def check_writable(flag, folder):
     try:
         os.rmdir(tempfile.mkdtemp(dir=place))  # os.access allows root to write to /proc
     except OSError as error:
-        raise UserError(f"{flag} {folder}: {place} is not a writable folder; name another") from error
+        raise UserError(
+            f"{flag} {folder}: {place} is not a writable folder; name another"
+        ) from error
 
 
 # Messages -------------------------------------------------------------------------------------------------------------
@@ -236,7 +279,9 @@ def writing(path, needed=None):
     try:
         yield
     except Exception as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # as torch reports a full disk
+        cause = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # as torch reports a full disk
         if number := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors reports one
             cause = OSError(int(number[1]), os.strerror(int(number[1])))
         if not isinstance(cause, OSError) or isinstance(error, UserError):
@@ -282,13 +327,17 @@ def fail(message, status=2, wait=True):
     shows the line after torchrun's own report. EQM_TRACEBACK=1 adds the traceback.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it reports
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again when the next loader process ends
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # torch's handler would raise again when the next loader process ends
     if wait and rank() != 0:
         time.sleep(RANK_0_SPEAKS_FIRST)
     text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
     line = f"{os.path.basename(sys.argv[0])}: error: {text}"
     if os.environ.get("EQM_TRACEBACK") == "1":
-        sys.stderr.write(traceback.format_exc() if sys.exception() else "".join(traceback.format_stack()))
+        sys.stderr.write(
+            traceback.format_exc() if sys.exception() else "".join(traceback.format_stack())
+        )
     try:
         append(os.environ["EQM_ERROR_FILE"], [line + "\n"])
     except (KeyError, UserError):  # the disk may be full
@@ -324,12 +373,17 @@ def one_line_errors(*others):
             sys.exit(130)  # rank 0 reports
         fail("stopped by SIGINT: run the same command again", status=130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, *others) as error:
-        status, wait = getattr(error, "status", 1), not isinstance(error, ConnectionError)  # a rank has its own
+        status, wait = (
+            getattr(error, "status", 1),
+            not isinstance(error, ConnectionError),
+        )  # a rank has its own
         is_full = getattr(error, "errno", None) in FULL and error.filename
         fail(why_unwritable(error.filename, error) if is_full else error, status, wait)
     except RuntimeError as error:
         text, (first, *_) = f"{type(error).__name__} {error}", str(error).split("\n")
-        meanings = [meaning for pattern, meaning in LOST.items() if re.search(pattern, text, re.IGNORECASE)]
+        meanings = [
+            meaning for pattern, meaning in LOST.items() if re.search(pattern, text, re.IGNORECASE)
+        ]
         if not meanings:
             raise
         fail(f"{meanings[0]} ({first}); all checkpoints are intact", status=1, wait=False)

@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-SHARE_TIME = timedelta(hours=1)  # timeout while one rank has more to do: it opens all videos, samples a last batch
+SHARE_TIME = timedelta(
+    hours=1
+)  # timeout while one rank has more to do: it opens all videos, samples a last batch
 STEP_TIME = timedelta(minutes=10)  # timeout in training, where all ranks do the same
 STORE_TIME = 30  # seconds for torchrun to answer
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # values of --precision that use autocast
@@ -44,7 +46,9 @@ def die_with_parent(number):
         ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
 
 
-if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have their own sessions and would outlive a killed torchrun
+if (
+    "TORCHELASTIC_RUN_ID" in os.environ
+):  # ranks have their own sessions and would outlive a killed torchrun
     die_with_parent(signal.SIGTERM)
 
 
@@ -57,7 +61,9 @@ def start(timeout=SHARE_TIME):
     else:
         keep_freed_memory()
     if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # Python values need no GPU
+        backend = (
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        )  # Python values need no GPU
         ranks = {"rank": rank(), "world_size": world_size()}
         dist.init_process_group(backend, store=rendezvous_store(), timeout=timeout, **ranks)
     return device
@@ -73,7 +79,9 @@ def keep_freed_memory():
 
 def rendezvous_store():
     """The store through which the ranks find each other, under a prefix that only the ranks of this attempt know."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun started it before this process
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):  # torchrun started it before this process
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             socket.create_connection(place, STORE_TIME).close()
@@ -110,13 +118,17 @@ def stop():
 def set_precision(precision):
     """Switch TF32 for float32 products and convolutions on or off: the part of --precision besides autocast."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"  # in mixed precision the VAE's convolutions are float32
+    torch.backends.cudnn.allow_tf32 = (
+        precision != "fp32"
+    )  # in mixed precision the VAE's convolutions are float32
 
 
 def autocast(device, precision):
     """The context in which a network runs with that --precision: mixed for bf16 and fp16, else unchanged."""
     # Casts are not cached: no weight is used twice, and the cache of a sharded network would hold all weights
-    return torch.autocast(device.type, MIXED.get(precision), enabled=precision in MIXED, cache_enabled=False)
+    return torch.autocast(
+        device.type, MIXED.get(precision), enabled=precision in MIXED, cache_enabled=False
+    )
 
 
 def has_fast_bf16(device):
@@ -129,7 +141,9 @@ def parallel(model):
     if not dist.is_initialized():
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.9 does not know the new name of torch 2.13
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torch 2.9 does not know the new name of torch 2.13
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -186,5 +200,7 @@ def collect(indices, items):
     parts = gather((indices, items.cpu()), on_all=False)
     if rank() != 0:
         return None
-    indices, items = zip(*(part for part in parts if part[0]), strict=True)  # a rank without indices passes any tensor
+    indices, items = zip(
+        *(part for part in parts if part[0]), strict=True
+    )  # a rank without indices passes any tensor
     return torch.cat(items)[torch.tensor(list(itertools.chain(*indices))).argsort()]

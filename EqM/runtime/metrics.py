@@ -15,17 +15,44 @@ from runtime.atomic import atomic_write, sync
 from runtime.cli import UserError, append, writing
 
 PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first match counts
-    "B200": 2250, "GB200": 2500, "H100 PCIe": 756, "H800 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989,
-    "H200": 989, "GH200": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165,
-    "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 3090": 71,
-    "RTX 4090": 165, "RTX 5090": 210, "V100": 125, "T4": 65, "MI250X": 191, "MI300X": 1307,
-}  # fmt: skip
+    "B200": 2250,
+    "GB200": 2500,
+    "H100 PCIe": 756,
+    "H800 PCIe": 756,
+    "H100 NVL": 835,
+    "H200 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "H800": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "A10G": 70,
+    "A10": 125,
+    "A30": 165,
+    "A40": 150,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "RTX 6000 Ada": 364,
+    "RTX A6000": 155,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 210,
+    "V100": 125,
+    "T4": 65,
+    "MI250X": 191,
+    "MI300X": 1307,
+}
 
 
 def peak_tflops(name, precision):
     """The peak rate of a GPU in TFLOP/s, by its name in torch; None if unknown, as in fp32, which uses other units."""
     rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name))
-    rate = None if "Laptop" in name else next(rates, None)  # laptop chips have the names of faster ones
+    rate = (
+        None if "Laptop" in name else next(rates, None)
+    )  # laptop chips have the names of faster ones
     return rate and {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
 
 
@@ -41,9 +68,12 @@ def device_stats(device, precision, tflops_per_s):
 def bar_text(row):
     """The text of the progress bar for a row of metrics."""
     parts = {
-        "train_loss": "loss {:.3f}", "clips_per_s": "{:.1f} clips/s", "tflops_per_s": "{:.3g} TFLOP/s",
-        "mfu": "{:.0%} MFU", "gpu_memory_gb": "{:.1f} GB",
-    }  # fmt: skip
+        "train_loss": "loss {:.3f}",
+        "clips_per_s": "{:.1f} clips/s",
+        "tflops_per_s": "{:.3g} TFLOP/s",
+        "mfu": "{:.0%} MFU",
+        "gpu_memory_gb": "{:.1f} GB",
+    }
     return ", ".join(text.format(row[name]) for name, text in parts.items() if name in row)
 
 
@@ -54,7 +84,9 @@ def read_metrics(path, notes=False):
         for line in file:
             try:
                 row = json.loads(line)
-                rows += [row] if isinstance(row["step"], int) and (notes or "note" not in row) else []
+                rows += (
+                    [row] if isinstance(row["step"], int) and (notes or "note" not in row) else []
+                )
             except (ValueError, LookupError, TypeError, RecursionError):
                 torn += 1
     return rows, torn
@@ -79,13 +111,17 @@ class Metrics:
         self.board = self.wandb = None
         if distributed.rank() != 0:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to load; needed on rank 0 only
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # takes a second to load; needed on rank 0 only
 
         self.path = Path(folder, "metrics.jsonl")
         if self.path.exists():
             rows, _ = read_metrics(self.path, notes=True)
             with atomic_write(self.path) as file:
-                file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= resume_step)
+                file.writelines(
+                    json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= resume_step
+                )
         self.wandb = _start_wandb(Path(folder), config) if wandb else None
         self.board = SummaryWriter(str(folder), purge_step=resume_step + 1)
         self.path.touch()
@@ -126,7 +162,9 @@ class Metrics:
         if gif is not None:  # add_video would need moviepy to make the same GIF
             from tensorboard.compat.proto.summary_pb2 import Summary
 
-            value = Summary.Value(tag=f"{name}_moving", image=Summary.Image(encoded_image_string=gif))
+            value = Summary.Value(
+                tag=f"{name}_moving", image=Summary.Image(encoded_image_string=gif)
+            )
             self.board.file_writer.add_summary(Summary(value=[value]), step)
         if self.wandb:
             wandb = import_wandb()
@@ -151,7 +189,9 @@ def _start_wandb(folder, config):
     try:
         return wandb.init(project="EqM-Video", resume="allow", **own)
     except wandb.Error as error:  # not logged in, no network
-        raise UserError(f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+        raise UserError(
+            f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
+        ) from error
 
 
 class StepStats:
@@ -203,7 +243,10 @@ class StepStats:
             nonfinite &= rows[:, self.names.index("skipped"), None] == 0
         if nonfinite.any():
             self.raise_nonfinite(step, nonfinite.any(1).nonzero()[0].item())
-        return {"names": self.names, "rows": torch.cat([self.earlier.reshape(-1, rows.shape[1]), rows])}
+        return {
+            "names": self.names,
+            "rows": torch.cat([self.earlier.reshape(-1, rows.shape[1]), rows]),
+        }
 
     def averages(self):
         return distributed.average(torch.stack(self.rows)).cpu()
@@ -216,7 +259,9 @@ class StepStats:
         own = self.rows[index].clone()
         own[norm] = 0  # it is the same on all ranks, so it does not show the cause
         parts = distributed.gather((own.isfinite().all().item(), self.files[index]))
-        ranks = [rank for rank, (is_finite, _) in enumerate(parts) if not is_finite] or range(len(parts))
+        ranks = [rank for rank, (is_finite, _) in enumerate(parts) if not is_finite] or range(
+            len(parts)
+        )
         files = dict.fromkeys(file for rank in ranks for file in parts[rank][1])
         norms = ", ".join(f"{value:.3g}" for value in rows[: index + 1, norm].tolist()[-8:])
         raise UserError(

@@ -21,7 +21,9 @@ def generator(seed, purpose, *key, device="cpu"):
 
 def uniform(seed, purpose, stream, indices):
     """A number in [0, 1) for each sample of a stream, (len(indices),) float32 on the CPU."""
-    return torch.stack([torch.rand((), generator=generator(seed, purpose, stream, index)) for index in indices])
+    return torch.stack(
+        [torch.rand((), generator=generator(seed, purpose, stream, index)) for index in indices]
+    )
 
 
 def normal(seed, purpose, stream, indices, shape, device="cpu"):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from runtime.cli import UserError, say, writing
 
-RUN_NAME = re.compile(r"[0-9]+-(?P<model>EqM-.+?)-f(?P<num_frames>[0-9-]+)(?P<use_rope>-rope)?")  # of train.py
+RUN_NAME = re.compile(
+    r"[0-9]+-(?P<model>EqM-.+?)-f(?P<num_frames>[0-9-]+)(?P<use_rope>-rope)?"
+)  # of train.py
 LOCK_TIMEOUT = 10  # seconds in which the processes of a killed run end
 
 _locks = []  # open files; a lock lasts as long as its file is open
@@ -49,7 +51,11 @@ def name_similar(results_dir, name):
     asked = RUN_NAME.fullmatch(f"0-{name}")
     for folder in sorted(Path(results_dir).glob("[0-9]*-EqM-*"), key=run_number, reverse=True):
         if asked and (found := RUN_NAME.fullmatch(folder.name)):
-            flags = [flag for flag, value in asked.groupdict("").items() if not fnmatch(found[flag] or "", value)]
+            flags = [
+                flag
+                for flag, value in asked.groupdict("").items()
+                if not fnmatch(found[flag] or "", value)
+            ]
             if len(flags) == 1:
                 return f"; {folder.name} differs only in --{flags[0].replace('_', '-')}: change it to resume that run"
     return ""
@@ -70,7 +76,11 @@ def remove_temporary_files(folder):
 
 def keep_last(folder, count, always=()):
     """Remove a run's numbered checkpoints except the last `count` (None: all) and those of the steps `always`."""
-    steps = {int(path.stem): path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()}
+    steps = {
+        int(path.stem): path
+        for path in Path(folder, "checkpoints").glob("*.pt")
+        if path.stem.isdecimal()
+    }
     for step in sorted(steps)[:-count] if count else ():
         if step not in always:
             steps[step].unlink()
@@ -86,7 +96,9 @@ def check_job():
     """Raise UserError if ranks that torchrun restarts could not find their run."""
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     if machines != "1" and os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
-        raise UserError(f"torchrun --nnodes={machines}: --rdzv-id is missing; restarts need it: add any name")
+        raise UserError(
+            f"torchrun --nnodes={machines}: --rdzv-id is missing; restarts need it: add any name"
+        )
 
 
 def lock(folder):
@@ -94,7 +106,9 @@ def lock(folder):
     try:
         file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); name another --results-dir") from error
+        raise UserError(
+            f"{folder}: can't be written ({error.strerror}); name another --results-dir"
+        ) from error
     until = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
@@ -104,11 +118,15 @@ def lock(folder):
             if time.monotonic() > until:
                 file.seek(0)
                 who = file.read() or "unknown"
-                raise UserError(f"{folder}: another process writes to it ({who}): wait, or stop that process") from None
+                raise UserError(
+                    f"{folder}: another process writes to it ({who}): wait, or stop that process"
+                ) from None
             time.sleep(0.1)
         except OSError as error:
             reason = f"its file system has no file locks ({error.strerror})"
-            say(f"note: {folder} is not protected against a second writer, as {reason}: start one run there at a time")
+            say(
+                f"note: {folder} is not protected against a second writer, as {reason}: start one run there at a time"
+            )
             break
     with writing(file.name):
         file.truncate(0)
@@ -120,7 +138,10 @@ def lock(folder):
 def is_restarted(folder):
     """Whether torchrun started this process to replace one that wrote to the run folder."""
     # With several machines the count is useless: only the machine whose process died has counted
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+    if (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
+        and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    ):
         return False
     with suppress(OSError, ValueError):  # no lock yet, or an empty one
         return json.loads(Path(folder, "lock").read_text())["job"] == job_name()

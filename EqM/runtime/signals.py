@@ -30,7 +30,9 @@ class StopSignal:
         self.name, self.flags, self.is_waiting, self.together = None, None, False, together
         # in_step: between vote and resolve; steps: since the last vote; period: steps from one vote to the next
         self.in_step, self.steps, self.period, self.voted_at = False, 0, 0, time.monotonic()
-        self.group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if dist.is_initialized() else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=SHARE_TIME) if dist.is_initialized() else None
+        )
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
                 signal.signal(number, self._note)
@@ -63,7 +65,9 @@ class StopSignal:
 
     def _start(self, save=False, pace=0.0):
         self.steps, self.voted_at = 0, time.monotonic()
-        self.flags = torch.tensor([float(self.name is not None), float(save), pace if rank() == 0 else 0.0])
+        self.flags = torch.tensor(
+            [float(self.name is not None), float(save), pace if rank() == 0 else 0.0]
+        )
         if self.group is not None:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
@@ -79,7 +83,9 @@ class StopSignal:
         stop, save, pace = self.flags.tolist()
         # At most double: after a pause, a GPU accepts steps faster than it computes them
         self.flags, self.period = None, min(math.ceil(pace), 2 * self.period + 1)
-        if stop or (self.group is None and self.name is not None):  # a single process, after the vote
+        if stop or (
+            self.group is None and self.name is not None
+        ):  # a single process, after the vote
             raise Interrupted
         return save > 0
 

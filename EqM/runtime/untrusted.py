@@ -21,7 +21,9 @@ FPS = 1e-3, 1e6  # lowest and highest accepted frame rate
 def check_regular(path):
     """Raise OSError unless `path` is a regular file, or a link to one, whose name is text."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe, device or socket may never end
-        raise OSError(f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, expected a regular file")
+        raise OSError(
+            f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, expected a regular file"
+        )
     if not is_text(path):  # as the C++ and Rust libraries expect
         raise OSError("its name is not UTF-8: rename it")
 
@@ -54,7 +56,9 @@ def read_torch(path, names=()):
     """
     check_regular(path)
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":  # a zip archive; before torch 1.6 the file was a single pickle
+        if (
+            file.read(4) != b"PK\3\4"
+        ):  # a zip archive; before torch 1.6 the file was a single pickle
             raise pickle.UnpicklingError("not an archive")
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -63,20 +67,34 @@ def read_torch(path, names=()):
                     if member.filename.endswith("data.pkl"):
                         part.read()  # raises an error if its CRC is wrong
     is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # in published files
-        warnings.simplefilter("ignore")  # torch's warnings on foreign pickles; the error says enough
+    with (
+        warnings.catch_warnings(),
+        torch.serialization.safe_globals([argparse.Namespace]),
+    ):  # in published files
+        warnings.simplefilter(
+            "ignore"
+        )  # torch's warnings on foreign pickles; the error says enough
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
     if local_rank() == 0:
-        parts = [content[name] for name in names if name in content] if isinstance(content, dict) else []
+        parts = (
+            [content[name] for name in names if name in content]
+            if isinstance(content, dict)
+            else []
+        )
         check_tensors(parts or content, {(member.file_size, member.CRC) for member in members})
     return content
 
 
 def check_tensors(value, sums):
     """Raise ValueError unless each tensor in `value` is a member of an archive with these `sums`, (size, CRC-32)."""
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    storages = [
+        leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)
+    ]
     places = {(storage.data_ptr(), len(storage)): storage for storage in storages}
     for _, storage in sorted(places.items()):  # in the order of the file, as a disk reads ahead
         data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        if (data.nbytes, zlib.crc32(data)) not in sums:  # torch does not tell which member became which tensor
+        if (
+            data.nbytes,
+            zlib.crc32(data),
+        ) not in sums:  # torch does not tell which member became which tensor
             raise ValueError("a tensor is damaged")

@@ -52,13 +52,18 @@ MARGINS = *BY_FRAME, *(f"{name}_of_clip" for name in ATTRIBUTES)
 LIMITED = *MARGINS, "rmse"
 REASONS = "attribute", "pose", "margin", "rmse"  # why a clip is not valid; the first one counts
 TITLES = {  # of the values
-    "valid": "valid samples", "class_right": "samples that show the requested class",
+    "valid": "valid samples",
+    "class_right": "samples that show the requested class",
     **{name: f"samples with one {name} in all frames" for name in ATTRIBUTES},
-    "held_out": "valid samples whose character is in no training clip", "held_out_expected": "expected without bias",
-    "true_attributes": "samples that keep the true character", "true_clip": "samples that decode to the true clip",
-    "rmse": "RMSE to the matched clip, gray levels of 255", "rmse_real": "of validation clips through the VAE",
+    "held_out": "valid samples whose character is in no training clip",
+    "held_out_expected": "expected without bias",
+    "true_attributes": "samples that keep the true character",
+    "true_clip": "samples that decode to the true clip",
+    "rmse": "RMSE to the matched clip, gray levels of 255",
+    "rmse_real": "of validation clips through the VAE",
     "train_valid": "training clips that set the limits and are valid",
-    "real_valid": "validation clips that are valid", "real_true": "validation clips that match themselves",
+    "real_valid": "validation clips that are valid",
+    "real_true": "validation clips that match themselves",
     "attribute_switched": "controls accepted: an attribute switched in a frame",
     "frames_swapped": "controls accepted: frames swapped",
     "frame_shifted": f"controls accepted: a frame shifted by {SHIFT} px",
@@ -66,7 +71,7 @@ TITLES = {  # of the values
         f"{name}_blended_{percent}": f"controls accepted: {percent}% of another {name} in all frames"
         for name, percent in product(ATTRIBUTES, PERCENTS)
     },
-}  # fmt: skip
+}
 
 
 def check(samples, clips, place):
@@ -75,19 +80,31 @@ def check(samples, clips, place):
     videos, values = {video.key: video for video in clips.videos}, values_of(clips)
     wrong = sorted(videos.keys() ^ places_of(clips.classes, values).keys())
     if wrong or min(map(len, values)) < 2:
-        got = f"{wrong[0]} is {'not expected' if wrong[0] in videos else 'missing'}" if wrong else "one value each"
-        expected = "expected <class>/characterABCD.mkv of all characters, from datasets/prepare_sprites.py"
-        raise UserError(f"{place}: not the complete Sprites data set: {got}; {expected}; pass that folder")
+        got = (
+            f"{wrong[0]} is {'not expected' if wrong[0] in videos else 'missing'}"
+            if wrong
+            else "one value each"
+        )
+        expected = (
+            "expected <class>/characterABCD.mkv of all characters, from datasets/prepare_sprites.py"
+        )
+        raise UserError(
+            f"{place}: not the complete Sprites data set: {got}; {expected}; pass that folder"
+        )
     expected = samples.num_frames, samples.image_size, samples.image_size
     for key, video in videos.items():
         if (got := (video.num_frames, video.height, video.width)) != expected:
             got, expected = (f"{T} frames of {H} x {W} px" for T, H, W in (got, expected))
-            raise UserError(f"{samples.place}: has {expected}, {place}: {key} has {got}; sample clips like those")
+            raise UserError(
+                f"{samples.place}: has {expected}, {place}: {key} has {got}; sample clips like those"
+            )
 
 
 def values_of(clips):
     """The values of each attribute in the names of the videos: ascending integers each."""
-    names = [found[1] for video in clips.videos if (found := re.search(r"/character(\d{4})$", video.key))]
+    names = [
+        found[1] for video in clips.videos if (found := re.search(r"/character(\d{4})$", video.key))
+    ]
     return [sorted({int(name[a]) for name in names}) for a in range(len(ATTRIBUTES))]
 
 
@@ -101,7 +118,9 @@ def places_of(classes, values):
 def find_vae(samples, typed):
     """The VAE of the model that made Samples; typed: its new path or None. Raises UserError."""
     if (made := samples.source.get("vae")) in (None, "none"):
-        got = "its samples.json names no VAE" if made is None else "its model has no VAE (--vae none)"
+        got = (
+            "its samples.json names no VAE" if made is None else "its model has no VAE (--vae none)"
+        )
         advice = "whose loss sets the limits of --metric census; use a model with a VAE"
         raise UserError(f"{samples.place}: {got}, {advice}")
     vae = load_vae(typed, made, samples.place)
@@ -116,17 +135,26 @@ class World:
         """frames: uint8 (classes, characters, T, H, W, 3), in the order of places_of."""
         self.classes, self.places, self.clips = classes, places_of(classes, values), frames
         self.frames = frames.flatten(3).to(device)  # (classes, characters, T, P)
-        self.seen = torch.stack([(own != 0).any(dim=0) for own in self.frames])  # (classes, T, P): not black in all
+        self.seen = torch.stack(
+            [(own != 0).any(dim=0) for own in self.frames]
+        )  # (classes, T, P): not black in all
         self.seen_once = self.seen.flatten(0, 1).any(dim=0)  # (P,)
         self.cropped = self.frames[..., self.seen_once]
         self.same = SAME**2 * self.frames.shape[-1]
         squares = [own.double().square().sum(dim=-1) for own in self.frames.flatten(0, 1)]
         self.squares = torch.stack(squares).unflatten(0, self.frames.shape[:2])  # |frame|^2
-        every, choices = [*product(*values)], [(a, value) for a, own in enumerate(values) for value in own]
-        changed = [[every.index((*who[:a], value, *who[a + 1 :])) for a, value in choices] for who in every]
+        every, choices = (
+            [*product(*values)],
+            [(a, value) for a, own in enumerate(values) for value in own],
+        )
+        changed = [
+            [every.index((*who[:a], value, *who[a + 1 :])) for a, value in choices] for who in every
+        ]
         self.characters, self.choices, self.changed = map(torch.tensor, (every, choices, changed))
         # (characters, attributes); (M, 2); (characters, M): the number of the character after a choice
-        self.choices_of = [self.choices[:, 0] == a for a in range(len(values))]  # each attribute: bool (M,)
+        self.choices_of = [
+            self.choices[:, 0] == a for a in range(len(values))
+        ]  # each attribute: bool (M,)
 
 
 def read_world(clips, args, device):
@@ -137,10 +165,14 @@ def read_world(clips, args, device):
     counts = len(clips.classes), len(places) // len(clips.classes)
     frames = torch.zeros(*counts, clips.num_frames, size, size, 3, dtype=torch.uint8)
     unread = set(numbers)
-    for _, clip, *_, path in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
+    for _, clip, *_, path in real_stream(
+        clips, range(len(places)), args, corrupt, "reading all clips"
+    ):
         if corrupt:
             advice = "expected all clips of Sprites; make it again"
-            raise UserError(f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; {advice}")
+            raise UserError(
+                f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; {advice}"
+            )
         frames[numbers[path]] = torch.from_numpy(clip)
         unread.discard(path)
     assert not unread, f"{len(unread)} clips were not read, {min(unread)} first"
@@ -153,7 +185,9 @@ def match(world, clips):
     for name, (frames, seen) in enumerate(zip(world.frames, world.seen, strict=True)):
         for t, own in enumerate(seen):  # rounding is far below the difference of two clips
             errors[:, name] -= 2 * (clips[:, t, own].float() @ frames[:, t, own].float().T).double()
-    return torch.stack(torch.unravel_index(errors.flatten(1).argmin(dim=1), errors.shape[1:]), dim=1)
+    return torch.stack(
+        torch.unravel_index(errors.flatten(1).argmin(dim=1), errors.shape[1:]), dim=1
+    )
 
 
 def along_lines(error, best, others, squares, same):
@@ -199,7 +233,11 @@ def decode(world, place, clip):
     def compare_attributes(c, t, shown):
         return compare(c, t, shown, c[:, None], world.changed[shown], t[:, None])
 
-    c, t, every = torch.full((T,), name), torch.arange(T), torch.arange(len(world.classes) * T)[None]
+    c, t, every = (
+        torch.full((T,), name),
+        torch.arange(T),
+        torch.arange(len(world.classes) * T)[None],
+    )
     shown = torch.full((T,), who)
     poses = compare(c, t, shown, every // T, who, every % T)
     attributes = compare_attributes(c, t, shown)
@@ -222,7 +260,9 @@ def decode(world, place, clip):
     smallest += [margins(*poses).min()]
     smallest += [of_clip[choices].min() for choices in world.choices_of]
     rmse = (clip - world.frames[name, who]).square().mean(dim=-1).sqrt()
-    smallest = torch.stack(smallest).nan_to_num(posinf=1.0)  # of what no frame shows, for example hidden hair
+    smallest = torch.stack(smallest).nan_to_num(
+        posinf=1.0
+    )  # of what no frame shows, for example hidden hair
     return smallest.numpy(), world.characters[shown].numpy(), rmse.cpu().numpy()
 
 
@@ -233,7 +273,11 @@ def measure(world, clips, title):
 
     def rows():
         for first in range(0, len(clips), CHUNK):
-            part = torch.from_numpy(np.array(clips[first : first + CHUNK])).flatten(2).to(world.frames.device)
+            part = (
+                torch.from_numpy(np.array(clips[first : first + CHUNK]))
+                .flatten(2)
+                .to(world.frames.device)
+            )
             for place, clip in zip(match(world, part).tolist(), part, strict=True):
                 yield place, *decode(world, place, clip)
 
@@ -259,7 +303,9 @@ def find_limits(found):
     values = limited(found)
     ordered = np.sort(values, axis=0)
     ranks = [np.searchsorted(*columns) for columns in zip(ordered.T, values.T, strict=True)]
-    worst_ranks = np.sort(np.min(ranks, axis=0))  # of each clip: so few others are worse in a column
+    worst_ranks = np.sort(
+        np.min(ranks, axis=0)
+    )  # of each clip: so few others are worse in a column
     failing = worst_ranks[math.floor((1 - PASS) * len(values))]  # clips, in each column
     return (ordered[max(0, failing - 1)] + ordered[failing]) / 2
 
@@ -285,7 +331,12 @@ def make_controls(world, places, made, through, seed):
     A change is drawn from those that the true frames show.
     """
     (_, T, H, W, _), drawn = made.shape, []
-    moves = (0, SHIFT), (2 * SHIFT, SHIFT), (SHIFT, 0), (SHIFT, 2 * SHIFT)  # in a frame with a border of SHIFT
+    moves = (
+        (0, SHIFT),
+        (2 * SHIFT, SHIFT),
+        (SHIFT, 0),
+        (SHIFT, 2 * SHIFT),
+    )  # in a frame with a border of SHIFT
     for index, (name, who) in enumerate(places.tolist()):
         true = world.cropped[name, who].int()
         pairs = ((true[:, None] - true).square().sum(dim=-1) > world.same).nonzero().cpu()
@@ -320,7 +371,9 @@ def make_blends(world, places, made, through, seed):
             options = (differences(world, name, who).any(dim=1) & is_own).nonzero()[:, 0]
             random = generator(seed, "census", attribute, index)
             choices.append(options[torch.randint(len(options), (), generator=random)])
-        others = through(world.clips[places[:, 0], world.changed[places[:, 1], torch.stack(choices)]])
+        others = through(
+            world.clips[places[:, 0], world.changed[places[:, 1], torch.stack(choices)]]
+        )
         for percent in PERCENTS:
             blended = (100 - percent) * made.int() + percent * others.int()
             yield f"{attribute}_blended_{percent}", ((blended + 50) // 100).byte()
@@ -330,11 +383,20 @@ def calibrate(world, clips, training, count, args, vae, device):
     """(limits, a result about real clips and controls) from up to `count` clips of each split through the VAE."""
 
     def through(clips):
-        parts = Bar(clips.split(args.batch_size), desc="real clips through the VAE", unit="part", leave=False)
-        return torch.cat([vae.decode(vae.encode(part.permute(0, 4, 1, 2, 3).to(device))).cpu() for part in parts])
+        parts = Bar(
+            clips.split(args.batch_size),
+            desc="real clips through the VAE",
+            unit="part",
+            leave=False,
+        )
+        return torch.cat(
+            [vae.decode(vae.encode(part.permute(0, 4, 1, 2, 3).to(device))).cpu() for part in parts]
+        )
 
     def some(videos, name):  # (places, clips through the VAE)
-        order = torch.randperm(len(videos), generator=generator(args.seed, "census", name))[:count].tolist()
+        order = torch.randperm(len(videos), generator=generator(args.seed, "census", name))[
+            :count
+        ].tolist()
         places = torch.tensor([world.places[videos[n].key] for n in order])
         return places, through(world.clips[*places.T])
 
@@ -374,9 +436,17 @@ def score_census(samples, clips, training, count, args, device):
         world = read_world(clips, args, device)
         CALIBRATED[key] = world, *calibrate(world, clips, training, count, args, vae, device)
     world, limits, result = CALIBRATED[key]
-    found, videos, keys = measure(world, samples.clips, "samples"), samples.videos, list(world.places)
+    found, videos, keys = (
+        measure(world, samples.clips, "samples"),
+        samples.videos,
+        list(world.places),
+    )
     why, rmse, (name, who) = reasons(found, limits), found["clip_rmse"], found["place"].T
-    valid, known, K = why == "", {world.places[video.key][1] for video in training}, len(world.characters)
+    valid, known, K = (
+        why == "",
+        {world.places[video.key][1] for video in training},
+        len(world.characters),
+    )
     result = result | shares({"valid": valid} | hits_of(world, samples, found), videos)
     result["limits"] = dict(zip(LIMITED, [*limits[:-1].tolist(), -limits[-1]], strict=True))
     result |= shares({"held_out": ~np.isin(who, [*known])[valid]}, np.array(videos)[valid].tolist())
@@ -385,17 +455,21 @@ def score_census(samples, clips, training, count, args, device):
     result |= {"rmse": rmse.mean(), "rmse_interval95": mean_interval(rmse, videos)}
     result["failures"] = {reason: int((why == reason).sum()) for reason in REASONS}
     result["samples"] = {
-        "matched": [keys[number] for number in name * K + who], "valid": valid.tolist(), "reason": why.tolist(),
-        "margins": found["margins"].tolist(), "worst_rmse": found["worst_rmse"].tolist(),
-    }  # fmt: skip
+        "matched": [keys[number] for number in name * K + who],
+        "valid": valid.tolist(),
+        "reason": why.tolist(),
+        "margins": found["margins"].tolist(),
+        "worst_rmse": found["worst_rmse"].tolist(),
+    }
     values, lines = report(result, TITLES)
     values |= {name: result[name] for name in ("characters", "characters_expected")}
     result["interval_units"], line = interval_units(samples=videos, validation=result["validation"])
     lines += [
         f"  characters of the valid samples: {result['characters']}, expected {result['characters_expected']:.1f}",
         f"  not valid because of: {', '.join(f'{name} {count}' for name, count in result['failures'].items())}",
-        f"  limits: {limits_line(result['limits'])}", line,
-    ]  # fmt: skip
+        f"  limits: {limits_line(result['limits'])}",
+        line,
+    ]
     lines += missed_goals(result)
     return values, result, lines
 
@@ -412,7 +486,9 @@ def missed_goals(result):
     percent, most = GOAL
     accepted = {name: result[f"{name}_blended_{percent}"] for name in ATTRIBUTES}
     missed = [f"{name} {share:.1%}" for name, share in accepted.items() if share > most]
-    goal = f"of the controls with {percent}% of another value, at most {most:.0%} should be accepted"
+    goal = (
+        f"of the controls with {percent}% of another value, at most {most:.0%} should be accepted"
+    )
     return [f"  note: {goal}; missed for {', '.join(missed)}"] if missed else []
 
 
@@ -421,10 +497,14 @@ def hits_of(world, samples, found):
     decoded, place = found["decoded"], found["place"]
     hits = {"class_right": place[:, 0] == [world.classes.index(name) for name in samples.names]}
     hits |= dict(zip(ATTRIBUTES, (decoded == decoded[:, :1]).all(axis=1).T, strict=True))
-    keys = ["/".join(PurePosixPath(str(video)).with_suffix("").parts[-2:]) for video in samples.videos]
+    keys = [
+        "/".join(PurePosixPath(str(video)).with_suffix("").parts[-2:]) for video in samples.videos
+    ]
     if all(key in world.places for key in keys):
         true = np.array([world.places[key] for key in keys])
-        hits["true_attributes"] = (decoded == world.characters.numpy()[true[:, 1], None]).all(axis=(1, 2))
+        hits["true_attributes"] = (decoded == world.characters.numpy()[true[:, 1], None]).all(
+            axis=(1, 2)
+        )
         by_frame = found["margins"][:, : len(BY_FRAME)]
         hits["true_clip"] = (place == true).all(axis=1) & (by_frame > 0).all(axis=1)
     return hits

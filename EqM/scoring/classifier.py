@@ -40,10 +40,14 @@ ENTROPIES = "IS", "H(y|x)", "H(y)"  # values of `sharpness`
 COMMON = {"batch": 16, "lr": 3e-3, "weight_decay": 0.05}
 # By --classifier-test. Random changes: the largest, as shares of size, side, contrast and of the range black to white
 RECIPES = {
-    "groups": Namespace(**COMMON, steps=250, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15),
+    "groups": Namespace(
+        **COMMON, steps=250, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15
+    ),
     "val": Namespace(**COMMON, steps=1000, smoothing=0.0),
 }
-Real = namedtuple("Real", "windows label group video")  # of a clip: `every_window`, number of its class, group, Video
+Real = namedtuple(
+    "Real", "windows label group video"
+)  # of a clip: `every_window`, number of its class, group, Video
 
 
 def check(samples, clips, training, place, test):
@@ -54,11 +58,17 @@ def check(samples, clips, training, place, test):
         count = len({unit_of(video.path) for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
             got = f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} (file stems) in {name}"
-            raise UserError(f"{place}: {got}; expected at least 2 of both, as each group is held out once")
+            raise UserError(
+                f"{place}: {got}; expected at least 2 of both, as each group is held out once"
+            )
         if test == "val" and name not in tested:
-            raise UserError(f"{place}: no validation video of class {name}; expected one; raise --val-fraction")
+            raise UserError(
+                f"{place}: no validation video of class {name}; expected one; raise --val-fraction"
+            )
         if all(video.class_name != name for video in training):
-            raise UserError(f"{place}: no training video of class {name}; expected one; lower --val-fraction")
+            raise UserError(
+                f"{place}: no training video of class {name}; expected one; lower --val-fraction"
+            )
 
 
 def score_classifier(samples, clips, training, args, corrupt):
@@ -69,8 +79,14 @@ def score_classifier(samples, clips, training, args, corrupt):
     torch.set_num_threads(1)  # another order of sums makes another classifier
     classes, window, interval = clips.classes, clips.num_frames, clips.frame_interval[0]
     real, training = read_real(clips, args, samples.image_size, corrupt), set(training)
-    own, others = [one for one in real if one.video in training], [one for one in real if one.video not in training]
-    clips, place = replace(clips, videos=[one.video for one in real]), f"--data-path {args.data_path}"
+    own, others = (
+        [one for one in real if one.video in training],
+        [one for one in real if one.video not in training],
+    )
+    clips, place = (
+        replace(clips, videos=[one.video for one in real]),
+        f"--data-path {args.data_path}",
+    )
     check(samples, clips, [one.video for one in own], place, args.classifier_test)
     span, steps = (window - 1) * interval + 1, args.classifier_steps or recipe.steps
     settings = {"num_classes": len(classes), "recipe": recipe, "steps": steps, "seed": args.seed}
@@ -82,20 +98,39 @@ def score_classifier(samples, clips, training, args, corrupt):
         logits = [logits_of(network, one.windows, span) for one in tested]
     videos = [one.video.path for one in tested]
     about = summarize(logits, [one.label for one in tested], classes, videos)
-    about["wrong"] = [one.video.path for one, got in zip(tested, about["found"], strict=True) if one.label != got]
+    about["wrong"] = [
+        one.video.path for one, got in zip(tested, about["found"], strict=True) if one.label != got
+    ]
     shown = [every_window(prepare(clip, samples.image_size), window, 1) for clip in samples.clips]
-    of_samples, asked = [logits_of(network, every, window) for every in shown], [*map(classes.index, samples.names)]
+    of_samples, asked = (
+        [logits_of(network, every, window) for every in shown],
+        [*map(classes.index, samples.names)],
+    )
     found = summarize(of_samples, asked, classes, samples.videos)
     found["static"] = find_static(shown, asked, real)
     groups = sorted({one.group for one in real})
-    values = {"accuracy": about["share"], "window_accuracy": about["windows"]["share"], "asked_class": found["share"]}
+    values = {
+        "accuracy": about["share"],
+        "window_accuracy": about["windows"]["share"],
+        "asked_class": found["share"],
+    }
     if by_split:
         about, found = about | sharpness(logits), found | sharpness(of_samples)
         values |= {name: found[name] for name in ENTROPIES}
-    how = f"trained on {len(own)} others" if by_split else f"each of {len(groups)} groups held out once"
+    how = (
+        f"trained on {len(own)} others"
+        if by_split
+        else f"each of {len(groups)} groups held out once"
+    )
     lines = compare({f"real clips ({how})": about, "samples": found})
-    lines.append(f"  static samples, which move less than any real clip of their class: {len(found['static'])}")
-    result = {"real": about, "samples": found, "recipe": vars(recipe) | {"size": SIZE, "steps": steps}}
+    lines.append(
+        f"  static samples, which move less than any real clip of their class: {len(found['static'])}"
+    )
+    result = {
+        "real": about,
+        "samples": found,
+        "recipe": vars(recipe) | {"size": SIZE, "steps": steps},
+    }
     result |= {"window": window, "classes": classes, "groups": groups, "num_training": len(own)}
     result["interval_units"], line = interval_units(real=videos, samples=samples.videos)
     return values, result, [*lines, line]
@@ -115,7 +150,9 @@ def read_real(clips, args, size, corrupt):
 
     videos = sorted(clips.videos, key=lambda video: video.path)
     found = in_threads(read, videos, max(1, args.num_workers))
-    return [*filter(None, Bar(found, total=len(videos), desc="real clips", unit="clip", leave=False))]
+    return [
+        *filter(None, Bar(found, total=len(videos), desc="real clips", unit="clip", leave=False))
+    ]
 
 
 class Classifier(nn.Module):
@@ -125,21 +162,35 @@ class Classifier(nn.Module):
         super().__init__()
         layers = []
         for inside, outside in itertools.pairwise((2, 12, 24, 48)):
-            layers += [nn.Conv3d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(4, outside), nn.ReLU()]
+            layers += [
+                nn.Conv3d(inside, outside, 3, stride=2, padding=1),
+                nn.GroupNorm(4, outside),
+                nn.ReLU(),
+            ]
         self.layers = nn.Sequential(*layers)
         # Not pooled over places: one arm or two is a question of left and right
-        self.head = nn.Sequential(nn.Linear(48 * (SIZE // 8) ** 2, 32), nn.ReLU(), nn.Linear(32, num_classes))
+        self.head = nn.Sequential(
+            nn.Linear(48 * (SIZE // 8) ** 2, 32), nn.ReLU(), nn.Linear(32, num_classes)
+        )
 
     def forward(self, x):
         gray, change = x - x.mean(dim=(1, 2, 3), keepdim=True), x.diff(dim=1, prepend=x[:, :1])
-        features = self.layers(torch.stack([2 * gray, 8 * change], dim=1))  # (B, 48, T / 8, SIZE / 8, SIZE / 8)
+        features = self.layers(
+            torch.stack([2 * gray, 8 * change], dim=1)
+        )  # (B, 48, T / 8, SIZE / 8, SIZE / 8)
         return self.head(features.mean(dim=2).flatten(1))
 
 
 def prepare(frames, image_size):
     """uint8 frames (T, H, W, 3) -> a gray clip (T, SIZE, SIZE), by way of image_size, which the model samples."""
-    frames = resize_and_crop(resize_and_crop(torch.tensor(frames).permute(0, 3, 1, 2), image_size), SIZE)
-    return torch.einsum("tchw,c->thw", frames.float(), torch.tensor([0.299, 0.587, 0.114])).round().byte()
+    frames = resize_and_crop(
+        resize_and_crop(torch.tensor(frames).permute(0, 3, 1, 2), image_size), SIZE
+    )
+    return (
+        torch.einsum("tchw,c->thw", frames.float(), torch.tensor([0.299, 0.587, 0.114]))
+        .round()
+        .byte()
+    )
 
 
 def every_window(clip, window, interval):
@@ -158,12 +209,17 @@ def windows_of(every, span):
 
 def least_motion(windows):
     """The smallest share of moving pixels in any window of a clip."""
-    return (windows.amax(dim=1) - windows.amin(dim=1) > MOVES).double().mean(dim=(1, 2)).min().item()
+    return (
+        (windows.amax(dim=1) - windows.amin(dim=1) > MOVES).double().mean(dim=(1, 2)).min().item()
+    )
 
 
 def find_static(samples, asked, real):
     """Indices of samples, given by `every_window`, with one that moves less than all of the Real of their label."""
-    least = {label: min(least_motion(one.windows) for one in real if one.label == label) for label in set(asked)}
+    least = {
+        label: min(least_motion(one.windows) for one in real if one.label == label)
+        for label in set(asked)
+    }
     rows = enumerate(zip(samples, asked, strict=True))
     return [index for index, (windows, label) in rows if least_motion(windows) < least[label]]
 
@@ -171,8 +227,12 @@ def find_static(samples, asked, real):
 def random_windows(of_class, random, batch):
     """Windows (batch, window, SIZE, SIZE) from 0 to 1 and labels (batch,). of_class: {label: windows of each clip}."""
     windows = []
-    y = torch.tensor(list(of_class))[torch.randint(len(of_class), (batch,), generator=random)]  # classes equally often
-    for label, (which, when) in zip(y.tolist(), torch.rand(batch, 2, generator=random).tolist(), strict=True):
+    y = torch.tensor(list(of_class))[
+        torch.randint(len(of_class), (batch,), generator=random)
+    ]  # classes equally often
+    for label, (which, when) in zip(
+        y.tolist(), torch.rand(batch, 2, generator=random).tolist(), strict=True
+    ):
         every = of_class[label][int(which * len(of_class[label]))]
         windows.append(every[int(when * len(every))])
     return torch.stack(windows).float() / 255, y
@@ -184,9 +244,14 @@ def change(x, recipe, random):
     mirror, zero = 1 - 2 * torch.randint(2, (B,), generator=random), torch.zeros(B)
     zoom, right, down = 1 + recipe.zoom * zoom, 2 * recipe.shift * right, 2 * recipe.shift * down
     matrix = torch.stack([mirror * zoom, zero, right, zero, zoom, down], dim=1).view(B, 2, 3)
-    grid = F.affine_grid(matrix, x.shape, align_corners=False)  # the same for all frames of a window
+    grid = F.affine_grid(
+        matrix, x.shape, align_corners=False
+    )  # the same for all frames of a window
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    contrast, light = (1 + recipe.contrast * contrast).view(B, 1, 1, 1), (recipe.light * light).view(B, 1, 1, 1)
+    contrast, light = (
+        (1 + recipe.contrast * contrast).view(B, 1, 1, 1),
+        (recipe.light * light).view(B, 1, 1, 1),
+    )
     return (x - 0.5) * contrast + 0.5 + light
 
 
@@ -200,7 +265,9 @@ def train(real, name, num_classes, steps, seed, recipe):
     of_class = {label: [one.windows for one in real if one.label == label] for label in labels}
     for step in range(steps):
         done = step / steps  # warm-up for a tenth of the steps, then a cosine to 0
-        optimizer.param_groups[0]["lr"] = recipe.lr * min(1, 10 * done + 0.1) * math.cos(done * math.pi / 2) ** 2
+        optimizer.param_groups[0]["lr"] = (
+            recipe.lr * min(1, 10 * done + 0.1) * math.cos(done * math.pi / 2) ** 2
+        )
         random = generator(seed, PURPOSE, name, step)
         x, y = random_windows(of_class, random, recipe.batch)
         x = change(x, recipe, random) if hasattr(recipe, "zoom") else x
@@ -224,7 +291,9 @@ def leave_one_out(real, span, settings):
     names, found = sorted({one.group for one in real}), []
     own = [names[number] for number in distributed.own_indices(len(names))]
     for held_out in Bar(own, desc="groups held out", unit="group", leave=False):
-        network = train([one for one in real if one.group != held_out], f"without {held_out}", **settings)
+        network = train(
+            [one for one in real if one.group != held_out], f"without {held_out}", **settings
+        )
         mine = [(index, one.windows) for index, one in enumerate(real) if one.group == held_out]
         found += [(index, logits_of(network, windows, span)) for index, windows in mine]
     return distributed.gather_in_order(found)[0]
@@ -239,15 +308,22 @@ def summarize(logits, labels, classes, videos=()):
     found = [own.mean(dim=0).argmax().item() for own in logits]
     counts, every = Counter(zip(labels, found, strict=True)), range(len(classes))
     right, count = sum(counts[label, label] for label in every), len(labels)
-    windows = [(own.argmax(dim=1) == label).double().mean().item() for own, label in zip(logits, labels, strict=True)]
+    windows = [
+        (own.argmax(dim=1) == label).double().mean().item()
+        for own, label in zip(logits, labels, strict=True)
+    ]
     about = {"count": sum(map(len, logits))}
     about["share"], about["interval95"] = share(windows, videos)
     _, interval = share([label == own for label, own in zip(labels, found, strict=True)], videos)
     return {
-        "clips": count, "right": right, "share": right / count, "interval95": interval,
+        "clips": count,
+        "right": right,
+        "share": right / count,
+        "interval95": interval,
         "windows": about,
-        "confusion": [[counts[row, column] for column in every] for row in every], "found": found,
-    }  # fmt: skip
+        "confusion": [[counts[row, column] for column in every] for row in every],
+        "found": found,
+    }
 
 
 def sharpness(logits):
@@ -257,7 +333,9 @@ def sharpness(logits):
     equals exp(H(y) - H(y|x)): at most the number of classes, if they are equally frequent.
     """
     p = torch.stack([own.mean(dim=0) for own in logits]).double().softmax(dim=1)
-    given, overall = (torch.special.entr(q).sum(dim=1).mean().item() for q in (p, p.mean(dim=0, keepdim=True)))
+    given, overall = (
+        torch.special.entr(q).sum(dim=1).mean().item() for q in (p, p.mean(dim=0, keepdim=True))
+    )
     return dict(zip(ENTROPIES, (math.exp(overall - given), given, overall), strict=True))
 
 

@@ -13,25 +13,47 @@ import numpy as np
 import torch
 
 from generation import window_starts
-from scoring.stats import by_unit, cell, gather, half95, interval_units, ratio_interval, report, table
+from scoring.stats import (
+    by_unit,
+    cell,
+    gather,
+    half95,
+    interval_units,
+    ratio_interval,
+    report,
+    table,
+)
 
-STATISTICS = [f"{what} {color}" for what in ("mean", "contrast") for color in ("red", "green", "blue")] + ["sharpness"]
+STATISTICS = [
+    f"{what} {color}" for what in ("mean", "contrast") for color in ("red", "green", "blue")
+] + ["sharpness"]
 TITLES = {  # of the values
-    "seam_score": "seam score (1 = none)", "window_seam_score": "seam score of windows",
-    "change_ratio": "change / real change", "largest_drift": "largest drift",
-}  # fmt: skip
+    "seam_score": "seam score (1 = none)",
+    "window_seam_score": "seam score of windows",
+    "change_ratio": "change / real change",
+    "largest_drift": "largest drift",
+}
 
 
 def score_consistency(generated, real, source):
     """Score two streams of at least two clips each. source: how samples were made, from samples.json."""
-    both = [gather(stream, lambda clip, *_: measure(torch.from_numpy(clip))) for stream in (generated, real)]
-    both = [(torch.stack(statistics), torch.stack(change), videos) for statistics, change, videos in both]
+    both = [
+        gather(stream, lambda clip, *_: measure(torch.from_numpy(clip)))
+        for stream in (generated, real)
+    ]
+    both = [
+        (torch.stack(statistics), torch.stack(change), videos)
+        for statistics, change, videos in both
+    ]
     windows = source.get("window"), source.get("overlap") or 0
     result = summarize(*both, source["temporal_patch_size"], *windows)
     videos = {"generated": both[0][2], "real": both[1][2]}
     result["interval_units"], units = interval_units("ratios", **videos)
     values, lines = report(result, TITLES)
-    drift = [(f"drift of {name}", cell(own, "drift", interval="interval95")) for name, own in result["drift"].items()]
+    drift = [
+        (f"drift of {name}", cell(own, "drift", interval="interval95"))
+        for name, own in result["drift"].items()
+    ]
     return values, result, [*lines, *table(drift), units]
 
 
@@ -51,10 +73,16 @@ def borders(num_frames, temporal_patch_size, window=None, overlap=0):
     """Two lists of frames: where temporal patches begin and where windows begin, without the clip's first frame."""
     window = window or num_frames
     starts = window_starts(num_frames, window, overlap)
-    new = [start + overlap for start in starts[1:]]  # the first frame that the window before does not have
+    new = [
+        start + overlap for start in starts[1:]
+    ]  # the first frame that the window before does not have
     patches = []
     for start, first, end in zip(starts, [0, *new], [*new, num_frames], strict=True):
-        patches += [frame for frame in range(start, start + window, temporal_patch_size) if first <= frame < end]
+        patches += [
+            frame
+            for frame in range(start, start + window, temporal_patch_size)
+            if first <= frame < end
+        ]
     return patches[1:], new
 
 
@@ -63,9 +91,14 @@ def seam_score(generated, real, borders, videos=((), ())):
 
     Both are None without borders, without frames between, or if nothing moves. videos: those of the clips, two lists.
     """
-    at_border = torch.isin(torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64))  # (T - 1,)
+    at_border = torch.isin(
+        torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64)
+    )  # (T - 1,)
     # mean change of each clip at the borders and elsewhere, so clips count in proportion to their motion
-    both = [torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1) for part in (generated, real)]
+    both = [
+        torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1)
+        for part in (generated, real)
+    ]
 
     def score(generated, real):  # (..., 2) each
         return (generated[..., 0] / generated[..., 1]) / (real[..., 0] / real[..., 1])
@@ -113,9 +146,14 @@ def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
     statistics, changes, videos = zip(generated, real, strict=True)
     patches, windows = borders(statistics[0].shape[1], temporal_patch_size, window, overlap)
     result = {"temporal_patch_size": temporal_patch_size, "drift": drifts(*statistics, videos)}
-    for name, frames in {"seam_score": patches, **({"window_seam_score": windows} if windows else {})}.items():
+    for name, frames in {
+        "seam_score": patches,
+        **({"window_seam_score": windows} if windows else {}),
+    }.items():
         result[name], result[f"{name}_interval95"] = seam_score(*changes, frames, videos)
-    known = {name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None}
+    known = {
+        name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None
+    }
     worst = max(known, key=lambda name: abs(known[name]), default=None)
     motion = [change.mean().item() for change in changes]
     result |= {"change_ratio": motion[0] / motion[1] if motion[1] else None}

@@ -38,10 +38,14 @@ CACHE_FORMAT = 2  # of files of moments
 def score_frechet(generated, real, args, detector, about, clips, folder, device):
     """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the manifest."""
     detector = detector.to(device)
-    times = [os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos]
+    times = [
+        os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos
+    ]
     determines = {name: value for name, value in about["real"].items() if name != "data_path"}
     # The file of the real clips' moments: they are read only if it is missing or damaged
-    cached = folder / f"{json_sha256([determines, times, about['detector'], CACHE_FORMAT])}.safetensors"
+    cached = (
+        folder / f"{json_sha256([determines, times, about['detector'], CACHE_FORMAT])}.safetensors"
+    )
     reference = read_moments(cached) if distributed.rank() == 0 and cached.exists() else None
     from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
@@ -57,16 +61,25 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
     value = frechet_distance(reference["mean"], reference["cov"], moments["mean"], moments["cov"])
     members = {"generated": moments["count"].item(), "real": reference["count"].item()}
     result = {"num_features": D} | {f"{kind}_members": count for kind, count in members.items()}
-    result |= {"real_from_cache": from_cache, "resamples": args.resamples, "standard_error": None, "interval95": None}
+    result |= {
+        "real_from_cache": from_cache,
+        "resamples": args.resamples,
+        "standard_error": None,
+        "interval95": None,
+    }
     lines = [f"  {args.metric} {value:.4f}"]
     if args.resamples > 1:
         reference = reference["mean"].to(device), reference["cov"].to(device)
         error = bootstrap_error(*reference, features.to(device), args.resamples, args.seed)
         low, high = max(0.0, value - Z95 * error), value + Z95 * error
         result |= {"standard_error": error, "interval95": [low, high]}
-        lines[0] += f" (95%: {low:.4g} to {high:.4g}, over generated clips; the real ones stay the same)"
+        lines[0] += (
+            f" (95%: {low:.4g} to {high:.4g}, over generated clips; the real ones stay the same)"
+        )
     few = f"for {D} features: the distance is much too large; compare it only with distances of the same counts"
-    lines += [f"  warning: {count} {kind} members {few}" for kind, count in members.items() if count <= D]
+    lines += [
+        f"  warning: {count} {kind} members {few}" for kind, count in members.items() if count <= D
+    ]
     return {args.metric: value}, result, lines
 
 
@@ -92,10 +105,17 @@ def read_moments(path):
 
 def moments_of(features):
     """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet distance needs."""
-    count, parts = features.shape[:2].numel(), features.flatten(0, 1).split(4096)  # float64 takes twice the memory
+    count, parts = (
+        features.shape[:2].numel(),
+        features.flatten(0, 1).split(4096),
+    )  # float64 takes twice the memory
     mean = sum(part.double().sum(dim=0) for part in parts) / count
     scatter = sum(part.T @ part for part in (part.double() - mean for part in parts))
-    return {"count": torch.tensor(count), "mean": mean, "cov": scatter / (count - 1)}  # as the first FID and FVD code
+    return {
+        "count": torch.tensor(count),
+        "mean": mean,
+        "cov": scatter / (count - 1),
+    }  # as the first FID and FVD code
 
 
 def square_root(matrix):
@@ -127,7 +147,9 @@ def bootstrap_error(mean_a, cov_a, features, resamples, seed):
     # No quantiles: a resample repeats clips, so its covariance has a lower rank, and all distances are too large
     N, root, distances = len(features), square_root(cov_a), []
     for resample in range(resamples):
-        clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))  # their frames are correlated
+        clips = torch.randint(
+            N, (N,), generator=generator(seed, "bootstrap", resample)
+        )  # their frames are correlated
         own = moments_of(features[clips])
         distances.append(frechet_distance(mean_a, cov_a, own["mean"], own["cov"], root))
     return torch.tensor(distances, dtype=torch.float64).std().item()
@@ -137,7 +159,9 @@ def load_detector(path):
     """The network of a TorchScript file, on the CPU. Raises UserError. Such a file is a program: trust its source."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated, but the field's detectors use it
+            warnings.simplefilter(
+                "ignore"
+            )  # TorchScript is deprecated, but the field's detectors use it
             return torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         got = "no such file" if isinstance(error, ValueError) else "not a TorchScript file"
@@ -152,8 +176,15 @@ def check_detector(path, detector, metric, num_frames, size):
         num_features = extract(detector, clips, metric, batch_size=2).shape[-1]
     except (RuntimeError, ValueError, AttributeError) as error:  # AttributeError: no tensor
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--detector {path}: fails when called for --metric {metric}: {reason}") from error
-    return {"path": str(path), "sha256": file_sha256(path), "num_features": num_features, "call": CALLS[metric]}
+        raise UserError(
+            f"--detector {path}: fails when called for --metric {metric}: {reason}"
+        ) from error
+    return {
+        "path": str(path),
+        "sha256": file_sha256(path),
+        "num_features": num_features,
+        "call": CALLS[metric],
+    }
 
 
 @torch.no_grad()
@@ -162,11 +193,20 @@ def extract(detector, clips, metric, batch_size):
 
     Raises ValueError unless the detector returns finite numbers (B, D).
     """
-    inputs = clips.permute(0, 4, 1, 2, 3)[:, None] if metric == "fvd" else clips.permute(0, 1, 4, 2, 3)
+    inputs = (
+        clips.permute(0, 4, 1, 2, 3)[:, None] if metric == "fvd" else clips.permute(0, 1, 4, 2, 3)
+    )
     parts = inputs.flatten(0, 1).split(batch_size)  # of (3, T, H, W) or (3, H, W)
-    features = [detector(part.float().contiguous(), **CALLS[metric]) for part in parts]  # TorchScript may use view()
-    if any(own.shape != (len(part), *features[0].shape[-1:]) for own, part in zip(features, parts, strict=True)):
-        raise ValueError(f"returned {list(features[0].shape)}, expected features [{len(parts[0])}, D]")
+    features = [
+        detector(part.float().contiguous(), **CALLS[metric]) for part in parts
+    ]  # TorchScript may use view()
+    if any(
+        own.shape != (len(part), *features[0].shape[-1:])
+        for own, part in zip(features, parts, strict=True)
+    ):
+        raise ValueError(
+            f"returned {list(features[0].shape)}, expected features [{len(parts[0])}, D]"
+        )
     features = torch.cat(features).float()
     if not features.isfinite().all():
         raise ValueError("returned features that are not finite numbers")

@@ -16,8 +16,18 @@ from runtime.untrusted import read_json
 
 FORMAT = 2
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
-OUTPUT = {"folder", "overwrite", "no_previews", "report_energy"}  # flags of sample_gd.py that don't change samples
-SPLITS = {"fvd": "train", "fid": "train", "classifier": "all", "census": "all"}  # default of --split; of others: val
+OUTPUT = {
+    "folder",
+    "overwrite",
+    "no_previews",
+    "report_energy",
+}  # flags of sample_gd.py that don't change samples
+SPLITS = {
+    "fvd": "train",
+    "fid": "train",
+    "classifier": "all",
+    "census": "all",
+}  # default of --split; of others: val
 
 
 def protocol(metric, samples, split, num_real):
@@ -31,19 +41,31 @@ def protocol(metric, samples, split, num_real):
         given = f"_{len(samples.given[0])}of{samples.num_frames}f"
         return f"prediction{num_real}{best}{split}{given}{'_background' * bool(samples.source.get('keep_background'))}"
     real = "" if num_real == N else f"_real{num_real}"
-    guidance = f"_{'auto' if samples.weak else 'cfg'}{samples.guidance:g}" if metric in ("fvd", "fid") else ""
+    guidance = (
+        f"_{'auto' if samples.weak else 'cfg'}{samples.guidance:g}"
+        if metric in ("fvd", "fid")
+        else ""
+    )
     return f"{metric}{N}{real}{split}{kind}{guidance}"
 
 
 def start(args, samples, split, num_real, real, detector):
     """A manifest without its values: all that they depend on. real, detector: their records."""
     return {
-        "format": FORMAT, "metric": args.metric, "protocol": protocol(args.metric, samples, split, num_real),
-        "values": None, "result": None,
-        "generated": samples.provenance(), "real": real | {"num_clips": num_real}, "detector": detector,
-        "code": code_commit(), "packages": {name: version(name) for name in PACKAGES}, "machine": None,
-        "flags": vars(args) | {"samples": str(samples.folder)}, "repeats": None,
-    }  # fmt: skip
+        "format": FORMAT,
+        "metric": args.metric,
+        "protocol": protocol(args.metric, samples, split, num_real),
+        "values": None,
+        "result": None,
+        "generated": samples.provenance(),
+        "real": real | {"num_clips": num_real},
+        "detector": detector,
+        "code": code_commit(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "machine": None,
+        "flags": vars(args) | {"samples": str(samples.folder)},
+        "repeats": None,
+    }
 
 
 def write_manifest(path, manifest):
@@ -56,8 +78,15 @@ def read_manifest(path):
     try:
         manifest = read_json(path)
         got = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:  # no such file; not JSON; not a manifest
-        raise UserError(f"--manifest {path}: can't be read ({error!r}); expected a file of evaluate.py") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # no such file; not JSON; not a manifest
+        raise UserError(
+            f"--manifest {path}: can't be read ({error!r}); expected a file of evaluate.py"
+        ) from error
     if got != FORMAT:
         advice = "repeat it with the code that wrote it (format 1: commit f311e33)"
         raise UserError(f"--manifest {path}: has format {got}, expected {FORMAT}; {advice}")
@@ -80,18 +109,28 @@ def as_words(flags):
         if isinstance(value, list):
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
-            words.append(flag if value is True else f"{flag}={value}")  # = as a value may begin with a dash
+            words.append(
+                flag if value is True else f"{flag}={value}"
+            )  # = as a value may begin with a dash
     return words
 
 
 def sampling_words(path):
     """The flags of sample_gd.py that make the samples of a manifest again, as words. Raises UserError."""
     if not (flags := read_manifest(path).get("generated", {}).get("flags")):
-        raise UserError(f"--manifest {path}: lacks the flags of its samples; expected a file of this code: score again")
-    for name in (*OUTPUT, "guidance_chosen", *([] if flags.get("init") else ["init_gamma"])):  # older files lack some
+        raise UserError(
+            f"--manifest {path}: lacks the flags of its samples; expected a file of this code: score again"
+        )
+    for name in (
+        *OUTPUT,
+        "guidance_chosen",
+        *([] if flags.get("init") else ["init_gamma"]),
+    ):  # older files lack some
         flags.pop(name, None)
     flags["no_keep_background"] = not flags.pop("keep_background", True)
-    return as_words(flags | {"stop_below": flags.get("stop_below") or 0})  # 0: off; not given, it is the checkpoint's
+    return as_words(
+        flags | {"stop_below": flags.get("stop_below") or 0}
+    )  # 0: off; not given, it is the checkpoint's
 
 
 def check_same(old, new):
@@ -102,14 +141,18 @@ def check_same(old, new):
             "--samples: weak_sha256": manifest["generated"]["source"].get("weak_sha256"),
             "--detector: sha256": (manifest["detector"] or {}).get("sha256"),
             "--data-path: videos_sha256": manifest["real"]["videos_sha256"],
-            "--data-path: training_sha256": manifest["real"].get("training_sha256"),  # of nearest, census
+            "--data-path: training_sha256": manifest["real"].get(
+                "training_sha256"
+            ),  # of nearest, census
             "--vae: sha256": manifest["real"].get("vae_sha256"),
         }
         for manifest in (old, new)
     )
     for name, value in expected.items():
         if got[name] != value:
-            raise UserError(f"{name} is {got[name]}, expected {value} as in --manifest; pass the path of that one")
+            raise UserError(
+                f"{name} is {got[name]}, expected {value} as in --manifest; pass the path of that one"
+            )
 
 
 def compare(path, old, new, tolerance):
@@ -120,14 +163,28 @@ def compare(path, old, new, tolerance):
     pairs = {name: (new["values"].get(name), value) for name, value in old["values"].items()}
     differences = {name: a - b for name, (a, b) in pairs.items() if None not in (a, b)}
     unequal = [(a, b) for a, b in pairs.values() if a != b]
-    agrees = all(None not in pair and math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance) for pair in unequal)
+    agrees = all(
+        None not in pair and math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance)
+        for pair in unequal
+    )
     others = [part for part in ("code", "packages", "machine") if old[part] != new[part]]
-    others += ["samples"] * (old["generated"]["samples_sha256"] != new["generated"]["samples_sha256"])
+    others += ["samples"] * (
+        old["generated"]["samples_sha256"] != new["generated"]["samples_sha256"]
+    )
     largest = max(differences, key=lambda name: abs(differences[name]), default=None)
-    by = f"{largest} differs most, by {differences[largest]:.3g}" if largest else "a value is missing"
+    by = (
+        f"{largest} differs most, by {differences[largest]:.3g}"
+        if largest
+        else "a value is missing"
+    )
     line = f"the values {'agree' if agrees else 'do not agree'} with those of {path}: {by}, tolerance {tolerance:g}"
     line = line if unequal else f"the values equal those of {path} bit for bit"
-    repeats = {"manifest": str(path), "agrees": agrees, "bit_equal": not unequal, "tolerance": tolerance}
+    repeats = {
+        "manifest": str(path),
+        "agrees": agrees,
+        "bit_equal": not unequal,
+        "tolerance": tolerance,
+    }
     changed = f"; changed since: {', '.join(others)}" if others else ""
     return repeats | {"differences": differences}, line + changed
 
@@ -138,10 +195,14 @@ def code_commit():
     code = here, ":/EqM", ":/datasets", ":/scripts"
 
     def git(*words):
-        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", here, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails if the repository is not ours
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # fails if the repository is not ours
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None

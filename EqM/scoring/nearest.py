@@ -32,36 +32,57 @@ BLOCK, GRAY = 1024, 128  # values in an exact sum of products; the level that is
 SHOWN, COLUMNS = 8, 8  # pairs on the sheet, and frames of each
 TITLES = {  # of the values
     "rmse_ratio": "RMSE to the nearest training clip, generated / real",
-    "rmse": "mean of the generated clips, gray levels of 255", "rmse_median": "their median",
-    "rmse_real": "mean of the held-out real clips", "rmse_real_median": "their median",
+    "rmse": "mean of the generated clips, gray levels of 255",
+    "rmse_median": "their median",
+    "rmse_real": "mean of the held-out real clips",
+    "rmse_real_median": "their median",
     "nearer_than_all_real": "share of generated clips nearer than all real ones",
     "nearer_than_95_percent": "share nearer than 95% of the real ones",
-}  # fmt: skip
+}
 
 
 def score_nearest(samples, real, args, videos, sheet, device):
     """Score Samples and a stream of real clips against training videos; write the nearest pairs to `sheet`."""
     others, held_out = gather(real, lambda clip, *_: (clip,))
-    clips, N = torch.from_numpy(np.concatenate([samples.clips, others])), len(samples)  # (all, T, H, W, 3)
+    clips, N = (
+        torch.from_numpy(np.concatenate([samples.clips, others])),
+        len(samples),
+    )  # (all, T, H, W, 3)
     windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], samples.time_scale)
     (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
     if distances.isinf().any():
-        raise UserError(f"--data-path {args.data_path}: no training video can be decoded, the first is {corrupt[0]}")
+        raise UserError(
+            f"--data-path {args.data_path}: no training video can be decoded, the first is {corrupt[0]}"
+        )
     rmse = (distances / clips[0].numel()).sqrt().numpy()
     result = summarize(rmse[:N], rmse[N:], (samples.videos, held_out))
     result |= {"pairs": [], "training_videos": len(videos), "bad_training_videos": corrupt}
     for index in rmse[:N].argsort(kind="stable")[:SHOWN].tolist():
         number, first, mirrored = places[index].tolist()
-        pair = {"clip": index, "class": samples.names[index], "rmse": rmse[index].item(), "number": number}
-        pair |= {"video": videos[number].path, "video_class": videos[number].class_name, "first_frame": first}
-        result["pairs"].append(pair | {"frame_interval": windows.intervals[number], "mirrored": bool(mirrored)})
+        pair = {
+            "clip": index,
+            "class": samples.names[index],
+            "rmse": rmse[index].item(),
+            "number": number,
+        }
+        pair |= {
+            "video": videos[number].path,
+            "video_class": videos[number].class_name,
+            "first_frame": first,
+        }
+        result["pairs"].append(
+            pair | {"frame_interval": windows.intervals[number], "mirrored": bool(mirrored)}
+        )
     if distributed.rank() == 0:
         write_pairs(sheet, windows, samples, result["pairs"])
     values, lines = report(result, TITLES)
     units = interval_units("ratios", generated=samples.videos, real=held_out)
     result["interval_units"], line = units
     lines += [line, f"  the nearest clips and their training clips: {sheet}"]
-    lines += [f"{path} can't be decoded to its end; only the frames before are compared" for path in corrupt]
+    lines += [
+        f"{path} can't be decoded to its end; only the frames before are compared"
+        for path in corrupt
+    ]
     return values, result, lines
 
 
@@ -74,7 +95,9 @@ class TrainingWindows(IterableDataset):
 
     def __init__(self, root, videos, T, size, time_scale):
         self.root, self.videos, self.T, self.size = root, videos, T, size
-        self.intervals = [fitting_interval(video, T, max(1, round(time_scale * video.fps))) for video in videos]
+        self.intervals = [
+            fitting_interval(video, T, max(1, round(time_scale * video.fps))) for video in videos
+        ]
         self.own = distributed.own_indices(len(videos))
 
     def __iter__(self):
@@ -82,7 +105,9 @@ class TrainingWindows(IterableDataset):
         for number in self.own[worker.id :: worker.num_workers] if worker else self.own:
             overlap, first, rest = (self.T - 1) * self.intervals[number], 0, None
             try:
-                for frames in map(self.resize, read_all_frames(self.root, self.videos[number], CHUNK)):
+                for frames in map(
+                    self.resize, read_all_frames(self.root, self.videos[number], CHUNK)
+                ):
                     frames = frames if rest is None else torch.cat([rest, frames])
                     yield number, first, frames
                     rest = frames[max(0, len(frames) - overlap) :]
@@ -91,7 +116,9 @@ class TrainingWindows(IterableDataset):
                 yield number, first, None
 
     def resize(self, frames):
-        return resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self.size).permute(0, 2, 3, 1)
+        return resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self.size).permute(
+            0, 2, 3, 1
+        )
 
 
 def blocks(frames):
@@ -107,10 +134,18 @@ def search(clips, windows, num_workers):
     (N, T), device = clips.shape[:2], clips.device
     own = blocks(clips.flatten(0, 1))  # (N * T, BLOCK) each
     energy = sum(part.square().sum(dim=1).double() for part in own).view(N, T).sum(dim=1)
-    best = torch.full((N,), torch.inf, dtype=torch.float64, device=device), torch.zeros(N, 3, dtype=int, device=device)
+    best = (
+        torch.full((N,), torch.inf, dtype=torch.float64, device=device),
+        torch.zeros(N, 3, dtype=int, device=device),
+    )
     loader = DataLoader(windows, batch_size=None, **worker_settings(num_workers))
-    corrupt, total = [], sum(-(-windows.videos[number].num_frames // CHUNK) for number in windows.own)
-    for number, first, frames in Bar(batches_of(loader), desc="training videos", unit="part", total=total, leave=False):
+    corrupt, total = (
+        [],
+        sum(-(-windows.videos[number].num_frames // CHUNK) for number in windows.own),
+    )
+    for number, first, frames in Bar(
+        batches_of(loader), desc="training videos", unit="part", total=total, leave=False
+    ):
         if frames is None:
             corrupt.append(windows.videos[number].path)
             continue
@@ -118,8 +153,12 @@ def search(clips, windows, num_workers):
         count = len(frames) - (T - 1) * interval  # of windows
         if count < 1:
             continue
-        pairs = zip(own, blocks(torch.stack([frames, frames.flip(2)], dim=1).flatten(0, 1)), strict=True)
-        terms = sum(b.square().sum(dim=1).double() - 2 * (a @ b.T).double() for a, b in pairs)  # |b|^2 - 2 a.b
+        pairs = zip(
+            own, blocks(torch.stack([frames, frames.flip(2)], dim=1).flatten(0, 1)), strict=True
+        )
+        terms = sum(
+            b.square().sum(dim=1).double() - 2 * (a @ b.T).double() for a, b in pairs
+        )  # |b|^2 - 2 a.b
         terms = terms.view(N, T, len(frames), 2)
         sums = sum(terms[:, t, t * interval : t * interval + count] for t in range(T)).flatten(1)
         least = sums.argmin(dim=1)  # (N,), number of the window * 2 + mirrored
@@ -155,11 +194,18 @@ def write_pairs(path, windows, samples, pairs):
     shown, rows, titles = evenly_spaced(samples.num_frames, COLUMNS), [], []
     for pair in pairs:
         indices = (pair["first_frame"] + shown * pair["frame_interval"]).tolist()
-        window = windows.resize(read_frames(windows.root, windows.videos[pair["number"]], indices)).numpy()
-        rows += [samples.clips[pair["clip"], shown], window[:, :, ::-1] if pair["mirrored"] else window]
+        window = windows.resize(
+            read_frames(windows.root, windows.videos[pair["number"]], indices)
+        ).numpy()
+        rows += [
+            samples.clips[pair["clip"], shown],
+            window[:, :, ::-1] if pair["mirrored"] else window,
+        ]
         titles.append(f"{samples.shown_class(pair['class'])} {pair['clip']}: {pair['rmse']:.1f}")
         stem, mirrored = Path(pair["video"]).stem[-24:], ", mirrored" if pair["mirrored"] else ""
         stem = drawable(stem, f"video {pair['number']}")
-        titles.append(f"{samples.shown_class(pair['video_class'])}, {stem}, frame {indices[0]}{mirrored}")
+        titles.append(
+            f"{samples.shown_class(pair['video_class'])}, {stem}, frame {indices[0]}{mirrored}"
+        )
     notes = few(len(pairs), len(samples), "clips") + few(len(shown), samples.num_frames, "frames")
     write_sheet(path, np.stack(rows), titles, notes=notes)

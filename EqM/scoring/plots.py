@@ -10,7 +10,14 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"figure.figsize": (8, 5), "figure.constrained_layout.use": True})
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"  # Okabe and Ito: safe for color blindness
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#000000",
+    "#56B4E9",
+)  # Okabe and Ito: safe for color blindness
 MARKERS = "o", "s", "^", "D", "v", "P", "X"
 MAX_LINES = 32  # most samples with a line of their own
 
@@ -25,7 +32,9 @@ def plot_evaluations(path, evaluations, budget):
     figure, axes = plt.subplots()
     edges = np.unique(np.linspace(0, budget + 1, min(budget + 2, 51)).round())
     axes.hist(evaluations, edges)
-    axes.axvline(evaluations.mean(), color="black", linestyle="--", label=f"mean {evaluations.mean():.1f}")
+    axes.axvline(
+        evaluations.mean(), color="black", linestyle="--", label=f"mean {evaluations.mean():.1f}"
+    )
     axes.set(xlabel="evaluations of the network", ylabel="samples", xlim=(0, budget + 1))
     axes.legend()
     save_figure(figure, path)
@@ -36,7 +45,12 @@ def plot_energies(path, energies, sampler):
     figure, axes = plt.subplots()
     axes.plot(energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
     steps = np.flatnonzero(~np.isnan(energies).all(axis=0))
-    axes.plot(steps, np.nanmean(energies[:, steps], axis=0), color="black", label="mean of running samples")
+    axes.plot(
+        steps,
+        np.nanmean(energies[:, steps], axis=0),
+        color="black",
+        label="mean of running samples",
+    )
     axes.set(xlabel=f"step of {sampler}", ylabel="energy")
     axes.legend()
     save_figure(figure, path)
@@ -47,15 +61,26 @@ def plot_prediction(path, result, num_frames, titles):
     figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
     count, frames = result["samples_per_clip"], result["predicted_frames"]
     given = [frame for frame in range(num_frames) if frame not in frames]
-    for axes, (name, label) in zip(panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True):
+    for axes, (name, label) in zip(
+        panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True
+    ):
         for (kind, title), color in zip(titles.items(), itertools.cycle(COLORS)):
             if by_frame := result.get(f"{name}{kind}_by_frame"):
-                mean, half = np.full((2, num_frames), np.nan)  # a line has gaps where frames are given
+                mean, half = np.full(
+                    (2, num_frames), np.nan
+                )  # a line has gaps where frames are given
                 mean[frames], half[frames] = by_frame["mean"], by_frame["half95"]
                 axes.plot(mean, color=color, marker="o", markersize=4, label=title.format(count))
-                axes.fill_between(range(num_frames), mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+                axes.fill_between(
+                    range(num_frames), mean - half, mean + half, color=color, alpha=0.2, linewidth=0
+                )
         for frame in given:
-            axes.axvspan(frame - 0.5, frame + 0.5, color="#ffe8d1", label="given" if frame == given[0] else None)
+            axes.axvspan(
+                frame - 0.5,
+                frame + 0.5,
+                color="#ffe8d1",
+                label="given" if frame == given[0] else None,
+            )
         axes.set(ylabel=label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     panels[-1].set(xlabel="frame")

@@ -17,11 +17,19 @@ from video.writers import write_sheet
 
 SHOWN = 8  # clips on the sheet
 MOVING = 8  # gray levels: a pixel moves if a channel differs from the given frame by more
-METRICS = {"psnr": ("PSNR in dB, 95%", 2), "ssim": ("SSIM, 95%", 4), "psnr_moving": ("of moving pixels", 2)}  # digits
+METRICS = {
+    "psnr": ("PSNR in dB, 95%", 2),
+    "ssim": ("SSIM, 95%", 4),
+    "psnr_moving": ("of moving pixels", 2),
+}  # digits
 KINDS = {
-    "": "mean of {}", "_best": "best of {}", "_average": "the average of {}", "_repeated": "a given frame repeated",
-    "_gain": "mean minus repeated", "_average_gain": "average minus repeated",
-}  # fmt: skip
+    "": "mean of {}",
+    "_best": "best of {}",
+    "_average": "the average of {}",
+    "_repeated": "a given frame repeated",
+    "_gain": "mean minus repeated",
+    "_average_gain": "average minus repeated",
+}
 
 
 def score_prediction(samples, real, clips, out, truth):
@@ -32,12 +40,18 @@ def score_prediction(samples, real, clips, out, truth):
         predicted = samples.clips[S * index : S * (index + 1)]
         tracks = None
         if truth:  # of the first sample
-            tracks = shapes.track(predicted[0]), shapes.track(clip), truth(name, clip.shape[1], time_scale)
+            tracks = (
+                shapes.track(predicted[0]),
+                shapes.track(clip),
+                truth(name, clip.shape[1], time_scale),
+            )
         return *score_clip(clip, predicted, given), tracks
 
     scores, baselines, tracks, videos = gather(real, measure)
     baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
-    result = compare(np.stack(scores), baselines, videos) | (summarize_motion(tracks, videos) if truth else {})
+    result = compare(np.stack(scores), baselines, videos) | (
+        summarize_motion(tracks, videos) if truth else {}
+    )
     lacking = "shares" if truth else ""  # of the motion
     result["interval_units"], line = interval_units(lacking, real=videos)
     others = [frame for frame in range(samples.num_frames) if frame not in given]
@@ -48,7 +62,11 @@ def score_prediction(samples, real, clips, out, truth):
     names = [name + kind for name in METRICS for kind in KINDS if name + kind in result]
     values = {name: result[name] for name in names}
     motion = ("direction_accuracy", "speed_ratio", "appearance_kept") if truth else ()
-    return values | {name: result["motion"][name] for name in motion}, result, [*result_lines(result), line]
+    return (
+        values | {name: result["motion"][name] for name in motion},
+        result,
+        [*result_lines(result), line],
+    )
 
 
 def score_clip(real, samples, given):
@@ -76,15 +94,28 @@ def frame_scores(frame, real, moving):
     from skimage.metrics import structural_similarity  # takes a second to load
 
     # As published (Wang et al. 2004): Gaussian windows of sigma 1.5; the mean over the color channels
-    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-    ssim = structural_similarity(real, frame, channel_axis=-1, **settings) if (frame != real).any() else 1.0
+    settings = {
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+        "data_range": 255,
+    }
+    ssim = (
+        structural_similarity(real, frame, channel_axis=-1, **settings)
+        if (frame != real).any()
+        else 1.0
+    )
     return psnr(frame, real), ssim, psnr(frame[moving], real[moving])
 
 
 def compare(scores, baselines, videos=()):
     """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}. videos: those of the clips."""
     moves = ~np.isnan(scores[:, -1, 0]).all(axis=1)
-    result = {"clips": len(scores), "clips_that_move": int(moves.sum()), "samples_per_clip": scores.shape[2]}
+    result = {
+        "clips": len(scores),
+        "clips_that_move": int(moves.sum()),
+        "samples_per_clip": scores.shape[2],
+    }
     for number, name in enumerate(METRICS):
         own = scores[:, number]  # (N, S, F)
         best = own[np.arange(len(own)), mean(own, axis=2).argmax(axis=1)]  # (N, F)
@@ -92,12 +123,18 @@ def compare(scores, baselines, videos=()):
         columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
         for kind, values in columns.items():
             half = half95(by_unit(values, videos))
-            result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
+            result[f"{name}{kind}_by_frame"] = {
+                "mean": or_none(mean(values)),
+                "half95": or_none(half),
+            }
         by_clip = {kind: mean(values, axis=1) for kind, values in columns.items()}  # (N,) each
         for kind in by_clip.keys() & {"", "_average"}:
             by_clip[f"{kind}_gain"] = by_clip[kind] - by_clip["_repeated"]
         for kind, values in by_clip.items():
-            result |= {name + kind: or_none(mean(values)), f"{name}{kind}_interval95": mean_interval(values, videos)}
+            result |= {
+                name + kind: or_none(mean(values)),
+                f"{name}{kind}_interval95": mean_interval(values, videos),
+            }
     return result
 
 
@@ -128,14 +165,21 @@ def summarize_motion(tracks, videos):
 
 def result_lines(result):
     """The main results, to print."""
-    rows = [(f"clips: {result['clips']}, given {result['given_frames']}", *(title for title, _ in METRICS.values()))]
+    rows = [
+        (
+            f"clips: {result['clips']}, given {result['given_frames']}",
+            *(title for title, _ in METRICS.values()),
+        )
+    ]
     for kind, title in KINDS.items():
         if f"psnr{kind}" in result:
             cells = [cell(result, name + kind, digits) for name, (_, digits) in METRICS.items()]
             rows.append((title.format(result["samples_per_clip"]), *cells))
     if "motion" not in result:
         return table(rows)
-    motion = shapes.result_lines({"generated": result["motion"], "real": result["motion_real"]}, shapes.TRACKED)
+    motion = shapes.result_lines(
+        {"generated": result["motion"], "real": result["motion_real"]}, shapes.TRACKED
+    )
     kept = f"  shape and color of the real clip kept: {result['motion']['appearance_kept']:.3f}"
     return [*table(rows), *motion, kept]
 

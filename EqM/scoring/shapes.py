@@ -21,36 +21,62 @@ import torch.nn.functional as F
 
 from runtime.cli import UserError, plural
 from runtime.untrusted import read_json
-from scoring.stats import cell, gather, interval_units, mean_and_error, mean_interval, share, shares, table
+from scoring.stats import (
+    cell,
+    gather,
+    interval_units,
+    mean_and_error,
+    mean_interval,
+    share,
+    shares,
+    table,
+)
 
 # Lengths are in px of a frame 16 px high, and scale with it. Shares are of the object's brightness or area.
 # They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and no more.
-MIN_CONTRAST = 60  # gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
+MIN_CONTRAST = (
+    60  # gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
+)
 FLOOR = 0.2  # of full brightness, about 50 gray levels: weaker pixels are noise, not an object
 MAX_STRAY = 0.1  # of the brightness may be outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
 MAX_SPREAD = 1.7  # second moment over that of a disc of equal area: a triangle has 1.3, blurred 1.5; two discs 2
 MIN_MATCH = 0.9  # correlation with the best shape: real clips 0.99, noisy ones 0.97; two shapes half overlapping 0.9
 MAX_ANGLE = 10  # degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
-MAX_OFF_COLOR = 0.25  # of the brightness may differ by more than twice that angle, as colors bleed at edges
-MAX_AREA_FACTOR = 1.5  # between a frame's area and the median: objects that fade, split or merge exceed it
+MAX_OFF_COLOR = (
+    0.25  # of the brightness may differ by more than twice that angle, as colors bleed at edges
+)
+MAX_AREA_FACTOR = (
+    1.5  # between a frame's area and the median: objects that fade, split or merge exceed it
+)
 MIN_TRAVEL = 0.25  # px from the first frame to the last; 2 frames at 25 fps still exceed it
-MAX_OFF_LINE = 0.5  # px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
+MAX_OFF_LINE = (
+    0.5  # px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
+)
 MAX_SLANT = 0.25  # motion across the direction over motion along it: 14 degrees
 WINDOW = 16  # frames of a bouncing object that are tracked together
 NEAR = 1.0  # px between a turn and the border's turning point; also the shortest way back that counts as a turn
 ACROSS = 0.5  # px, standard deviation of a bouncing object's motion across its axis
 
 SHAPES = ("Circle", "Square", "Triangle")
-AXES, DIRECTIONS = ("Horizontal", "Vertical"), (("Left", "Right"), ("Up", "Down"))  # by axis; y goes down
+AXES, DIRECTIONS = (
+    ("Horizontal", "Vertical"),
+    (("Left", "Right"), ("Up", "Down")),
+)  # by axis; y goes down
 TRACKED = {  # values of `summarize`
-    "direction_accuracy": "direction right", "shape_accuracy": "shape right", "both_accuracy": "both right",
-    "speed_ratio": "speed / true speed", "area_ratio": "area / true area",
-}  # fmt: skip
+    "direction_accuracy": "direction right",
+    "shape_accuracy": "shape right",
+    "both_accuracy": "both right",
+    "speed_ratio": "speed / true speed",
+    "area_ratio": "area / true area",
+}
 RIGHT = "direction", "shape"  # of a Track
 FOLLOWED = {  # values of `summarize_bounces`
-    "one_object": "one object, color and shape", "turns_right": "turns at the borders only",
-    "speed_low": "speed / true speed of windows, 5%", "speed_median": "median", "speed_high": "95%",
-}  # fmt: skip
+    "one_object": "one object, color and shape",
+    "turns_right": "turns at the borders only",
+    "speed_low": "speed / true speed of windows, 5%",
+    "speed_median": "median",
+    "speed_high": "95%",
+}
 
 
 def score_shapes(generated, real, truth):
@@ -60,11 +86,18 @@ def score_shapes(generated, real, truth):
         expected = truth(name, clip.shape[1], time_scale)
         return follow(clip, expected) if truth.bounces else (track(clip), expected)
 
-    summarize, titles = (summarize_bounces, FOLLOWED) if truth.bounces else (summarize_tracks, TRACKED)
+    summarize, titles = (
+        (summarize_bounces, FOLLOWED) if truth.bounces else (summarize_tracks, TRACKED)
+    )
     columns = gather(generated, measure), gather(real, measure)
-    result = {kind: summarize(*own) for kind, own in zip(("generated", "real"), columns, strict=True)}
+    result = {
+        kind: summarize(*own) for kind, own in zip(("generated", "real"), columns, strict=True)
+    }
     units, line = interval_units(generated=columns[0][-1], real=columns[1][-1])
-    values, lines = {name: result["generated"][name] for name in titles}, [*result_lines(result, titles), line]
+    values, lines = (
+        {name: result["generated"][name] for name in titles},
+        [*result_lines(result, titles), line],
+    )
     return values, result | {"interval_units": units}, lines
 
 
@@ -75,7 +108,9 @@ def result_lines(result, titles):
     for name, title in titles.items():
         interval = f"{name.removesuffix('_accuracy')}_interval95"
         rows.append((title, *(cell(one, name, interval=interval) for one in both)))
-    return table(rows) + [f"  refused: {why}, {plural(clips, 'clip')}" for why, clips in both[0]["refused"].items()]
+    return table(rows) + [
+        f"  refused: {why}, {plural(clips, 'clip')}" for why, clips in both[0]["refused"].items()
+    ]
 
 
 # What a clip shows, and the truth -------------------------------------------------------------------------------------
@@ -113,13 +148,20 @@ class Truth:
             self.bounces = bool(shapes.get("settings", {}).get("bounce"))
         except (OSError, ValueError, KeyError) as error:
             got = f"not the shapes.json of a Moving Shapes data set ({error!r})"
-            raise UserError(f"{self.path}: {got}; make one with datasets/make_moving_shapes.py") from error
+            raise UserError(
+                f"{self.path}: {got}; make one with datasets/make_moving_shapes.py"
+            ) from error
 
     def __call__(self, class_name, height, time_scale):
         """What clips of a class, of this height in px, should show: a Track or, if objects bounce, a Bounce."""
-        videos, scale = [video for video in self.videos if video["class"] == class_name], height / self.size
+        videos, scale = (
+            [video for video in self.videos if video["class"] == class_name],
+            height / self.size,
+        )
         if not videos:
-            raise UserError(f"{self.path}: no class {class_name}; pass the data set of the training as --data-path")
+            raise UserError(
+                f"{self.path}: no class {class_name}; pass the data set of the training as --data-path"
+            )
 
         def mean(key):
             return float(np.mean([video[key] for video in videos]))
@@ -139,14 +181,18 @@ def find_truth(metric, data_path, samples, classes):
     exists = Path(data_path, "shapes.json").exists()
     if metric == "motion" and not exists:
         got = f"--data-path {data_path} has no shapes.json"
-        raise UserError(f"--metric motion: is for Moving Shapes, but {got}; choose consistency, nearest or fvd")
+        raise UserError(
+            f"--metric motion: is for Moving Shapes, but {got}; choose consistency, nearest or fvd"
+        )
     if metric not in ("motion", "prediction") or not exists:
         return None
     truth = Truth(data_path)
     if truth.bounces and metric == "prediction":
         return None
     if truth.bounces and samples.num_frames < WINDOW:
-        raise UserError(f"{samples.place}: bouncing shapes need at least {WINDOW} frames, got {samples.num_frames}")
+        raise UserError(
+            f"{samples.place}: bouncing shapes need at least {WINDOW} frames, got {samples.num_frames}"
+        )
     for name in classes if metric == "prediction" else set(samples.names):
         truth(name, samples.image_size, samples.time_scale)
     return truth
@@ -176,7 +222,9 @@ def look(clip):
     height = clip.shape[1]
     size = height // max(1, height // 16)
     frames = torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
-    frames = F.interpolate(frames, size=(size, size), mode="area").permute(0, 2, 3, 1).double().numpy()
+    frames = (
+        F.interpolate(frames, size=(size, size), mode="area").permute(0, 2, 3, 1).double().numpy()
+    )
     signal, bright, color = separate(frames)
     centers, area = find_object(signal, bright, size / 16)
     shape, factor = recognize(signal, centers, area), height / size
@@ -223,7 +271,10 @@ def find_object(signal, bright, unit):
     ys, xs = np.mgrid[: signal.shape[1], : signal.shape[2]] + 0.5
 
     def centroids(weight):
-        return np.stack([(weight * xs).sum((1, 2)), (weight * ys).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+        return (
+            np.stack([(weight * xs).sum((1, 2)), (weight * ys).sum((1, 2))], 1)
+            / weight.sum((1, 2))[:, None]
+        )
 
     def squares(centers):  # squared distances (T, H, W)
         return (xs - centers[:, 0, None, None]) ** 2 + (ys - centers[:, 1, None, None]) ** 2
@@ -301,9 +352,14 @@ def summarize_tracks(tracks, expected, videos=()):
     """
     pairs = list(zip(tracks, expected, strict=True))
     is_right = [found.direction == true.direction for found, true in pairs]
-    right, videos_of_right = (list(itertools.compress(column, is_right)) for column in (pairs, videos))
+    right, videos_of_right = (
+        list(itertools.compress(column, is_right)) for column in (pairs, videos)
+    )
     summary = {"clips": len(pairs), "right": len(right)}
-    hits = {what: [getattr(found, what) == getattr(true, what) for found, true in pairs] for what in RIGHT}
+    hits = {
+        what: [getattr(found, what) == getattr(true, what) for found, true in pairs]
+        for what in RIGHT
+    }
     hits["both"] = list(map(all, zip(*hits.values(), strict=True)))
     for what, own in hits.items():
         summary[f"{what}_accuracy"], summary[f"{what}_interval95"] = share(own, videos)
@@ -349,8 +405,12 @@ def turns_are_right(centers, truth, unit):
 def summarize_bounces(lost, speeds, turns, videos):
     """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all windows."""
     every, refused = [*itertools.chain(*speeds)], [entry for entry in lost if entry]
-    summary = {"clips": len(lost)} | shares({"one_object": [not entry for entry in lost], "turns_right": turns}, videos)
+    summary = {"clips": len(lost)} | shares(
+        {"one_object": [not entry for entry in lost], "turns_right": turns}, videos
+    )
     for name, part in (("speed_low", 0.05), ("speed_median", 0.5), ("speed_high", 0.95)):
         summary[name] = np.quantile(every, part).item() if every else None
     summary["lost_in_window"] = [entry["window"] for entry in refused]
-    return summary | {"refused": dict(Counter(sorted(entry["reason"] for entry in refused)).most_common())}
+    return summary | {
+        "refused": dict(Counter(sorted(entry["reason"] for entry in refused)).most_common())
+    }

@@ -25,7 +25,9 @@ from video.loader import batches_of, worker_settings
 from video.samples import class_name, read_samples
 from video.source import open_source
 
-REAL_SEED = 0  # of the start frames of real clips: predictions are compared with the clips they continue
+REAL_SEED = (
+    0  # of the start frames of real clips: predictions are compared with the clips they continue
+)
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
 
 
@@ -35,16 +37,26 @@ class Samples:
     def __init__(self, folder, flag="--samples"):
         self.folder, self.place = Path(folder), f"{flag} {folder}"
         self.about, self.clips, labels = read_samples(self.place, self.folder)
-        self.source, self.classes, self.time_scale = (self.about[name] for name in ("source", "classes", "time_scale"))
+        self.source, self.classes, self.time_scale = (
+            self.about[name] for name in ("source", "classes", "time_scale")
+        )
         self.labels = labels.tolist()
-        self.names = [class_name(self.classes, label) for label in self.labels]  # None: without a class
+        self.names = [
+            class_name(self.classes, label) for label in self.labels
+        ]  # None: without a class
         self.num_frames, self.image_size = self.clips.shape[1:3]
         given = self.about.get("given", ())
-        self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(labels)  # numbers of frames
+        self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(
+            labels
+        )  # numbers of frames
         self.videos = [entry["source"] for entry in given] or range(len(labels))
         guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
-        self.weak = self.source.get("weak_sha256")  # of the model that guides instead of the class, or None
-        self.guidance = guidance if any(self.names) or self.weak else 1.0  # None: the user did not choose it
+        self.weak = self.source.get(
+            "weak_sha256"
+        )  # of the model that guides instead of the class, or None
+        self.guidance = (
+            guidance if any(self.names) or self.weak else 1.0
+        )  # None: the user did not choose it
 
     def __len__(self):
         return len(self.clips)
@@ -66,7 +78,9 @@ class Samples:
             raise UserError(f"{self.place}: {got}; pass the data set that the model was trained on")
 
     def problems(self, metric, keep_background):
-        if len(self) < (least := 1 if metric in ("motion", "prediction", "classifier", "census") else 2):
+        if len(self) < (
+            least := 1 if metric in ("motion", "prediction", "classifier", "census") else 2
+        ):
             yield f"has {plural(len(self), 'clip')}, --metric {metric} needs at least {least}"
         if self.num_frames == 1 and metric != "fid":
             yield f"holds images, --metric {metric} needs videos of at least 2 frames"
@@ -89,9 +103,22 @@ class Samples:
 
     def provenance(self):
         """The manifest's record of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
-        about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
-        size = {"num_clips": len(self), "num_frames": self.num_frames, "image_size": self.image_size}
-        return {"samples": str(self.folder), "samples_sha256": file_sha256(self.folder / "samples.npz")} | about | size
+        about = {
+            name: value for name, value in self.about.items() if name not in ("classes", "given")
+        }
+        size = {
+            "num_clips": len(self),
+            "num_frames": self.num_frames,
+            "image_size": self.image_size,
+        }
+        return (
+            {
+                "samples": str(self.folder),
+                "samples_sha256": file_sha256(self.folder / "samples.npz"),
+            }
+            | about
+            | size
+        )
 
 
 def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, ckpt, images):
@@ -102,7 +129,9 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     source = open_source(data_path, image_size, images, results_of(ckpt))
     for path in source.scan.unreadable:
         say(f"{path} can't be opened; it is skipped")
-    train, val = split_videos(data_path, source.videos(), val_fraction)  # before any is skipped, as in train.py
+    train, val = split_videos(
+        data_path, source.videos(), val_fraction
+    )  # before any is skipped, as in train.py
     videos = {"train": train, "val": val, "all": [*train, *val]}[split]
     fps = statistics.median(video.fps for video in videos)
     interval = max(1, round(time_scale * fps))
@@ -113,20 +142,33 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
         expected = f"expected at least {span} for {num_frames} frames that are {interval} apart"
         raise UserError(f"--data-path {data_path}: {got}; {expected}; sample fewer frames")
     if abs(interval / fps - time_scale) > 0.01 * time_scale:
-        say(f"note: real frames are {interval / fps:.3g} s apart, generated frames {time_scale:.3g} s")
+        say(
+            f"note: real frames are {interval / fps:.3g} s apart, generated frames {time_scale:.3g} s"
+        )
     settings = {"flip": False, "seed": REAL_SEED, "stream": "real"}
     clips = Clips(source, usable, source.scan.classes, num_frames, (interval, interval), **settings)
     about = {
-        "data_path": str(data_path), "split": split, "val_fraction": val_fraction, "num_videos": len(usable),
-        "videos_sha256": videos_sha256(data_path, usable), "num_frames": num_frames, "frame_interval": interval,
-        "fps": fps, "image_size": image_size, "resize": RESIZE, "flip": False, "seed": REAL_SEED,
-    }  # fmt: skip
+        "data_path": str(data_path),
+        "split": split,
+        "val_fraction": val_fraction,
+        "num_videos": len(usable),
+        "videos_sha256": videos_sha256(data_path, usable),
+        "num_frames": num_frames,
+        "frame_interval": interval,
+        "fps": fps,
+        "image_size": image_size,
+        "resize": RESIZE,
+        "flip": False,
+        "seed": REAL_SEED,
+    }
     return clips, [video for video in train if video.num_frames >= num_frames], about
 
 
 def videos_sha256(root, videos):
     """The SHA-256 of the names and sizes of videos."""
-    return json_sha256([(video.path, os.stat(os.path.join(root, video.path)).st_size) for video in videos])
+    return json_sha256(
+        [(video.path, os.stat(os.path.join(root, video.path)).st_size) for video in videos]
+    )
 
 
 def json_sha256(value):
@@ -138,12 +180,20 @@ def generated_stream(samples):
     """The stream of Samples."""
     own = distributed.own_indices(len(samples))
     for index in Bar(own, desc="generated clips", unit="clip", leave=False):
-        yield index, np.array(samples.clips[index]), samples.names[index], samples.time_scale, samples.videos[index]
+        yield (
+            index,
+            np.array(samples.clips[index]),
+            samples.names[index],
+            samples.time_scale,
+            samples.videos[index],
+        )
 
 
 def real_stream(clips, indices, args, corrupt, title="real clips"):
     """The stream of a Clips at indices; adds the paths of corrupt videos to the list `corrupt`."""
-    settings = worker_settings(args.num_workers) | {"collate_fn": collate}  # in batches, as handing over takes time
+    settings = worker_settings(args.num_workers) | {
+        "collate_fn": collate
+    }  # in batches, as handing over takes time
     loader = DataLoader(clips, args.batch_size, sampler=indices, **settings)
     with Bar(desc=title, total=len(indices), unit="clip", leave=False) as progress:
         for batch in batches_of(loader):

@@ -38,7 +38,9 @@ def gather(stream, measure):
 
     Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the order of the clips.
     """
-    return distributed.gather_in_order([(index, *measure(*clip, index), video) for index, *clip, video in stream])
+    return distributed.gather_in_order(
+        [(index, *measure(*clip, index), video) for index, *clip, video in stream]
+    )
 
 
 def unit_of(video):
@@ -132,7 +134,9 @@ def shares(hits, videos=()):
     """{name: share, name_interval95: its interval} of {name: bool (N,)}; None if N is 0."""
     result = {}
     for name, own in hits.items():
-        result[name], result[f"{name}_interval95"] = share(own, videos) if len(own) else (None, None)
+        result[name], result[f"{name}_interval95"] = (
+            share(own, videos) if len(own) else (None, None)
+        )
     return result
 
 
@@ -207,13 +211,17 @@ def cell(result, name, digits=3, interval=None):
     if result.get(name) is None:
         return "-"
     ends = result.get(interval or f"{name}_interval95")
-    return f"{result[name]:.{digits}f}" + (f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else "")
+    return f"{result[name]:.{digits}f}" + (
+        f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else ""
+    )
 
 
 def table(rows):
     """Rows of cells as lines of text: the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
-    return [" ".join([f"  {row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return [
+        " ".join([f"  {row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
 
 
 def report(result, titles):

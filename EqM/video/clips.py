@@ -26,10 +26,15 @@ class Clips(torch.utils.data.Dataset):
     videos: list  # each of at least num_frames frames
     classes: list
     num_frames: int
-    frame_interval: tuple = (1, 1)  # smallest and largest distance of frames; each clip draws one that fits its video
+    frame_interval: tuple = (
+        1,
+        1,
+    )  # smallest and largest distance of frames; each clip draws one that fits its video
     flip: bool = True
     seed: int = 0
-    stream: int | str = 0  # the name of the stream, part of its seed: a training phase uses its first step
+    stream: int | str = (
+        0  # the name of the stream, part of its seed: a training phase uses its first step
+    )
     spare: list = ()  # videos that replace `videos` if all of them are corrupt
 
     _epoch = _order = None
@@ -57,13 +62,25 @@ class Clips(torch.utils.data.Dataset):
             with suppress(UnreadableError):
                 clip = self.source.read(video, frame_indices, flipped)
                 self.note("")
-                sample = {"clip": clip, "y": self.classes.index(video.class_name), "time_scale": time_scale}
-                return sample | {"index": index, "video": video.path, "corrupt": [video.path for video in tried]}
+                sample = {
+                    "clip": clip,
+                    "y": self.classes.index(video.class_name),
+                    "time_scale": time_scale,
+                }
+                return sample | {
+                    "index": index,
+                    "video": video.path,
+                    "corrupt": [video.path for video in tried],
+                }
             tried.append(video)
         if not os.path.isdir(self.source.root):
-            raise UserError(f"--data-path {self.source.root}: was deleted or moved; put it back and start again")
+            raise UserError(
+                f"--data-path {self.source.root}: was deleted or moved; put it back and start again"
+            )
         found = f"{plural(len(tried), 'corrupt file')} in a row, the first is {tried[0].path}"
-        raise CorruptDataError(f"--data-path {self.source.root}: {found}; repair or replace the files")
+        raise CorruptDataError(
+            f"--data-path {self.source.root}: {found}; repair or replace the files"
+        )
 
     def draw(self, index, tried=()):
         """(video, frame indices, seconds between them) at an index, but no video in `tried`. Opens no file."""
@@ -71,8 +88,14 @@ class Clips(torch.utils.data.Dataset):
         video = self._replacement(index, tried) if tried else self._video(index)
         interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)
         interval = fitting_interval(video, self.num_frames, interval)
-        start = self._random_int("start", video.num_frames - (self.num_frames - 1) * interval, index, attempt)
-        return video, [start + step * interval for step in range(self.num_frames)], interval / video.fps
+        start = self._random_int(
+            "start", video.num_frames - (self.num_frames - 1) * interval, index, attempt
+        )
+        return (
+            video,
+            [start + step * interval for step in range(self.num_frames)],
+            interval / video.fps,
+        )
 
     def _video(self, index):
         epoch, position = divmod(index, len(self.videos))
@@ -88,7 +111,9 @@ class Clips(torch.utils.data.Dataset):
 
     def _random_int(self, purpose, below, *key):
         """A random integer from 0 to below - 1."""
-        return int(torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *key)))
+        return int(
+            torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *key))
+        )
 
 
 def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):

@@ -13,7 +13,11 @@ import av
 CODECS = "h264", "hevc", "mpeg4", "vp8", "vp9"
 AVI_CODECS = ("mpeg4",)  # AVIs have no time stamps, and FFmpeg guesses wrong ones for h264
 FRAME_START = b"\0\0\1\xb6"  # of a frame of mpeg4
-TRANSPOSES = {90: ["cclock"], 180: ["clock", "clock"], 270: ["clock"]}  # for degrees, counterclockwise
+TRANSPOSES = {
+    90: ["cclock"],
+    180: ["clock", "clock"],
+    270: ["clock"],
+}  # for degrees, counterclockwise
 
 
 def find_keyframes(path, num_frames):
@@ -29,9 +33,13 @@ def find_keyframes(path, num_frames):
         if codec not in (AVI_CODECS if is_avi else CODECS):
             return []
         for packet in file.demux(stream):
-            if not packet.size or packet.is_discard:  # the end of the file; a frame that an edit list removes
+            if (
+                not packet.size or packet.is_discard
+            ):  # the end of the file; a frame that an edit list removes
                 continue
-            is_packed = codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1  # XviD: two frames in one
+            is_packed = (
+                codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1
+            )  # XviD: two frames in one
             if packet.pts is None or packet.is_corrupt or is_packed:
                 return []
             if packet.is_keyframe and packet.pts > latest:
@@ -47,7 +55,10 @@ def find_keyframes(path, num_frames):
 def decode_from(path, keyframe, height, width):
     """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8 (height, width, 3)."""
     _, first, seek_time = keyframe
-    waiting, graph = [], None  # waiting: a heap of the time stamps whose frames have not come out yet
+    waiting, graph = (
+        [],
+        None,
+    )  # waiting: a heap of the time stamps whose frames have not come out yet
     with av.open(path, metadata_errors="ignore") as file:
         stream = file.streams.video[0]
         context = stream.codec_context
@@ -55,7 +66,9 @@ def decode_from(path, keyframe, height, width):
             raise ValueError("the size has changed since the scan")
         context.thread_count = 1
         file.seek(seek_time, stream=stream)
-        for packet in dropwhile(lambda packet: (packet.pts, packet.is_keyframe) != (first, True), file.demux(stream)):
+        for packet in dropwhile(
+            lambda packet: (packet.pts, packet.is_keyframe) != (first, True), file.demux(stream)
+        ):
             if packet.size and not packet.is_discard and packet.pts >= first:
                 heapq.heappush(waiting, packet.pts)
             for frame in packet.decode():
@@ -73,7 +86,9 @@ def _rgb_graph(stream, rotation):
     with suppress(AttributeError):  # PyAV before 18 starts a thread per core
         graph.threads = 1
     turns = [("transpose", direction) for direction in TRANSPOSES.get(rotation % 360, [])]
-    filters = [graph.add(*step) for step in [*turns, ("scale",), ("format", "rgb24"), ("buffersink",)]]
+    filters = [
+        graph.add(*step) for step in [*turns, ("scale",), ("format", "rgb24"), ("buffersink",)]
+    ]
     graph.link_nodes(graph.add_buffer(template=stream), *filters).configure()
     return graph
 

@@ -17,16 +17,23 @@ GAP = 2  # px of white between frames
 MARGIN = 4  # px of white left and right of a name
 MARK = "#ff7f0e"  # orange: border of marked frames
 FONT_SIZE, MAX_NAME_LENGTH = 22, 70  # px: readable at half size; characters of a name
-FONT = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE)  # has accents
+FONT = ImageFont.truetype(
+    Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE
+)  # has accents
 
 
 @cache
 def drawable(name, replacement):
     """A name as one short line; the replacement, with a note once per name, if the font lacks one of its characters."""
-    name, missing = one_line(unicodedata.normalize("NFC", name)[:MAX_NAME_LENGTH]), bytes(FONT.getmask("\uffff"))
+    name, missing = (
+        one_line(unicodedata.normalize("NFC", name)[:MAX_NAME_LENGTH]),
+        bytes(FONT.getmask("\uffff")),
+    )
     if all(bytes(FONT.getmask(letter)) != missing for letter in name):
         return name
-    say(f"note: the font of pictures lacks characters of {name}: pictures say {replacement!r} instead")
+    say(
+        f"note: the font of pictures lacks characters of {name}: pictures say {replacement!r} instead"
+    )
     return replacement
 
 
@@ -69,20 +76,31 @@ def text_line(text):
 def stack(*pictures):
     """Pictures, or videos of one length, (..., h, w, 3) above each other; narrow ones get white at their right."""
     width = max(picture.shape[-2] for picture in pictures)
-    sides = [[(0, 0)] * (picture.ndim - 2) + [(0, width - picture.shape[-2]), (0, 0)] for picture in pictures]
-    return np.concatenate([np.pad(*pair, constant_values=255) for pair in zip(pictures, sides, strict=True)], axis=-3)
+    sides = [
+        [(0, 0)] * (picture.ndim - 2) + [(0, width - picture.shape[-2]), (0, 0)]
+        for picture in pictures
+    ]
+    return np.concatenate(
+        [np.pad(*pair, constant_values=255) for pair in zip(pictures, sides, strict=True)], axis=-3
+    )
 
 
 def add_notes(picture, notes):
     """A picture or video (..., h, w, 3) above a line of notes (of `few`); unchanged without any."""
     line = text_line(f"Shows {', '.join(notes)}.")
-    return stack(picture, np.broadcast_to(line, (*picture.shape[:-3], *line.shape))) if notes else picture
+    return (
+        stack(picture, np.broadcast_to(line, (*picture.shape[:-3], *line.shape)))
+        if notes
+        else picture
+    )
 
 
 def draw_sheet(frames, names, marked, left=0, gap=GAP):
     """A picture of rows of frames (N, n, h, w, 3) with N names at their left. Frames that are marked get a border."""
     N, n, h, w = frames.shape[:4]
-    left = max(left, *(round(FONT.getlength(name)) + 2 * MARGIN if name else 0 for name in names))  # px
+    left = max(
+        left, *(round(FONT.getlength(name)) + 2 * MARGIN if name else 0 for name in names)
+    )  # px
     sheet = Image.new("RGB", (left + n * (w + gap) - gap, N * (h + gap) - gap), "white")
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):

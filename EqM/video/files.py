@@ -23,19 +23,45 @@ from runtime.cli import plural
 from runtime.untrusted import FPS, check_regular
 from video.decode import decode_from, find_keyframes
 
-SUFFIXES = {"video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg", ".jpg", ".png", ".webp")}
+SUFFIXES = {
+    "video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"),
+    "image": (".jpeg", ".jpg", ".png", ".webp"),
+}
 IMAGE_FORMATS = "JPEG", "PNG", "WEBP"  # of the content: many .jpg files are PNGs
-IMAGE_FPS = 25.0  # gives time_scale 1/25 s, the model's default and the value of published image models
-UPRIGHT = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
-EXIF_TRANSPOSES = dict(enumerate(UPRIGHT, start=2))  # EXIF orientation -> the transpose that turns an image upright
-MAX_PIXELS = 2**27  # per frame of a video: four times 8K; decoding a pixel takes ten bytes of memory or more
+IMAGE_FPS = (
+    25.0  # gives time_scale 1/25 s, the model's default and the value of published image models
+)
+UPRIGHT = (
+    "FLIP_LEFT_RIGHT",
+    "ROTATE_180",
+    "FLIP_TOP_BOTTOM",
+    "TRANSPOSE",
+    "ROTATE_270",
+    "TRANSVERSE",
+    "ROTATE_90",
+)
+EXIF_TRANSPOSES = dict(
+    enumerate(UPRIGHT, start=2)
+)  # EXIF orientation -> the transpose that turns an image upright
+MAX_PIXELS = (
+    2**27
+)  # per frame of a video: four times 8K; decoding a pixel takes ten bytes of memory or more
 SIGNATURE = re.compile(  # of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open the files in a playlist
-    rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)", re.DOTALL
+    rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)",
+    re.DOTALL,
 )
 NO_VIDEO = (  # decord, FFmpeg and Video raise these: not a video, cut short, a frame that can't be decoded
-    OSError, RuntimeError, AssertionError, IndexError, StopIteration, TypeError, ValueError, av.FFmpegError,
-    decord.DECORDError, decord.DECORDLimitReachedError,
-)  # fmt: skip
+    OSError,
+    RuntimeError,
+    AssertionError,
+    IndexError,
+    StopIteration,
+    TypeError,
+    ValueError,
+    av.FFmpegError,
+    decord.DECORDError,
+    decord.DECORDLimitReachedError,
+)
 # Not an image, truncated or missing; bad PNG or EXIF; bad header; far too many pixels; lost palette (the last two)
 NO_IMAGE = OSError, SyntaxError, ValueError, Image.DecompressionBombError, AssertionError, TypeError
 
@@ -55,10 +81,16 @@ class Video:
     class_name: str
     num_frames: int
     fps: float  # average over the file
-    height: int | None  # px, of the upright frame; None for images, because the scan does not open them
+    height: (
+        int | None
+    )  # px, of the upright frame; None for images, because the scan does not open them
     width: int | None
-    varies: bool = False  # whether the frame rate varies: frame k need not be the k-th frame of the file
-    keyframes: list = field(default=(), compare=False, repr=False)  # see decode.py; empty: decord reads all clips
+    varies: bool = (
+        False  # whether the frame rate varies: frame k need not be the k-th frame of the file
+    )
+    keyframes: list = field(
+        default=(), compare=False, repr=False
+    )  # see decode.py; empty: decord reads all clips
 
     def __post_init__(self):  # a header or an index may contain anything
         if not (1 <= self.num_frames < 2**31 and FPS[0] <= self.fps <= FPS[1]):
@@ -139,7 +171,9 @@ def _open_video(path):
     """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body."""
     with _errors_of(path):
         # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no limit
-        reader = decord.VideoReader(_safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
+        reader = decord.VideoReader(
+            _safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6
+        )
         _, height, width, _ = reader.get_batch([]).shape
         if height * width > MAX_PIXELS:
             raise OSError(f"{width} x {height} pixels")
@@ -172,7 +206,9 @@ def read_frames(root, video, frame_indices):
 def read_all_frames(root, video, chunk_size=16):
     """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of 1080p exceeds memory."""
     firsts = range(0, video.num_frames, chunk_size)
-    return _read_parts(root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts])
+    return _read_parts(
+        root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts]
+    )
 
 
 def _read_parts(root, video, parts):
@@ -184,7 +220,9 @@ def _read_parts(root, video, parts):
         yield _read_image(path)
         return
     if video.keyframes:
-        decoders.insert(parts[0][0] < video.keyframes[1][0], _from_keyframe)  # decord decodes a whole video faster
+        decoders.insert(
+            parts[0][0] < video.keyframes[1][0], _from_keyframe
+        )  # decord decodes a whole video faster
     for number, decoder in enumerate(decoders, 1):
         with suppress(*[UnreadableError] if number < len(decoders) else []):
             for frames in decoder(path, video, parts[done:]):
@@ -206,14 +244,22 @@ def _from_keyframe(path, video, parts):
         if video.varies:
             with _open_video(path) as reader:
                 parts = _stored(reader, parts)
-        keyframe = video.keyframes[bisect(video.keyframes, parts[0][0], key=lambda keyframe: keyframe[0]) - 1]
-        yield from _pick(decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], parts)
+        keyframe = video.keyframes[
+            bisect(video.keyframes, parts[0][0], key=lambda keyframe: keyframe[0]) - 1
+        ]
+        yield from _pick(
+            decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], parts
+        )
 
 
 def _stored(reader, parts):
     """The numbers of the stored frames for lists of frame indices."""
     _, _, stored = _read_timing(reader)
-    return parts if stored is None else [[stored[index] for index in frame_indices] for frame_indices in parts]
+    return (
+        parts
+        if stored is None
+        else [[stored[index] for index in frame_indices] for frame_indices in parts]
+    )
 
 
 def _pick(decoded, first, parts):
@@ -248,7 +294,9 @@ def _read_image(path):
             if image.mode == "I;16":  # convert() would clip all values above 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
-            return np.array(image if transpose is None else image.transpose(Image.Transpose[transpose]))[None]
+            return np.array(
+                image if transpose is None else image.transpose(Image.Transpose[transpose])
+            )[None]
     except NO_IMAGE as error:
         raise UnreadableError(f"{path}: {error}") from error
 

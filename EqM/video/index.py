@@ -36,7 +36,9 @@ class Scan:
     videos: list  # of Video, sorted by path; in a cache: in the order of the original videos
     classes: list  # class names, sorted
     unreadable: list  # paths of the files that could not be opened
-    stamps: dict = field(default_factory=dict)  # path -> file_stamp before the file was opened; videos only
+    stamps: dict = field(
+        default_factory=dict
+    )  # path -> file_stamp before the file was opened; videos only
     is_saved: bool = True  # the index holds this scan, or there is nothing to save
 
 
@@ -46,12 +48,20 @@ def list_files(prefix, root):
     def names(folder, folders):
         try:
             with os.scandir(folder) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir() == folders and entry.name[0] != ".")
+                return sorted(
+                    entry.name
+                    for entry in entries
+                    if entry.is_dir() == folders and entry.name[0] != "."
+                )
         except OSError as error:
             raise UserError(f"{prefix}: {folder} can't be read ({error.strerror})") from error
 
     folders = [name for name in names(root, folders=True) if name != UCF_LISTS]
-    inside = [f"{folder}/{name}" for folder in folders for name in names(os.path.join(root, folder), folders=False)]
+    inside = [
+        f"{folder}/{name}"
+        for folder in folders
+        for name in names(os.path.join(root, folder), folders=False)
+    ]
     return names(root, folders=False) + inside
 
 
@@ -83,10 +93,14 @@ def find_files(root, images, report=False):
     seen = {}
     for path in found:
         if (twin := seen.setdefault(os.path.splitext(path)[0], path)) != path:
-            raise UserError(f"{prefix}: {twin} and {path} differ only in their suffix; rename or remove one")
+            raise UserError(
+                f"{prefix}: {twin} and {path} differ only in their suffix; rename or remove one"
+            )
     classes = {path: os.path.dirname(path) or UNLABELLED for path in found}
     if "none" in classes.values():
-        raise UserError(f"{prefix}: the class none; --classes none asks for samples without a class; rename the folder")
+        raise UserError(
+            f"{prefix}: the class none; --classes none asks for samples without a class; rename the folder"
+        )
     return classes
 
 
@@ -95,7 +109,9 @@ def explain_missing(root, kind):
     paths = (path for depth in (3, 4) for path in Path(root).glob("/".join(["[!.]*"] * depth)))
     counts = Counter(path.parents[1] for path in paths if has_suffix(kind, path)).most_common()
     for place, count in counts[:1]:
-        merge = "".join(f"merge it with {other.name}/ in one folder, or " for other, _ in counts[1:2])
+        merge = "".join(
+            f"merge it with {other.name}/ in one folder, or " for other, _ in counts[1:2]
+        )
         return f"no {kind}s in {root}/<class>; {place}/<class> has {plural(count, kind)}; {merge}pass {place} instead"
     advice = "to train on videos, add --video" if kind == "image" else "images need no --video"
     return f"no {kind}s found; expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}; {advice}"
@@ -109,10 +125,14 @@ def scan_videos(root, index_folder=None, images=False):
     found = find_files(root, images, report=True)
     classes = sorted(set(found.values()))
     if images:
-        return Scan([probe(root, class_name, path) for path, class_name in found.items()], classes, [])
+        return Scan(
+            [probe(root, class_name, path) for path, class_name in found.items()], classes, []
+        )
     known = read_index(index_place(root, index_folder)) if index_folder else {}
     stamps = {path: file_stamp(root, path) for path in found}
-    entries = {path: known[path] for path in found if path in known and known[path][0] == stamps[path]}
+    entries = {
+        path: known[path] for path in found if path in known and known[path][0] == stamps[path]
+    }
     errors = {}  # path -> why it can't be opened
     new = [path for path in found if path not in entries]
     for path in Bar(new, desc="opening videos", unit="video", disable=not new):
@@ -154,7 +174,9 @@ def save_index(scan, root, folder):
         return
     scan.is_saved, place = True, index_place(root, folder)
     rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
-    temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}.tmp")  # several runs may start at once
+    temporary = place.with_name(
+        f"{place.name}.{os.urandom(4).hex()}.tmp"
+    )  # several runs may start at once
     try:
         temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": rows}))
         os.replace(temporary, place)
@@ -187,14 +209,18 @@ def split_videos(root, videos, val_fraction):
     it, a hash of Class/stem does: videos that are added, removed or converted do not move others to another part.
     """
     if len(videos) < 2:
-        raise UserError(f"--data-path {root}: 1 usable file; expected at least 2, one to train and one to validate")
+        raise UserError(
+            f"--data-path {root}: 1 usable file; expected at least 2, one to train and one to validate"
+        )
     _, train_keys = find_ucf_lists(root, videos)
     if train_keys:
         val = {video for video in videos if video.key not in train_keys}
     else:
         num_val = sum(hash_fraction(video) < val_fraction for video in videos)
         val = set(sorted(videos, key=hash_fraction)[: min(max(num_val, 1), len(videos) - 1)])
-    return [video for video in videos if video not in val], [video for video in videos if video in val]
+    return [video for video in videos if video not in val], [
+        video for video in videos if video in val
+    ]
 
 
 def hash_fraction(video):
@@ -206,8 +232,12 @@ def find_ucf_lists(root, videos):
     """(folder of the UCF lists that split these videos into two parts, Class/stem of the first), or (None, set())."""
     for folder in (Path(root, UCF_LISTS), Path(os.path.abspath(root)).parent / UCF_LISTS):
         if (file := folder / "trainlist01.txt").is_file():
-            lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # as Python decodes names
-            names = (re.sub(r"\s+\d+$", "", line.strip()) for line in lines)  # "Archery/v_Archery_g08_c01.avi 3"
+            lines = file.read_text(
+                encoding="utf-8", errors="surrogateescape"
+            ).splitlines()  # as Python decodes names
+            names = (
+                re.sub(r"\s+\d+$", "", line.strip()) for line in lines
+            )  # "Archery/v_Archery_g08_c01.avi 3"
             train_keys = {os.path.splitext(name)[0] for name in names}
             if 0 < sum(video.key in train_keys for video in videos) < len(videos):
                 return folder, train_keys
@@ -219,7 +249,9 @@ def copy_ucf_lists(root, videos, folder):
     lists, _ = find_ucf_lists(root, videos)
     for file in lists.glob("*.txt") if lists else ():
         Path(folder, UCF_LISTS).mkdir(exist_ok=True)
-        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))  # not its mode: a later run must overwrite it
+        shutil.copyfile(
+            file, Path(folder, UCF_LISTS, file.name)
+        )  # not its mode: a later run must overwrite it
 
 
 def fitting_interval(video, num_frames, interval):
@@ -257,7 +289,9 @@ class Data:
 
     def spare(self, num_frames):
         """The training videos that replace validation videos if none of those can be read."""
-        return [video for video in self.train[min(self.train)] if video.num_frames >= num_frames][:SPARES]
+        return [video for video in self.train[min(self.train)] if video.num_frames >= num_frames][
+            :SPARES
+        ]
 
 
 def find_data(source, val_fraction, lengths, val_lengths, flag):
@@ -293,7 +327,11 @@ class CorruptVideos:
         self.paths.update(dict.fromkeys(new))
         allowed = max(1, int(self.max_fraction * self.total))
         if new and len(self.paths) > allowed:
-            found = f"{len(self.paths)} of {self.total} files are corrupt, expected at most {allowed}"
+            found = (
+                f"{len(self.paths)} of {self.total} files are corrupt, expected at most {allowed}"
+            )
             advice = "repair, move or delete them, or raise this limit"
-            raise CorruptDataError(f"--max-bad-fraction {self.max_fraction}: {found}: {name_some(new)}; {advice}")
+            raise CorruptDataError(
+                f"--max-bad-fraction {self.max_fraction}: {found}: {name_some(new)}; {advice}"
+            )
         return new

@@ -25,7 +25,9 @@ class InputClip:
     path: str
     class_name: str | None  # the name of its folder, or the class of the sample
     number: int | None = None  # of the sample in its samples.npz
-    stored: tuple | None = field(default=None, repr=False)  # see `open`; None until a file is opened
+    stored: tuple | None = field(
+        default=None, repr=False
+    )  # see `open`; None until a file is opened
 
     def __str__(self):
         return self.path if self.number is None else f"{self.path}, sample {self.number}"
@@ -51,7 +53,11 @@ class InputClip:
         """(number of frames, seconds between them, a function that reads frames (n, H, W, 3) by their numbers)."""
         if self.stored is None:
             video = self._decode(probe, "", "", self.path)
-            self.stored = video.num_frames, 1 / video.fps, partial(self._decode, read_frames, "", video)
+            self.stored = (
+                video.num_frames,
+                1 / video.fps,
+                partial(self._decode, read_frames, "", video),
+            )
         return self.stored
 
     def _decode(self, function, *arguments):
@@ -77,13 +83,21 @@ def find_clips(flag, path, kinds, cleared=None):
     elif not os.path.exists(path):
         raise UserError(f"{name}: no such file or folder")
     else:
-        files = [os.path.join(path, file) for file in list_files(name, path)] if os.path.isdir(path) else [path]
+        files = (
+            [os.path.join(path, file) for file in list_files(name, path)]
+            if os.path.isdir(path)
+            else [path]
+        )
         files = [file for file in files if any(has_suffix(kind, file) for kind in kinds)]
         found = [InputClip(name, file, Path(os.path.abspath(file)).parent.name) for file in files]
     if not found:
         suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
-        raise UserError(f"{name}: no {' or '.join(kinds)}; expected one of {suffixes}, or a folder of sample_gd.py")
+        raise UserError(
+            f"{name}: no {' or '.join(kinds)}; expected one of {suffixes}, or a folder of sample_gd.py"
+        )
     for clip in found if cleared else ():
         if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(cleared):
-            raise UserError(f"{name}: {clip.path} is in --folder {cleared}, which is cleared; name another folder")
+            raise UserError(
+                f"{name}: {clip.path} is in --folder {cleared}, which is cleared; name another folder"
+            )
     return found

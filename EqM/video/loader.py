@@ -16,7 +16,9 @@ from runtime.signals import STOP_SIGNALS
 from video.clips import collate
 
 PATH_BYTES = 4096
-sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # it cleans up after a kill
+sys.warnoptions.append(
+    "ignore::UserWarning:multiprocessing.resource_tracker"
+)  # it cleans up after a kill
 
 
 class ClipsByFrames(torch.utils.data.Dataset):
@@ -24,7 +26,9 @@ class ClipsByFrames(torch.utils.data.Dataset):
 
     def __init__(self, clips, num_workers=0):
         self.clips = clips
-        self.files = [multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)]  # in shared memory
+        self.files = [
+            multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)
+        ]  # in shared memory
         for data_set in clips.values():
             data_set.note = self.note
 
@@ -44,16 +48,30 @@ class ClipsByFrames(torch.utils.data.Dataset):
 
 def make_loader(clips, batches, num_workers, timeout, device):
     """A DataLoader over `clips`, a dict num_frames -> Clips. `batches` yields lists of (num_frames, index)."""
-    settings = {"batch_sampler": batches, "collate_fn": collate, "pin_memory": device.type == "cuda"}
-    return DataLoader(ClipsByFrames(clips, num_workers), **settings, **worker_settings(num_workers, timeout))
+    settings = {
+        "batch_sampler": batches,
+        "collate_fn": collate,
+        "pin_memory": device.type == "cuda",
+    }
+    return DataLoader(
+        ClipsByFrames(clips, num_workers), **settings, **worker_settings(num_workers, timeout)
+    )
 
 
 def worker_settings(num_workers, timeout=0):
     """The settings of a DataLoader with num_workers processes; 0 = read in this process. timeout: seconds per batch."""
     if not num_workers:
         return {}
-    settings = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
-    return settings | {"num_workers": num_workers, "worker_init_fn": start_worker, "timeout": timeout}
+    settings = {
+        "multiprocessing_context": "spawn",
+        "persistent_workers": True,
+        "prefetch_factor": 4,
+    }
+    return settings | {
+        "num_workers": num_workers,
+        "worker_init_fn": start_worker,
+        "timeout": timeout,
+    }
 
 
 def start_worker(_):
@@ -66,7 +84,9 @@ def start_worker(_):
 @atexit.register
 def end_children():
     """Kill the loader processes. They block SIGTERM, so Python would wait at exit for one that is busy or hangs."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise torch would report their end as an error
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # otherwise torch would report their end as an error
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -95,7 +115,10 @@ def _iterate(loader, iterator):
         yield from iterator
     except UserError as error:
         raise type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from error
-    except (ConnectionError, EOFError) as error:  # the process was killed while it handed over a batch
+    except (
+        ConnectionError,
+        EOFError,
+    ) as error:  # the process was killed while it handed over a batch
         raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     except RuntimeError as error:
         if "timed out" not in str(error):

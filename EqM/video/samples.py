@@ -14,9 +14,18 @@ from video.files import has_suffix
 UNFINISHED = "samples.unfinished"  # a file in the folder while samples are written
 NO_LABEL = -1  # in samples.npz: the sample has no label
 WRITTEN = [  # the files of a sample folder, besides samples.json and scores
-    *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png")), "samples.npz", "samples.npz.tmp", "grid.gif",
-    "grid.png", "sheet.png", "gallery.html", "evaluations.csv", "evaluations.png", "energy.csv", "energy.png",
-]  # fmt: skip
+    *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png")),
+    "samples.npz",
+    "samples.npz.tmp",
+    "grid.gif",
+    "grid.png",
+    "sheet.png",
+    "gallery.html",
+    "evaluations.csv",
+    "evaluations.png",
+    "energy.csv",
+    "energy.png",
+]
 
 
 def is_sample_folder(folder):
@@ -67,18 +76,31 @@ def read_samples(here, folder):
         about = read_json(Path(folder, "samples.json"))
         check_regular(Path(folder, "samples.npz"))
         clips, labels = (map_npz(Path(folder, "samples.npz"), name) for name in ("arr_0", "labels"))
-        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3 or 0 in clips.shape:
-            raise ValueError(f"got {clips.dtype} {list(clips.shape)}, expected uint8 [N, T, H, W, 3]")
-        if len(labels) != len(clips) or not NO_LABEL <= labels.min() <= labels.max() < len(about["classes"]):
+        if (
+            clips.dtype != np.uint8
+            or clips.ndim not in (4, 5)
+            or clips.shape[-1] != 3
+            or 0 in clips.shape
+        ):
+            raise ValueError(
+                f"got {clips.dtype} {list(clips.shape)}, expected uint8 [N, T, H, W, 3]"
+            )
+        if len(labels) != len(clips) or not NO_LABEL <= labels.min() <= labels.max() < len(
+            about["classes"]
+        ):
             found = f"{plural(len(clips), 'clip')}, {plural(len(labels), 'label')} up to label {labels.max()}"
             raise ValueError(f"{found}, {plural(len(about['classes']), 'class')} in samples.json")
         if not about["time_scale"] > 0:
             raise ValueError(f"time_scale is {about['time_scale']}, expected seconds per frame")
         about = {"source": {}, "flags": {}} | about
     except FileNotFoundError as error:
-        found = f"no {Path(error.filename).name} in it" if os.path.isdir(folder) else "no such folder"
+        found = (
+            f"no {Path(error.filename).name} in it" if os.path.isdir(folder) else "no such folder"
+        )
         if os.path.exists(os.path.join(folder, UNFINISHED)):
-            raise UserError(f"{here}: its samples are not finished: run sample_gd.py again") from error
+            raise UserError(
+                f"{here}: its samples are not finished: run sample_gd.py again"
+            ) from error
         raise UserError(f"{here}: {found}; expected a sample folder of sample_gd.py") from error
     except Exception as error:  # the place of the damage decides which one numpy or zipfile raises
         reason = f"samples.npz or samples.json of sample_gd.py is missing or damaged ({error})"
@@ -96,7 +118,9 @@ def map_npz(path, name):
             start = file.tell()
     if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
         raise ValueError(f"{name} is compressed or not a plain array of clips of one size")
-    with open(path, "rb") as file:  # the data follow the header of the zip member and the header of the array
+    with open(
+        path, "rb"
+    ) as file:  # the data follow the header of the zip member and the header of the array
         file.seek(member.header_offset + 26)
         start += member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return np.memmap(path, dtype, "r", start, shape)

@@ -25,11 +25,22 @@ from video.files import UnreadableError, Video, read_all_frames, read_frames, re
 from video.index import Scan, file_stamp, find_files, name_hash, scan_videos
 
 SUFFIX = ".safetensors"  # of the files of a cache
-LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"  # of a complete, of an unfinished cache
+LATENTS_FILE, PARTIAL_FILE = (
+    "latents.json",
+    "latents.partial.json",
+)  # of a complete, of an unfinished cache
 LATENTS_FORMAT = 1
 LATENTS_NAMES = {  # in latents.json
-    "vae", "image_size", "channels", "downsample", "scale", "shift", "flips", "classes", "unreadable",
-}  # fmt: skip
+    "vae",
+    "image_size",
+    "channels",
+    "downsample",
+    "scale",
+    "shift",
+    "flips",
+    "classes",
+    "unreadable",
+}
 THREADS = min(8, os.cpu_count())  # for decoding; decoders release Python's lock while they work
 LARGEST = 20 * 10**9  # bytes; a larger --cache-frames needs --cache-frames-force
 
@@ -90,7 +101,9 @@ def latents_settings(root, images=False):
     prefix, path = f"--data-path {root}", Path(root, LATENTS_FILE)
     if not os.path.exists(path):
         if os.path.exists(os.path.join(root, PARTIAL_FILE)):
-            raise UserError(f"{prefix}: a cache that is not complete: run cache_latents.py again to continue")
+            raise UserError(
+                f"{prefix}: a cache that is not complete: run cache_latents.py again to continue"
+            )
         return None
     try:
         settings = read_json(path)
@@ -100,7 +113,9 @@ def latents_settings(root, images=False):
         if missing := LATENTS_NAMES - settings.keys():
             raise ValueError(f"{min(missing)} is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{prefix}: its {LATENTS_FILE} is damaged ({error}): make the cache again") from error
+        raise UserError(
+            f"{prefix}: its {LATENTS_FILE} is damaged ({error}): make the cache again"
+        ) from error
     if images:
         raise UserError(f"{prefix}: a cache of videos, expected images: add --video to use it")
     return settings
@@ -112,8 +127,12 @@ class Cache(Source):
     def __init__(self, root, settings):
         for video in settings["videos"]:
             if not os.path.isfile(os.path.join(root, video.path)):
-                raise UserError(f"--data-path {root}: a cache without its {video.path}: run cache_latents.py again")
-        super().__init__(root, Scan(settings["videos"], settings["classes"], []))  # cache_latents.py counts corrupt
+                raise UserError(
+                    f"--data-path {root}: a cache without its {video.path}: run cache_latents.py again"
+                )
+        super().__init__(
+            root, Scan(settings["videos"], settings["classes"], [])
+        )  # cache_latents.py counts corrupt
         side = settings["image_size"] // settings["downsample"]
         self.has_pixels, self.shape = settings["vae"] == "none", (settings["channels"], side, side)
 
@@ -206,9 +225,13 @@ class CachedFiles(Files):
 
     def __init__(self, files, results_dir, force=False):
         if not isinstance(files, Files):
-            raise UserError("--cache-frames: --data-path is a cache, which needs no decoding: remove it")
+            raise UserError(
+                "--cache-frames: --data-path is a cache, which needs no decoding: remove it"
+            )
         super().__init__(files.root, files.scan, files.image_size)
-        self.folder = Path(results_dir, f".pixels-{name_hash(os.path.realpath(files.root))}-{files.image_size}")
+        self.folder = Path(
+            results_dir, f".pixels-{name_hash(os.path.realpath(files.root))}-{files.image_size}"
+        )
         size = 3 * self.image_size**2 * sum(video.num_frames for video in self.videos())
         found = f"--cache-frames: {len(self.videos()):,} videos take {size / 1e6:,.1f} MB in {self.folder}"
         if size > LARGEST and not force:
@@ -229,14 +252,28 @@ class CachedFiles(Files):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:
                 found = f"--cache-frames: {self.folder} can't be locked ({error.strerror})"
-                raise UserError(f"{found}: move --results-dir to another file system, or remove this flag") from error
+                raise UserError(
+                    f"{found}: move --results-dir to another file system, or remove this flag"
+                ) from error
             remove_temporary_files(self.folder)
-            stamps = {video: {"stamp": str(file_stamp(self.root, video.path))} for video in self.videos()}
-            todo = [video for video, stamp in stamps.items() if cached_metadata(self.place(video)) != stamp]
+            stamps = {
+                video: {"stamp": str(file_stamp(self.root, video.path))} for video in self.videos()
+            }
+            todo = [
+                video
+                for video, stamp in stamps.items()
+                if cached_metadata(self.place(video)) != stamp
+            ]
             for video in todo:
                 self.place(video).unlink(missing_ok=True)
-            done = write_each(todo, lambda video: write_pixels(self.place(video), self, video, stamps[video]), THREADS)
-            for _ in Bar(done, total=len(todo), desc="caching frames", unit="video", disable=not todo):
+            done = write_each(
+                todo,
+                lambda video: write_pixels(self.place(video), self, video, stamps[video]),
+                THREADS,
+            )
+            for _ in Bar(
+                done, total=len(todo), desc="caching frames", unit="video", disable=not todo
+            ):
                 pass  # a corrupt video is named when a clip needs it
 
     def read(self, video, frame_indices, flipped=False):

@@ -15,7 +15,18 @@ from PIL import Image
 
 from runtime.atomic import atomic_write
 from runtime.cli import writing
-from video.drawing import GRID, IMAGE_GRID, MIN_SIDE, add_notes, draw_sheet, drawable, enlarge, evenly_spaced, few, tile
+from video.drawing import (
+    GRID,
+    IMAGE_GRID,
+    MIN_SIDE,
+    add_notes,
+    draw_sheet,
+    drawable,
+    enlarge,
+    evenly_spaced,
+    few,
+    tile,
+)
 
 MAX_ROWS, MAX_COLUMNS = 16, 32  # most videos and frames on a sheet
 GIF_FRAMES = 64  # most frames in the GIF of a long video
@@ -30,7 +41,9 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder) as file:  # the pixels: they may not fit into memory, and may come frame by frame
+    with TemporaryFile(
+        dir=folder
+    ) as file:  # the pixels: they may not fit into memory, and may come frame by frame
         for numbers, first, clips in parts:
             shape = len(labels), num_frames, *clips.shape[2:]
             for number, frames in zip(numbers, clips, strict=True):
@@ -38,8 +51,12 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
                 file.write(np.ascontiguousarray(frames))
             file.flush()
             if first + clips.shape[1] == num_frames:
-                videos = np.memmap(file, np.uint8, "r", shape=(numbers[-1] + 1, *shape[1:]))[numbers[0] :]
-                write_videos(folder, videos, fps, numbers[0], previews, GIF_FRAMES if first else num_frames)
+                videos = np.memmap(file, np.uint8, "r", shape=(numbers[-1] + 1, *shape[1:]))[
+                    numbers[0] :
+                ]
+                write_videos(
+                    folder, videos, fps, numbers[0], previews, GIF_FRAMES if first else num_frames
+                )
         videos = np.memmap(file, np.uint8, "r", shape=shape)
         with atomic_write(folder / "samples.npz") as archive:
             pixels = videos if num_frames > 1 else videos[:, 0]  # images: no axis of time
@@ -47,7 +64,13 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
         if previews:
             if num_frames > 1:
                 write_grid(folder / "grid.gif", videos, fps)
-            write_sheet(folder / ("sheet.png" if num_frames > 1 else "grid.png"), videos, names, marked, labels)
+            write_sheet(
+                folder / ("sheet.png" if num_frames > 1 else "grid.png"),
+                videos,
+                names,
+                marked,
+                labels,
+            )
 
 
 def write_grid(path, videos, fps):
@@ -83,18 +106,25 @@ def write_mp4(path, video, fps):
 def write_lossless(path, frames, fps):
     """Write frames, uint8 (H, W, 3) each, as FFV1: a .mkv that decodes to exactly the same pixels. Atomic."""
     bitexact = {"fflags": "bitexact"}  # no random numbers in the file
-    with atomic_write(path) as file, av.open(file, "w", format="matroska", options=bitexact) as movie:
+    with (
+        atomic_write(path) as file,
+        av.open(file, "w", format="matroska", options=bitexact) as movie,
+    ):
         encode(movie, frames, fps, "ffv1", "bgr0", {})  # other formats than RGB round
 
 
 def encode(file, frames, fps, codec, pixel_format, options):
     """Write an iterator over frames (H, W, 3) to a container of PyAV."""
-    stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)  # 30000/1001
+    stream = file.add_stream(
+        codec, rate=Fraction(fps).limit_denominator(1001), options=options
+    )  # 30000/1001
     stream.pix_fmt = pixel_format
     for number, frame in enumerate(frames):
         if number == 0:
             stream.height, stream.width = frame.shape[:2]
-        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        file.mux(
+            stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+        )
     file.mux(stream.encode())
 
 
@@ -111,9 +141,13 @@ def write_gif(path, video, fps):
     if any(frame.getcolors(256) is None for frame in frames):  # None: more than 256 colors
         pixels = video.reshape(-1, 3)
         drawn = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
-        palette = Image.fromarray(drawn[None]).quantize(256, kmeans=PALETTE_PIXELS // 100)  # stops when 1% change
+        palette = Image.fromarray(drawn[None]).quantize(
+            256, kmeans=PALETTE_PIXELS // 100
+        )  # stops when 1% change
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=delays.tolist(), loop=0)
+    frames[0].save(
+        path, "GIF", save_all=True, append_images=frames[1:], duration=delays.tolist(), loop=0
+    )
 
 
 def write_sheet(path, videos, names=None, marked=None, labels=None, notes=()):
@@ -125,12 +159,24 @@ def write_sheet(path, videos, names=None, marked=None, labels=None, notes=()):
     N, T = videos.shape[:2]
     if T == 1:
         images = tile(videos, IMAGE_GRID, MIN_SIDE)[0]
-        Image.fromarray(add_notes(images, [*notes, *few(math.prod(IMAGE_GRID), N, "images")])).save(path)
+        Image.fromarray(add_notes(images, [*notes, *few(math.prod(IMAGE_GRID), N, "images")])).save(
+            path
+        )
         return
     shown = evenly_spaced(T, MAX_COLUMNS)
-    videos, notes = videos[:MAX_ROWS, shown], [*notes, *few(MAX_ROWS, N, "videos"), *few(MAX_COLUMNS, T, "frames")]
-    others = [f"row {row}" for row in range(N)] if labels is None else [f"class {label}" for label in labels]
+    videos, notes = (
+        videos[:MAX_ROWS, shown],
+        [*notes, *few(MAX_ROWS, N, "videos"), *few(MAX_COLUMNS, T, "frames")],
+    )
+    others = (
+        [f"row {row}" for row in range(N)]
+        if labels is None
+        else [f"class {label}" for label in labels]
+    )
     pairs = zip((names or [""] * N)[:MAX_ROWS], others, strict=False)
-    names, marks = [drawable(*pair) for pair in pairs], [np.isin(shown, frames) for frames in marked or [()] * N]
+    names, marks = (
+        [drawable(*pair) for pair in pairs],
+        [np.isin(shown, frames) for frames in marked or [()] * N],
+    )
     with writing(path):
         Image.fromarray(add_notes(draw_sheet(enlarge(videos), names, marks), notes)).save(path)

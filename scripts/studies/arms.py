@@ -56,7 +56,9 @@ ARMS = [
     Arm("4-8-16 moving", "BC", MOVING + INTERVALS, shares=SHARES, **CURRICULUM),
     *(Arm(f"16 {name}", "D", flags, seeds=5, lengths=LENGTHS) for name, flags in SPEEDS.items()),
     *(
-        Arm(f"16 {name} {pace}", "D", flags, seeds=2 if name == "table" else 5, pace=pace)  # the table does not win
+        Arm(
+            f"16 {name} {pace}", "D", flags, seeds=2 if name == "table" else 5, pace=pace
+        )  # the table does not win
         for pace in ("slow", "fast")
         for name, flags in (POSITIONS | {"speed 1": SPEEDS["speed 1"]}).items()
         if name != "rotary"
@@ -85,16 +87,44 @@ class Size:
 FULL = Size()
 MINIATURE = Size("miniature", 4, 1, 96, 4, videos=2, clips=4, val_clips=2, points=3, most_seeds=1)
 BASE = [
-    "--model", "EqM-Ti/2", "--image-size", 16, "--temporal-patch-size", 4, "--vae", "none", "--no-flip",
-    "--num-workers", 0, "--precision", "bf16", "--optimizer", "muon", "--lr", 2e-3, "--muon-lr", 0.01,
-    "--weight-decay", 0.1, "--warmup-steps", 20, "--lr-decay", 0.4, "--ema-decay", 0.99, "--gamma-shift", 3,
-]  # fmt: skip
+    "--model",
+    "EqM-Ti/2",
+    "--image-size",
+    16,
+    "--temporal-patch-size",
+    4,
+    "--vae",
+    "none",
+    "--no-flip",
+    "--num-workers",
+    0,
+    "--precision",
+    "bf16",
+    "--optimizer",
+    "muon",
+    "--lr",
+    2e-3,
+    "--muon-lr",
+    0.01,
+    "--weight-decay",
+    0.1,
+    "--warmup-steps",
+    20,
+    "--lr-decay",
+    0.4,
+    "--ema-decay",
+    0.99,
+    "--gamma-shift",
+    3,
+]
 
 
 def config_of(size):
     """The EqMConfig for counting FLOPs, which do not depend on the positions."""
     own = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads}
-    return model_config("EqM-Ti/2", **own, input_size=16, in_channels=3, temporal_patch_size=4, num_classes=12)
+    return model_config(
+        "EqM-Ti/2", **own, input_size=16, in_channels=3, temporal_patch_size=4, num_classes=12
+    )
 
 
 def plan(arm, share, size):
@@ -111,7 +141,10 @@ def plan_phases(config, shares, mix, steps):
     compute = steps * TOKENS // math.prod(config.grid(last)) * config.training_flops(last)
     phases, last_step, flops, earlier = [], 0, 0, []
     for num_frames, part in shares:
-        batch_size, own = TOKENS // math.prod(config.grid(num_frames)), config.training_flops(num_frames)
+        batch_size, own = (
+            TOKENS // math.prod(config.grid(num_frames)),
+            config.training_flops(num_frames),
+        )
         mixed = sum(earlier) / len(earlier) if earlier else own
         per_step = batch_size * ((1 - mix) * own + mix * mixed)
         steps = max(1, round(part * compute / per_step))
@@ -124,14 +157,30 @@ def phase_flags(phases, mix):
     """The flags of train.py for phases of `plan`."""
     if len(phases) == 1:
         ((num_frames, last_step, batch_size),) = phases
-        return ["--num-frames", num_frames, "--max-steps", last_step, "--global-batch-size", batch_size]
+        return [
+            "--num-frames",
+            num_frames,
+            "--max-steps",
+            last_step,
+            "--global-batch-size",
+            batch_size,
+        ]
     return ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", mix]
 
 
 def recipe_flags(arm, seed, share, size):
     """The flags of train.py that determine a run, without paths."""
     phases, _ = plan(arm, share, size)
-    flags = ["--video", *BASE, "--depth", size.depth, "--hidden-size", size.width, "--num-heads", size.heads]
+    flags = [
+        "--video",
+        *BASE,
+        "--depth",
+        size.depth,
+        "--hidden-size",
+        size.width,
+        "--num-heads",
+        size.heads,
+    ]
     flags += ["--global-seed", seed, *phase_flags(phases, arm.mix)]
     flags += [*arm.flags.split(), "--val-frames", 16, "--val-clips", size.val_clips]
     return [str(flag) for flag in [*flags, "--val-every", max(1, phases[-1][1] // VALIDATIONS)]]
@@ -140,7 +189,13 @@ def recipe_flags(arm, seed, share, size):
 def sampling_flags(size):
     """The flags of sample_gd.py that all studies use."""
     flags = ["--sampler", "ngd", "--num-sampling-steps", size.points, "--cfg-scale", GUIDANCE]
-    return [*flags, "--stepsize", f"{PATH_LENGTH / (size.points - 1):.4g}", "--precision", lab.PRECISION]
+    return [
+        *flags,
+        "--stepsize",
+        f"{PATH_LENGTH / (size.points - 1):.4g}",
+        "--precision",
+        lab.PRECISION,
+    ]
 
 
 def sampling_flops(num_frames, size):

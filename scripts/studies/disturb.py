@@ -34,12 +34,19 @@ def regions(shape, batch):
     """{name: bool, broadcasts over clips (B, C, T, H, W)}, where a clip is disturbed. The square is anywhere."""
     B, _, T, H, W = shape
     row, column = (torch.arange(n) for n in (H, W))
-    tops, lefts = torch.randint(0, H - SQUARE + 1, (2, B, 1), generator=generator(0, "square", batch))
-    rows, columns = (row >= tops) & (row < tops + SQUARE), (column >= lefts) & (column < lefts + SQUARE)  # (B, H)
+    tops, lefts = torch.randint(
+        0, H - SQUARE + 1, (2, B, 1), generator=generator(0, "square", batch)
+    )
+    rows, columns = (
+        (row >= tops) & (row < tops + SQUARE),
+        (column >= lefts) & (column < lefts + SQUARE),
+    )  # (B, H)
     return {
         "later half of the frames": (torch.arange(T) >= T / 2)[:, None, None],
         "left half of every frame": column < W / 2,
-        f"square of {SQUARE} px in every frame": (rows[:, :, None] & columns[:, None])[:, None, None],
+        f"square of {SQUARE} px in every frame": (rows[:, :, None] & columns[:, None])[
+            :, None, None
+        ],
         "everything": torch.tensor(True),
     }
 
@@ -53,13 +60,24 @@ def blur(x):
 
 def disturbances(x, labels, classes, batch):
     """Yield (name, disturbed clips, the classes to descend to) of finished clips x (B, C, T, H, W)."""
-    noise, other = normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:]), (labels + 1) % classes
+    noise, other = (
+        normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:]),
+        (labels + 1) % classes,
+    )
     found = regions(x.shape, batch)
     for name, mask in found.items():
         for level in LEVELS:
-            yield f"{name}, keeps {level:.0%}", torch.where(mask, level * x + (1 - level) * noise, x), labels
+            yield (
+                f"{name}, keeps {level:.0%}",
+                torch.where(mask, level * x + (1 - level) * noise, x),
+                labels,
+            )
     yield "blurred", blur(x), labels
-    yield "left half mirrored", torch.where(found["left half of every frame"], x.flip(-1), x), labels
+    yield (
+        "left half mirrored",
+        torch.where(found["left half of every frame"], x.flip(-1), x),
+        labels,
+    )
     yield "another class", x, other
     for level in LEVELS:
         yield f"another class, everything keeps {level:.0%}", level * x + (1 - level) * noise, other
@@ -77,7 +95,10 @@ def right(x, labels, names):
     tracks = [track(clip) for clip in VAE("none").decode(x).numpy()]
     pairs = [(one, names[label]) for one, label in zip(tracks, labels.tolist(), strict=True)]
     directions = [name.endswith(str(one.direction)) for one, name in pairs]
-    return {"direction": directions, "shape": [name.startswith(str(one.shape)) for one, name in pairs]}
+    return {
+        "direction": directions,
+        "shape": [name.startswith(str(one.shape)) for one, name in pairs],
+    }
 
 
 @torch.no_grad()
@@ -110,7 +131,13 @@ def markdown(content):
     about = f"`scripts/studies/disturb.py` wrote this table from {count} clips of the demo model: {FIRST} evaluations, "
     about += f"a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson)."
     cells = [[name, *(cell(own[kind]) for kind in KINDS)] for name, own in rows.items()]
-    return ["# Disturbances", "", about, "", *lab.table(["", *(f"{kind} right (%)" for kind in KINDS)], cells)]
+    return [
+        "# Disturbances",
+        "",
+        about,
+        "",
+        *lab.table(["", *(f"{kind} right (%)" for kind in KINDS)], cells),
+    ]
 
 
 @one_line_errors()
@@ -121,7 +148,9 @@ def main():
     rows = lab.read_rows(path)["rows"] if path.exists() else {}
     known = len(rows["before"]["shape"]) if rows else 0
     for first in Bar(range(known, args.num_clips, BATCH), desc="disturb", unit="part"):
-        for name, own in measure(model, config, range(first, min(first + BATCH, args.num_clips))).items():
+        for name, own in measure(
+            model, config, range(first, min(first + BATCH, args.num_clips))
+        ).items():
             row = rows.setdefault(name, {kind: [] for kind in KINDS})
             for kind in KINDS:
                 row[kind] += own[kind]

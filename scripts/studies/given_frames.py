@@ -20,7 +20,10 @@ TASKS = {  # row of the table: (flags of sample_gd.py, metric)
     "8 of 16 given": ("--num-frames 16 --given-frames 0-7", "prediction"),
     "8 of 16 given, no label": ("--num-frames 16 --given-frames 0-7 --classes none", "prediction"),
     "4 + 4 of 16 given": ("--num-frames 16 --given-frames 0-3,12-15", "prediction"),
-    "4 + 4 of 16 given, no label": ("--num-frames 16 --given-frames 0-3,12-15 --classes none", "prediction"),
+    "4 + 4 of 16 given, no label": (
+        "--num-frames 16 --given-frames 0-3,12-15 --classes none",
+        "prediction",
+    ),
     "4 of 16 given": ("--num-frames 16 --given-frames 0-3", "prediction"),
     "1 of 16 given": ("--num-frames 16 --given-frames 0", "prediction"),
     "nothing given, 16 frames": ("--num-frames 16", "motion"),
@@ -37,13 +40,39 @@ COLUMNS = {  # title: (value of a manifest, factor, digits)
 
 def make_run(args, share, seed, objective="eqm"):
     """The lab.Run of the model with this objective, share of forced clips and seed."""
-    root, clips, size, setting = Path(args.out, "given-frames"), num_clips(args), size_of(args), SETTINGS[objective]
+    root, clips, size, setting = (
+        Path(args.out, "given-frames"),
+        num_clips(args),
+        size_of(args),
+        SETTINGS[objective],
+    )
     data = lab.data_sets(root / "moving-shapes", size.videos, max(2, clips // 12), "--seconds", 1.4)
     videos, test = data
-    flags = ["--num-samples", clips, "--seed", seed, "--cfg-scale", GUIDANCE, "--precision", lab.PRECISION]
+    flags = [
+        "--num-samples",
+        clips,
+        "--seed",
+        seed,
+        "--cfg-scale",
+        GUIDANCE,
+        "--precision",
+        lab.PRECISION,
+    ]
     flags += sampling(setting.way, USUAL)
-    own = ["--forcing", share, "--objective", objective, "--gamma-shift", setting.shift, "--data-path", videos]
-    given = {"prediction": ["--given", test, "--given-split", "all", "--no-keep-background"], "motion": []}
+    own = [
+        "--forcing",
+        share,
+        "--objective",
+        objective,
+        "--gamma-shift",
+        setting.shift,
+        "--data-path",
+        videos,
+    ]
+    given = {
+        "prediction": ["--given", test, "--given-split", "all", "--no-keep-background"],
+        "motion": [],
+    }
     return lab.Run(
         root / f"forcing{share:g}-{objective}-{setting.shift:g}-{setting.way}-seed{seed}",
         data,
@@ -67,11 +96,13 @@ def num_clips(args):
 def markdown(content):
     tasks, seeds = content["tasks"], len(content["seeds"])
     lines = [
-        "# Given frames", "",
+        "# Given frames",
+        "",
         "`scripts/studies/given_frames.py` wrote these tables. It trains the study's 4-8-16 recipe with a share of "
         f"forced clips (`--forcing`) and completes {content['videos']} test videos, with {seeds} seeds each. PSNR "
-        "gain is relative to repeating the last given frame. Cells hold the mean over seeds (lowest to highest).", "",
-    ]  # fmt: skip
+        "gain is relative to repeating the last given frame. Cells hold the mean over seeds (lowest to highest).",
+        "",
+    ]
     for share in dict.fromkeys(share for found in tasks.values() for share in found):
         rows = {task: found[share] for task, found in tasks.items() if share in found}
         lines += [f"## --forcing {share}", "", *lab.seed_table(rows, COLUMNS)]
@@ -79,7 +110,11 @@ def markdown(content):
     for task, found in tasks.items():
         pairs = [(share, share.partition(" ")[0]) for share in found if " " in share]  # objectives
         if task.startswith("nothing"):  # the cost of forcing for clips without given frames
-            pairs += [(share, "0") for share in found if "0" in found and " " not in share and share != "0"]
+            pairs += [
+                (share, "0")
+                for share in found
+                if "0" in found and " " not in share and share != "0"
+            ]
         for share, base in pairs:
             for title in [*COLUMNS][: 2 if " " in share else 1]:
                 values, others = (dict(enumerate(found[key][title])) for key in (share, base))
@@ -94,7 +129,9 @@ def parse_args():
     parser, values = lab.study_parser(__doc__, seeds=[0, 1, 2]), "values of --forcing, a model each"
     parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.75], help=values)
     objectives = "what the models are trained to predict, a model each"
-    parser.add_argument("--objectives", choices=SETTINGS, nargs="+", default=["eqm"], help=objectives)
+    parser.add_argument(
+        "--objectives", choices=SETTINGS, nargs="+", default=["eqm"], help=objectives
+    )
     return parser.parse_args()
 
 
@@ -102,13 +139,19 @@ def parse_args():
 def main():
     args = parse_args()
     runs = {
-        f"{share:g}" + ("" if objective == "eqm" else f" --objective {objective}"):
-        [make_run(args, share, seed, objective) for seed in args.seeds]
-        for share in args.shares for objective in args.objectives
-    }  # fmt: skip
+        f"{share:g}" + ("" if objective == "eqm" else f" --objective {objective}"): [
+            make_run(args, share, seed, objective) for seed in args.seeds
+        ]
+        for share in args.shares
+        for objective in args.objectives
+    }
     lab.run_all([run for group in zip(*runs.values(), strict=True) for run in group])
     tasks = {
-        task: {name: lab.collect(group, task, COLUMNS) for name, group in runs.items() if task in group[0].tasks}
+        task: {
+            name: lab.collect(group, task, COLUMNS)
+            for name, group in runs.items()
+            if task in group[0].tasks
+        }
         for task in TASKS
     }
     content = {"videos": num_clips(args), "seeds": args.seeds, "tasks": tasks}

@@ -62,17 +62,35 @@ class Frames:
 
 IMAGES = replace(config_of(FULL), temporal_patch_size=1, num_frames=1)
 DATA = {
-    "shapes": Frames(IMAGES, " ".join(map(str, [*BASE, "--precision", lab.PRECISION])), 16, 1000, (2, 4)),
-    "sprites": Frames(SPRITES.config, SPRITES.flags, 8, 600, (2,)),  # a fifth of the compute of HOURS=0.5
+    "shapes": Frames(
+        IMAGES, " ".join(map(str, [*BASE, "--precision", lab.PRECISION])), 16, 1000, (2, 4)
+    ),
+    "sprites": Frames(
+        SPRITES.config, SPRITES.flags, 8, 600, (2,)
+    ),  # a fifth of the compute of HOURS=0.5
 }
 
 
 def common(args, name, seed):
     """(config, data of a lab.Run, flags of train.py) that all runs of a data set share."""
     own, root = DATA[name], Path(args.out, "inflation")
-    config, counts = replace(own.config, **TINY if args.miniature else {}), (2, 2) if args.miniature else (60, 2)
-    data = lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4) if name == "shapes" else {}
-    flags = ["--video", *own.flags.split(), "--forcing", 0, "--global-seed", seed, "--val-clips", 256]
+    config, counts = (
+        replace(own.config, **TINY if args.miniature else {}),
+        (2, 2) if args.miniature else (60, 2),
+    )
+    data = (
+        lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4) if name == "shapes" else {}
+    )
+    flags = [
+        "--video",
+        *own.flags.split(),
+        "--forcing",
+        0,
+        "--global-seed",
+        seed,
+        "--val-clips",
+        256,
+    ]
     for field in TINY:
         flags += [f"--{field.replace('_', '-')}", getattr(config, field)]
     flags += ["--data-path", *([*data][:1] or [args.latents])]
@@ -117,21 +135,30 @@ class KernelRun(StartedRun):
         about = {"data": name, "seed": seed, "patch": patch, "spread": spread, "steps": steps}
         config, data, flags = common(args, name, seed)
         frames = DATA[name].num_frames
-        batch = TOKENS // math.prod(replace(config, temporal_patch_size=patch, num_frames=frames).grid(frames))
+        batch = TOKENS // math.prod(
+            replace(config, temporal_patch_size=patch, num_frames=frames).grid(frames)
+        )
         flags += ["--use-rope", "--temporal-patch-size", patch, "--num-frames", frames]
         flags += ["--max-steps", steps, "--global-batch-size", batch]
         flags += ["--lr", 1e-12, "--muon-lr", 1e-12] if steps == 1 else []
         folder = "-".join(map(str, about.values())).replace("/", "-").replace(" ", "-")
         super().__init__(
-            Path(args.out, "inflation", folder), data, training=flags, last_step=steps,
-            out=Path(args.out, "inflation_kernels.json"), about=about,
-        )  # fmt: skip
+            Path(args.out, "inflation", folder),
+            data,
+            training=flags,
+            last_step=steps,
+            out=Path(args.out, "inflation_kernels.json"),
+            about=about,
+        )
         self.image, _ = image_run(args, name, seed)
 
     def start_flags(self, ckpt):
         """Write the start as a checkpoint, because train.py has no flag for the spread."""
         state, pt = load(ckpt, ["ema"]), self.about["patch"]
-        config, seconds = EqMConfig(**state["config"]["model"]), state["config"]["data"]["time_scale"]
+        config, seconds = (
+            EqMConfig(**state["config"]["model"]),
+            state["config"]["data"]["time_scale"],
+        )
         weights, config = inflate(state["ema"], config, pt, pt, THETA, seconds)
         weights[KERNEL] *= pt * SPREADS[self.about["spread"]](pt)[:, None, None]
         path = self.folder / "start.pt"
@@ -149,13 +176,16 @@ def kernels_markdown(rows):
         found = {}  # {spread: {column: {seed: loss}}}
         for row in group:
             for column in (column for column in row if is_loss(column)):
-                found.setdefault(row["spread"], {}).setdefault(column, {})[row["seed"]] = row[column]
+                found.setdefault(row["spread"], {}).setdefault(column, {})[row["seed"]] = row[
+                    column
+                ]
         columns = {column: (column, 1, 3) for column in next(iter(found.values()))}
         when = "at the start" if steps == 1 else f"after {steps} steps"
         table = {
             spread: {column: [*values.values()] for column, values in found[spread].items()}
-            for spread in SPREADS if spread in found
-        }  # fmt: skip
+            for spread in SPREADS
+            if spread in found
+        }
         lines += [f"## {name}, temporal patch {patch}, {when}", "", *lab.seed_table(table, columns)]
         differences = []
         for spread in [*SPREADS][1:]:
@@ -180,7 +210,10 @@ def is_loss(name):
 class PayRun(StartedRun):
     """Clips of Sprites from scratch, or from an image model ("images"), with this share of the compute."""
 
-    is_done, score = PositionsRun.is_done, PositionsRun.score  # score_all scores all samples at once
+    is_done, score = (
+        PositionsRun.is_done,
+        PositionsRun.score,
+    )  # score_all scores all samples at once
 
     def __init__(self, args, arm, share, seed):
         config, data, flags = common(args, "sprites", seed)
@@ -193,11 +226,15 @@ class PayRun(StartedRun):
         sampling = ["--precision", lab.PRECISION, "--batch-size", 16, "--seed", seed]
         sampling += TINY_SAMPLES.split() * args.miniature
         super().__init__(
-            Path(args.out, "inflation", f"pay-{arm}-{share}-seed{seed}"), data, training=flags,
-            last_step=phases[-1][1], tasks={"samples": ([*words.split(), *sampling], metrics)},
+            Path(args.out, "inflation", f"pay-{arm}-{share}-seed{seed}"),
+            data,
+            training=flags,
+            last_step=phases[-1][1],
+            tasks={"samples": ([*words.split(), *sampling], metrics)},
             metrics=dict.fromkeys(metrics, ["--data-path", args.data_path]),
-            out=Path(args.out, "inflation_pay.json"), about={"arm": arm, "share": share, "seed": seed},
-        )  # fmt: skip
+            out=Path(args.out, "inflation_pay.json"),
+            about={"arm": arm, "share": share, "seed": seed},
+        )
         image, self.image_flops = image_run(args, "sprites", seed)
         self.image = image if arm == "images" else None
 
@@ -206,7 +243,11 @@ class PayRun(StartedRun):
 
     def row(self):
         own = super().row()
-        return own | {VALID: own["values"]["samples"][VALID], "flops": self.flops, "image_flops": self.image_flops}
+        return own | {
+            VALID: own["values"]["samples"][VALID],
+            "flops": self.flops,
+            "image_flops": self.image_flops,
+        }
 
 
 def pay_markdown(rows):
@@ -214,12 +255,18 @@ def pay_markdown(rows):
     about += "Cells hold the mean over seeds, and the range. The image model has learned frames of the same videos, "
     about += "which is the best case, and the temporal patch is one frame. Only the runs from scratch have rotary "
     about += "positions in height and width, too."
-    lines, values = ["# Does a start from images pay?", "", about, ""], {}  # {(arm, share): {seed: row}}
+    lines, values = (
+        ["# Does a start from images pay?", "", about, ""],
+        {},
+    )  # {(arm, share): {seed: row}}
     for row in sorted(rows, key=lambda row: (row["arm"] != "scratch", row["share"], row["seed"])):
         values.setdefault((row["arm"], row["share"]), {})[row["seed"]] = row
     cells = []
     for (arm, share), found in values.items():
-        loss, valid = ([factor * row[name] for row in found.values()] for name, factor in ((LOSS, 1), (VALID, 100)))
+        loss, valid = (
+            [factor * row[name] for row in found.values()]
+            for name, factor in ((LOSS, 1), (VALID, 100))
+        )
         row = next(iter(found.values()))
         counted = share * (1 + (arm == "images") * row["image_flops"] / row["flops"])
         compute = [f"{100 * part:.0f}" for part in (share, counted)]
@@ -231,7 +278,9 @@ def pay_markdown(rows):
         if shares:
             valid = [values["images", share][seed][VALID] for share in shares]
             needs = compute_needed(goal[VALID], shares, valid, goal["image_flops"] / goal["flops"])
-            lines.append(f"- Seed {seed}: compute to {100 * goal[VALID]:.1f}% valid samples: {needs}.")
+            lines.append(
+                f"- Seed {seed}: compute to {100 * goal[VALID]:.1f}% valid samples: {needs}."
+            )
     return lines
 
 
@@ -240,7 +289,11 @@ def compute_needed(goal, shares, valid, images):
     if valid[0] >= goal:
         return f"at most {shares[0]:.2f} free, {shares[0] + images:.2f} counted"
     free = compute_to(goal, shares, valid)
-    return f"more than {shares[-1]:.2f}" if math.isnan(free) else f"{free:.2f} free, {free + images:.2f} counted"
+    return (
+        f"more than {shares[-1]:.2f}"
+        if math.isnan(free)
+        else f"{free:.2f} free, {free + images:.2f} counted"
+    )
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -258,16 +311,21 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    if not (args.data_path and args.latents) and (args.part == "pay" or args.data_path or args.latents):
-        fail("--data-path, --latents: expected the videos and the latent cache of Sprites; see scripts/sprites.sh")
+    if not (args.data_path and args.latents) and (
+        args.part == "pay" or args.data_path or args.latents
+    ):
+        fail(
+            "--data-path, --latents: expected the videos and the latent cache of Sprites; see scripts/sprites.sh"
+        )
     if args.part == "kernels":
         names = DATA if args.latents else ["shapes"]
         later = 2 if args.miniature else LATER
         cases = itertools.product((1, later), args.seeds, names, SPREADS)
         runs = [
             KernelRun(args, name, seed, patch, spread, steps)
-            for steps, seed, name, spread in cases for patch in DATA[name].patches
-        ]  # fmt: skip
+            for steps, seed, name, spread in cases
+            for patch in DATA[name].patches
+        ]
         lab.run_all(runs)
     else:
         cases = [(arm, share) for arm, shares in SHARES.items() for share in shares]

@@ -35,7 +35,16 @@ from engine import ROOT, refuse_to_run
 from benchmark import made
 from runtime import distributed
 from runtime.atomic import write_file
-from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, one_line_errors, say, wrong_input
+from runtime.cli import (
+    NATURAL,
+    ArgumentParser,
+    UserError,
+    check_writable,
+    fail,
+    one_line_errors,
+    say,
+    wrong_input,
+)
 from runtime.metrics import read_metrics
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
@@ -51,7 +60,9 @@ def out_parser(doc, what):
     """A parser with the flag --out, a folder for `what`. doc: the docstring of the script."""
     summary = " ".join(doc.partition("\n\n")[0].split())
     parser = ArgumentParser(description=summary)
-    parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=f"folder for {what}")
+    parser.add_argument(
+        "--out", type=writable, default="results", metavar="DIR", help=f"folder for {what}"
+    )
     return parser
 
 
@@ -61,7 +72,11 @@ def study_parser(doc, seeds=None, trains=True):
     add = parser.add_argument
     add("--miniature", action="store_true", help="use tiny models and few steps, to try the script")
     if trains:
-        add("--compile", action="store_true", help="train with torch.compile, which rounds differently")
+        add(
+            "--compile",
+            action="store_true",
+            help="train with torch.compile, which rounds differently",
+        )
     if seeds is not None:
         add("--seeds", type=NATURAL, nargs="+", default=seeds, help="training seeds")
     return parser
@@ -96,7 +111,9 @@ class Run:
     data: dict = field(default_factory=dict)  # {folder: flags of make_moving_shapes.py}
     training: list = field(default_factory=list)  # flags of train.py
     last_step: int = 0
-    tasks: dict = field(default_factory=dict)  # {name: (flags of sample_gd.py, metrics of evaluate.py)}
+    tasks: dict = field(
+        default_factory=dict
+    )  # {name: (flags of sample_gd.py, metrics of evaluate.py)}
     metrics: dict = field(default_factory=dict)  # {metric: flags of evaluate.py}
 
     def path(self, task, name="samples.json"):
@@ -105,7 +122,11 @@ class Run:
 
     def unscored(self, metric):
         """The sample folders without a score of this metric."""
-        paths = [self.path(task, f"{metric}.json") for task, (_, metrics) in self.tasks.items() if metric in metrics]
+        paths = [
+            self.path(task, f"{metric}.json")
+            for task, (_, metrics) in self.tasks.items()
+            if metric in metrics
+        ]
         return [path.parent for path in paths if not path.exists()]
 
     @property
@@ -129,7 +150,11 @@ class Run:
 
     def validations(self):
         """The rows of metrics.jsonl with a validation loss."""
-        rows = [row for path in sorted(self.folder.glob("*/metrics.jsonl"))[-1:] for row in read_metrics(path)[0]]
+        rows = [
+            row
+            for path in sorted(self.folder.glob("*/metrics.jsonl"))[-1:]
+            for row in read_metrics(path)[0]
+        ]
         return [row for row in rows if row.get("val_loss") is not None]
 
     def checkpoint(self):
@@ -140,10 +165,19 @@ class Run:
     def script(self, *words, **environment):
         """Run a script of the repository with a log in this folder. It stops if this process dies. Raises UserError."""
         log = self.folder / f"{Path(words[0]).stem}.log"
-        command = ["bash" if words[0].endswith(".sh") else sys.executable, ROOT / words[0], *words[1:]]
-        settings = {"env": os.environ | environment, "preexec_fn": partial(distributed.die_with_parent, signal.SIGTERM)}
+        command = [
+            "bash" if words[0].endswith(".sh") else sys.executable,
+            ROOT / words[0],
+            *words[1:],
+        ]
+        settings = {
+            "env": os.environ | environment,
+            "preexec_fn": partial(distributed.die_with_parent, signal.SIGTERM),
+        }
         with open(log, "a") as file:
-            process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file, **settings)
+            process = subprocess.Popen(
+                [str(word) for word in command], stdout=file, stderr=file, **settings
+            )
             try:
                 status = process.wait()
             except KeyboardInterrupt:  # the script received SIGINT, too, and saves
@@ -161,16 +195,35 @@ class Run:
     def train(self):
         """Train or resume to the last step. Returns the path of latest.pt. Raises UserError."""
         if self.checkpoint() is None:
-            flags = ["--results-dir", self.folder, "--resume", "--log-every", self.last_step, "--sample-every", 0]
-            self.script("EqM/train.py", *self.training, *flags, "--ckpt-every", 250, "--keep-last", 1)
+            flags = [
+                "--results-dir",
+                self.folder,
+                "--resume",
+                "--log-every",
+                self.last_step,
+                "--sample-every",
+                0,
+            ]
+            self.script(
+                "EqM/train.py", *self.training, *flags, "--ckpt-every", 250, "--keep-last", 1
+            )
         if self.checkpoint() is None:
-            raise UserError(f"{self.folder}: the training was stopped; run the same command to continue")
+            raise UserError(
+                f"{self.folder}: the training was stopped; run the same command to continue"
+            )
         return self.checkpoint()
 
     def sample(self, ckpt):
         for task, (flags, _) in self.tasks.items():
             if not self.path(task).exists():
-                words = ["--video", "--ckpt", ckpt, "--folder", self.path(task).parent, "--no-previews"]
+                words = [
+                    "--video",
+                    "--ckpt",
+                    ckpt,
+                    "--folder",
+                    self.path(task).parent,
+                    "--no-previews",
+                ]
                 self.script("EqM/sample_gd.py", *words, *flags)
 
     def score(self):
@@ -221,7 +274,11 @@ def add_rows(path, rows, replaces=None):
     """
     rows = [row | made() for row in rows]
     with file_lock(path.with_name(f".{path.stem}.lock")):
-        kept = [row for row in read_rows(path) if replaces is None or not replaces.items() <= row.items()]
+        kept = [
+            row
+            for row in read_rows(path)
+            if replaces is None or not replaces.items() <= row.items()
+        ]
         write_file(path, json.dumps([*kept, *rows], indent=1).encode() + b"\n")
 
 
@@ -237,7 +294,9 @@ def run_all(runs, minutes=math.inf):
             with file_lock(run.folder / "lock", wait=False) as is_mine:
                 if is_mine and not run.is_done:
                     if time.monotonic() + run.estimate() >= end:
-                        say(f"{run.folder.name} takes about {run.estimate() / 60:.1f} minutes; run again to continue")
+                        say(
+                            f"{run.folder.name} takes about {run.estimate() / 60:.1f} minutes; run again to continue"
+                        )
                         return
                     say(f"{len(waiting)} runs to do; {run.folder.name}")
                     run.run()
@@ -262,7 +321,10 @@ def score(runs):
 def data_sets(folder, count, test_count, *flags):
     """The `data` of a Run: `count` videos per class in `folder`, and a test set with another seed in FOLDER-test."""
     flags = [*flags, "--videos-per-class"]
-    return {folder: [*flags, count], folder.with_name(f"{folder.name}-test"): [*flags, test_count, "--seed", 1]}
+    return {
+        folder: [*flags, count],
+        folder.with_name(f"{folder.name}-test"): [*flags, test_count, "--seed", 1],
+    }
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -277,7 +339,12 @@ def mean_cell(values, digits):
 def table(titles, rows):
     """Lines of markdown: a table and an empty line."""
     head = " ".join(f"| {title}".strip() for title in titles)
-    return [f"{head} |", "|---" * len(titles) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    return [
+        f"{head} |",
+        "|---" * len(titles) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
 
 
 def collect(runs, task, columns):
@@ -291,10 +358,19 @@ def collect(runs, task, columns):
 
 def seed_table(rows, columns):
     """Lines of markdown: a table with a row for each {name: result of `collect`}."""
-    return table(["", *columns], [
-        [name, *(mean_cell(found.get(title, []), digits) for title, (_, _, digits) in columns.items())]
-        for name, found in rows.items()
-    ])  # fmt: skip
+    return table(
+        ["", *columns],
+        [
+            [
+                name,
+                *(
+                    mean_cell(found.get(title, []), digits)
+                    for title, (_, _, digits) in columns.items()
+                ),
+            ]
+            for name, found in rows.items()
+        ],
+    )
 
 
 @dataclass
@@ -407,7 +483,9 @@ class ExperimentTable:
 
     def parse_args(self):
         parser = out_parser(self.about, f"{self.name}.md and {self.name}.json")
-        parser.add_argument("runs", nargs="+", metavar="EXP", help=f"finished experiments of {self.script}")
+        parser.add_argument(
+            "runs", nargs="+", metavar="EXP", help=f"finished experiments of {self.script}"
+        )
         return parser.parse_args()
 
     def markdown(self, runs):
@@ -419,7 +497,9 @@ class ExperimentTable:
             for note in run.get("notes", ()):
                 notes.setdefault(note, []).append(self.column(run))
         for note, concerned in notes.items():
-            about += f" {note}" if len(concerned) == len(runs) else f" {'; '.join(concerned)}: {note}"
+            about += (
+                f" {note}" if len(concerned) == len(runs) else f" {'; '.join(concerned)}: {note}"
+            )
         columns = list(map(self.rows_of, runs))
         rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
         lines = [f"# {self.title}", "", about, "", *table(["", *map(self.column, runs)], rows)]
@@ -433,7 +513,11 @@ class ExperimentTable:
     @staticmethod
     def column(run):
         """The title of a run's column. A run replaces older ones with the same title."""
-        words = f"HOURS={run['hours']:g}", f"seed {run['seed']}" if "seed" in run else "", run.get("objective", "")
+        words = (
+            f"HOURS={run['hours']:g}",
+            f"seed {run['seed']}" if "seed" in run else "",
+            run.get("objective", ""),
+        )
         return ", ".join(filter(None, words))
 
     @one_line_errors()

@@ -34,13 +34,19 @@ from transport import interpolate
 from vae import VAE
 
 PIXELS = VAE("none")
-FRAMES, AGAIN = 16, (0.2, 0.4, 0.6, 0.8)  # of a clip; gammas to which flow adds noise to a noisy clip
+FRAMES, AGAIN = (
+    16,
+    (0.2, 0.4, 0.6, 0.8),
+)  # of a clip; gammas to which flow adds noise to a noisy clip
 PARTS = {"noisy clips": (0.2, 0.4, 0.6, 0.8), "noisy half": (0.0, 0.3, 0.6)}  # and their gammas
 CLEAN = 0.95  # patches with a higher estimate count as clean
 FAIR = "flow, estimated"  # the fair baseline that we expect to be best
 METHODS = {"eqm": "eqm", "flow, told": "flow", FAIR: "flow"}  # {method: objective}
 METHODS |= {f"flow, noised again to {gamma}": "flow" for gamma in AGAIN}
-COLUMNS = {"both": ("both right (%)", 100, 1), "rmse": ("RMSE to the clean clip (gray levels)", 1, 1)}
+COLUMNS = {
+    "both": ("both right (%)", 100, 1),
+    "rmse": ("RMSE to the clean clip (gray levels)", 1, 1),
+}
 
 
 def estimate_gammas(x, patch):
@@ -59,7 +65,9 @@ def start_of(method, x, level, is_clean, patch, seed):
         return x, level, is_clean
     if method == FAIR:
         gammas = estimate_gammas(x, patch)
-        clean = torch.tensor([gamma > CLEAN for gamma in gammas]).repeat_interleave(patch)[: x.shape[2]]
+        clean = torch.tensor([gamma > CLEAN for gamma in gammas]).repeat_interleave(patch)[
+            : x.shape[2]
+        ]
         noisy = [gamma for gamma in gammas if gamma <= CLEAN]
         return x, sum(noisy) / max(1, len(noisy)), clean
     gamma = float(method.rpartition(" ")[2])
@@ -74,7 +82,9 @@ def run_method(method, model, x, is_clean, labels, time_scale, level, seed):
     if model.config.objective == "eqm":
         return sample(field, x, "ngd", USUAL + 1, setting.way / USUAL)[0]
     x, gamma, clean = start_of(method, x, level, is_clean, model.config.temporal_patch_size, seed)
-    masked = {"given": x, "mask": clean.expand(len(x), 1, -1)[..., None, None]} if clean.any() else {}
+    masked = (
+        {"given": x, "mask": clean.expand(len(x), 1, -1)[..., None, None]} if clean.any() else {}
+    )
     points = (USUAL + 3) // 2 if setting.way == "heun" else USUAL + 1
     flow = {"objective": "flow", "shift": setting.shift, "start_gamma": gamma}
     return sample(field, x, setting.way, points, **flow, **masked)[0]
@@ -129,10 +139,20 @@ def markdown(rows):
         for name, (title, factor, digits) in COLUMNS.items():
             found = {method: values_of(rows, part, method, name, factor) for method in METHODS}
             cells = [
-                [method, *(lab.mean_cell([*own.get(level, {}).values()], digits) for level in (*levels, "mean"))]
+                [
+                    method,
+                    *(
+                        lab.mean_cell([*own.get(level, {}).values()], digits)
+                        for level in (*levels, "mean")
+                    ),
+                ]
                 for method, own in found.items()
             ]
-            lines += [f"## {part}: {title}", "", *lab.table(["gamma", *map(str, levels), "mean"], cells)]
+            lines += [
+                f"## {part}: {title}",
+                "",
+                *lab.table(["gamma", *map(str, levels), "mean"], cells),
+            ]
             means = found["eqm"]["mean"], found[FAIR]["mean"]
             gap = lab.difference("eqm", FAIR, f"{part}, mean over gamma", *means, digits)
             lines += [*lab.difference_lines([gap]), ""]
@@ -146,7 +166,9 @@ def values_of(rows, part, method, name, factor):
         if (row["part"], row["method"]) == (part, method):
             found[row["gamma"]][row["seed"]] = factor * row[name]
     whole = set.intersection(*map(set, found.values()))  # seeds with all gammas
-    found["mean"] = {seed: sum(own[seed] for own in found.values()) / len(found) for seed in sorted(whole)}
+    found["mean"] = {
+        seed: sum(own[seed] for own in found.values()) / len(found) for seed in sorted(whole)
+    }
     return found
 
 
@@ -160,12 +182,17 @@ def main():
     locks.mkdir(parents=True, exist_ok=True)
     cases = [
         {"part": part, "seed": seed, "gamma": level, "method": method}
-        for seed in args.seeds for part, levels in PARTS.items() for level in levels for method in METHODS
-    ]  # fmt: skip
+        for seed in args.seeds
+        for part, levels in PARTS.items()
+        for level in levels
+        for method in METHODS
+    ]
     opened = {}
     for case in Bar(cases, desc="no clock", unit="cell"):
         part, seed = case["part"], case["seed"]
-        with lab.file_lock(locks / f"{'-'.join(map(str, case.values()))}.lock", wait=False) as is_mine:
+        with lab.file_lock(
+            locks / f"{'-'.join(map(str, case.values()))}.lock", wait=False
+        ) as is_mine:
             if not is_mine or any(case.items() <= row.items() for row in lab.read_rows(out)):
                 continue
             if (part, seed) not in opened:

@@ -21,9 +21,16 @@ from runtime.cli import fail, one_line_errors
 SEEDS, TUNING_SEED = {"eqm": 10, "flow": 10, "blind": 3}, 10
 FEW, TRIED = 6, 3  # seeds with other numbers of evaluations; with all IDEAS and --stop-below
 SHIFTS = 0.5, 1, 3  # --gamma-shift of training; solvers sample on its grid
-WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}  # path length or solver
+WAYS = {
+    "eqm": (PATH_LENGTH, 0.6),
+    "flow": ("euler", "heun"),
+    "blind": ("euler", "heun"),
+}  # path length or solver
 COUNTS, USUAL = (2, 4, 8, 15, 30), 15  # evaluations
-LIMITS, STOPS = (0.5, 1, 2), (10, 12, 20, 30)  # eqm: --stop-below, and evaluations, with steps of the usual size
+LIMITS, STOPS = (
+    (0.5, 1, 2),
+    (10, 12, 20, 30),
+)  # eqm: --stop-below, and evaluations, with steps of the usual size
 SHORT = PATH_LENGTH / 2  # while c(gamma) is 4, a path of 0.25 leads from noise to data
 IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more flags)
     "no momentum": (PATH_LENGTH, ("--mu", 0)),
@@ -31,7 +38,11 @@ IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more 
     "half the path length, no momentum": (SHORT, ("--mu", 0)),
     "Euler steps": ("euler", ()),
 }
-BEST, COMPARED, TRIED_COUNTS = "Euler steps", (2, 4, 8, 30), (2, 4)  # evaluations with the best idea and with all
+BEST, COMPARED, TRIED_COUNTS = (
+    "Euler steps",
+    (2, 4, 8, 30),
+    (2, 4),
+)  # evaluations with the best idea and with all
 SCALES = (1, 2, 3)  # of guidance, in addition to the usual one, to see if it favors one objective
 BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
 COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
@@ -51,7 +62,11 @@ class Setting:
     way: float | str  # path length of the descent, or solver
 
 
-SETTINGS = {"eqm": Setting(1, PATH_LENGTH), "flow": Setting(1, "heun"), "blind": Setting(1, "heun")}  # by --tune
+SETTINGS = {
+    "eqm": Setting(1, PATH_LENGTH),
+    "flow": Setting(1, "heun"),
+    "blind": Setting(1, "heun"),
+}  # by --tune
 
 
 def sampling(way, evaluations):
@@ -62,7 +77,9 @@ def sampling(way, evaluations):
     return flags if isinstance(way, str) else [*flags, "--stepsize", f"{way / evaluations:.4g}"]
 
 
-def make_task(way, evaluations, count, *more, num_frames=16, guidance=GUIDANCE, metrics=("motion",)):
+def make_task(
+    way, evaluations, count, *more, num_frames=16, guidance=GUIDANCE, metrics=("motion",)
+):
     """(flags of sample_gd.py, metrics) of `count` clips."""
     flags = ["--num-frames", num_frames, "--num-samples", count, "--cfg-scale", guidance]
     return [*flags, *sampling(way, evaluations), *more], metrics
@@ -83,14 +100,19 @@ def make_tasks(objective, setting, seed, clips, fewer):
         for limit in LIMITS:
             flags = "--num-sampling-steps", 2 * USUAL + 1, "--stop-below", limit
             tasks[f"until the field is below {limit:g}"] = task(USUAL, *flags)
-        tasks |= {f"{n} steps of the usual size": task(USUAL, "--num-sampling-steps", n + 1) for n in STOPS}
+        tasks |= {
+            f"{n} steps of the usual size": task(USUAL, "--num-sampling-steps", n + 1)
+            for n in STOPS
+        }
     return tasks
 
 
 def data_sets(args):
     """The `data` of a lab.Run: training videos and test videos."""
     folder = Path(args.out, "objectives", "moving-shapes")
-    return lab.data_sets(folder, size_of(args).videos, 2 if args.miniature else 24, "--seconds", 1.4)
+    return lab.data_sets(
+        folder, size_of(args).videos, 2 if args.miniature else 24, "--seconds", 1.4
+    )
 
 
 class ObjectiveRun(lab.JsonRun):
@@ -105,12 +127,17 @@ class ObjectiveRun(lab.JsonRun):
         common = ["--seed", seed, "--precision", lab.PRECISION, "--batch-size", 32]
         motion = ["--data-path", test, "--split", "all", "--num-real", size.clips]
         super().__init__(
-            Path(args.out, "objectives", "-".join(map(str, about.values()))), data,
+            Path(args.out, "objectives", "-".join(map(str, about.values()))),
+            data,
             **training(args, RECOMMENDED, seed, 1.0, *flags),
             tasks={name: ([*words, *common], metrics) for name, (words, metrics) in tasks.items()},
-            metrics={"motion": motion, "nearest": ["--data-path", videos, "--num-real", size.clips]},
-            out=Path(args.out, f"{table}.json"), about=about,
-        )  # fmt: skip
+            metrics={
+                "motion": motion,
+                "nearest": ["--data-path", videos, "--num-real", size.clips],
+            },
+            out=Path(args.out, f"{table}.json"),
+            about=about,
+        )
 
     def values(self, task):
         evaluations = json.loads(self.path(task).read_text())["mean_evaluations"]
@@ -120,7 +147,9 @@ class ObjectiveRun(lab.JsonRun):
 def main_run(args, objective, seed):
     """The run of an objective with its Setting."""
     setting = SETTINGS[objective]
-    return ObjectiveRun(args, objective, setting, seed, make_tasks(objective, setting, seed, *num_clips(args)))
+    return ObjectiveRun(
+        args, objective, setting, seed, make_tasks(objective, setting, seed, *num_clips(args))
+    )
 
 
 def tuning_run(args, objective, shift):
@@ -129,23 +158,30 @@ def tuning_run(args, objective, shift):
     tasks = {str(way): make_task(way, USUAL, count) for way in WAYS[objective]}
     for scale in SCALES if shift == setting.shift else ():
         tasks[f"guidance {scale}"] = make_task(setting.way, USUAL, count, guidance=scale)
-    return ObjectiveRun(args, objective, Setting(shift, "all"), TUNING_SEED, tasks, "objectives_tuning")
+    return ObjectiveRun(
+        args, objective, Setting(shift, "all"), TUNING_SEED, tasks, "objectives_tuning"
+    )
 
 
 def few_run(args, seed):
     """The run that samples the eqm model of a seed by the IDEAS."""
     tasks = {
         f"{name}, {idea}": make_task(way, count, num_clips(args)[1], *more, guidance=guidance)
-        for name, (count, guidance) in few_cases().items() for idea, (way, more) in IDEAS.items()
+        for name, (count, guidance) in few_cases().items()
+        for idea, (way, more) in IDEAS.items()
         if idea == BEST or (seed < TRIED and count in TRIED_COUNTS)
-    }  # fmt: skip
+    }
     return ObjectiveRun(args, "eqm", SETTINGS["eqm"], seed, tasks, "objectives_few")
 
 
 def few_cases():
     """{name of a task of the main study: (evaluations, guidance)}"""
     kinds = ("", GUIDANCE), (", no guidance", 1)
-    return {f"{count} evaluations{kind}": (count, guidance) for count in COMPARED for kind, guidance in kinds}
+    return {
+        f"{count} evaluations{kind}": (count, guidance)
+        for count in COMPARED
+        for kind, guidance in kinds
+    }
 
 
 def num_clips(args):
@@ -158,14 +194,25 @@ def tuning_markdown(rows):
     about += f"guidance {GUIDANCE}. Cells: directions and shapes both right (%)."
     lines = ["# Tuning of the objectives", "", about, ""]
     for objective, ways in WAYS.items():
-        own = sorted((row for row in rows if row["objective"] == objective), key=lambda row: row["shift"])
-        cells = [[f"{row['shift']:g}", *(f"{100 * row['values'][str(way)]['both_accuracy']:.1f}" for way in ways)]
-                 for row in own]  # fmt: skip
+        own = sorted(
+            (row for row in rows if row["objective"] == objective), key=lambda row: row["shift"]
+        )
+        cells = [
+            [
+                f"{row['shift']:g}",
+                *(f"{100 * row['values'][str(way)]['both_accuracy']:.1f}" for way in ways),
+            ]
+            for row in own
+        ]
         named = [way if isinstance(way, str) else f"path length {way:g}" for way in ways]
         lines += [f"## {objective}", "", *lab.table(["training shift", *named], cells)]
     cells, scales = [], sorted([GUIDANCE, *SCALES])
     for objective, setting in SETTINGS.items():
-        (values,) = (row["values"] for row in rows if (row["objective"], row["shift"]) == (objective, setting.shift))
+        (values,) = (
+            row["values"]
+            for row in rows
+            if (row["objective"], row["shift"]) == (objective, setting.shift)
+        )
         tasks = [str(setting.way) if scale == GUIDANCE else f"guidance {scale}" for scale in scales]
         cells.append([objective, *(f"{100 * values[task]['both_accuracy']:.1f}" for task in tasks)])
     return [*lines, "## Guidance, after the choice", "", *lab.table(["", *map(str, scales)], cells)]
@@ -177,14 +224,25 @@ def few_markdown(main_rows, rows):
     about += f"[objectives.md](objectives.md). Cells: {BOTH}, the mean over seeds, and the range."
 
     def found(rows, objective, suffix=""):
-        return {name: collect(rows, f"{name}{suffix}", "both_accuracy", 100).get(objective, {}) for name in few_cases()}
+        return {
+            name: collect(rows, f"{name}{suffix}", "both_accuracy", 100).get(objective, {})
+            for name in few_cases()
+        }
 
     flow, usual = found(main_rows, "flow"), found(main_rows, "eqm")
-    ways = {idea: found(rows, "eqm", f", {idea}") for idea in IDEAS}  # objectives.md compares the usual descent
-    cells = [[way, *(lab.mean_cell([*values.values()], 1) for values in own.values())]
-             for way, own in ({"usual descent": usual} | ways | {"flow, Euler steps": flow}).items()]  # fmt: skip
-    gaps = [lab.difference("eqm", "flow", f"{name}, {way}", own[name], flow[name], 2)
-            for way, own in ways.items() for name in flow if own[name]]  # fmt: skip
+    ways = {
+        idea: found(rows, "eqm", f", {idea}") for idea in IDEAS
+    }  # objectives.md compares the usual descent
+    cells = [
+        [way, *(lab.mean_cell([*values.values()], 1) for values in own.values())]
+        for way, own in ({"usual descent": usual} | ways | {"flow, Euler steps": flow}).items()
+    ]
+    gaps = [
+        lab.difference("eqm", "flow", f"{name}, {way}", own[name], flow[name], 2)
+        for way, own in ways.items()
+        for name in flow
+        if own[name]
+    ]
     lines = ["# Few evaluations", "", about, "", *lab.table(["", *flow], cells)]
     return lines + lab.difference_lines(gaps)
 
@@ -194,7 +252,10 @@ def collect(rows, task, name, factor=1.0):
     found = {objective: {} for objective in SETTINGS}
     for row in sorted(rows, key=lambda row: row["seed"]):
         setting = Setting(row["shift"], row["way"])
-        if setting == SETTINGS[row["objective"]] and (value := row["values"].get(task, {}).get(name)) is not None:
+        if (
+            setting == SETTINGS[row["objective"]]
+            and (value := row["values"].get(task, {}).get(name)) is not None
+        ):
             found[row["objective"]][row["seed"]] = factor * value
     return {objective: values for objective, values in found.items() if values}
 
@@ -203,11 +264,17 @@ def markdown(rows):
     about = "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds (blind has fewer), and "
     about += "the range. flow and blind take Heun steps for an odd number of evaluations, Euler steps for an even one."
     lines = ["# Objectives", "", about, "", f"## {MAIN}", ""]
-    found = {title: collect(rows, MAIN, name, factor) for title, (name, factor, _) in COLUMNS.items()}
-    table = {objective: {title: [*own.get(objective, {}).values()] for title, own in found.items()}
-             for objective in found[BOTH]}  # fmt: skip
+    found = {
+        title: collect(rows, MAIN, name, factor) for title, (name, factor, _) in COLUMNS.items()
+    }
+    table = {
+        objective: {title: [*own.get(objective, {}).values()] for title, own in found.items()}
+        for objective in found[BOTH]
+    }
     lines += lab.seed_table(table, COLUMNS)
-    gaps = [difference(found[title], title, digits + 1) for title, (_, _, digits) in COLUMNS.items()]
+    gaps = [
+        difference(found[title], title, digits + 1) for title, (_, _, digits) in COLUMNS.items()
+    ]
     both = found[BOTH]
     gaps.append(lab.difference("eqm", "blind", BOTH, both.get("eqm", {}), both.get("blind", {}), 2))
     lines += lab.difference_lines(gaps)
@@ -215,10 +282,23 @@ def markdown(rows):
     cells, gaps = [], []
     for task in tasks:
         both, spent = collect(rows, task, "both_accuracy", 100), collect(rows, task, "evaluations")
-        counts = "; ".join(dict.fromkeys(lab.mean_cell([*own.values()], 1) for own in spent.values()))
-        cells.append([task, *(lab.mean_cell([*both.get(objective, {}).values()], 1) for objective in SETTINGS), counts])
+        counts = "; ".join(
+            dict.fromkeys(lab.mean_cell([*own.values()], 1) for own in spent.values())
+        )
+        cells.append(
+            [
+                task,
+                *(lab.mean_cell([*both.get(objective, {}).values()], 1) for objective in SETTINGS),
+                counts,
+            ]
+        )
         gaps += [difference(both, task, 2)] if {"eqm", "flow"} <= both.keys() else []
-    lines += ["", f"## Other samples: {BOTH}", "", *lab.table(["", *SETTINGS, "evaluations"], cells)]
+    lines += [
+        "",
+        f"## Other samples: {BOTH}",
+        "",
+        *lab.table(["", *SETTINGS, "evaluations"], cells),
+    ]
     return lines + lab.difference_lines(gaps)
 
 
@@ -229,8 +309,14 @@ def difference(found, what, digits):
 def parse_args():
     parser = lab.study_parser(__doc__, seeds=[*range(10)])
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--tune", action="store_true", help=f"compare settings of each objective on seed {TUNING_SEED}")
-    kinds.add_argument("--few", action="store_true", help="compare descents of eqm with few evaluations")
+    kinds.add_argument(
+        "--tune",
+        action="store_true",
+        help=f"compare settings of each objective on seed {TUNING_SEED}",
+    )
+    kinds.add_argument(
+        "--few", action="store_true", help="compare descents of eqm with few evaluations"
+    )
     return parser.parse_args()
 
 
@@ -244,13 +330,23 @@ def main():
     else:
         runs = [
             main_run(args, objective, seed)
-            for seed in args.seeds for objective in SETTINGS if seed < SEEDS[objective]
-        ]  # fmt: skip
+            for seed in args.seeds
+            for objective in SETTINGS
+            if seed < SEEDS[objective]
+        ]
     if not runs:
-        fail(f"--seeds {args.seeds[0]}: expected some below {FEW if args.few else max(SEEDS.values())}")
+        fail(
+            f"--seeds {args.seeds[0]}: expected some below {FEW if args.few else max(SEEDS.values())}"
+        )
     lab.run_all(runs)
     rows, main_rows = lab.read_rows(runs[0].out), lab.read_rows(Path(args.out, "objectives.json"))
-    lines = tuning_markdown(rows) if args.tune else few_markdown(main_rows, rows) if args.few else markdown(rows)
+    lines = (
+        tuning_markdown(rows)
+        if args.tune
+        else few_markdown(main_rows, rows)
+        if args.few
+        else markdown(rows)
+    )
     lab.write_results(args.out, runs[0].out.stem, lines)
 
 

@@ -13,8 +13,14 @@ from pathlib import Path
 import lab
 from lab import cell
 
-VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # value of a prediction: its words in the table
-KEPT = {"-decoded": "", "-background": ", background kept"}  # suffix of a task: its words (see --keep-background)
+VALUES = {
+    "psnr": "PSNR",
+    "psnr_moving": "moving pixels",
+}  # value of a prediction: its words in the table
+KEPT = {
+    "-decoded": "",
+    "-background": ", background kept",
+}  # suffix of a task: its words (see --keep-background)
 PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 
@@ -23,13 +29,22 @@ def read_run(name):
     hours = float(lab.read_settings(name)["HOURS"])
     vae, model = (lab.newest_metrics(name, kind) for kind in ("VAE", "EqM"))
     tasks = (*PREDICTIONS, "nearest", "classifier")
-    scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
-    last_phase = [row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]]
+    scores = {
+        task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks
+    }
+    last_phase = [
+        row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]
+    ]
     best = min(last_phase, key=lambda row: row["val_loss"])  # best.pt
     run = lab.experiment_made(name, "weizmann.sh", scores["8of16-decoded"]) | {
-        "hours": hours, "vae_steps": vae[-1]["step"], "steps": model[-1]["step"], "vae_psnr": vae[-1]["val_psnr"],
-        "minutes_of_model": model[-1]["seconds"] / 60, "best_step": best["step"], "val_loss": best["val_loss"],
-    }  # fmt: skip
+        "hours": hours,
+        "vae_steps": vae[-1]["step"],
+        "steps": model[-1]["step"],
+        "vae_psnr": vae[-1]["val_psnr"],
+        "minutes_of_model": model[-1]["seconds"] / 60,
+        "best_step": best["step"],
+        "val_loss": best["val_loss"],
+    }
     for task in PREDICTIONS:
         kept = re.compile(r"samples_per_clip|clips|interval_units|(psnr|ssim)(?!.*by_frame)")
         run[task] = {key: value for key, value in scores[task]["result"].items() if kept.match(key)}
@@ -62,12 +77,18 @@ def rows_of(run):
         for end, kept in KEPT.items():
             eight, above = run["8of16" + end], f"8 of 16 given, {words} above repeating (dB){kept}"
             rows[f"{above}: a sample"] = cell(eight, f"{value}_gain", 2)
-            rows[f"{above}: the average of {eight['samples_per_clip']}"] = cell(eight, f"{value}_average_gain", 2)
+            rows[f"{above}: the average of {eight['samples_per_clip']}"] = cell(
+                eight, f"{value}_average_gain", 2
+            )
         rows[f"8 of 16 given, {words} of repeating (dB)"] = cell(eight, f"{value}_repeated", 2)
     for value, words in VALUES.items():
         for end, kept in KEPT.items():
             four = run["4of16" + end]
-            for kind, title in {"": "mean of", "_best": "best of", "_average": "average of"}.items():
+            for kind, title in {
+                "": "mean of",
+                "_best": "best of",
+                "_average": "average of",
+            }.items():
                 what = f"4 of 16 given, {words} (dB){kept}: {title} {four['samples_per_clip']}"
                 rows[what] = f"{four[value + kind]:.2f}"
         rows[f"4 of 16 given, {words} of repeating (dB)"] = f"{four[f'{value}_repeated']:.2f}"
@@ -81,8 +102,12 @@ def rows_of(run):
     }
 
 
-BRACKETS = "Brackets hold 95% intervals. Each sample is a unit, and so are all clips of a person. The "
-BRACKETS += "classifier's real clips and the ratio have no interval, as they show fewer than 10 people."
+BRACKETS = (
+    "Brackets hold 95% intervals. Each sample is a unit, and so are all clips of a person. The "
+)
+BRACKETS += (
+    "classifier's real clips and the ratio have no interval, as they show fewer than 10 people."
+)
 TABLE = lab.ExperimentTable(
     __doc__, "people", "Real people", "weizmann.sh", read_run, rows_of, BRACKETS
 )

@@ -24,7 +24,17 @@ from pathlib import Path
 import numpy as np
 
 import lab
-from arms import BASE, FULL, INTERVALS, POSITIONS, VALIDATIONS, config_of, phase_flags, plan_phases, sampling_flags
+from arms import (
+    BASE,
+    FULL,
+    INTERVALS,
+    POSITIONS,
+    VALIDATIONS,
+    config_of,
+    phase_flags,
+    plan_phases,
+    sampling_flags,
+)
 from models import EqMConfig, model_config
 from runtime.cli import fail, one_line_errors
 from video.samples import read_samples
@@ -37,7 +47,10 @@ RECIPE = (  # flags of train.py; the checkpoint keeps the sampler
 )
 TINY = {"depth": 1, "hidden_size": 96, "num_heads": 4}  # with --miniature, as the next line
 TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
-LONG, END = "256 frames", "last 16 of 64 frames"  # tasks. END: made in windows, longer than real clips, cut to its end
+LONG, END = (
+    "256 frames",
+    "last 16 of 64 frames",
+)  # tasks. END: made in windows, longer than real clips, cut to its end
 LOSS, PREDICTION = "validation loss", ("prediction",)
 SHOWN = 0, 3  # numbers of the samples in the picture
 
@@ -61,12 +74,19 @@ class DataSet:
 
 DATA_SETS = {
     "sprites": DataSet(
-        "Sprites", model_config("EqM-S/4", **SIZE, in_channels=8, temporal_patch_size=1, num_classes=9),
+        "Sprites",
+        model_config("EqM-S/4", **SIZE, in_channels=8, temporal_patch_size=1, num_classes=9),
         f"{RECIPE} --model EqM-S/4 --temporal-patch-size 1 --no-flip --forcing 0.7 --lr-decay 0.8 --ema-decay 0.998 "
-        "--cfg-scale 1", 2750, ((4, 0.14), (8, 0.86)), 0.1,
+        "--cfg-scale 1",
+        2750,
+        ((4, 0.14), (8, 0.86)),
+        0.1,
         {
             "samples": ("--num-frames 8 --num-samples 576", ("census", "classifier")),
-            "predictions": ("--num-frames 8 --num-samples 432 --given-frames 0", ("census", *PREDICTION)),
+            "predictions": (
+                "--num-frames 8 --num-samples 432 --given-frames 0",
+                ("census", *PREDICTION),
+            ),
         },
         {"census": "", "classifier": "--classifier-test val", "prediction": ""},
         ("valid samples (%)", "one frame given: PSNR (dB)", "one frame given: the true clip (%)"),
@@ -79,12 +99,19 @@ DATA_SETS = {
         },
     ),
     "people": DataSet(
-        "Real people", model_config("EqM-S/2", **SIZE, in_channels=4, temporal_patch_size=4, num_classes=4),
+        "Real people",
+        model_config("EqM-S/2", **SIZE, in_channels=4, temporal_patch_size=4, num_classes=4),
         f"{RECIPE} --model EqM-S/2 --temporal-patch-size 4 --forcing 0.75 --lr-decay 0.4 --ema-decay 0.995 "
-        "--frame-interval 2 --cfg-scale 1.5", 2750, ((4, 0.3), (8, 0.3), (16, 0.4)), 0.1,
+        "--frame-interval 2 --cfg-scale 1.5",
+        2750,
+        ((4, 0.3), (8, 0.3), (16, 0.4)),
+        0.1,
         {
             "samples": ("--num-frames 16 --num-samples 96", ("classifier", "nearest")),
-            "predictions": ("--num-frames 16 --given-frames 0-7 --num-samples 256 --samples-per-clip 4", PREDICTION),
+            "predictions": (
+                "--num-frames 16 --given-frames 0-7 --num-samples 256 --samples-per-clip 4",
+                PREDICTION,
+            ),
             END: ("--num-frames 64 --num-samples 48 --window 16", ("classifier",)),
         },
         {"classifier": "--classifier-steps 250", "nearest": "", "prediction": ""},
@@ -93,17 +120,29 @@ DATA_SETS = {
             LOSS: ("", "val_loss", 1, 3),
             "8 of 16 frames given: PSNR (dB)": ("predictions", "psnr", 1, 2),
             "samples of the requested class (%)": ("samples", "asked_class", 100, 1),
-            "8 of 16 frames given: PSNR of moving pixels (dB)": ("predictions", "psnr_moving", 1, 2),
+            "8 of 16 frames given: PSNR of moving pixels (dB)": (
+                "predictions",
+                "psnr_moving",
+                1,
+                2,
+            ),
             f"{END}: the requested class (%)": (END, "asked_class", 100, 1),
             "nearest training clip, RMSE: samples / held-out": ("samples", "rmse_ratio", 1, 2),
         },
     ),
     "bouncing": DataSet(
-        "Bouncing shapes", config_of(FULL), 
+        "Bouncing shapes",
+        config_of(FULL),
         f"{' '.join(map(str, BASE))} --precision {lab.PRECISION} --forcing 0.75{INTERVALS}",
-        int(1.6 * FULL.steps), ((8, 1 / 3), (16, 2 / 3)), 0,
-        {LONG: (f"--num-frames 256 --window 16 --overlap 8 --num-samples 96 {' '.join(map(str, sampling_flags(FULL)))}",
-                ("motion", "consistency"))},
+        int(1.6 * FULL.steps),
+        ((8, 1 / 3), (16, 2 / 3)),
+        0,
+        {
+            LONG: (
+                f"--num-frames 256 --window 16 --overlap 8 --num-samples 96 {' '.join(map(str, sampling_flags(FULL)))}",
+                ("motion", "consistency"),
+            )
+        },
         dict.fromkeys(("motion", "consistency"), "--split all --num-real 96"),
         ("one object to the end (%)",),
         {
@@ -117,7 +156,7 @@ DATA_SETS = {
         },
         ("--bounce", "--seconds", 16),
     ),
-}  # fmt: skip
+}
 
 
 class PositionsRun(lab.JsonRun):
@@ -126,13 +165,25 @@ class PositionsRun(lab.JsonRun):
     def __init__(self, args, positions, seed):
         own, root = DATA_SETS[args.data_set], Path(args.out, "positions")
         config = replace(own.config, **TINY if args.miniature else {})
-        shares, mix = (((own.phases[-1][0], 1.0),), 0) if positions == "fixed" else (own.phases, own.mix)
+        shares, mix = (
+            (((own.phases[-1][0], 1.0),), 0) if positions == "fixed" else (own.phases, own.mix)
+        )
         phases, self.flops = plan_phases(config, shares, mix, 4 if args.miniature else own.steps)
-        flags = [*own.flags.split(), *POSITIONS[positions].split(), *phase_flags(phases, mix), "--val-clips", 64]
+        flags = [
+            *own.flags.split(),
+            *POSITIONS[positions].split(),
+            *phase_flags(phases, mix),
+            "--val-clips",
+            64,
+        ]
         for name in TINY:
             flags += [f"--{name.replace('_', '-')}", getattr(config, name)]
         videos = Path(args.data_path or root / "bouncing-shapes")
-        data = lab.data_sets(videos, *((2, 2) if args.miniature else (60, 12)), *own.made) if own.made else {}
+        data = (
+            lab.data_sets(videos, *((2, 2) if args.miniature else (60, 12)), *own.made)
+            if own.made
+            else {}
+        )
         scored = [videos, *data][-1]
         given = ["--given", scored, "--given-split", "val", "--no-keep-background"]
         common = ["--precision", lab.PRECISION, "--batch-size", 16, "--seed", seed]
@@ -141,17 +192,28 @@ class PositionsRun(lab.JsonRun):
         super().__init__(
             root / f"{args.data_set}-{positions.replace(' ', '-')}-seed{seed}",
             data,
-            training=["--video", *flags, "--data-path", args.latents or videos, "--global-seed", seed,
-                      "--val-every", max(1, phases[-1][1] // VALIDATIONS), *["--compile"] * args.compile],
+            training=[
+                "--video",
+                *flags,
+                "--data-path",
+                args.latents or videos,
+                "--global-seed",
+                seed,
+                "--val-every",
+                max(1, phases[-1][1] // VALIDATIONS),
+                *["--compile"] * args.compile,
+            ],
             last_step=phases[-1][1],
             tasks={
                 name: ([*words.split(), *given * ("given" in words), *common], metrics)
                 for name, (words, metrics) in own.tasks.items()
             },
-            metrics={metric: ["--data-path", scored, *words.split()] for metric, words in scoring.items()},
+            metrics={
+                metric: ["--data-path", scored, *words.split()] for metric, words in scoring.items()
+            },
             out=Path(args.out, f"positions_{args.data_set}.json"),
             about={"positions": positions, "seed": seed},
-        )  # fmt: skip
+        )
 
     @property
     def is_done(self):
@@ -166,7 +228,9 @@ class PositionsRun(lab.JsonRun):
 
 def score_all(runs):
     """Score the samples of all runs in one call, since it takes ten minutes to prepare a census. Add their rows."""
-    with lab.file_lock(runs[0].folder.parent / "lock"):  # another process may score at the same time
+    with lab.file_lock(
+        runs[0].folder.parent / "lock"
+    ):  # another process may score at the same time
         left = [run for run in runs if not run.has_row]
         for run in left:
             if END in run.tasks:
@@ -196,15 +260,18 @@ def markdown(name, rows):
     about = f"`scripts/studies/positions.py {name}` wrote this table. Cells hold the mean over seeds, and the range."
     listed = {
         positions: {title: [*values.values()] for title, values in found[positions].items()}
-        for positions in POSITIONS if positions in found
-    }  # fmt: skip
+        for positions in POSITIONS
+        if positions in found
+    }
     lines = [f"# Positions: {own.title}", "", about, ""]
     lines += lab.seed_table(listed, {title: column[1:] for title, column in own.columns.items()})
     differences = []
     for base, title, positions in itertools.product(("fixed", "rotary"), own.compared, listed):
         if base in found and positions not in ("fixed", base):
             pair = found[positions][title], found[base][title]
-            differences.append(lab.difference(positions, base, title, *pair, own.columns[title][3] + 1))
+            differences.append(
+                lab.difference(positions, base, title, *pair, own.columns[title][3] + 1)
+            )
     return lines + lab.difference_lines(differences)
 
 
@@ -223,9 +290,20 @@ def parse_args():
     parser = lab.study_parser(__doc__, seeds=[0, 1, 2])
     add = parser.add_argument
     add("data_set", choices=DATA_SETS, help="what to train on")
-    add("--data-path", metavar="DIR", help="the videos; default: bouncing shapes, which the script makes")
+    add(
+        "--data-path",
+        metavar="DIR",
+        help="the videos; default: bouncing shapes, which the script makes",
+    )
     add("--latents", metavar="DIR", help="their latent cache; default: train on pixels")
-    add("--positions", nargs="+", choices=POSITIONS, default=[*POSITIONS], metavar="NAME", help="see arms.py")
+    add(
+        "--positions",
+        nargs="+",
+        choices=POSITIONS,
+        default=[*POSITIONS],
+        metavar="NAME",
+        help="see arms.py",
+    )
     return parser.parse_args()
 
 
@@ -234,11 +312,15 @@ def main():
     args = parse_args()
     if not (args.data_path or DATA_SETS[args.data_set].made):
         fail(f"--data-path: expected the videos of {args.data_set}")
-    runs = [PositionsRun(args, positions, seed) for seed in args.seeds for positions in args.positions]
+    runs = [
+        PositionsRun(args, positions, seed) for seed in args.seeds for positions in args.positions
+    ]
     lab.run_all(runs)
     score_all(runs)
     write_picture(Path(args.out, f"figures/positions-{args.data_set}.png"), runs)
-    lab.write_results(args.out, f"positions_{args.data_set}", markdown(args.data_set, lab.read_rows(runs[0].out)))
+    lab.write_results(
+        args.out, f"positions_{args.data_set}", markdown(args.data_set, lab.read_rows(runs[0].out))
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,19 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from arms import ARMS, BASE, BY_NAME, GUIDANCE, LENGTHS, PACES, RECOMMENDED, SHARE_SEEDS, TOKENS, VERSION, plan
+from arms import (
+    ARMS,
+    BASE,
+    BY_NAME,
+    GUIDANCE,
+    LENGTHS,
+    PACES,
+    RECOMMENDED,
+    SHARE_SEEDS,
+    TOKENS,
+    VERSION,
+    plan,
+)
 from lab import (
     Difference,
     difference,
@@ -27,11 +39,18 @@ FIXED, ROTARY, TABLE, MOVING = "16 fixed", "16 rotary", "16 table", "16 moving"
 CURRICULA = "4-8-16", "4-8-16 mix", "4-8-16 table", "4-8-16 table mix", "4-8-16 moving"
 PAIRS_A = (TABLE, FIXED), (MOVING, FIXED), (ROTARY, FIXED), (TABLE, ROTARY), (MOVING, TABLE)
 PAIRS_B = (
-    ("4-8-16 table", "4-8-16"), ("4-8-16 table mix", "4-8-16 mix"), ("4-8-16 mix", "4-8-16"),
-    ("4-8-16 table mix", "4-8-16 table"), ("4-8-16 moving", "4-8-16 table"), ("4-8-16 moving", "16 moving intervals"),
-)  # fmt: skip
+    ("4-8-16 table", "4-8-16"),
+    ("4-8-16 table mix", "4-8-16 mix"),
+    ("4-8-16 mix", "4-8-16"),
+    ("4-8-16 table mix", "4-8-16 table"),
+    ("4-8-16 moving", "4-8-16 table"),
+    ("4-8-16 moving", "16 moving intervals"),
+)
 START, CURRICULUM = "16 moving intervals", RECOMMENDED.name  # the arms that question C compares
-COMPARED = {"Loss": "loss_16", "Direction accuracy (0 to 1)": "direction"}  # words: column of the csv
+COMPARED = {
+    "Loss": "loss_16",
+    "Direction accuracy (0 to 1)": "direction",
+}  # words: column of the csv
 GOAL = 0.9  # direction accuracy at which motion counts as learned
 
 # From rows to numbers -------------------------------------------------------------------------------------------------
@@ -45,7 +64,9 @@ def values_of(rows, name, column="direction", share=1.0, frames=16):
     kind = {"kind": "train"} if column == "loss_16" else {"kind": "sample", "frames": frames}
     asked = {"arm": name, "share": share} | kind
     own = [row for row in rows if asked.items() <= row.items() and row[column] is not None]
-    return {row["seed"]: row[column] for row in sorted(own, key=lambda row: (row["seed"], row["step"]))}
+    return {
+        row["seed"]: row[column] for row in sorted(own, key=lambda row: (row["seed"], row["step"]))
+    }
 
 
 def compute_to(goal, shares, values):
@@ -107,18 +128,43 @@ def arm_table(rows, runs):
     """Lines of markdown: loss, direction accuracy and speed at 16 frames of each (arm, share of the compute)."""
     cells = []
     for name, share in runs:
-        loss, right, speed = (values_of(rows, name, key, share) for key in ("loss_16", "direction", "speed"))
-        cells.append([name, f"{100 * share:.0f}", spread_cell(loss), spread_cell(right, 0, 100), spread_cell(speed, 2)])
-    return table(["arm", "compute (%)", "validation loss", "direction accuracy (%)", "speed / true"], cells)
+        loss, right, speed = (
+            values_of(rows, name, key, share) for key in ("loss_16", "direction", "speed")
+        )
+        cells.append(
+            [
+                name,
+                f"{100 * share:.0f}",
+                spread_cell(loss),
+                spread_cell(right, 0, 100),
+                spread_cell(speed, 2),
+            ]
+        )
+    return table(
+        ["arm", "compute (%)", "validation loss", "direction accuracy (%)", "speed / true"], cells
+    )
 
 
 def length_table(rows, names):
     """Lines of markdown: direction accuracy, speed and seams of each arm's samples of 16, 24 and 32 frames."""
     cells = []
     for name, frames in itertools.product(names, LENGTHS):
-        right, speed, seam = (values_of(rows, name, key, frames=frames) for key in ("direction", "speed", "seam"))
-        cells.append([name, str(frames), spread_cell(right, 0, 100), spread_cell(speed, 2), spread_cell(seam, 2)])
-    return table(["arm", "frames", "direction accuracy (%)", "speed / true", "seam score (1 = no seam)"], cells)
+        right, speed, seam = (
+            values_of(rows, name, key, frames=frames) for key in ("direction", "speed", "seam")
+        )
+        cells.append(
+            [
+                name,
+                str(frames),
+                spread_cell(right, 0, 100),
+                spread_cell(speed, 2),
+                spread_cell(seam, 2),
+            ]
+        )
+    return table(
+        ["arm", "frames", "direction accuracy (%)", "speed / true", "seam score (1 = no seam)"],
+        cells,
+    )
 
 
 def mean_of(values):
@@ -163,10 +209,16 @@ def answer_b(study, rows):
     """Which positions for 4, 8, then 16 frames, with and without --mix?"""
     lines = differences(rows, PAIRS_B) + arm_table(rows, [(name, 1.0) for name in CURRICULA])
     lines += length_table(rows, CURRICULA)
-    longer = {name: mean_of(right) for name in CURRICULA if (right := values_of(rows, name, frames=24))}
+    longer = {
+        name: mean_of(right) for name in CURRICULA if (right := values_of(rows, name, frames=24))
+    }
     if CURRICULUM in longer:
         message = f"24 frames, longer than in training: {longer.pop(CURRICULUM):.0%} direction accuracy\n({CURRICULUM})"
-        message += f", {min(longer.values()):.0%} to {max(longer.values()):.0%} for the others" if longer else ""
+        message += (
+            f", {min(longer.values()):.0%} to {max(longer.values()):.0%} for the others"
+            if longer
+            else ""
+        )
         with figure(study, "B", message, "sampled frames", lines) as axes:
             for number, name in enumerate(CURRICULA):
                 right = [values_of(rows, name, frames=frames) for frames in LENGTHS]
@@ -188,12 +240,21 @@ def answer_c(study, rows):
         values = {"mean": np.mean(list(by_seed.values()), axis=0)} | by_seed
         found[name] = {seed: compute_to(GOAL, shares, points) for seed, points in values.items()}
         mean, *each = map(share_text, found[name].values())
-        lines.append(f"- {name}: the mean over seeds reaches {GOAL:.0%} direction accuracy at {mean} of the compute "
-                     f"(each seed: {'; '.join(each)}).")  # fmt: skip
+        lines.append(
+            f"- {name}: the mean over seeds reaches {GOAL:.0%} direction accuracy at {mean} of the compute "
+            f"(each seed: {'; '.join(each)})."
+        )
     compared = []
     for base in (START, TABLE):
-        computes = [(found.get(CURRICULUM, {}).get(seed), found.get(base, {}).get(seed)) for seed in range(SHARE_SEEDS)]
-        ratios = [ours / theirs for ours, theirs in computes if ours and theirs and math.isfinite(ours / theirs)]
+        computes = [
+            (found.get(CURRICULUM, {}).get(seed), found.get(base, {}).get(seed))
+            for seed in range(SHARE_SEEDS)
+        ]
+        ratios = [
+            ours / theirs
+            for ours, theirs in computes
+            if ours and theirs and math.isfinite(ours / theirs)
+        ]
         if ratios:
             compared.append(ratio(CURRICULUM, base, "Ratio of these computes", ratios))
     early, full = values_of(rows, CURRICULUM, "loss_16", 0.6), values_of(rows, START, "loss_16")
@@ -202,12 +263,17 @@ def answer_c(study, rows):
     lines += arm_table(rows, [(name, share) for name in names for share in curves[name][0]])
     if len(found) == len(names):
         texts = {name: share_text(found[name]["mean"]) for name in found}
-        message = f"{GOAL:.0%} direction accuracy at {texts[CURRICULUM]} of the compute ({CURRICULUM}),\n"
+        message = (
+            f"{GOAL:.0%} direction accuracy at {texts[CURRICULUM]} of the compute ({CURRICULUM}),\n"
+        )
         message += f"at {texts[START]} ({START}), at {texts[TABLE]} ({TABLE})"
         xlabel = f"compute of a complete run (% of {study.size.steps:,} steps of 16 frames)"
         with figure(study, "C", message, xlabel, lines) as axes:
             for number, (name, (shares, by_seed)) in enumerate(curves.items()):
-                points = [dict(zip(by_seed, values, strict=True)) for values in zip(*by_seed.values(), strict=True)]
+                points = [
+                    dict(zip(by_seed, values, strict=True))
+                    for values in zip(*by_seed.values(), strict=True)
+                ]
                 draw_shares(axes, [100 * share for share in shares], points, name, number)
             axes.axhline(100 * GOAL, color="gray", linestyle="--", label=f"{GOAL:.0%}")
     return lines
@@ -219,8 +285,13 @@ def answer_d(study, rows):
     for pace in PACES:
         own = [arm.name for arm in ARMS if (arm.questions, arm.pace) == ("D", pace)]
         fixed, table, moving, *rest = names = own if pace else [FIXED, TABLE, MOVING, *own]
-        pairs = *((name, fixed) for name in (table, moving, *rest)), *((name, moving) for name in rest)
-        pairs = [pair for pair in pairs if pair not in PAIRS_A]  # each comparison counts in one table only
+        pairs = (
+            *((name, fixed) for name in (table, moving, *rest)),
+            *((name, moving) for name in rest),
+        )
+        pairs = [
+            pair for pair in pairs if pair not in PAIRS_A
+        ]  # each comparison counts in one table only
         lines += differences(rows, pairs) + arm_table(rows, [(name, 1.0) for name in names])
         lines += [] if pace else length_table(rows, rest)
     return lines
@@ -230,7 +301,9 @@ def write_report(study):
     """Write study.md and its figures from the rows of a study."""
     rows, size = study.rows, study.size
     spent = sum(row["seconds"] for row in study.last_rows()) / 3600
-    versions, machines = (sorted({row[name] or "unknown" for row in rows}) for name in ("code", "machine"))
+    versions, machines = (
+        sorted({row[name] or "unknown" for row in rows}) for name in ("code", "machine")
+    )
     flops = plan(BY_NAME[ROTARY], 1.0, size)[1] / 1e12
     real = [row["real_direction"] for row in rows if row["real_direction"] is not None]
     lines = [
@@ -272,5 +345,11 @@ def write_report(study):
         "",
     ]
     for letter, answer in {"A": answer_a, "B": answer_b, "C": answer_c, "D": answer_d}.items():
-        lines += [f"## {letter}. {' '.join(answer.__doc__.split())}", "", f"`{SCRIPT} --only {letter}`", "", *answer(study, rows)]
+        lines += [
+            f"## {letter}. {' '.join(answer.__doc__.split())}",
+            "",
+            f"`{SCRIPT} --only {letter}`",
+            "",
+            *answer(study, rows),
+        ]
     write_results(study.out, "study", lines)

@@ -17,7 +17,10 @@ from runtime.cli import one_line_errors
 
 CLIPS, LENGTHS = 288, (4, 16, 24)  # clips of each length; frames
 # Title: (value of a manifest, factor, digits)
-COLUMNS = {"direction accuracy (%)": ("direction_accuracy", 100, 1), "shape accuracy (%)": ("shape_accuracy", 100, 1)}
+COLUMNS = {
+    "direction accuracy (%)": ("direction_accuracy", 100, 1),
+    "shape accuracy (%)": ("shape_accuracy", 100, 1),
+}
 TINY = {"STEPS_1": "1", "STEPS_2": "2", "STEPS_3": "3", "GPUS": "1", "VIDEOS": "2"}
 TINY |= dict.fromkeys(("BATCH_1", "BATCH_2", "BATCH_3"), "4")
 
@@ -26,21 +29,40 @@ class QuickstartRun(lab.Run):
     """The quickstart's model for one seed, its samples and their scores."""
 
     def __init__(self, args, seed):
-        self.seed, self.tiny, root = seed, TINY if args.miniature else {}, Path(args.out, "seeds").resolve()
+        self.seed, self.tiny, root = (
+            seed,
+            TINY if args.miniature else {},
+            Path(args.out, "seeds").resolve(),
+        )
         clips, *counts = (4, 2, 2) if self.tiny else (CLIPS, 60, 8)
         data = lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4)
         self.videos, test = data
-        flags = ["--num-samples", clips, "--precision", lab.PRECISION, "--seed", seed, "--num-frames"]
+        flags = [
+            "--num-samples",
+            clips,
+            "--precision",
+            lab.PRECISION,
+            "--seed",
+            seed,
+            "--num-frames",
+        ]
         super().__init__(
             root / f"seed{seed}",
             data,
             tasks={f"samples-f{frames}": ([*flags, frames], ("motion",)) for frames in LENGTHS},
-            metrics={"motion": ["--data-path", test, "--split", "all", "--num-real", min(96, clips)]},
+            metrics={
+                "motion": ["--data-path", test, "--split", "all", "--num-real", min(96, clips)]
+            },
         )
 
     def train(self):
         """Run or continue the quickstart. Returns the path of best.pt."""
-        variables = {"SEED": str(self.seed), "DATA": str(self.videos), "FRAMES": "16", "SAMPLES": "12"}
+        variables = {
+            "SEED": str(self.seed),
+            "DATA": str(self.videos),
+            "FRAMES": "16",
+            "SAMPLES": "12",
+        }
         variables |= {"EXP": os.path.relpath(self.folder, lab.ROOT / "results")}
         self.script("scripts/quickstart.sh", **variables, **self.tiny)
         return max(self.folder.glob("*/checkpoints/best.pt"), key=os.path.getmtime)
@@ -48,11 +70,19 @@ class QuickstartRun(lab.Run):
 
 def markdown(content):
     about = f"`scripts/studies/seeds.py` wrote these tables. Each cell is the score of {content['clips']} clips."
-    lines, seeds = ["# Seeds of the quickstart", "", about, ""], [f"seed {seed}" for seed in content["seeds"]]
+    lines, seeds = (
+        ["# Seeds of the quickstart", "", about, ""],
+        [f"seed {seed}" for seed in content["seeds"]],
+    )
     for title in COLUMNS:
         rows = {row["frames"]: row[title] for row in content["rows"]}
-        rows = {frames: (min(values), statistics.median(values), *values) for frames, values in rows.items()}
-        cells = [[str(frames), *(f"{value:.1f}" for value in values)] for frames, values in rows.items()]
+        rows = {
+            frames: (min(values), statistics.median(values), *values)
+            for frames, values in rows.items()
+        }
+        cells = [
+            [str(frames), *(f"{value:.1f}" for value in values)] for frames, values in rows.items()
+        ]
         lines += lab.table(["frames", f"lowest {title}", "median", *seeds], cells)
     return lines
 

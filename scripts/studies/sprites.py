@@ -17,15 +17,19 @@ from scoring.census import ATTRIBUTES, PERCENTS
 TASKS = "census", "classifier", "predicted", "predicted-census"
 LONG = "samples", "validation"  # of --metric census: an entry per clip
 SHARES = {  # of --metric census: words in the table
-    "valid": "valid samples (%)", "class_right": "samples that show the requested class (%)",
-    "body": "samples with one body in all frames (%)", "bottomwear": "with one bottomwear (%)",
-    "topwear": "with one topwear (%)", "hair": "with one hair (%)",
+    "valid": "valid samples (%)",
+    "class_right": "samples that show the requested class (%)",
+    "body": "samples with one body in all frames (%)",
+    "bottomwear": "with one bottomwear (%)",
+    "topwear": "with one topwear (%)",
+    "hair": "with one hair (%)",
     "held_out": "valid samples of characters that never trained (%)",
     "train_valid": "training clips that set the limits and pass (%)",
     "real_valid": "real test clips that are valid (%)",
     "attribute_switched": "accepted with an attribute switched in a frame (%)",
-    "frames_swapped": "accepted with frames swapped (%)", "frame_shifted": "accepted with a frame shifted (%)",
-}  # fmt: skip
+    "frames_swapped": "accepted with frames swapped (%)",
+    "frame_shifted": "accepted with a frame shifted (%)",
+}
 SHARES |= {
     f"{name}_blended_{percent}": f"accepted with {percent}% of another {name} in all frames (%)"
     for name in ATTRIBUTES
@@ -38,8 +42,14 @@ def read_run(name):
     settings = lab.read_settings(name)
     other, objective = settings.get("VAE"), settings.get("OBJECTIVE", "eqm")
     model = lab.newest_metrics(name, "EqM")
-    vae = read_metrics(Path(other).parent / "metrics.jsonl")[0] if other else lab.newest_metrics(name, "VAE")
-    manifests = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in TASKS}
+    vae = (
+        read_metrics(Path(other).parent / "metrics.jsonl")[0]
+        if other
+        else lab.newest_metrics(name, "VAE")
+    )
+    manifests = {
+        task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in TASKS
+    }
     scores = {task: manifest["result"] for task, manifest in manifests.items()}
     run = lab.experiment_made(name, "sprites.sh", manifests["census"])
     run |= {"hours": float(settings["HOURS"]), "seed": int(settings["SEED"])}
@@ -50,7 +60,11 @@ def read_run(name):
         kept = "clips", "right", "share", "interval95", "IS", "H(y|x)", "H(y)"
         run[f"classifier_{kind}"] = {key: scores["classifier"][kind][key] for key in kept}
     for task in ("census", "predicted-census", "predicted"):
-        run[task] = {key: value for key, value in scores[task].items() if key not in LONG and "by_frame" not in key}
+        run[task] = {
+            key: value
+            for key, value in scores[task].items()
+            if key not in LONG and "by_frame" not in key
+        }
     return run
 
 
@@ -69,7 +83,9 @@ def rows_of(run):
     """{row of the table: text} for a run."""
     real, samples, census = run["classifier_real"], run["classifier_samples"], run["census"]
     if "hair_blended" in census:  # older code blended only hair, half and half
-        census = census | {f"hair_blended_50{end}": census[f"hair_blended{end}"] for end in ("", "_interval95")}
+        census = census | {
+            f"hair_blended_50{end}": census[f"hair_blended{end}"] for end in ("", "_interval95")
+        }
     given, predicted = run["predicted-census"], run["predicted"]
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
@@ -78,7 +94,9 @@ def rows_of(run):
         "VAE, PSNR of held-out characters (dB)": f"{run['vae_psnr']:.2f}",
     }
     for title, about in (("real test clips", real), ("samples", samples)):
-        rows[f"classifier: wrong {title}"] = f"{about['clips'] - about['right']} of {about['clips']}"
+        rows[f"classifier: wrong {title}"] = (
+            f"{about['clips'] - about['right']} of {about['clips']}"
+        )
         for name, words in {"IS": "IS", "H(y|x)": "H(y given x)", "H(y)": "H(y)"}.items():
             rows[f"classifier: {words} of {title}"] = f"{about[name]:.4f}"
     rows |= {f"census: {title}": percent(census, name) for name, title in SHARES.items()}
@@ -88,7 +106,9 @@ def rows_of(run):
         "census: different characters expected": f"{census['characters_expected']:.0f}",
         "census: RMSE to the matched clip (gray levels)": lab.cell(census, "rmse", 2),
         "census: the same of real test clips through the VAE": f"{census['rmse_real']:.2f}",
-        "census: failed for attribute, pose, margin, RMSE": ", ".join(map(str, census["failures"].values())),
+        "census: failed for attribute, pose, margin, RMSE": ", ".join(
+            map(str, census["failures"].values())
+        ),
         "one frame given: all attributes kept (%)": percent(given, "true_attributes"),
         "one frame given: the true clip (%)": percent(given, "true_clip"),
         "one frame given: valid (%)": percent(given, "valid"),
@@ -97,9 +117,13 @@ def rows_of(run):
     }
 
 
-BRACKETS = "Brackets hold 95% intervals. Each sample is a unit. All clips of a character are one unit "
+BRACKETS = (
+    "Brackets hold 95% intervals. Each sample is a unit. All clips of a character are one unit "
+)
 BRACKETS += "of the predictions and of the real test clips."
-TABLE = lab.ExperimentTable(__doc__, "sprites", "Sprites", "sprites.sh", read_run, rows_of, BRACKETS)
+TABLE = lab.ExperimentTable(
+    __doc__, "sprites", "Sprites", "sprites.sh", read_run, rows_of, BRACKETS
+)
 parse_args, markdown, main = TABLE.parse_args, TABLE.markdown, TABLE.main
 
 if __name__ == "__main__":

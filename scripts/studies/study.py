@@ -39,19 +39,52 @@ SECONDS_PER_FRAME = 0.04  # of the videos and of all samples
 SECONDS_PER_FLOP = 7e-12  # estimate for 2 cores (AVX-512, bf16), until a run has measured it
 METRICS = "motion", "consistency"
 SCORES = {  # column of the csv: value of these metrics
-    "direction": "direction_accuracy", "shape": "shape_accuracy", "speed": "speed_ratio", "area": "area_ratio",
-    "seam": "seam_score", "drift": "largest_drift",
-}  # fmt: skip
+    "direction": "direction_accuracy",
+    "shape": "shape_accuracy",
+    "speed": "speed_ratio",
+    "area": "area_ratio",
+    "seam": "seam_score",
+    "drift": "largest_drift",
+}
 COLUMNS = [
-    "version", "recipe", "arm", "seed", "share", "kind", "step", "frames", "loss", "loss_rel", "loss_16", "train_loss",
-    "clips", "right", "direction", "shape", "speed", "area", "real_direction", "seam", "drift", "flops", "seconds",
-    "compiled", "code", "machine",
-]  # fmt: skip
+    "version",
+    "recipe",
+    "arm",
+    "seed",
+    "share",
+    "kind",
+    "step",
+    "frames",
+    "loss",
+    "loss_rel",
+    "loss_16",
+    "train_loss",
+    "clips",
+    "right",
+    "direction",
+    "shape",
+    "speed",
+    "area",
+    "real_direction",
+    "seam",
+    "drift",
+    "flops",
+    "seconds",
+    "compiled",
+    "code",
+    "machine",
+]
 TEXTS = {"recipe", "arm", "kind", "code", "machine"}
 TRAIN_COLUMNS = {  # column of the csv: name in metrics.jsonl
-    "step": "step", "frames": "num_frames", "loss": "val_loss", "loss_rel": "val_loss_rel", "loss_16": "val_loss_f16",
-    "train_loss": "train_loss", "flops": "flops", "seconds": "seconds",
-}  # fmt: skip
+    "step": "step",
+    "frames": "num_frames",
+    "loss": "val_loss",
+    "loss_rel": "val_loss_rel",
+    "loss_16": "val_loss_f16",
+    "train_loss": "train_loss",
+    "flops": "flops",
+    "seconds": "seconds",
+}
 
 
 def read_rows(path):
@@ -61,9 +94,14 @@ def read_rows(path):
     with open(path, newline="") as file:
         header, *lines = csv.reader(file)
     if header != COLUMNS:
-        raise UserError(f"{path}: has other columns; expected those of version {VERSION}; move the file away")
+        raise UserError(
+            f"{path}: has other columns; expected those of version {VERSION}; move the file away"
+        )
     rows = (zip(COLUMNS, line, strict=True) for line in lines)
-    return [{name: text if name in TEXTS else float(text) if text else None for name, text in row} for row in rows]
+    return [
+        {name: text if name in TEXTS else float(text) if text else None for name, text in row}
+        for row in rows
+    ]
 
 
 def write_rows(path, rows):
@@ -71,7 +109,12 @@ def write_rows(path, rows):
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        writer.writerow(
+            {
+                name: f"{value:.6g}" if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+        )
     lab.write_file(path, text.getvalue().encode())
 
 
@@ -84,19 +127,30 @@ class Study:
 
     def __init__(self, args):
         self.args, self.size = args, arms.size_of(args)
-        self.out, self.folder, self.csv = Path(args.out), Path(args.out, "study"), Path(args.out, "study.csv")
+        self.out, self.folder, self.csv = (
+            Path(args.out),
+            Path(args.out, "study"),
+            Path(args.out, "study.csv"),
+        )
         self.data = Path(args.data_path or self.folder / "moving-shapes")
         runs = []
         for arm in arms.ARMS:
             for share, count in {1.0: arm.seeds, **dict.fromkeys(arm.shares, SHARE_SEEDS)}.items():
-                runs += [StudyRun(self, arm, seed, share) for seed in range(min(count, self.size.most_seeds))]
+                runs += [
+                    StudyRun(self, arm, seed, share)
+                    for seed in range(min(count, self.size.most_seeds))
+                ]
         recipes = {run.key: run.recipe for run in runs}
         for row in self.rows:
             if (row["version"], row["recipe"]) != (VERSION, recipes.get(key_of(row))):
                 what = f"a row of arm {row['arm']!r} has another version or recipe (flags, sizes)"
-                raise UserError(f"{self.csv}: {what}; expected version {VERSION}; move the file away")
+                raise UserError(
+                    f"{self.csv}: {what}; expected version {VERSION}; move the file away"
+                )
         # Expensive runs with little information come last: long runs at the very end, extra seeds before them
-        runs.sort(key=lambda run: (run.share > 1, run.seed >= SHARE_SEEDS, run.share != 1, run.seed))
+        runs.sort(
+            key=lambda run: (run.share > 1, run.seed >= SHARE_SEEDS, run.share != 1, run.seed)
+        )
         chosen = set(args.only or QUESTIONS)
         self.runs = [run for run in runs if {run.arm.name, *run.arm.questions} & chosen]
 
@@ -107,7 +161,11 @@ class Study:
     def last_rows(self):
         """The last training row of each run, and all sample rows. Their seconds add up to the time spent."""
         rows = sorted(self.rows, key=lambda row: row["step"])
-        last = {key_of(row): row for row in rows if row["kind"] == "train" and row["seconds"] is not None}
+        last = {
+            key_of(row): row
+            for row in rows
+            if row["kind"] == "train" and row["seconds"] is not None
+        }
         return [*last.values(), *(row for row in rows if row["kind"] == "sample")]
 
 
@@ -117,15 +175,22 @@ class StudyRun(lab.Run):
     def __init__(self, study, arm, seed, share):
         self.study, self.arm, self.seed, self.share, size = study, arm, seed, share, study.size
         self.key, (_, self.flops) = (arm.name, seed, share), arms.plan(arm, share, size)
-        self.lengths = arm.lengths if share == 1 else (16,)  # num_frames of its samples; one row each
+        self.lengths = (
+            arm.lengths if share == 1 else (16,)
+        )  # num_frames of its samples; one row each
         about = [arms.recipe_flags(arm, seed, share, size), size.videos, size.clips, size.points]
-        about += [arms.PATH_LENGTH, arms.GUIDANCE, *[arm.pace] * bool(arm.pace)]  # everything that determines the rows
+        about += [
+            arms.PATH_LENGTH,
+            arms.GUIDANCE,
+            *[arm.pace] * bool(arm.pace),
+        ]  # everything that determines the rows
         self.recipe = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         sampling = ["--num-samples", size.clips, "--seed", seed, "--time-scale", SECONDS_PER_FRAME]
         sampling += [*arms.sampling_flags(size), "--num-frames"]
         data = study.data.with_name("-".join([study.data.name, *[arm.pace] * bool(arm.pace)]))
         super().__init__(
-            study.folder / f"{arm.name}-seed{seed}-compute{share:g}-{self.recipe}".replace(" ", "-"),
+            study.folder
+            / f"{arm.name}-seed{seed}-compute{share:g}-{self.recipe}".replace(" ", "-"),
             data={data: ["--seconds", arms.PACES[arm.pace], "--videos-per-class", size.videos]},
             **arms.training(study.args, arm, seed, share, "--data-path", data),
             tasks={f"{frames} frames": ([*sampling, frames], METRICS) for frames in self.lengths},
@@ -146,7 +211,9 @@ class StudyRun(lab.Run):
         flops = sum(arms.sampling_flops(frames, self.study.size) for frames in self.lengths)
         flops += 0 if is_trained else self.flops
         rows = [row for row in self.study.last_rows() if row["machine"] == machine()]
-        return flops * float(np.median([row["seconds"] / row["flops"] for row in rows] or [SECONDS_PER_FLOP]))
+        return flops * float(
+            np.median([row["seconds"] / row["flops"] for row in rows] or [SECONDS_PER_FLOP])
+        )
 
     def run(self):
         self.make_data()
@@ -157,7 +224,9 @@ class StudyRun(lab.Run):
                 raise
             rows = self.train_rows()
             step = rows[-1]["step"] + 1 if rows else 1
-            self.add([*rows, {"kind": "train", "step": step, "loss": math.inf, "loss_16": math.inf}])
+            self.add(
+                [*rows, {"kind": "train", "step": step, "loss": math.inf, "loss_16": math.inf}]
+            )
             return
         self.add(self.train_rows())
         began = time.monotonic()
@@ -176,12 +245,18 @@ class StudyRun(lab.Run):
         for row in self.validations():
             if row["num_frames"] == 16:
                 row["val_loss_f16"] = row["val_loss"]  # not logged if 16 is the only length
-            rows.append({"kind": "train"} | {column: row.get(name) for column, name in TRAIN_COLUMNS.items()})
+            rows.append(
+                {"kind": "train"}
+                | {column: row.get(name) for column, name in TRAIN_COLUMNS.items()}
+            )
         return rows
 
     def sample_rows(self, seconds):
         """A row of the csv for each length of the samples; seconds: the total time, split by FLOPs."""
-        rows, flops = [], [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths]
+        rows, flops = (
+            [],
+            [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths],
+        )
         for task, num_frames, own in zip(self.tasks, self.lengths, flops, strict=True):
             motion, values = self.scores(task, "motion")["result"], self.values(task)
             row = {"kind": "sample", "step": self.last_step, "frames": num_frames}
@@ -196,11 +271,24 @@ class StudyRun(lab.Run):
         study = self.study
         command = lab.made()
         del command["date"]  # a later row of the same command replaces its date
-        common = {"version": VERSION, "recipe": self.recipe, "code": command["code"], "machine": command["machine"]}
-        common |= {"arm": self.arm.name, "seed": self.seed, "share": self.share, "compiled": int(study.args.compile)}
+        common = {
+            "version": VERSION,
+            "recipe": self.recipe,
+            "code": command["code"],
+            "machine": command["machine"],
+        }
+        common |= {
+            "arm": self.arm.name,
+            "seed": self.seed,
+            "share": self.share,
+            "compiled": int(study.args.compile),
+        }
         rows = [dict.fromkeys(COLUMNS) | common | row for row in rows]
         with lab.file_lock(study.folder / "lock"):
-            keyed = {(*key_of(row), row["kind"], row["step"], row["frames"]): row for row in [*study.rows, *rows]}
+            keyed = {
+                (*key_of(row), row["kind"], row["step"], row["frames"]): row
+                for row in [*study.rows, *rows]
+            }
             write_rows(study.csv, keyed.values())
             lab.add_rows(study.csv.with_suffix(".json"), [{}], replaces=command)
 
@@ -212,7 +300,9 @@ def print_status(study):
     for arm in dict.fromkeys(run.arm for run in study.runs):
         own = [run for run in study.runs if run.arm == arm]
         hours = [left[run] for run in own if run in left]
-        say(f"{arm.name:<28} {arm.questions:<9} {len(own) - len(hours):>4} / {len(own):<2} {sum(hours):>10.2f}")
+        say(
+            f"{arm.name:<28} {arm.questions:<9} {len(own) - len(hours):>4} / {len(own):<2} {sum(hours):>10.2f}"
+        )
     say(f"{len(study.runs)} runs, {sum(left.values()):.1f} hours left")
 
 
@@ -224,7 +314,9 @@ def parse_args():
     minutes = "start no run that would end after this many minutes; default: no limit"
     add("--minutes", type=POSITIVE, default=math.inf, help=minutes)
     only_print("--list", action="store_true", help="only print what is done and what is missing")
-    only_print("--report", action="store_true", help="only write tables and figures, from study.csv")
+    only_print(
+        "--report", action="store_true", help="only write tables and figures, from study.csv"
+    )
     data = "Moving Shapes, made if missing; default: study/moving-shapes in --out"
     add("--data-path", metavar="DIR", help=data)
     return parser.parse_args()
@@ -236,14 +328,18 @@ def main():
     with wrong_input():
         study = Study(args)
         if args.report and not study.rows:
-            raise UserError(f"--report: {study.csv} does not exist or is empty; run the study without --report first")
+            raise UserError(
+                f"--report: {study.csv} does not exist or is empty; run the study without --report first"
+            )
     if args.list:
         print_status(study)
         return
     study.folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
         lab.run_all(study.runs, args.minutes)
-    with lab.file_lock(study.folder / "lock"):  # another process may write the report at the same time
+    with lab.file_lock(
+        study.folder / "lock"
+    ):  # another process may write the report at the same time
         write_report(study)
 
 

@@ -27,7 +27,9 @@ def storm(training, hits, seed=0, from_step=1.5):
     """
     rng, seen, step = random.Random(seed), [], 0
     for hit in hits:
-        first, seconds = (0, 6) if rng.random() < 0.5 else (min(step + 1, training.steps), from_step)
+        first, seconds = (
+            (0, 6) if rng.random() < 0.5 else (min(step + 1, training.steps), from_step)
+        )
         process = training.start("--resume", until=first)
         time.sleep(rng.uniform(0, seconds))
         if process.poll() is not None:
@@ -41,10 +43,15 @@ def storm(training, hits, seed=0, from_step=1.5):
         wait_gone(pids)
         gone = time.monotonic() - began
         files, step = training.results.glob("*/checkpoints/*.pt"), training.last_step()
-        saved = [torch.load(path, weights_only=True)["step"] for path in files]  # each of them must be intact
+        saved = [
+            torch.load(path, weights_only=True)["step"] for path in files
+        ]  # each of them must be intact
         lost = max(0, step - max(saved, default=0))
         seen.append({"hit": name, "gone_s": gone, "lost": lost})
-        print(f"{len(seen)}/{len(hits)}: {name} at step {step}, {lost} to do again, gone in {gone:.1f} s", flush=True)
+        print(
+            f"{len(seen)}/{len(hits)}: {name} at step {step}, {lost} to do again, gone in {gone:.1f} s",
+            flush=True,
+        )
     training.run("--resume", timeout=1800)
     return seen
 
@@ -68,21 +75,41 @@ def stop_launcher(process, rng):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Hit a run of two ranks at random moments and see what is lost.")
+    parser = argparse.ArgumentParser(
+        description="Hit a run of two ranks at random moments and see what is lost."
+    )
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of torchrun, a rank or all")
     parser.add_argument("--stops", type=int, default=10, help="SIGTERMs of torchrun")
-    parser.add_argument("--steps-per-hit", type=int, default=45, help="length of the run; more on a faster machine")
+    parser.add_argument(
+        "--steps-per-hit", type=int, default=45, help="length of the run; more on a faster machine"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", default="results/faults.md", help="where the table goes")
     parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
-    lines = ["| event | hits | differences at the end | steps repeated, at most | all processes gone after, at most |"]
+    lines = [
+        "| event | hits | differences at the end | steps repeated, at most | all processes gone after, at most |"
+    ]
     lines += ["|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as root:
         data = make_data(Path(root, "shapes"))
-        flags = ["--log-every", 1, "--val-every", 50, "--sample-every", 0, "--ckpt-every", EVERY, "--keep-last", 3]
+        flags = [
+            "--log-every",
+            1,
+            "--val-every",
+            50,
+            "--sample-every",
+            0,
+            "--ckpt-every",
+            EVERY,
+            "--keep-last",
+            3,
+        ]
         flags += ["--num-workers", 1, *args.flags]
-        for name, count, hit in (("SIGKILL", args.kills, kill_something), ("SIGTERM", args.stops, stop_launcher)):
+        for name, count, hit in (
+            ("SIGKILL", args.kills, kill_something),
+            ("SIGTERM", args.stops, stop_launcher),
+        ):
             steps = max(100, args.steps_per_hit * count)
             whole = Training(data, Path(root, name, "whole"), steps, TORCHRUN, flags)
             whole.run(timeout=1800)
@@ -94,7 +121,9 @@ def main():
             for what in sorted({one["hit"] for one in seen}):
                 some = [one for one in seen if one["hit"] == what]
                 lost, gone = (max(one[key] for one in some) for key in ("lost", "gone_s"))
-                lines.append(f"| {what} | {len(some)} | {len(found)} | {lost} of {EVERY} | {gone:.1f} s |")
+                lines.append(
+                    f"| {what} | {len(some)} | {len(found)} | {lost} of {EVERY} | {gone:.1f} s |"
+                )
     table = "\n".join(lines)
     print(table)
     title = " ".join(["# Runs interrupted at random moments", *args.flags])

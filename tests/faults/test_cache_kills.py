@@ -13,7 +13,9 @@ from video.source import check_data_path
 
 
 def launch(command, *arguments):
-    return spawn(sys.executable, *command, *flags(*arguments), environment={"PYTHONPATH": str(ENGINE)})
+    return spawn(
+        sys.executable, *command, *flags(*arguments), environment={"PYTHONPATH": str(ENGINE)}
+    )
 
 
 DIE_IN_RENAME = """
@@ -30,10 +32,15 @@ cache_latents.main()
 
 
 @pytest.mark.parametrize(
-    ("vae_name", "rename"),  # the first, fourth and last rename: latents.partial.json, the third video, latents.json
+    (
+        "vae_name",
+        "rename",
+    ),  # the first, fourth and last rename: latents.partial.json, the third video, latents.json
     [("tiny", 1), ("tiny", 4), ("tiny", 7), ("none", 4)],
 )
-def test_a_cache_that_is_killed_and_run_again_has_the_same_bytes(vae_name, rename, root, vae, cache, tmp_path):
+def test_a_cache_that_is_killed_and_run_again_has_the_same_bytes(
+    vae_name, rename, root, vae, cache, tmp_path
+):
     arguments, expected = (root, vae, tmp_path / "out", "--with-flips"), cache
     if vae_name == "none":
         arguments, expected = (root, "none", tmp_path / "out"), tmp_path / "expected"
@@ -43,7 +50,9 @@ def test_a_cache_that_is_killed_and_run_again_has_the_same_bytes(vae_name, renam
     assert len(list((tmp_path / "out").rglob("*.tmp"))) == 1
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     assert len(finished) == max(0, rename - 2)
-    with pytest.raises(UserError, match="no videos found" if rename == 1 else "not complete: run cache_latents.py"):
+    with pytest.raises(
+        UserError, match="no videos found" if rename == 1 else "not complete: run cache_latents.py"
+    ):
         check_data_path(tmp_path / "out")
     run(*arguments)
     assert content(tmp_path / "out") == content(expected)
@@ -64,7 +73,13 @@ cli.LINE_SECONDS = 0
 cache_latents.main()
 """
     (tmp_path / "count.py").write_text(count)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "count.py"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "count.py",
+    ]
     process = launch(torchrun, root, vae, tmp_path / "out", "--with-flips")
     output = end(process, timeout=120)
     own = [(tmp_path / f"count.py.{rank}").read_text().splitlines() for rank in range(2)]

@@ -37,18 +37,33 @@ from video.inputs import find_clips
 from video.samples import read_samples
 from video.source import check_data_path, open_source
 
-COUNT, SEED = int(os.environ.get("FILES", 25)), os.environ.get("SEED", 0)  # files of each kind, seed of the damage
+COUNT, SEED = (
+    int(os.environ.get("FILES", 25)),
+    os.environ.get("SEED", 0),
+)  # files of each kind, seed of the damage
 SECONDS = 20  # limit for one file; most take a millisecond
 PUBLISHED = "EqM-Tiny/2"  # the name of the published model
-VIDEOS = {"a.avi": "mpeg4", "b.mp4": "libx264", "c.mkv": "mpeg4", "d.webm": "libvpx"}  # and their codecs
+VIDEOS = {
+    "a.avi": "mpeg4",
+    "b.mp4": "libx264",
+    "c.mkv": "mpeg4",
+    "d.webm": "libvpx",
+}  # and their codecs
 
 
 def make_state():
     """A checkpoint with the memory of an optimizer."""
     torch.manual_seed(0)
-    memory = {number: {"step": torch.tensor(1.0), "exp_avg": torch.rand(24, 24)} for number in range(20)}
+    memory = {
+        number: {"step": torch.tensor(1.0), "exp_avg": torch.rand(24, 24)} for number in range(20)
+    }
     state = tiny_data.make_state(hidden_size=24, num_heads=2, depth=2, num_frames=4, use_rope=True)
-    return state | {"optimizer": {"kind": "adamw", "states": [{"state": memory, "param_groups": [{"lr": 1e-4}]}]}}
+    return state | {
+        "optimizer": {
+            "kind": "adamw",
+            "states": [{"state": memory, "param_groups": [{"lr": 1e-4}]}],
+        }
+    }
 
 
 def make_published(folder):
@@ -64,13 +79,25 @@ def make_videos(folder):
 def make_pixels(folder):
     """A cache of the pixels of videos, which are gone afterwards."""
     make_videos(folder / "videos")
-    flags = ["--data-path", folder / "videos", "--vae", "none", "--image-size", 16, "--out", folder / "cache"]
+    flags = [
+        "--data-path",
+        folder / "videos",
+        "--vae",
+        "none",
+        "--image-size",
+        16,
+        "--out",
+        folder / "cache",
+    ]
     run_main(cache_latents, *flags)
     shutil.rmtree(folder / "videos")
 
 
 def make_metrics(folder):
-    rows = [json.dumps({"step": step, "train_loss": 1 / step, "val_loss": None}) + "\n" for step in range(1, 9)]
+    rows = [
+        json.dumps({"step": step, "train_loss": 1 / step, "val_loss": None}) + "\n"
+        for step in range(1, 9)
+    ]
     (folder / "metrics.jsonl").write_text("".join(rows))
 
 
@@ -94,7 +121,9 @@ def read_clips(folder, num_frames, images=False, index_folder=None):
 def read_videos(folder, images=False):
     for video in read_clips(folder, 1 if images else 3, images):
         with contextlib.suppress(UserError):
-            for clip in find_clips("--init", folder / video.path, ("image" if images else "video",)):
+            for clip in find_clips(
+                "--init", folder / video.path, ("image" if images else "video",)
+            ):
                 clip.read(range(1 if images else 3), 0.04, 48)
         with contextlib.suppress(UnreadableError):
             images or list(read_all_frames(folder, video, 5))
@@ -102,7 +131,9 @@ def read_videos(folder, images=False):
 
 def read_index(folder):
     (index,) = folder.glob(".video_index-*.json")
-    read_clips(folder, 3, index_folder=shutil.move(index, index_place(folder, folder)).parent)  # of another path
+    read_clips(
+        folder, 3, index_folder=shutil.move(index, index_place(folder, folder)).parent
+    )  # of another path
 
 
 def read_metrics(folder):
@@ -118,9 +149,18 @@ def read_sample_folder(folder):
         clip.read([0], 0.04, 16)
 
 
-HUGE = [struct.pack(f, value) for f, value in (
-    ("<I", 2**32 - 1), ("<i", -1), (">i", 2**31 - 1), ("<Q", 2**63), ("<q", 2**40), ("<H", 65535), ("<Q", 0),
-)]  # fmt: skip
+HUGE = [
+    struct.pack(f, value)
+    for f, value in (
+        ("<I", 2**32 - 1),
+        ("<i", -1),
+        (">i", 2**31 - 1),
+        ("<Q", 2**63),
+        ("<q", 2**40),
+        ("<H", 65535),
+        ("<Q", 0),
+    )
+]
 
 
 def flip_bits(data, rng):
@@ -145,14 +185,19 @@ def blow_up(data, rng):
 
 def splice(data, rng):
     """Continue at another place: a part is missing or comes twice."""
-    cut, other = sorted((rng.randrange(len(data)), rng.randrange(len(data))), key=lambda _: rng.random())
+    cut, other = sorted(
+        (rng.randrange(len(data)), rng.randrange(len(data))), key=lambda _: rng.random()
+    )
     data[cut:] = data[other:]
 
 
 def damage(folder, rng, pattern):
     """Damage a random file of a folder. Returns a description."""
     path = rng.choice(sorted(path for path in folder.rglob(pattern) if path.is_file()))
-    data, way = bytearray(path.read_bytes()), rng.choice([flip_bits, truncate, zero, blow_up, splice])
+    data, way = (
+        bytearray(path.read_bytes()),
+        rng.choice([flip_bits, truncate, zero, blow_up, splice]),
+    )
     way(data, rng)
     path.write_bytes(data)
     return f"{way.__name__} {path.name}"
@@ -162,30 +207,53 @@ def damage(folder, rng, pattern):
 
 FILES = {
     "checkpoint": (lambda at: torch.save(make_state(), at / "best.pt"), read_checkpoint),
-    "checkpoint to sample": (lambda at: torch.save(make_state(), at / "best.pt"),
-                             lambda at: checkpoint.load_model(at / "best.pt")[0].state_dict()),
-    "published model": (make_published, lambda at: checkpoint.load_model(at / "a.pt", model=PUBLISHED)[0].state_dict()),
-    "export": (lambda at: published.write_export(at / "shared", make_state(), "fp32", "a card"),
-               lambda at: checkpoint.load_model(at / "shared", video=True)),
+    "checkpoint to sample": (
+        lambda at: torch.save(make_state(), at / "best.pt"),
+        lambda at: checkpoint.load_model(at / "best.pt")[0].state_dict(),
+    ),
+    "published model": (
+        make_published,
+        lambda at: checkpoint.load_model(at / "a.pt", model=PUBLISHED)[0].state_dict(),
+    ),
+    "export": (
+        lambda at: published.write_export(at / "shared", make_state(), "fp32", "a card"),
+        lambda at: checkpoint.load_model(at / "shared", video=True),
+    ),
     "latents": (tiny_data.make_latents, lambda at: read_clips(at, 2)),
-    "unfinished latents": (lambda at: (at / "latents.partial.json").write_text(json.dumps(tiny_data.LATENTS_SETTINGS)),
-                           lambda at: cache_latents.check_out(at, tiny_data.LATENTS_SETTINGS)),
+    "unfinished latents": (
+        lambda at: (at / "latents.partial.json").write_text(json.dumps(tiny_data.LATENTS_SETTINGS)),
+        lambda at: cache_latents.check_out(at, tiny_data.LATENTS_SETTINGS),
+    ),
     "pixels": (make_pixels, lambda at: read_clips(at / "cache", 2)),
     "videos": (make_videos, read_videos),
     "images": (write_images, lambda at: read_videos(at, images=True)),
     "index": (lambda at: make_videos(at) or scan_videos(at, at), read_index),
-    "split lists": (lambda at: write_ucf_list(at, ["A/a", "A/b"]),
-                    lambda at: split_videos(at, [make_video(f"A/{name}") for name in "abc"], 0.3)),
+    "split lists": (
+        lambda at: write_ucf_list(at, ["A/a", "A/b"]),
+        lambda at: split_videos(at, [make_video(f"A/{name}") for name in "abc"], 0.3),
+    ),
     "metrics": (make_metrics, read_metrics),
     "samples": (tiny_data.make_samples, read_sample_folder),
-    "manifest": (lambda at: manifest.write_manifest(at / "a.json", {"a": 1.5, "format": manifest.FORMAT}),
-                 lambda at: manifest.read_manifest(at / "a.json")),
+    "manifest": (
+        lambda at: manifest.write_manifest(at / "a.json", {"a": 1.5, "format": manifest.FORMAT}),
+        lambda at: manifest.read_manifest(at / "a.json"),
+    ),
     "VAE": (lambda at: tiny_data.make_vae(at / "vae"), lambda at: load_vae(str(at / "vae"))),
-}  # fmt: skip
-PATTERNS = {"index": ".video_index-*.json", "pixels": "cache/**/*"}  # names of the files to damage; others: all
+}
+PATTERNS = {
+    "index": ".video_index-*.json",
+    "pixels": "cache/**/*",
+}  # names of the files to damage; others: all
 # What is read of a damaged file of these kinds equals what was saved
 SAME = "checkpoint", "checkpoint to sample", "published model"
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pickle.find_class")
+FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "pickle.find_class",
+)
 
 
 def watch(event, _):
@@ -229,4 +297,6 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     child.join()
     failures = tmp_path / "failures.txt"
     assert not failures.exists(), failures.read_text()
-    assert child.exitcode == 0, f"9: a forbidden call, -14: a hang while it read {tmp_path / 'damaged'}"
+    assert child.exitcode == 0, (
+        f"9: a forbidden call, -14: a hang while it read {tmp_path / 'damaged'}"
+    )

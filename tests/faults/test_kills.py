@@ -17,7 +17,17 @@ import train
 import train_vae
 from faults import kill_something, stop_launcher, storm
 from process import descendants, end, free_port, kill, ranks, wait_gone, wait_until
-from training import ANY_LENGTH, PYTHON, TINY, TINY_VAE, TORCHRUN, Training, compare, refused, run_main
+from training import (
+    ANY_LENGTH,
+    PYTHON,
+    TINY,
+    TINY_VAE,
+    TORCHRUN,
+    Training,
+    compare,
+    refused,
+    run_main,
+)
 
 OFTEN = ["--log-every", 1, "--val-every", 5, "--ckpt-every", 10, "--sample-every", 0]
 WORKERS = [*OFTEN, "--num-workers", 1]
@@ -39,7 +49,9 @@ def undisturbed(shapes, tmp_path_factory):
 
     @functools.cache
     def undisturbed(*flags):
-        training = Training(shapes, tmp_path_factory.mktemp("undisturbed") / "r", 100, TORCHRUN, [*OFTEN, *flags])
+        training = Training(
+            shapes, tmp_path_factory.mktemp("undisturbed") / "r", 100, TORCHRUN, [*OFTEN, *flags]
+        )
         training.run()
         return training
 
@@ -64,7 +76,9 @@ def error_of(output):
 def test_a_signal_saves_and_ends_a_single_process_with_status_0(number, make):
     training = make(flags=WORKERS)
     process = training.start(until=3)
-    os.killpg(process.pid, number)  # the loader's processes get it, too, as from a terminal or a cluster
+    os.killpg(
+        process.pid, number
+    )  # the loader's processes get it, too, as from a terminal or a cluster
     output = end(process)
     assert f"stopped by {number.name} and saved at step {training.saved()['step']}" in output
     assert output.count("with --resume") == 1 and "Traceback" not in output
@@ -79,11 +93,14 @@ def test_a_second_interrupt_ends_the_process_at_once(make):
     assert "stopped by" not in end(process, -signal.SIGINT)
 
 
-@pytest.mark.parametrize(("script", "base", "number"), [
-    ("train.py", TINY, signal.SIGINT),
-    ("train.py", TINY, signal.SIGUSR1),
-    ("train_vae.py", TINY_VAE, signal.SIGINT),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("script", "base", "number"),
+    [
+        ("train.py", TINY, signal.SIGINT),
+        ("train.py", TINY, signal.SIGUSR1),
+        ("train_vae.py", TINY_VAE, signal.SIGINT),
+    ],
+)
 def test_the_ranks_save_and_end_when_their_torchrun_gets_a_signal(script, base, number, make):
     training = replace(make(launcher=TORCHRUN, flags=["--log-every", 1]), script=script, base=base)
     process = training.start(until=3)
@@ -127,7 +144,9 @@ def test_sigkills_and_sigterms_at_random_moments_change_nothing(undisturbed, tmp
     training = replace(usual, results=tmp_path / "r", flags=WORKERS)
     # With this seed: SIGTERM of torchrun, SIGKILL of a rank, of all processes, and of a torchrun that starts
     seen = storm(training, [stop_launcher, *3 * [kill_something]], seed=110, from_step=0.5)
-    assert seen and seen[0]["lost"] == 0 and compare(usual, training) == [], seen  # a fast machine may finish early
+    assert seen and seen[0]["lost"] == 0 and compare(usual, training) == [], (
+        seen
+    )  # a fast machine may finish early
 
 
 def test_a_kill_of_a_vae_run_changes_nothing_and_two_ranks_equal_one(make):
@@ -144,9 +163,12 @@ def test_a_kill_of_a_vae_run_changes_nothing_and_two_ranks_equal_one(make):
 
 
 @pytest.mark.parametrize(
-    ("what", "launcher", "flags"), [("killed_in_save", PYTHON, []), ("killed_while_gathering", TORCHRUN, ["--shard"])]
+    ("what", "launcher", "flags"),
+    [("killed_in_save", PYTHON, []), ("killed_while_gathering", TORCHRUN, ["--shard"])],
 )
-def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(what, launcher, flags, make, undisturbed):
+def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(
+    what, launcher, flags, make, undisturbed
+):
     usual = undisturbed(*flags) if launcher == TORCHRUN else make(20, name="usual")
     if launcher == PYTHON:
         run_main(train, *usual.command_flags())
@@ -182,7 +204,9 @@ def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
 
 
 def test_readers_can_open_latest_and_best_at_any_time(make):
-    training = make(60, flags=["--log-every", 1, "--val-every", 1, "--ckpt-every", 1, "--keep-last", 2])
+    training = make(
+        60, flags=["--log-every", 1, "--val-every", 1, "--ckpt-every", 1, "--keep-last", 2]
+    )
     process, loaded = training.start("--sample-every", 0, until=2), set()
     while process.poll() is None:
         loaded |= {training.saved(name)["step"] for name in ("latest.pt", "best.pt")}
@@ -216,12 +240,17 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", disk], capture_output=True)
 
 
-@pytest.mark.parametrize(("megabytes", "flags", "file"), [
-    (18, ["--ckpt-every", 2], "checkpoints/latest.pt"),
-    (1, ["--sample-every", 1, "--num-samples", 8, "--num-sampling-steps", 2], "samples/"),
-    (0.2, [], "metrics.jsonl"),
-])  # fmt: skip
-def test_a_full_disk_is_one_line_that_names_it_and_what_to_delete(megabytes, flags, file, small_disk, make):
+@pytest.mark.parametrize(
+    ("megabytes", "flags", "file"),
+    [
+        (18, ["--ckpt-every", 2], "checkpoints/latest.pt"),
+        (1, ["--sample-every", 1, "--num-samples", 8, "--num-sampling-steps", 2], "samples/"),
+        (0.2, [], "metrics.jsonl"),
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_it_and_what_to_delete(
+    megabytes, flags, file, small_disk, make
+):
     disk, far = small_disk(megabytes), ["--ckpt-every", 10_000, "--val-every", 10_000]
     training = replace(make(flags=[*OFTEN, *far, *flags]), results=disk / "r")
     line = error_of(training.run(status=1))
@@ -234,7 +263,17 @@ def test_a_full_disk_is_one_line_that_names_it_and_what_to_delete(megabytes, fla
 
 def test_samples_on_a_full_disk_are_one_line(small_disk, places, capsys):
     disk = small_disk(0.1)
-    flags = ["--video", "--ckpt", places / "plain.pt", "--folder", disk / "s", "--num-samples", 64, "--stepsize", 0.1]
+    flags = [
+        "--video",
+        "--ckpt",
+        places / "plain.pt",
+        "--folder",
+        disk / "s",
+        "--num-samples",
+        64,
+        "--stepsize",
+        0.1,
+    ]
     line = refused(capsys, sample_gd, *flags, "--num-sampling-steps", 3, status=1)
     assert f"samples.npz can't be written (No space left on device; the disk {disk}" in line
 
@@ -244,7 +283,11 @@ def test_samples_on_a_full_disk_are_one_line(small_disk, places, capsys):
 
 def test_a_killed_loader_process_is_one_line_about_memory(make):
     process = make(flags=WORKERS).start(until=2)
-    loaders = [pid for pid in descendants(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    loaders = [
+        pid
+        for pid in descendants(process.pid)
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     kill(loaders[0])
     assert "lack of memory" in error_of(end(process, 1))
 
@@ -258,7 +301,9 @@ def test_loader_processes_that_start_right_after_a_collective_do_not_hang(make):
 
 def test_a_decoder_that_hangs_is_named(make, shapes, tmp_path):
     data = shutil.copytree(shapes, tmp_path / "data")
-    training = make(100_000, sabotaged("hanging_decoder"), [*WORKERS, "--loader-timeout", 10], data=data)
+    training = make(
+        100_000, sabotaged("hanging_decoder"), [*WORKERS, "--loader-timeout", 10], data=data
+    )
     process = training.start(until=2)
     for video in data.glob("*/*.avi"):
         video.with_name(video.name + ".hang").touch()
@@ -269,11 +314,15 @@ def test_a_decoder_that_hangs_is_named(make, shapes, tmp_path):
 @pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN])
 def test_a_bug_ends_the_processes_while_loaders_work(launcher, make):
     process = make(launcher=sabotaged("bug_in_a_step", launcher), flags=WORKERS).start()
-    assert "RuntimeError: a bug" in end(process, 1)  # with its traceback: nobody knows what it means
+    assert "RuntimeError: a bug" in end(
+        process, 1
+    )  # with its traceback: nobody knows what it means
 
 
 def test_a_loss_that_is_not_finite_names_step_rank_files_and_norms(make, shapes):
-    training = make(20, sabotaged("nan_on_rank_1", TORCHRUN), [*OFTEN, "--log-every", 4, "--val-every", 100])
+    training = make(
+        20, sabotaged("nan_on_rank_1", TORCHRUN), [*OFTEN, "--log-every", 4, "--val-every", 100]
+    )
     line = error_of(training.run(status=1))
     assert "train_loss of step 3 is not finite, on rank 1, of " in line
     files = line.split(", of ")[1].split("; ")[0].split(", ")
@@ -289,15 +338,24 @@ def test_a_loss_that_is_not_finite_names_step_rank_files_and_norms(make, shapes)
 def agents(training, name="job"):
     """Two torchrun agents of one rank each, which meet on the loopback address."""
     launcher = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=2",
-        "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--max-restarts=2",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--local-addr=127.0.0.1",
+    ]
     launcher += [f"--rdzv-id={name}"] if name else ["--max-restarts=0"]
     return [replace(training, launcher=launcher).start() for _ in range(2)]
 
 
 @pytest.mark.parametrize(("flags", "is_killed"), [(["--shard"], False), ([], True)])
-def test_two_nodes_equal_one_node_bit_for_bit_also_when_their_ranks_restart(flags, is_killed, undisturbed, tmp_path):
+def test_two_nodes_equal_one_node_bit_for_bit_also_when_their_ranks_restart(
+    flags, is_killed, undisturbed, tmp_path
+):
     one = undisturbed(*flags)
     two = replace(one, results=tmp_path / "two")
     processes = agents(two)

@@ -13,7 +13,13 @@ STEPS = 7
 
 
 def test_two_ranks_resume_bit_for_bit_also_with_other_workers_and_a_shared_cache(shapes, tmp_path):
-    whole = Training(shapes, tmp_path / "whole", 20, TORCHRUN, [*OFTEN, "--precision", "bf16", "--optimizer", "muon"])
+    whole = Training(
+        shapes,
+        tmp_path / "whole",
+        20,
+        TORCHRUN,
+        [*OFTEN, "--precision", "bf16", "--optimizer", "muon"],
+    )
     whole.run()
     parts = replace(whole, results=tmp_path / "parts")
     process = parts.start("--num-workers", 2, until=3)
@@ -26,8 +32,23 @@ def test_two_ranks_resume_bit_for_bit_also_with_other_workers_and_a_shared_cache
 def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tmp_path):
     first = Training(shapes, tmp_path / "first", 2, flags=OFTEN)
     run_here(first)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    flags = ["--data-path", "shapes", "--results-dir", "results", "--max-steps", 4, "--ckpt", "start.pt", *OFTEN]
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+    }
+    flags = [
+        "--data-path",
+        "shapes",
+        "--results-dir",
+        "results",
+        "--max-steps",
+        4,
+        "--ckpt",
+        "start.pt",
+        *OFTEN,
+    ]
     command, ranks = [*PYTHON, ROOT / "EqM/train.py", *TINY, *flags], []
     for rank in (0, 1):
         machine = tmp_path / f"machine-{rank}"

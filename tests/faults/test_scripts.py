@@ -14,7 +14,12 @@ from training import ROOT, Training
 
 
 def start_script(name, tree, settings, *flags):
-    return spawn("bash", tree / "scripts" / name, *flags, environment={key: str(settings[key]) for key in settings})
+    return spawn(
+        "bash",
+        tree / "scripts" / name,
+        *flags,
+        environment={key: str(settings[key]) for key in settings},
+    )
 
 
 @pytest.fixture
@@ -30,7 +35,14 @@ FLAGS = ["--depth", 1, "--num-workers", 0, "--log-every", 1, "--val-clips", 4]
 
 
 def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
-    settings = PHASES | {"DATA": shapes, "GPUS": 2, "CACHE": 0, "STEPS_1": 4, "STEPS_2": 2000, "STEPS_3": 2001}
+    settings = PHASES | {
+        "DATA": shapes,
+        "GPUS": 2,
+        "CACHE": 0,
+        "STEPS_1": 4,
+        "STEPS_2": 2000,
+        "STEPS_3": 2001,
+    }
     flags = [*FLAGS, "--vae", "none", "--image-size", 16]
     process = start_script("train_progressive.sh", tree, settings, *flags)
     runs = Training(shapes, tree / "results/E", None)
@@ -38,7 +50,9 @@ def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
     left = descendants(process.pid)
     process.send_signal(signal.SIGUSR1)
     output = end(process, 143)
-    assert "and saved at step" in output and output.rstrip().endswith("to continue, run the same command again")
+    assert "and saved at step" in output and output.rstrip().endswith(
+        "to continue, run the same command again"
+    )
     wait_gone(left)
     step = runs.last_step()
     settings |= {"STEPS_2": step + 1, "STEPS_3": step + 2}
@@ -56,10 +70,17 @@ def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes
     }
     write_commands(tree, tools)
     settings = {
-        "PATH": f"{tree}{os.pathsep}{PATH}", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": 1, "SLURM_JOB_ID": 7,
-        "SLURM_SUBMIT_DIR": tree, "GPUS": 2, "PORT": free_port(),
-    }  # fmt: skip
-    training = Training(shapes, tree / "results", 10_000, flags=["--log-every", 1, "--sample-every", 0])
+        "PATH": f"{tree}{os.pathsep}{PATH}",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_NNODES": 1,
+        "SLURM_JOB_ID": 7,
+        "SLURM_SUBMIT_DIR": tree,
+        "GPUS": 2,
+        "PORT": free_port(),
+    }
+    training = Training(
+        shapes, tree / "results", 10_000, flags=["--log-every", 1, "--sample-every", 0]
+    )
     process = start_script("train_slurm.sh", tree, settings, *training.command_flags())
     wait_until(lambda: training.last_step() > 2, process)
     process.send_signal(signal.SIGUSR1)
@@ -67,18 +88,28 @@ def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes
     assert "stopped by SIGTERM and saved" in output and "scontrol: requeue 7" in output
     saved = training.saved()["step"]
     again = replace(training, steps=saved + 2)
-    output = end(start_script("train_slurm.sh", tree, settings, *again.command_flags()), timeout=240)
+    output = end(
+        start_script("train_slurm.sh", tree, settings, *again.command_flags()), timeout=240
+    )
     assert f"steps {saved} to {saved + 2}" in output
     assert again.rows()[-1]["step"] == saved + 2
 
 
 def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shapes, tree):
     make_vae(tree / "vae")
-    settings = PHASES | {"DATA": shapes, "LATENTS": "latents", "VAE": "vae", "IMAGE_SIZE": 16, "GPUS": 1}
+    settings = PHASES | {
+        "DATA": shapes,
+        "LATENTS": "latents",
+        "VAE": "vae",
+        "IMAGE_SIZE": 16,
+        "GPUS": 1,
+    }
     settings |= {"STEPS_1": 1, "STEPS_2": 2, "STEPS_3": 3}
 
     def run(*more, status=0):
-        process = start_script("train_progressive.sh", tree, settings, *FLAGS, "--sample-every", 0, *more)
+        process = start_script(
+            "train_progressive.sh", tree, settings, *FLAGS, "--sample-every", 0, *more
+        )
         return end(process, status, timeout=480)
 
     run()
@@ -92,6 +123,8 @@ def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shape
     assert (printed.count("is complete"), printed.count("is finished")) == (1, 1)
     assert "nothing to resume" not in printed and not list(tree.glob("results/E/*-f4-rope"))
     settings |= {"EXP": "F", "FRAMES_3": "2"}
-    assert "got 2" in run(status=2)  # a mistake in the last phase ends the script before the first one
+    assert "got 2" in run(
+        status=2
+    )  # a mistake in the last phase ends the script before the first one
     assert not (tree / "results/F").exists()
     assert "CACHE=0" in run("--vae", "none", status=2)
