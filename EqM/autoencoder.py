@@ -98,7 +98,8 @@ def jitter_colors(x, seed, indices, share):
 
     Few videos show few colors, and a VAE learns no others. The result depends on the seed and the frames' indices only.
     """
-    matrices, offsets = torch.eye(3).repeat(len(x), 1, 1), torch.zeros(len(x), 3, 1, 1)
+    matrices = torch.eye(3).repeat(len(x), 1, 1)
+    offsets = torch.zeros(len(x), 3, 1, 1)
     for matrix, offset, index in zip(matrices, offsets, indices, strict=True):
         random = generator(seed, "colors", 0, index)
         if torch.rand((), generator=random) < share:
@@ -133,13 +134,16 @@ def measure(model, loader, device):
     psnr is the mean in dB over the frames, decoded from their mean latents. The statistics are over all latent values.
     The results are the same on all ranks and for any number of ranks.
     """
-    rows, corrupt, vae = [], [], VAE("measured", model)
+    rows = []
+    corrupt = []
+    vae = VAE("measured", model)
     vae.scale, vae.shift = 1.0, 0.0  # the values of an earlier export would change the last bits
     for batch in batches_of(loader):
         clips = batch["clips"].to(device)  # (B, 3, 1, H, W)
         mean, std = vae.posterior(clips)  # in float32, like caches and samples
         errors = psnr(clips[:, :, 0].movedim(1, -1), vae.decode(mean)[:, 0])
-        mean, std = mean.double().flatten(1), std.double().flatten(1)
+        mean = mean.double().flatten(1)
+        std = std.double().flatten(1)
         second_moments = (mean.square() + std.square()).mean(dim=1)
         columns = batch["indices"], errors, mean.mean(dim=1), second_moments
         rows += torch.stack([column.double().cpu() for column in columns], dim=1).tolist()

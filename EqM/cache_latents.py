@@ -217,7 +217,8 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
     """Write the cache files of the videos in `todo`. Raises CorruptDataError if too many are corrupt."""
 
     def cache(video):
-        path, metadata = Path(args.out, cached_path(video)), source_metadata(files.scan, video)
+        path = Path(args.out, cached_path(video))
+        metadata = source_metadata(files.scan, video)
         path.parent.mkdir(parents=True, exist_ok=True)
         if args.vae == "none":
             source.write_pixels(path, files, video, metadata)
@@ -228,12 +229,14 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
     threads = (
         source.THREADS if args.vae == "none" else 1
     )  # a thread keeps all latents of its video in memory
-    size, hidden = ROUND * world_size(), rank() != 0 or not todo
+    size = ROUND * world_size()
+    hidden = rank() != 0 or not todo
     with Bar(
         total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden
     ) as bar:
         for first in range(0, len(todo), size):
-            part, corrupt = todo[first : first + size], []
+            part = todo[first : first + size]
+            corrupt = []
             for video, is_readable in source.write_each(
                 part[rank() :: world_size()], cache, threads
             ):
@@ -246,7 +249,8 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
 
 def encode_video(vae, device, files, video, with_flips):
     """{name: float16 (T, C, h, w)} of a video's cache file. Raises UnreadableError."""
-    chunks, parts = read_all_frames(files.root, video, CHUNK), defaultdict(list)
+    chunks = read_all_frames(files.root, video, CHUNK)
+    parts = defaultdict(list)
     for frames in source.in_threads(
         lambda _: files.fit(next(chunks)), range(0, video.num_frames, CHUNK), threads=1
     ):

@@ -65,12 +65,16 @@ class Progress:
     ema_start: int = 0  # the step at which the average of the weights began: see optim.ema_decay
 
     def count_step(self, batch_size, flops_per_clip):
-        self.step, self.position = self.step + 1, self.position + batch_size
+        self.step = self.step + 1
+        self.position = self.position + batch_size
         self.flops += batch_size * flops_per_clip
 
     def begin_phase(self):
         """Start another phase at this step, with its own stream and best loss."""
-        self.first_step, self.position, self.best_loss, self.best_step = self.step, 0, math.inf, -1
+        self.first_step = self.step
+        self.position = 0
+        self.best_loss = math.inf
+        self.best_step = -1
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -114,13 +118,15 @@ class Writer:
     def __init__(self, folder):
         self.path = Path(folder, "checkpoints", "latest.pt")
         self.copies = {}  # {place in the state: tensor on the CPU}, memory that all checkpoints of the run reuse
-        self.thread, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing = None
 
     def write(self, state, names, before, after):
         """Save a state as latest.pt and under `names`, between before() and after(). All ranks call this."""
         self.wait()
         self.check_memory(state)
-        state, copied = tree_map_with_path(self.copy, state), None
+        state = tree_map_with_path(self.copy, state)
+        copied = None
         if distributed.rank() != 0:
             return
         if torch.cuda.is_available():
@@ -219,12 +225,14 @@ def load(path, parts=PARTS, model=None, ebm=None):
 
 def load_inflated(args):
     """The dict of a checkpoint that --inflate makes of an image model's EMA weights. Raises UserError."""
-    path, flag = args.inflate, f"--inflate {args.inflate}"
+    path = args.inflate
+    flag = f"--inflate {args.inflate}"
     try:
         state = load(path, ["ema"], args.model, args.ebm)
     except UserError as error:
         raise UserError(f"{flag}: {str(error).removeprefix(f'--ckpt {path}: ')}") from error
-    config, data = config_of(flag, state, args.model), state["config"]["data"]
+    config = config_of(flag, state, args.model)
+    data = state["config"]["data"]
     if (config.num_frames, config.temporal_patch_size) != (1, 1):
         raise UserError(
             f"{flag}: holds a video model, expected an image model (for a video model, use --ckpt)"
@@ -287,7 +295,8 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
 
     model, video, checks: see `config_of`.
     """
-    part, flag = "ema" if use_ema else "model", f"--ckpt {path}"
+    part = "ema" if use_ema else "model"
+    flag = f"--ckpt {path}"
     state = load(path, [part], model, checks.get("ebm"))
     config = config_of(flag, state, model, video, **checks)
     if not use_ema and state["model"] is state["ema"]:
@@ -392,7 +401,8 @@ def check(flag, saved, **asked):
         raise UserError(f"{flag}: {'trained with --use-rope: add it' if saved.use_rope else fixed}")
     if saved.use_rope:
         asked.pop("num_frames", None)  # no weight depends on it
-    got, expected = model_name(**asdict(saved)), model_name(**asdict(saved) | asked)
+    got = model_name(**asdict(saved))
+    expected = model_name(**asdict(saved) | asked)
     if got != expected:
         advice = "remove --model, --depth, --hidden-size and --num-heads: the checkpoint has them"
         raise UserError(f"{flag}: holds {got}, --model is {expected}: {advice}")
@@ -469,13 +479,15 @@ def find_start(args, name):
         check_began_from(start, args, Path(ckpt))
     if start.resumes or not ckpt:
         return start
-    start.path, start.inflates = Path(ckpt), bool(args.inflate)
+    start.path = Path(ckpt)
+    start.inflates = bool(args.inflate)
     start.state = start.read(args)
     if not args.new_classes:
         check_optimizer(start, args)
     if distributed.rank() == 0:
         start.sha256 = start_weights(args, args.model)[0]
-    state, step = start.state, start.state["step"]
+    state = start.state
+    step = start.state["step"]
     check_last_step(args, step, least=step + 1)
     start.progress = Progress(
         step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"]
@@ -494,7 +506,8 @@ def check_optimizer(start, args):
 
 def find_resumed(args, name, ckpt=None, read=load):
     """The Start at the newest run of that name, locked, if --resume or a restart asks for it; else from scratch."""
-    folder, start = newest_run(args.results_dir, name), Start(Progress())
+    folder = newest_run(args.results_dir, name)
+    start = Start(Progress())
     if folder is None and args.resume:
         similar = "" if ckpt else name_similar(args.results_dir, name)
         say(
@@ -507,9 +520,11 @@ def find_resumed(args, name, ckpt=None, read=load):
         lock(folder)
         remove_temporary_files(folder)
     check_not_deleted(folder)
-    start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read)
+    start.folder = folder
+    (start.path, start.state) = newest_checkpoint(folder, read)
     if state := start.state:
-        start.resumes, start.bad_videos = True, state["run"]["bad_videos"]
+        start.resumes = True
+        start.bad_videos = state["run"]["bad_videos"]
         start.unlogged = deepcopy(
             state["run"]["window"]
         )  # or the file would stay open during the run
@@ -561,7 +576,8 @@ def start_weights(args, model):
 
 def check_not_deleted(folder):
     """Raise UserError if the run has saved checkpoints and all are gone. A run killed before it saved starts over."""
-    place, metrics = Path(folder, "checkpoints"), Path(folder, "metrics.jsonl")
+    place = Path(folder, "checkpoints")
+    metrics = Path(folder, "metrics.jsonl")
     rows = read_metrics(metrics)[0] if metrics.exists() else []
     if (
         rows
@@ -576,7 +592,8 @@ def check_not_deleted(folder):
 
 def newest_checkpoint(folder, read=load):
     """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one. Names damaged ones."""
-    intact, latest = [], Path(folder, "checkpoints", "latest.pt")
+    intact = []
+    latest = Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
         try:
             intact.append((path, read(path)))

@@ -219,26 +219,24 @@ def check_flags(args):
 
 def find_real(args, samples, detector):
     """(Clips of the real videos, training videos, Truth, the manifest without its values). Raises UserError."""
-    metric, T, images = args.metric, samples.num_frames, samples.num_frames == 1
+    metric = args.metric
+    T = samples.num_frames
+    images = samples.num_frames == 1
     check_data_path(args.data_path, images, cached=False)
     about = detector and frechet.check_detector(
         args.detector, detector, metric, T, samples.image_size
     )
-    split, share, count = (
-        args.split or manifest.SPLITS.get(metric, "val"),
-        args.val_fraction,
-        args.num_real,
-    )
+    split = args.split or manifest.SPLITS.get(metric, "val")
+    share = args.val_fraction
+    count = args.num_real
     if metric == "prediction":
         split, share, count = (
             samples.about["real"][name] for name in ("split", "val_fraction", "num_clips")
         )
     elif metric == "classifier":
         T = min(T, classifier.MOST_FRAMES)
-    count, which = (
-        count or NUM_REAL.get(metric),
-        (split, share, T, samples.time_scale, samples.image_size),
-    )
+    count = count or NUM_REAL.get(metric)
+    which = (split, share, T, samples.time_scale, samples.image_size)
     clips, training, real = sources.find_real(
         args.data_path, *which, samples.source.get("checkpoint"), images
     )
@@ -307,7 +305,8 @@ def run(args, samples, real, detector, old, device):
         "threads": torch.get_num_threads(),
     }
     new |= {"values": values, "result": result, "machine": machine}
-    new["real"]["bad_videos"], comparison = corrupt, None
+    new["real"]["bad_videos"] = corrupt
+    comparison = None
     if old:
         new["repeats"], comparison = manifest.compare(args.manifest, old, new, args.tolerance)
     manifest.write_manifest(out, new)
@@ -320,7 +319,9 @@ def run(args, samples, real, detector, old, device):
 
 @one_line_errors()
 def main():
-    args, old, jobs = parse_args(), None, []
+    args = parse_args()
+    old = None
+    jobs = []
     with cli.wrong_input():
         if args.manifest:
             args, old = repeat_flags(args)

@@ -207,14 +207,15 @@ def open_checkpoint(args):
     names = ("model", "video", "use_rope", "ebm", "objective", "temporal_patch_size", "num_classes")
     checks = {name: getattr(args, name) for name in names}
     model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
-    data, training = config["data"], config["training"]
-    trained, forcing = (
-        training["num_frames"],
-        training.get("forcing", 0.0),
-    )  # published models: none
+    data = config["data"]
+    training = config["training"]
+    # published models: none
+    trained = training["num_frames"]
+    forcing = training.get("forcing", 0.0)
     if trained <= model.config.temporal_patch_size:
         forcing = 0.0  # training never forces clips of one temporal patch
-    num_frames, time_scale = args.num_frames or trained, args.time_scale or data["time_scale"]
+    num_frames = args.num_frames or trained
+    time_scale = args.time_scale or data["time_scale"]
     if args.fps:
         time_scale = 1 / args.fps
     values = {"precision": resolve_precision(args.precision, energy=model.config.ebm != "none")}
@@ -282,7 +283,8 @@ def say_plan(args, plan):
         f"{args.sampler}, {plural(count_evaluations(sampling_settings(args)), 'evaluation')}{size}"
     )
     windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
-    model, frames = model_name(**asdict(plan.model.config)), plural(plan.trained_frames, "frame")
+    model = model_name(**asdict(plan.model.config))
+    frames = plural(plan.trained_frames, "frame")
     model = f"{model}, step {plan.step}, trained on {frames}"
     guidance = f"guidance {args.cfg_scale:g}" + (f" by {args.weak_ckpt}" if plan.weak else "")
     say(f"{args.ckpt}: {model}; samples of {plan.num_frames}{windows} by {sampler}, {guidance}")
@@ -296,7 +298,8 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
     By default a window has at least the frames and the duration of the longest training clip. Without forcing, or with
     --rope-scale, which squeezes all frames into the trained span, one window covers the video.
     """
-    usual, patch = num_frames, config.temporal_patch_size
+    usual = num_frames
+    patch = config.temporal_patch_size
     if forcing and args.rope_scale == "none":
         stretch = data["longest_time_scale"] / time_scale if config.use_rope else 1
         usual = max(
@@ -440,11 +443,9 @@ def generate(
     Yields for each window of each batch: the samples' indices, the number of the first new frame, the new frames uint8
     (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without `energy`.
     """
-    starts, most, settings = (
-        plan.window_starts,
-        count_evaluations(settings),
-        settings | {"start_gamma": init_gamma},
-    )
+    starts = plan.window_starts
+    most = count_evaluations(settings)
+    settings = settings | {"start_gamma": init_gamma}
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     total = len(batches) * len(starts) * most
     with Bar(
@@ -460,12 +461,11 @@ def generate(
             condition = Condition.of(plan.labels[batch], plan.model.config).to(device)
             time_scale = torch.tensor([plan.time_scales[index] for index in batch], device=device)
             clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
-            details, tail = given and Details(clips, mask, keep_background), None
+            details = given and Details(clips, mask, keep_background)
+            tail = None
             for number, start in enumerate(starts):
-                end, x = (
-                    bar.n + most,
-                    initial_latents(plan, batch, seed, device, init, init_gamma, number),
-                )
+                end = bar.n + most
+                x = initial_latents(plan, batch, seed, device, init, init_gamma, number)
                 inputs = (
                     plan,
                     x,
@@ -475,7 +475,8 @@ def generate(
                 )
                 latents, *counts = sample_window(*inputs, settings, energy, strict, step)
                 bar.update(end - bar.n)  # samples may all stop early
-                tail, first = latents[:, :, -plan.overlap :], plan.overlap if number else 0
+                tail = latents[:, :, -plan.overlap :]
+                first = plan.overlap if number else 0
                 videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
                 yield (
                     batch,
@@ -494,15 +495,15 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
     if masked and masked["mask"].all():  # nothing to sample
         return masked["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
     settings = dict(settings)
-    precision, guidance = settings.pop("precision"), settings.pop("guidance")
-    model, weak = plan.model, plan.weak
+    precision = settings.pop("precision")
+    guidance = settings.pop("guidance")
+    model = plan.model
+    weak = plan.weak
     if model.config.objective != "eqm":
         settings |= {"objective": model.config.objective, "shift": plan.gamma_shift}
     by = condition, time_scale, 1.0 if condition.is_null() and weak is None else guidance
-    field, energy_of = (
-        guided(model, *by, weak),
-        energy and guided(model.energy, *by, weak and weak.energy),
-    )
+    field = guided(model, *by, weak)
+    energy_of = energy and guided(model.energy, *by, weak and weak.energy)
     energies = (
         torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device) if energy else None
     )
@@ -534,10 +535,8 @@ def masked_part(plan, x, start, clips, mask, tail):
     """
     if mask is None and tail is None:
         return {}
-    latents, masked = (
-        torch.zeros_like(x),
-        torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device),
-    )
+    latents = torch.zeros_like(x)
+    masked = torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
     if mask is not None:
         masked[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
         if len(
@@ -545,7 +544,8 @@ def masked_part(plan, x, start, clips, mask, tail):
         ):  # encoding takes long, so only given frames
             latents[:, :, used] = plan.vae.encode(clips[:, :, start + used])
     if tail is not None:
-        latents[:, :, : plan.overlap], masked[:, : plan.overlap] = tail, True
+        latents[:, :, : plan.overlap] = tail
+        masked[:, : plan.overlap] = True
     return {"given": latents, "mask": masked[:, None, :, None, None]}
 
 

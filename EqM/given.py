@@ -25,7 +25,9 @@ class ClipReader:
     """
 
     def __init__(self, plan, clips, frames, indices, per_clip=1):
-        self.plan, self.clips, self.frames = plan, clips, frames
+        self.plan = plan
+        self.clips = clips
+        self.frames = frames
         self.numbers = [
             index // per_clip % len(clips) for index in range(len(plan.labels))
         ]  # each sample's clip
@@ -35,11 +37,11 @@ class ClipReader:
 
     def read_clip(self, number):
         """Return the frames to read, uint8 (3, T, H, W) with the others black, and a mask (T,) of them."""
-        T, size, frames = self.plan.num_frames, self.plan.image_size, list(self.frames[number])
-        clip, mask = (
-            torch.zeros(3, T, size, size, dtype=torch.uint8),
-            torch.zeros(T, dtype=torch.bool),
-        )
+        T = self.plan.num_frames
+        size = self.plan.image_size
+        frames = list(self.frames[number])
+        clip = torch.zeros(3, T, size, size, dtype=torch.uint8)
+        mask = torch.zeros(T, dtype=torch.bool)
         clip[:, frames] = self.clips[number].read(frames, self.plan.time_scale, size)
         mask[frames] = True
         return clip, mask
@@ -93,8 +95,10 @@ def open_given(args, plan, clips, indices):
 
 def choose_frames(args, plan, clip):
     """Return the numbers of the given frames, which are the same in the clip and the sample. Raises UserError."""
-    T, config = plan.num_frames, plan.model.config
-    unit, count = config.level_frames, min(clip.count(plan.time_scale), config.whole_levels(T // 2))
+    T = plan.num_frames
+    config = plan.model.config
+    unit = config.level_frames
+    count = min(clip.count(plan.time_scale), config.whole_levels(T // 2))
     frames = args.given_frames or tuple(range(count // unit * unit))
     if count < unit and not frames:
         raise UserError(
@@ -103,10 +107,8 @@ def choose_frames(args, plan, clip):
     if not frames or not set(frames) < set(range(T)):
         got = f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}"
         raise UserError(f"{got}; expected some of them, but not all")
-    patches, end = (
-        {frame // unit for frame in frames},
-        T if plan.window == T else math.ceil(T / unit) * unit,
-    )
+    patches = {frame // unit for frame in frames}
+    end = T if plan.window == T else math.ceil(T / unit) * unit
     if set(frames) != {frame for frame in range(end) if frame // unit in patches}:
         why = f"splits a temporal patch of {unit} frames, which has one noise level in --objective {config.objective}"
         raise UserError(
@@ -119,9 +121,12 @@ class DrawnClip:
     """A clip of a data folder, drawn from a Clips as in evaluate.py. Has the interface of video.inputs.InputClip."""
 
     def __init__(self, flag, clips, index):
-        self.flag, self.clips, self.index = flag, clips, index
+        self.flag = flag
+        self.clips = clips
+        self.index = index
         video, _, self.seconds = clips.draw(index)
-        self.path, self.class_name = video.path, video.class_name
+        self.path = video.path
+        self.class_name = video.class_name
 
     def __str__(self):
         return f"{self.path}, clip {self.index}"
@@ -146,11 +151,9 @@ class Details:
     """
 
     def __init__(self, clips, mask, keep_background=True):
-        self.real, self.mask, self.keep_background = (
-            clips.permute(0, 2, 3, 4, 1),
-            mask,
-            keep_background,
-        )
+        self.real = clips.permute(0, 2, 3, 4, 1)
+        self.mask = mask
+        self.keep_background = keep_background
         # The last given frame so far: (decoded, as read, whether it is given), (n, 1, ...); empty at first.
         self.before = self.real[:, :0], self.real[:, :0], mask[:, :0]
 
@@ -163,11 +166,14 @@ class Details:
         decoded, real, mask = (
             torch.cat(pair, dim=1) for pair in zip(self.before, own, strict=True)
         )
-        nearest, rows = nearest_given(mask), torch.arange(len(videos), device=videos.device)
+        nearest = nearest_given(mask)
+        rows = torch.arange(len(videos), device=videos.device)
         detailed = []
         for t in range(decoded.shape[1] - videos.shape[1], decoded.shape[1]):
             place = rows, nearest[:, t]
-            before, frame = decoded[place].float(), decoded[:, t].float()  # (n, H, W, 3)
+            # (n, H, W, 3)
+            before = decoded[place].float()
+            frame = decoded[:, t].float()
             change = (frame - before).abs().amax(dim=-1, keepdim=True)
             static = (
                 torch.exp(-((change / STATIC) ** 2)) * mask[place][:, None, None, None]

@@ -33,7 +33,8 @@ def inflate(
     model with fixed positions; others keep their own. time_scale: seconds per frame in the image model's training.
     Raises ValueError if the model or num_frames don't fit rotary time or the temporal patch.
     """
-    pt, time = temporal_patch_size or config.patch_size, {}
+    pt = temporal_patch_size or config.patch_size
+    time = {}
     if not config.use_rope:
         split = f"{split_head(config.head_dim)[0]},0,0"
         time = {

@@ -35,7 +35,9 @@ GRAD_CHECKPOINTS = (
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 PLAIN_TOKENS = 512  # see attend
 FEATURES = 256  # sinusoidal features of a number, see NumberEmbedder
-LARGEST_COUNT, MOST_WEIGHTS = 2**20, 2**36  # a hundred times EqM-XL; more is a typing error
+# a hundred times EqM-XL; more is a typing error
+LARGEST_COUNT = 2**20
+MOST_WEIGHTS = 2**36
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ class EqMConfig:
 
     def flops(self, num_frames):
         """Count the FLOPs of one forward pass of one clip: matrix products and attention, 2 per multiply-add."""
-        N, D = math.prod(self.grid(num_frames)), self.hidden_size
+        N = math.prod(self.grid(num_frames))
+        D = self.hidden_size
         levels = (
             self.grid(num_frames)[0] if self.objective == "flow" else 1
         )  # each is told, if frames differ
@@ -185,10 +188,8 @@ class EqMConfig:
 
     def training_flops(self, num_frames, grad_checkpoint=None):
         """Count the FLOPs of a training step of one clip: backward is twice forward, and an energy doubles both."""
-        once, fc1 = (
-            self.flops(num_frames),
-            8 * math.prod(self.grid(num_frames)) * self.hidden_size**2,
-        )
+        once = self.flops(num_frames)
+        fc1 = 8 * math.prod(self.grid(num_frames)) * self.hidden_size**2
         again = {None: 0, "full": once, "selective": self.depth * fc1}[grad_checkpoint]
         return 3 * once + again if self.ebm == "none" else 6 * once
 
@@ -282,18 +283,23 @@ def attend(q, k, v):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, self.num_heads = config.hidden_size, config.num_heads
-        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        D = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
         norm = partial(HeadNorm, config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm = norm()
+        self.k_norm = norm()
 
     def forward(self, x, rotary=None):
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+            q = apply_rotary(q, *rotary)
+            k = apply_rotary(k, *rotary)
         x = attend(q, k, v)  # (B, h, N, d)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
@@ -462,12 +468,15 @@ class EqM(nn.Module):
 
     def predict(self, x, y, time_scale, gamma=None):
         """Return the network's output (B, C, T, H, W) and the last block's activations (B, N, D)."""
-        config, T = self.config, x.shape[2]
+        config = self.config
+        T = x.shape[2]
         config.check_num_frames(T)
         assert (gamma is None) == (self.gamma_embedder is None), "only objective flow is told gamma"
         if time_scale is None:
             time_scale = torch.full((len(x),), 1 / REFERENCE_FPS, device=x.device)
-        grid, pt, p = config.grid(T), config.temporal_patch_size, config.patch_size
+        grid = config.grid(T)
+        pt = config.temporal_patch_size
+        p = config.patch_size
         if padding := grid[0] * pt - T:
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
 
@@ -507,7 +516,8 @@ class EqM(nn.Module):
                 tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, rotary, recompute == "selective")
-        f, (t, h, w) = self.final_layer(tokens, condition), grid
+        f = self.final_layer(tokens, condition)
+        (t, h, w) = grid
         f = rearrange(
             f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p
         )
@@ -531,7 +541,8 @@ def position_table(config):
     Videos have 2 * floor(D / 6) channels each for time, height and width, sines first, then zeros. Images, and videos
     with use_rope, have the 2D table of MAE and the published models: the first half of the channels is for the width.
     """
-    (time, *space), D = config.grid(config.num_frames), config.hidden_size
+    (time, *space) = config.grid(config.num_frames)
+    D = config.hidden_size
     is_flat = config.use_rope or config.num_frames == config.temporal_patch_size == 1
     sizes, channels = (space, D // 2) if is_flat else ((time, *space), 2 * (D // 6))
     places = torch.cartesian_prod(

@@ -47,7 +47,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        weights, lr = group["params"], group["lr"]
+        weights = group["params"]
+        lr = group["lr"]
         gradients = [weight.grad for weight in weights]
         for weight in weights:
             if not self.state[weight]:
@@ -64,7 +65,8 @@ class Muon(torch.optim.Optimizer):
 
     def broadcast(self, step_of, weights):
         """Yield (index, orthogonalized step_of(index)) of each matrix, where all ranks hold full weights."""
-        results, transfers = [], []
+        results = []
+        transfers = []
         for owner, indices in self.batches:
             if self.ranks == 1 or owner == distributed.rank():
                 results.append(
@@ -85,7 +87,8 @@ class Muon(torch.optim.Optimizer):
 
     def scattered(self, step_of, weights):
         """Yield the same for sharded weights: gather one matrix at a time; only its owner keeps the full tensor."""
-        gathered, own = [], {}
+        gathered = []
+        own = {}
         for owner, indices in self.batches:
             steps = [
                 step.bfloat16()
@@ -102,7 +105,8 @@ class Muon(torch.optim.Optimizer):
 
 def assign(shapes, ranks):
     """Assign matrices to ranks by work. Returns [(rank, indices of its matrices of one shape)]."""
-    work, batches = [0] * ranks, {}
+    work = [0] * ranks
+    batches = {}
     costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
     for index in sorted(range(len(shapes)), key=costs.__getitem__, reverse=True):
         owner = work.index(min(work))  # the rank with the least work so far

@@ -76,10 +76,13 @@ def check_run(args):
     check_data_path(args.data_path, images=not args.video)
     start = checkpoint.find_start(args, run_name(args))
     args, vae = resolve_latents(args, start)
-    config, data, phases = make_config(args, vae, start), None, args.frames_schedule
+    config = make_config(args, vae, start)
+    data = None
+    phases = args.frames_schedule
     args = resolve_settings(args, start, config)
     if phases:
-        batch, parts = args.global_batch_size, world_size() * args.grad_accum
+        batch = args.global_batch_size
+        parts = world_size() * args.grad_accum
         phases = fill_batches(
             phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts
         )
@@ -89,7 +92,8 @@ def check_run(args):
         data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
         phases = phases or [only_phase(args, start.progress, data)]
-        step, last_step = start.progress.step, phases[-1].last_step
+        step = start.progress.step
+        last_step = phases[-1].last_step
         past = f"the checkpoint is at step {step}, these epochs end at step {last_step}; give more"
         refuse_if(args, "epochs", args.epochs and step > last_step, past)
     return args, start, vae, config, data, phases
@@ -172,7 +176,9 @@ def check_flags(args):
     )
     if args.wandb:
         import_wandb()
-    schedule, batch, last = args.frames_schedule, args.global_batch_size, args.max_steps or math.inf
+    schedule = args.frames_schedule
+    batch = args.global_batch_size
+    last = args.max_steps or math.inf
     refuse_if(
         args,
         "mix",
@@ -218,11 +224,10 @@ def check_flags(args):
         fixed,
         "starts a video model with rotary positions; add --video and --use-rope",
     )
-    parts, ranks = (
-        world_size() * args.grad_accum,
-        f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}",
-    )
-    uneven, alone = batch % parts and not schedule, args.disp and batch == parts
+    parts = world_size() * args.grad_accum
+    ranks = f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
+    uneven = batch % parts and not schedule
+    alone = args.disp and batch == parts
     refuse_if(
         args, "global_batch_size", uneven, f"not a multiple of {ranks}; use a multiple of {parts}"
     )
@@ -242,7 +247,8 @@ def check_optimizer_flags(args):
 
 def resolve_latents(args, start):
     """(flags with --vae, --image-size and --no-flip, the VAE). The latent cache or the checkpoint gives defaults."""
-    cache, kept = latents_settings(args.data_path, images=not args.video), start.config["data"]
+    cache = latents_settings(args.data_path, images=not args.video)
+    kept = start.config["data"]
     owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
     if cache:
         differs = args.image_size not in (None, cache["image_size"])
@@ -282,7 +288,8 @@ def resolve_latents(args, start):
 
 def make_config(args, vae, start):
     """The EqMConfig of this run without its classes, from the flags or from a checkpoint that agrees with them."""
-    model, size = args.model or DEFAULT_MODEL, args.image_size
+    model = args.model or DEFAULT_MODEL
+    size = args.image_size
     unit = vae.downsample * (1 if start.state else model_shape(model)["patch_size"])
     near = size // unit * unit or unit
     refuse_if(
@@ -316,7 +323,8 @@ def make_config(args, vae, start):
 
 def resolve_settings(args, start, config):
     """Flags with the values that depend on the checkpoint, the model and the machine. Raises UserError."""
-    trained, usual = start.config["training"], MUON_DECAY if args.optimizer == "muon" else 0.0
+    trained = start.config["training"]
+    usual = MUON_DECAY if args.optimizer == "muon" else 0.0
     decays = args.weight_decay, start.kept("weight_decay"), usual
     if args.shard and world_size() == 1:
         say("note: --shard: with one rank, nothing is sharded")
@@ -335,7 +343,8 @@ def resolve_settings(args, start, config):
         weight_decay=next(decay for decay in decays if decay is not None),
         **generation.resolve_sampler(args, trained, config.objective),
     )
-    has_energy, in_fp16 = config.ebm != "none", args.precision == "fp16"
+    has_energy = config.ebm != "none"
+    in_fp16 = args.precision == "fp16"
     refuse_if(
         args,
         "compile",
@@ -352,7 +361,8 @@ def resolve_settings(args, start, config):
         "--precision fp16 already does that; remove it",
     )
     for name, skill in (("forcing", "given frames"), ("forcing_regions", "how to heal regions")):
-        before, now = 0 if start.resumes else trained.get(name), getattr(args, name)
+        before = 0 if start.resumes else trained.get(name)
+        now = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
         if before and not now:
             say(
@@ -390,10 +400,8 @@ def only_phase(args, progress, data):
 
 def fit_classes(args, config, start, classes):
     """The config with the classes of the data. Raises UserError if the checkpoint has others."""
-    num_classes, before = (
-        args.num_classes or len(classes),
-        start.config["data"].get("classes", classes),
-    )
+    num_classes = args.num_classes or len(classes)
+    before = start.config["data"].get("classes", classes)
     refuse_if(
         args,
         "num_classes",
@@ -401,7 +409,8 @@ def fit_classes(args, config, start, classes):
         f"expected at least the {len(classes)} of --data-path",
     )
     if args.new_classes and not start.resumes:
-        known, count = len(set(before) & set(classes)), plural(len(classes), "class")
+        known = len(set(before) & set(classes))
+        count = plural(len(classes), "class")
         say(
             f"--new-classes: {start.path} has {known} of your {count}; others start from the embedding of 'no class'"
         )
@@ -428,10 +437,9 @@ def fit_classes(args, config, start, classes):
 
 def with_new_classes(state, classes, num_classes):
     """The dict of a checkpoint with other classes, for --new-classes. The optimizer starts from scratch."""
-    before, table = (
-        state["config"]["data"]["classes"],
-        "y_embedder.embedding_table.weight",
-    )  # its last row: no class
+    # its last row: no class
+    before = state["config"]["data"]["classes"]
+    table = "y_embedder.embedding_table.weight"
     rows = [before.index(name) if name in before else -1 for name in classes] + [-1] * (
         num_classes + 1 - len(classes)
     )
@@ -455,7 +463,8 @@ def make_run_config(args, config, phase, data, vae):
     training = vars(args) | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size}
     if args.frames_schedule:
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
-    count, videos = phase.num_frames, data.train[phase.num_frames]
+    count = phase.num_frames
+    videos = data.train[phase.num_frames]
     shortest, longest = (  # median seconds between two frames of a clip
         statistics.median_low(
             fitting_interval(video, count, interval) / video.fps for video in videos
@@ -478,7 +487,8 @@ def make_run_config(args, config, phase, data, vae):
 
 def note_changes(start, run_config, run):
     """Log the typed flags that changed in a resumed run, also to the metrics, and keep its previous config."""
-    before, now = start.config["training"], run_config["training"]
+    before = start.config["training"]
+    now = run_config["training"]
     typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - UNREPORTED
     changes = [
         f"{name} {before[name]} -> {now[name]}"
@@ -496,7 +506,8 @@ def note_changes(start, run_config, run):
 
 def log_run(log, args, folder, config, model, data, steps, device):
     """Log the model, the data and the machine. steps: the first and the last step."""
-    size, ranks = sum(map(torch.numel, model.parameters())) / 1e6, f"{world_size()} x {device.type}"
+    size = sum(map(torch.numel, model.parameters())) / 1e6
+    ranks = f"{world_size()} x {device.type}"
     name = f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}, objective {config.objective}"
     log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
     log_data(log, args, data)
@@ -518,19 +529,17 @@ def log_skipped(log, data):
 
 def log_data(log, args, data):
     """Log the number of training files, the validation files, and notes. datasets/check.py prints the same."""
-    most, interval, kind = (
-        max(data.train),
-        args.frame_interval[-1],
-        "video" if args.video else "image",
-    )
-    train, val = plural(len(data.train[most]), kind), [video.path for video in data.val[most]]
-    classes, named = plural(len(data.scan.classes), "class"), name_some(val, 6)
+    most = max(data.train)
+    interval = args.frame_interval[-1]
+    kind = "video" if args.video else "image"
+    train = plural(len(data.train[most]), kind)
+    val = [video.path for video in data.val[most]]
+    classes = plural(len(data.scan.classes), "class")
+    named = name_some(val, 6)
     log(f"training: {train} in {classes}; validation: {plural(len(val), kind)}, {named}")
     for num_frames, videos in data.train.items():
-        clips, count = (
-            f"clips of {plural(num_frames, 'frame')}",
-            plural(len(videos), f"training {kind}"),
-        )
+        clips = f"clips of {plural(num_frames, 'frame')}"
+        count = plural(len(videos), f"training {kind}")
         if missing := sorted({*data.scan.classes} - {video.class_name for video in videos}):
             log(
                 f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't be learned; add some"
@@ -551,7 +560,9 @@ def resolve_sampling(args):
     check_sampling(args)
     if args.init_gamma is None:
         args = args.resolve(init_gamma=0.0 if args.init is None else 0.5)
-    frames, runs, found = list(dict.fromkeys(args.num_frames or [None])), [], []
+    frames = list(dict.fromkeys(args.num_frames or [None]))
+    runs = []
+    found = []
     for num_frames in frames:
         folder = (
             args.folder if len(frames) == 1 else f"{os.path.normpath(args.folder)}-f{num_frames}"
@@ -687,7 +698,8 @@ def check_vae_run(args):
     check_optimizer_flags(args)
     count = int(math.log2(args.downsample)) + 1
     args = args.resolve(widths=args.widths or [16, 32, 64, 128][:count])
-    unit, ranks = args.downsample, world_size()
+    unit = args.downsample
+    ranks = world_size()
     refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of --downsample {unit}")
     refuse_if(
         args,

@@ -32,7 +32,8 @@ LOCAL_FLAGS = {
 
 def write_export(folder, state, dtype, card, vae=None):
     """Write the EMA weights, config.json, a card and a copy of the model's own `vae` to a folder, all or nothing."""
-    folder, config = Path(os.path.abspath(folder)), state["config"]
+    folder = Path(os.path.abspath(folder))
+    config = state["config"]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
     training = {
@@ -61,7 +62,8 @@ def write_export(folder, state, dtype, card, vae=None):
 
 def read_export(folder):
     """(config, float32 weights, the same weights, step, format version) of an exported folder. Raises UserError."""
-    flag, (weights, about) = f"--ckpt {folder}", (Path(folder, name) for name in EXPORT)
+    flag = f"--ckpt {folder}"
+    (weights, about) = (Path(folder, name) for name in EXPORT)
     if missing := [path.name for path in (weights, about) if not path.is_file()]:
         files = [
             *Path(folder).glob("checkpoints/best.pt"),
@@ -101,10 +103,8 @@ def published_parts(state):
         return state, state, {}
     if not isinstance(state, dict) or {"version", "config"} & state.keys():
         return None
-    networks, args = (
-        [state[name] for name in ("model", "ema") if is_network(state.get(name))],
-        state.get("args") or {},
-    )
+    networks = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
+    args = state.get("args") or {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return (networks[0], networks[-1], args) if networks else None
 
@@ -168,7 +168,8 @@ def published_config(state, name, ebm):
 
 def convert_published(state, config):
     """A new state dict with our names and shapes, from published weights. Raises ValueError if they don't fit."""
-    state, table = dict(state), position_table(config)
+    state = dict(state)
+    table = position_table(config)
     theirs = state.pop("pos_embed")
     rounded = table.to(theirs.dtype).float()  # their file may be in half precision
     if theirs.shape != table.shape or not torch.allclose(theirs.float(), rounded, atol=1e-5):
@@ -179,7 +180,8 @@ def convert_published(state, config):
     state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(
         2
     )  # (D, C, 1, p, p)
-    values, C = config.values_per_token, config.in_channels
+    values = config.values_per_token
+    C = config.in_channels
     for name in (
         "final_layer.linear.weight",
         "final_layer.linear.bias",

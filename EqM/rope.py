@@ -33,7 +33,9 @@ class RotaryEmbedding3D(nn.Module):
 
     def __init__(self, head_dim, theta=10_000.0, split="", speed=0.0):
         super().__init__()
-        self.head_dim, self.theta, self.speed = head_dim, theta, speed
+        self.head_dim = head_dim
+        self.theta = theta
+        self.speed = speed
         self.split = split_head(head_dim, split)
         if not 0 <= speed <= 1000:
             raise ValueError(f"rope_speed must be in [0, 1000], got {speed}")
@@ -54,7 +56,9 @@ class RotaryEmbedding3D(nn.Module):
         and width are patch indices.
         """
         # Computed anew in each call: model.to(bfloat16) would convert a buffer, and bfloat16 lacks integers above 256.
-        B, (T, H, W), device = len(time_scale), grid, time_scale.device
+        B = len(time_scale)
+        (T, H, W) = grid
+        device = time_scale.device
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
         time = time[

@@ -46,10 +46,9 @@ from video.inputs import find_clips
 from video.samples import UNFINISHED, is_sample_folder, written_samples
 from video.writers import write_samples
 
-FRAMES, SAMPLES = (
-    cli.number(int, least=1, most=2**16),
-    cli.number(int, least=1, most=2**24),
-)  # more is a typing error
+# more is a typing error
+FRAMES = cli.number(int, least=1, most=2**16)
+SAMPLES = cli.number(int, least=1, most=2**24)
 RATE, SECONDS = (
     cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0]))
 )
@@ -182,7 +181,8 @@ def parse_args():
 def main():
     args = parse_args()
     try:
-        runs, of_split = preflight.resolve_sampling(args), args.given_split is not None
+        runs = preflight.resolve_sampling(args)
+        of_split = args.given_split is not None
         clips = [open_split(*run) if of_split else open_clips(*run) for run in runs]
         device = distributed.start()
         if of_split:
@@ -211,12 +211,10 @@ def open_split(args, plan):
 
 def open_clips(args, plan, split=None):
     """(this rank's indices, ClipReader of --given, of --init, description of a split). Raises UserError."""
-    indices, given, init, real = (
-        own_indices(args.num_samples, block=args.batch_size),
-        None,
-        None,
-        None,
-    )
+    indices = own_indices(args.num_samples, block=args.batch_size)
+    given = None
+    init = None
+    real = None
     if split is not None:
         drawn, real = split
         clips = [
@@ -279,8 +277,11 @@ def in_order(made, rounds):
 
 def write_folder(args, plan, parts, given, real):
     """Write the samples that `in_order` yields, previews and reports, and at last samples.json: how they were made."""
-    folder, names, previews = Path(args.folder), plan.names, not args.no_previews
-    evaluations, energies = torch.zeros(len(names), dtype=torch.int64), []
+    folder = Path(args.folder)
+    names = plan.names
+    previews = not args.no_previews
+    evaluations = torch.zeros(len(names), dtype=torch.int64)
+    energies = []
 
     def videos_of(parts):
         for indices, first, videos, spent, energy in parts:
@@ -333,7 +334,8 @@ def write_reports(args, names, evaluations, energies, windows):
     """Write tables and plots of each sample's evaluations (--stop-below) and energies (--report-energy)."""
     from scoring import plots  # matplotlib loads slowly
 
-    folder, most = Path(args.folder), (args.num_sampling_steps - 1) * windows
+    folder = Path(args.folder)
+    most = (args.num_sampling_steps - 1) * windows
     if args.stop_below is not None:
         rows = zip(range(len(names)), names, evaluations.tolist(), strict=True)
         write_csv(folder / "evaluations.csv", ["sample", "class", "evaluations"], rows)

@@ -40,7 +40,8 @@ def sample(
     """
     moving = torch.ones(len(x), device=x.device)  # the unmasked share of each sample
     if mask is not None:
-        x, full_field = torch.where(mask, given, x), field
+        x = torch.where(mask, given, x)
+        full_field = field
         moving = 1 - mask.flatten(1).float().mean(dim=1)
 
         def field(x, keep, *gamma):
@@ -70,7 +71,8 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
         if stop_below is not None:
             mean_square = f.square().flatten(1).mean(dim=1) / moving[keep]
             runs = ~(mean_square.sqrt() < stop_below)  # NaN is not an equilibrium
-            keep, f = keep[runs], f[runs]
+            keep = keep[runs]
+            f = f[runs]
             if len(keep) == 0:
                 break
         x[keep] += step_size * f
@@ -123,17 +125,16 @@ def guided(function, condition, time_scale, guidance, weak=None):
     null = condition.null()
 
     def field(x, keep, gamma=None):
-        y, scale = condition.y[keep], time_scale[keep]
+        y = condition.y[keep]
+        scale = time_scale[keep]
         told = {} if gamma is None else {"gamma": gamma.reshape(len(x), -1)}  # (b, 1) or (b, T)
         if guidance == 1:
             return function(x, y, scale, **told).float()
         if weak:
             f_weak, f = (own(x, y, scale, **told).float() for own in (weak, function))
             return f_weak + guidance * (f - f_weak)
-        both, told = (
-            torch.cat([null.y[keep], y]),
-            {name: value.repeat(2, 1) for name, value in told.items()},
-        )
+        both = torch.cat([null.y[keep], y])
+        told = {name: value.repeat(2, 1) for name, value in told.items()}
         f_null, f_condition = (
             function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2), **told).float().chunk(2)
         )

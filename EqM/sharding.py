@@ -51,7 +51,8 @@ def empty_network(config, mesh, device, precision):
     with torch.device("meta"):
         network = EqM(config)
     # With an energy only the root is sharded: with sharded blocks the double backward pass fails (torch 2.13)
-    splits, table = config.ebm == "none", network.y_embedder.embedding_table
+    splits = config.ebm == "none"
+    table = network.y_embedder.embedding_table
     for part in (table, *network.blocks, network) if splits else (network,):
         rounded = (
             MIXED.get(precision) if splits and part is not table else None

@@ -282,7 +282,8 @@ def main():
     device = distributed.start(distributed.STEP_TIME)
     args, start, vae, config, data, phases = preflight.share_run(found)
     progress = start.progress
-    last_step, lr_end = phases[-1].last_step, args.lr_decay_end or phases[-1].last_step
+    last_step = phases[-1].last_step
+    lr_end = args.lr_decay_end or phases[-1].last_step
     checkpoint.complete_names(start, phases, args.ckpt_every)
     if progress.step >= last_step and not start.unlogged:
         say(f"{start.folder} is finished at step {progress.step}")
@@ -318,7 +319,9 @@ def main():
         args.wandb,
         together=args.shard,
     )
-    log, metrics, stop = run.log, run.metrics, run.stop
+    log = run.log
+    metrics = run.metrics
+    stop = run.stop
     network = model if args.shard else distributed.parallel(model)
     remove_old = functools.partial(
         runs.keep_last, run.folder, args.keep_last, {phase.last_step for phase in phases}
@@ -352,7 +355,8 @@ def main():
             run.write_config(run_config)
             # A resumed run may log a step before it makes one
             set_learning_rates(optimizers, args, progress.step, lr_end)
-            clips, frames = plural(phase.batch_size, "clip"), plural(phase.num_frames, "frame")
+            clips = plural(phase.batch_size, "clip")
+            frames = plural(phase.num_frames, "frame")
             tokens = plural(math.prod(config.grid(phase.num_frames)), "token")
             log(f"to step {phase.last_step}: {clips} per step, {frames} = {tokens} each")
 
@@ -362,7 +366,8 @@ def main():
             while True:
                 # After new steps: sample periodically; log, validate and save periodically and at the end of a phase
                 if len(run.stats) and is_due(progress.step, phase.last_step, *periods):
-                    step, videos = progress.step, None
+                    step = progress.step
+                    videos = None
                     row = run.stats.summary(step, phase.batch_size)
                     row["train_loss_rel"] = row["train_loss"] / row.pop("target_square")
                     row |= device_stats(device, args.precision, row["tflops_per_s"])
@@ -387,7 +392,8 @@ def main():
                         )
                         log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
                         if row["val_loss"] < progress.best_loss:
-                            progress.best_loss, progress.best_step = row["val_loss"], step
+                            progress.best_loss = row["val_loss"]
+                            progress.best_step = step
                     if videos is not None:
                         write_previews(run.folder, step, metrics, previews, videos.numpy())
                     # Log before saving: a checkpoint must not be ahead of the metrics. Later rows are logged again.
@@ -412,7 +418,8 @@ def main():
                 # About once per second all ranks vote whether to stop or to save; resolve() reads the result.
                 stop.vote(save=run.wants_to_save(args.save_minutes))
                 set_learning_rates(optimizers, args, progress.step + 1, lr_end)
-                sums, files = Counter(), []
+                sums = Counter()
+                files = []
                 for micro_batch in range(1, args.grad_accum + 1):
                     batch = run.stats.next_batch(batches)
                     files += batch["videos"]
@@ -428,7 +435,8 @@ def main():
                         sums[name] += value.detach() / args.grad_accum
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                skip, loss_values = False, list(sums.values())
+                skip = False
+                loss_values = list(sums.values())
                 sums["grad_norm"] = full_tensor(
                     clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
                 )
@@ -470,7 +478,8 @@ def main():
 
 def training_losses(network, vae, batch, config, args, stream, device):
     """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero)."""
-    seed, indices = args.global_seed, batch["indices"].tolist()
+    seed = args.global_seed
+    indices = batch["indices"].tolist()
     x = vae.latents_of(
         batch["clips"].to(device, non_blocking=True), seed, stream, indices
     )  # (B, C, T, H, W)
@@ -510,10 +519,8 @@ def start_phase(args, data, phases, phase, progress, device):
     make = functools.partial(Clips, data.source, classes=data.scan.classes, frame_interval=interval)
     train = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
     train_clips = {n: make(videos, num_frames=n, **train) for n, videos in data.train.items()}
-    val_lengths, val = (
-        sorted({phase.num_frames, *args.val_frames}),
-        {"flip": False, "stream": "validation"},
-    )
+    val_lengths = sorted({phase.num_frames, *args.val_frames})
+    val = {"flip": False, "stream": "validation"}
     val_clips = {
         n: make(data.val[n], num_frames=n, spare=data.spare(n), **val) for n in val_lengths
     }
@@ -537,11 +544,12 @@ def start_phase(args, data, phases, phase, progress, device):
 
 def sample_ema(plan, args, device, stop):
     """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all. Raises Interrupted."""
-    indices, videos = (
-        list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples),
-        [],
+    indices = (
+        list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples)
     )
-    settings, seed = sampling_settings(args), args.global_seed
+    videos = []
+    settings = sampling_settings(args)
+    seed = args.global_seed
     made = generate(
         plan, indices, seed, device, settings, strict=False, before_evaluation=stop.check
     )
@@ -549,18 +557,23 @@ def sample_ema(plan, args, device, stop):
         videos = [clips.cpu() for _, _, clips, _, _ in made]
     stop.resolve()
     if args.shard and rank() != 0:
-        indices, videos = [], []
+        indices = []
+        videos = []
     return distributed.collect(indices, torch.cat(videos) if videos else torch.empty(0))
 
 
 def write_previews(folder, step, metrics, plan, videos):
     """Write samples uint8 (N, T, H, W, 3) as a sheet, mp4 and GIF, also to TensorBoard. Raises UserError."""
-    path, fps, gif, mp4 = folder / "samples" / f"{step:07d}", 1 / plan.time_scale, None, None
+    path = folder / "samples" / f"{step:07d}"
+    fps = 1 / plan.time_scale
+    gif = None
+    mp4 = None
     with cli.writing(path.with_suffix(".png")):
         path.parent.mkdir(exist_ok=True)
         write_sheet(path.with_suffix(".png"), videos, plan.names, labels=plan.labels)
         if videos.shape[1] > 1:
-            gif, mp4 = io.BytesIO(), path.with_suffix(".mp4")
+            gif = io.BytesIO()
+            mp4 = path.with_suffix(".mp4")
             write_mp4(mp4, tile(videos), fps)
             write_gif(gif, tile(videos), fps)
         metrics.video(step, "samples", videos, gif and gif.getvalue(), mp4)

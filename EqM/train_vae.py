@@ -130,7 +130,8 @@ def main():
     with cli.wrong_input():
         args, start, data = preflight.check_vae_run(args)
     device = distributed.start(distributed.STEP_TIME)
-    data, progress = distributed.broadcast(data), start.progress
+    data = distributed.broadcast(data)
+    progress = start.progress
     preflight.check_same_start(start)
     if args.cache_frames:
         distributed.call_and_wait(data.source.fill)
@@ -157,7 +158,8 @@ def main():
     # The run folder and its files
     run_config = {"training": vars(args), "typed": sorted(args.typed)}
     run = Run(start, args, preflight.vae_run_name(args), run_config, data.scan)
-    log, stop = run.log, run.stop
+    log = run.log
+    stop = run.stop
     run.write_config(run_config)
     preflight.note_changes(start, run_config, run)
     start.state = None  # or the file would stay open during the run
@@ -252,7 +254,8 @@ def make_loaders(args, data, progress, device):
 
 def training_losses(network, batch, args, device):
     """{name: loss} of a batch, to be added up. The latents' noise depends only on the seed and each frame's index."""
-    indices, side = batch["indices"].tolist(), args.image_size // args.downsample
+    indices = batch["indices"].tolist()
+    side = args.image_size // args.downsample
     x = batch["clips"][:, :, 0].to(device).float() / 127.5 - 1  # (B, 3, H, W)
     x = autoencoder.jitter_colors(x, args.global_seed, indices, args.color_jitter)
     noise = normal(args.global_seed, "posterior", 0, indices, (args.latent_channels, side, side))
@@ -266,10 +269,9 @@ def validate(args, ema, val_loader, train_loader, folder, step, device):
     values, corrupt = autoencoder.measure(ema, val_loader, device)
     statistics, more = autoencoder.measure(ema, train_loader, device)
     if rank() == 0:
-        vae, frames = (
-            VAE("shown", ema),
-            next(batches_of(val_loader))["clips"][:8],
-        )  # (N, 3, 1, H, W)
+        # (N, 3, 1, H, W)
+        vae = VAE("shown", ema)
+        frames = next(batches_of(val_loader))["clips"][:8]
         decoded = vae.decode(vae.encode(frames.to(device))).cpu()
         rows = torch.cat(
             [frames.permute(2, 0, 3, 4, 1), decoded.transpose(0, 1)]

@@ -71,7 +71,8 @@ def losses(
     )
     f, features = output if return_features else (output, None)
     goal = target(x, noise, gamma, objective)
-    squares, zero = (f.float() - goal).square()[:, :, first:], goal.square()
+    squares = (f.float() - goal).square()[:, :, first:]
+    zero = goal.square()
     if objective == "eqm" or gamma.dim() == 1:
         return squares.flatten(1).mean(dim=1), zero.mean(), features
     errors, zero = (_mean_of_noisy(part, gamma[:, -part.shape[2] :]) for part in (squares, zero))
@@ -176,7 +177,8 @@ def draw_gammas(
 def noisy_region(u_top, u_left, u_height, u_width, size):
     """Choose a rectangle from four uniform draws in [0, 1): slices of 2 to size - 1 rows and columns."""
     height, width = (2 + int(u * (size - 2)) for u in (u_height, u_width))
-    top, left = int(u_top * (size - height + 1)), int(u_left * (size - width + 1))
+    top = int(u_top * (size - height + 1))
+    left = int(u_left * (size - width + 1))
     return slice(top, top + height), slice(left, left + width)
 
 

@@ -32,11 +32,14 @@ class VAE(nn.Module):
 
     def __init__(self, name, model=None, sha256=None):
         super().__init__()
-        self.name, self.model, self.sha256 = name, model, sha256
+        self.name = name
+        self.model = model
+        self.sha256 = sha256
         if model is not None:
             self.channels = model.config.latent_channels
             self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
-            self.scale, self.shift = model.config.scaling_factor, model.config.shift_factor or 0.0
+            self.scale = model.config.scaling_factor
+            self.shift = model.config.shift_factor or 0.0
 
     @torch.no_grad()
     def posterior(self, clips):

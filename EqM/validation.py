@@ -36,14 +36,18 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
     0 count. Gammas are multiples of the golden ratio modulo 1, so they are uniform. With `given`, the EMA is measured a
     second time with the first half of the frames clean, if clips have several temporal patches. Raises Interrupted.
     """
-    rows, corrupt, batches = [], [], batches_of(loader)
+    rows = []
+    corrupt = []
+    batches = batches_of(loader)
     with suppress(Interrupted):
         while (batch := stop.wait(batches)) is not None:
-            indices, time_scale = batch["indices"].tolist(), batch["time_scales"].to(device)
+            indices = batch["indices"].tolist()
+            time_scale = batch["time_scales"].to(device)
             gamma = (batch["indices"].double() * GOLDEN_RATIO % 1).float().to(device)
             x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices)
             noise = normal(0, "noise", "validation", indices, x.shape[1:], device)
-            y, T = Condition.of(batch["y"], ema.config).to(device).y, x.shape[2]
+            y = Condition.of(batch["y"], ema.config).to(device).y
+            T = x.shape[2]
 
             objective = ema.config.objective
             losses = partial(
@@ -90,7 +94,8 @@ def summarize(rows, num_frames, objective="eqm"):
         mean = loss[part].mean()
         return mean.item(), (mean / transport.zero_loss(square[part].mean(), objective)).item()
 
-    own, metrics = frames == num_frames, {}
+    own = frames == num_frames
+    metrics = {}
     metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)
     metrics["val_loss_raw"] = raw[own].mean().item()
     if (given[own] != -1).any():

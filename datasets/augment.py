@@ -61,7 +61,8 @@ def changed_frames(root, video, random):
         x = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, H, W)
         height, width = x.shape[2:]
         h, w = (round(side / (1 + ZOOM * zoom)) for side in (height, width))
-        top, left = round(down * (height - h)), round(right * (width - w))
+        top = round(down * (height - h))
+        left = round(right * (width - w))
         x = F.interpolate(
             x[:, :, top : top + h, left : left + w],
             (height, width),
@@ -101,7 +102,8 @@ def main():
     with cli.writing(folder):
         write_lists(folder, train, val)  # first: new copies must not validate
     for file in Bar(missing, desc="copying", unit="video"):
-        (video, copy), path = copies[file], folder / file
+        (video, copy) = copies[file]
+        path = folder / file
         with cli.writing(path):
             path.parent.mkdir(exist_ok=True)
             if copy == 0:
@@ -110,7 +112,8 @@ def main():
                 random = generator(args.seed, "copies", video.key, copy)
                 write_lossless(path, changed_frames(args.data_path, video, random), video.fps)
     folder.replace(out)
-    before, after = len(train) // (args.copies + 1), len(train)
+    before = len(train) // (args.copies + 1)
+    after = len(train)
     say(
         f"{args.out}: {after} training videos instead of {before}, {after + len(val)} videos in all"
     )

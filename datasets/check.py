@@ -273,7 +273,8 @@ def write_clips(args, data, out):
     samples = sorted(
         (clips[index] for index in range(len(shown))), key=lambda sample: sample["video"]
     )
-    paths, names = [sample["video"] for sample in samples], []
+    paths = [sample["video"] for sample in samples]
+    names = []
     for row, sample in enumerate(samples):
         folder, file = os.path.split(sample["video"])
         names.append(

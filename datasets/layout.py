@@ -15,7 +15,8 @@ from video.writers import write_lossless
 
 def write_lists(out, train, test):
     """Write UCF-101's lists for videos `Class/name.avi`. trainlist01 comes last and marks the data set as complete."""
-    folder, classes = Path(out, UCF_LISTS), sorted({name.split("/")[0] for name in (*train, *test)})
+    folder = Path(out, UCF_LISTS)
+    classes = sorted({name.split("/")[0] for name in (*train, *test)})
     folder.mkdir(exist_ok=True)
     lists = {
         "classInd": [f"{number} {name}" for number, name in enumerate(classes, 1)],

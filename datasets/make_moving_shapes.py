@@ -146,10 +146,12 @@ def plan_video(shape, kind, index, args):
 
 def cross(direction, ends, u_x, u_y, _, args):
     """(fields of a motion across the frame, {}), from uniform numbers. ends: lowest and highest position per axis."""
-    speed, start = TRAVEL * args.size * FPS / args.frames, []
+    speed = TRAVEL * args.size * FPS / args.frames
+    start = []
     distance = speed * (args.frames - 1) / FPS
     for (low, high), move, place in zip(ends, DIRECTIONS[direction], (u_x, u_y), strict=True):
-        first, last = low + distance * (move < 0), high - distance * (move > 0)
+        first = low + distance * (move < 0)
+        last = high - distance * (move > 0)
         start.append(round(first + (last - first) * place, 6))
     return {"direction": direction, "start": start, "speed": speed}, {}
 
@@ -159,7 +161,9 @@ def bounce(axis, ends, u_x, u_y, turn, args):
     start = [
         low + (high - low) * place for place, (low, high) in zip((u_x, u_y), ends, strict=True)
     ]
-    along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, turn < 0.5
+    along = list(AXES).index(axis)
+    speed = TRAVEL * args.size
+    forwards = turn < 0.5
     low, high = ends[along]
     position = start[along] + (1 if forwards else -1) * speed / FPS * np.arange(args.frames)
     path = low + np.abs(
@@ -179,7 +183,8 @@ def bounce(axis, ends, u_x, u_y, turn, args):
 
 def plan_videos(args):
     """{`Class/stem`: entry in shapes.json} of all videos."""
-    videos, groups = {}, min(GROUPS, args.videos_per_class)
+    videos = {}
+    groups = min(GROUPS, args.videos_per_class)
     for shape, kind, index in product(
         SHAPES, AXES if args.bounce else DIRECTIONS, range(args.videos_per_class)
     ):
@@ -264,10 +269,9 @@ def parse_args(argv=None):
     parser = ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to make; must be new or empty")
-    count, pixels = (
-        number(int, least=2, most=100_000),
-        number(int, least=16, most=4096),
-    )  # 2: one trains, one tests
+    # 2: one trains, one tests
+    count = number(int, least=2, most=100_000)
+    pixels = number(int, least=16, most=4096)
     add(
         "--videos-per-class",
         type=count,

@@ -85,7 +85,8 @@ def read_sheets(source):
 
 def compose(sheets, class_name, character):
     """The frames of a character, uint8 (8, 64, 64, 3): its layers over black, the highest last."""
-    layers, frames = [*zip(ATTRIBUTES, character, strict=True), SHOES], []
+    layers = [*zip(ATTRIBUTES, character, strict=True), SHOES]
+    frames = []
     (order,) = (order for action, order in ORDER.items() if action in class_name)
     for tile in (FIRST_TILE[class_name] + number for number in order):
         frame = Image.new("RGBA", (SIZE, SIZE), "black")

@@ -50,10 +50,8 @@ from samplers import guided, sample
 from scoring.manifest import code_commit
 
 ON_GPU = torch.cuda.is_available()
-NUM_CLASSES, NEARLY_NO_CHANGE = (
-    101,
-    argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0),
-)
+NUM_CLASSES = 101
+NEARLY_NO_CHANGE = argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0)
 FRAMES = 4, 8, 16  # of the parts memory and sizes
 VARIABLES = "GPUS", "PRECISION"  # of the environment, which shell scripts read that a study starts
 WARM_UP = 2  # untimed calls at the start
@@ -160,7 +158,8 @@ class Step:
     """A training step as in train.py (forward, backward, clipping, optimizer, EMA) on fixed random clips and noise."""
 
     def __init__(self, args, forcing=0.0, **settings):
-        self.precision, self.forcing = args.precision, forcing
+        self.precision = args.precision
+        self.forcing = forcing
         self.device = torch.device("cuda" if ON_GPU else "cpu")
         torch.manual_seed(0)
         settings = {
@@ -178,19 +177,19 @@ class Step:
         if args.compile:
             self.model.compile_blocks()
         self.optimizers = optim.make_optimizers(self.model, NEARLY_NO_CHANGE)
-        side, channels = self.model.config.input_size, self.model.config.in_channels
+        side = self.model.config.input_size
+        channels = self.model.config.in_channels
         shape = args.batch_size, channels, args.num_frames, side, side
         self.x, self.noise = (torch.randn(shape, device=self.device) for _ in range(2))
-        self.y, self.indices = (
-            torch.randint(NUM_CLASSES, shape[:1], device=self.device),
-            range(args.batch_size),
-        )
+        self.y = torch.randint(NUM_CLASSES, shape[:1], device=self.device)
+        self.indices = range(args.batch_size)
         self.flops = args.batch_size * self.model.config.training_flops(args.num_frames)
 
     def backward(self):
         """Run forward and backward, with new noise levels each time."""
         self.indices = range(self.indices.stop, self.indices.stop + len(self.x))
-        frames, patch = self.x.shape[2], self.model.config.temporal_patch_size
+        frames = self.x.shape[2]
+        patch = self.model.config.temporal_patch_size
         gamma = transport.draw_gammas(0, 0, self.indices, frames, patch, share=self.forcing).to(
             self.device
         )
@@ -212,10 +211,8 @@ class Step:
 
     def products(self):
         """(FLOPs, function that runs them) of one block's matrix products, forward and backward, as in F.linear."""
-        D, N = (
-            self.model.config.hidden_size,
-            len(self.x) * math.prod(self.model.config.grid(self.x.shape[2])),
-        )
+        D = self.model.config.hidden_size
+        N = len(self.x) * math.prod(self.model.config.grid(self.x.shape[2]))
         random = partial(
             torch.randn,
             device=self.device,
@@ -237,11 +234,13 @@ class Step:
 
 def measure_step(args, report):
     """Measure a step and its parts against the matrix-product floor, and bf16 against fp32."""
-    ours, updated = Step(args), Step(args)
+    ours = Step(args)
+    updated = Step(args)
     product_flops, products = ours.products()
     scale = ours.flops / product_flops
     values, seconds, product_seconds = measure_ratios(ours, products, args.pairs)
-    floor, rate = scale * product_seconds, product_flops / product_seconds / 1e9
+    floor = scale * product_seconds
+    rate = product_flops / product_seconds / 1e9
     note = f"{seconds:.3f} s; floor {floor:.3f} s at {rate:.0f} GFLOP/s"
     report.add(f"{args.precision} step / matrix-product floor", values / scale, "<= 1.15", note)
     values, seconds, _ = measure_ratios(
@@ -272,8 +271,11 @@ def compare_steps(rows, args, report):
 
 def measure_sampling(args, report):
     """Measure guided sampling against the same number of network evaluations, with and without class in one batch."""
-    step, evaluations = Step(args), 4
-    model, x, y = step.model.requires_grad_(False), step.x, step.y
+    step = Step(args)
+    evaluations = 4
+    model = step.model.requires_grad_(False)
+    x = step.x
+    y = step.y
     time_scale = torch.full((len(x),), 0.04, device=step.device)
     both = torch.cat([x, x]), torch.cat([y, y]), torch.cat([time_scale, time_scale])
     field = guided(model, Condition(y, NUM_CLASSES), time_scale, guidance=4.0)
@@ -323,7 +325,8 @@ def peak_memory(args, recompute):
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
 
     distributed.keep_freed_memory()  # as every run on the CPU does
-    before, step = resident("VmRSS"), Step(args)
+    before = resident("VmRSS")
+    step = Step(args)
     step.model.grad_checkpoint = recompute
     step(), step()
     return torch.cuda.max_memory_allocated() / 1e6 if ON_GPU else resident("VmHWM") - before
@@ -363,7 +366,8 @@ def measure_sizes(args, report):
     ]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for (model, tokens), num_frames in itertools.product(SIZES.items(), FRAMES):
-        clips, cells = max(1, tokens // math.prod(model_config(model).grid(num_frames))), None
+        clips = max(1, tokens // math.prod(model_config(model).grid(num_frames)))
+        cells = None
         while clips and not cells:
             try:
                 cells = time_step(
@@ -389,10 +393,8 @@ def time_step(args):
         torch.cuda.reset_peak_memory_stats()
     seconds = float(np.median([seconds_of(step) for _ in range(args.pairs)]))
     tflops = step.flops / seconds / 1e12
-    stats, forms = (
-        device_stats(step.device, args.precision, tflops),
-        {"mfu": ".1%", "gpu_memory_gb": ".1f"},
-    )
+    stats = device_stats(step.device, args.precision, tflops)
+    forms = {"mfu": ".1%", "gpu_memory_gb": ".1f"}
     known = (format(stats[name], form) if name in stats else "-" for name, form in forms.items())
     return [
         str(args.batch_size),
@@ -443,7 +445,9 @@ def main():
     title = f"{machine()}, torch {torch.__version__}, {args.precision}{', compiled' if args.compile else ''}: "
     title += f"{args.model}, {args.batch_size} clips of {args.num_frames} x 32 x 32 latents"
     print(title, flush=True)
-    report, began, results = Report(), time.monotonic(), ROOT / "results"
+    report = Report()
+    began = time.monotonic()
+    results = ROOT / "results"
     for name in args.only or [name for name in PARTS if name != "sizes"]:
         PARTS[name](args, report)
     print(f"{time.monotonic() - began:.0f} s")

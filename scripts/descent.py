@@ -58,7 +58,8 @@ def check_runnable(flag, state, config):
 
 def make_page(name, state, config):
     """Return the HTML of a model that `check_runnable` allows. Weights become float16."""
-    data, training = state["config"]["data"], state["config"]["training"]
+    data = state["config"]["data"]
+    training = state["config"]["training"]
     tensors = state["ema"]
     weights = base64.b64encode(
         b"".join(value.half().contiguous().numpy().tobytes() for value in tensors.values())
@@ -94,10 +95,8 @@ def frames(config, training):
     usual = training["num_frames"]
     if not (config.use_rope and training["video"]):
         return {"least": usual, "most": usual, "usual": usual}
-    least, most = (
-        max(FRAMES[0], config.temporal_patch_size),
-        max(FRAMES[1], config.temporal_patch_size),
-    )
+    least = max(FRAMES[0], config.temporal_patch_size)
+    most = max(FRAMES[1], config.temporal_patch_size)
     while most > least and config.flops(most) > MOST_FLOPS:
         most -= 1
     return {"least": least, "most": most, "usual": min(most, max(least, usual))}

@@ -150,7 +150,8 @@ def check_places(args):
 
 def make_card(args, state, vae, scores):
     """The model card (README.md) of an exported folder."""
-    video, rope = state["config"]["training"]["video"], state["config"]["model"]["use_rope"]
+    video = state["config"]["training"]["video"]
+    rope = state["config"]["model"]["use_rope"]
     rows = [
         (key, one_line(str(value)).replace("|", "/"))
         for key, value in facts(state, args.dtype, vae)

@@ -69,10 +69,13 @@ def parse_args():
 
 def open_real(root, samples, count, val_fraction):
     """{class: iterator over its `real_clips`} for the classes of the first `count` samples."""
-    flags, here, T = samples.about["flags"], f"--data-path {root}", samples.num_frames
+    flags = samples.about["flags"]
+    here = f"--data-path {root}"
+    T = samples.num_frames
     check_data_path(root, not flags["video"], cached=False)
     source = open_source(root, samples.image_size, not flags["video"], results_of(flags["ckpt"]))
-    parts, real = split_videos(root, source.videos(), val_fraction), {}
+    parts = split_videos(root, source.videos(), val_fraction)
+    real = {}
     for name in {*samples.names[:count]} - {None}:
         if name not in source.scan.classes:
             raise UserError(
@@ -114,7 +117,8 @@ def real_clips(source, videos, title, num_frames, fps):
 
 def make_page(samples, count, real):
     """The HTML of the first `count` samples; real: {class: real clips} of `open_real`."""
-    flags, labels = samples.about["flags"], Counter(samples.labels[:count])
+    flags = samples.about["flags"]
+    labels = Counter(samples.labels[:count])
     names = {label: class_name(samples.classes, label) or "none" for label in sorted(labels)}
     shown = {
         name.replace("_", "-"): WORDS.get(str(value), str(value)) for name, value in flags.items()
@@ -145,12 +149,10 @@ def make_page(samples, count, real):
 
 def summary_line(samples, count):
     """A line of text: number, kind, size and frame rate of the samples, and how they were sampled."""
-    T, size, total, flags = (
-        samples.num_frames,
-        samples.image_size,
-        len(samples),
-        samples.about["flags"],
-    )
+    T = samples.num_frames
+    size = samples.image_size
+    total = len(samples)
+    flags = samples.about["flags"]
     number = f"{total}" if count == total else f"The first {count} of {total}"
     rate = f", {1 / samples.time_scale:.4g} frames per second" if T > 1 else ""
     kind = f"videos of {T} frames" if T > 1 else "images"
@@ -160,7 +162,8 @@ def summary_line(samples, count):
 
 def make_card(samples, index, real):
     """The HTML of a sample, with the next real clip beside it."""
-    name, is_image = samples.names[index] or "none", samples.num_frames == 1
+    name = samples.names[index] or "none"
+    is_image = samples.num_frames == 1
     path = samples.folder / f"{index:06d}{'.png' if is_image else '.mp4'}"
     if not path.exists():
         raise UserError(f"{samples.place}: no {path.name}; sample again")
@@ -168,9 +171,11 @@ def make_card(samples, index, real):
     if real:
         clip, title = next(real)
         shown[title] = clip_file(clip, 1 / samples.time_scale)
-    media, size = "", f'width="{samples.image_size}" height="{samples.image_size}"'
+    media = ""
+    size = f'width="{samples.image_size}" height="{samples.image_size}"'
     for title, data in shown.items():
-        text, label = base64.b64encode(data).decode(), escape(f"{title}, {name}")
+        text = base64.b64encode(data).decode()
+        label = escape(f"{title}, {name}")
         tag = f'<img {size} alt="{label}" src="data:image/png;base64,{text}">'
         if not is_image:
             source = f'data-src="data:video/mp4;base64,{text}"'
@@ -205,7 +210,8 @@ def main():
         if out.is_dir():
             raise UserError(f"--out {out}: a folder; expected the name of an HTML file")
         check_writable("--out", out.parent)
-        count, total = min(args.num_samples, len(samples)), len(samples)
+        count = min(args.num_samples, len(samples))
+        total = len(samples)
         real = (
             open_real(args.data_path, samples, count, args.val_fraction) if args.data_path else {}
         )

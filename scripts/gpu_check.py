@@ -46,7 +46,9 @@ class Rows:
     """A pytest plugin that collects the rows of gpu_checks.py, grouped by the docstring of their test."""
 
     def __init__(self):
-        self.lines, self.failed, self.part = [], [], None
+        self.lines = []
+        self.failed = []
+        self.part = None
 
     def pytest_runtest_logreport(self, report):
         for part, row in report.user_properties if report.when == "call" else ():
@@ -80,8 +82,11 @@ def measure_speed(rows):
 
 @one_line_errors()
 def main():
-    args, found, rows = parse_args(), torch.cuda.device_count(), Rows()
-    ranks, out = args.gpus or found or 2, args.out or (ROOT / "results/gpu.md" if ON_GPU else None)
+    args = parse_args()
+    found = torch.cuda.device_count()
+    rows = Rows()
+    ranks = args.gpus or found or 2
+    out = args.out or (ROOT / "results/gpu.md" if ON_GPU else None)
     with wrong_input():
         if ON_GPU and ranks > found:
             raise UserError(f"GPUS {ranks}: this machine has {found}; expected at most {found}")

@@ -29,10 +29,15 @@ from runtime import distributed
 from runtime.cli import ArgumentParser, one_line_errors
 from runtime.memory import pinned_bytes
 
-MODELS, FLAGS = ("S/4", "S/2", "B/2", "L/2", "XL/2"), (None, *reversed(GRAD_CHECKPOINTS))
-GPUS, USABLE = (24, 40, 80, 141), 0.9  # GB; the rest is for CUDA, NCCL and gaps between tensors
+MODELS = ("S/4", "S/2", "B/2", "L/2", "XL/2")
+FLAGS = (None, *reversed(GRAD_CHECKPOINTS))
+# GB; the rest is for CUDA, NCCL and gaps between tensors
+GPUS = (24, 40, 80, 141)
+USABLE = 0.9
 RANKS = 8  # of --shard
-COUNTED, FRAMES = 16, (4, 8, 16, 32)  # the bytes of a clip grow with its frames
+# the bytes of a clip grow with its frames
+COUNTED = 16
+FRAMES = (4, 8, 16, 32)
 BATCHES = 1, 256  # that are counted
 STATES = 20  # bytes per weight: weight, gradient, two of AdamW, EMA
 GATHERED = 16  # bytes per weight of a block, with --shard: two blocks, each with bf16 weights, bf16 and fp32 gradients
@@ -53,11 +58,9 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, given):
         super().__init__()
-        self.sizes, self.now, self.peak = (
-            dict.fromkeys(part.untyped_storage()._cdata for part in given),
-            0,
-            0,
-        )
+        self.sizes = dict.fromkeys(part.untyped_storage()._cdata for part in given)
+        self.now = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
@@ -89,7 +92,8 @@ def count_step(name, flag, clips, depth):
         model.grad_checkpoint = flag
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight)  # in the buckets of DDP all the time
-        x, y = torch.empty(clips, 4, COUNTED, 32, 32), torch.zeros(clips, dtype=torch.long)
+        x = torch.empty(clips, 4, COUNTED, 32, 32)
+        y = torch.zeros(clips, dtype=torch.long)
         given = x, y, *model.parameters(), *(weight.grad for weight in model.parameters())
         with Alive(given) as alive:
             with distributed.autocast(x.device, "bf16"):
@@ -117,10 +121,9 @@ def measure(name, flag):
         for clips in BATCHES
     )
     per_clip = (many - few) / (BATCHES[1] - BATCHES[0])
-    (kept, peak), once = (
-        per_clip.tolist(),
-        (few - BATCHES[0] * per_clip).tolist(),
-    )  # once: rounded weights
+    # once: rounded weights
+    (kept, peak) = per_clip.tolist()
+    once = (few - BATCHES[0] * per_clip).tolist()
     return {
         "model": name,
         "flag": flag or "off",

@@ -36,15 +36,11 @@ def parse_args():
 
 def draw_folder(samples, rows):
     """The first `rows` samples of a folder, under a title: uint8 (h, w, 3)."""
-    T, size, shown = (
-        samples.num_frames,
-        samples.image_size,
-        evenly_spaced(samples.num_frames, COLUMNS),
-    )
-    clips, smooth = (
-        samples.clips[:rows, shown],
-        Image.Resampling.NEAREST if size < SIDE else Image.Resampling.LANCZOS,
-    )
+    T = samples.num_frames
+    size = samples.image_size
+    shown = evenly_spaced(samples.num_frames, COLUMNS)
+    clips = samples.clips[:rows, shown]
+    smooth = Image.Resampling.NEAREST if size < SIDE else Image.Resampling.LANCZOS
     counts = few(len(clips), len(samples), "samples") + (
         few(len(shown), T, "frames") or [f"{T} frames"]
     )

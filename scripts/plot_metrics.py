@@ -109,7 +109,8 @@ def make_curves(runs):
 
 def find_start(folder, runs):
     """(step of the checkpoint that a run started from, folder of that run); None if the folder is not in `runs`."""
-    first, config = runs[folder][0]["step"], json.loads((folder / "config.json").read_text())
+    first = runs[folder][0]["step"]
+    config = json.loads((folder / "config.json").read_text())
     if not config["training"]["ckpt"]:
         return None  # from scratch
     ckpt = Path(config["training"]["ckpt"])
@@ -135,7 +136,8 @@ def make_curve(folder, runs, starts):
     chain = [(math.inf, folder)]  # (last step on the curve, run)
     while start := starts[chain[0][1]]:
         chain.insert(0, start)
-    phases, before = [], {}
+    phases = []
+    before = {}
     for last, part in chain:
         rows = [row for row in runs[part] if row["step"] <= last]
         rows = [
@@ -153,14 +155,11 @@ def make_curve(folder, runs, starts):
 
 def plot_curves(curves, relative=False):
     """The figure: rows for training and validation losses, a column for each of X_AXES that all curves have."""
-    rows, longest = (
-        [row for curve in curves for row in curve.rows],
-        max(len(curve.rows) for curve in curves),
-    )
-    names, window = (
-        {*itertools.chain(*rows)},
-        max(1, longest // 20),
-    )  # window: lines that a thick curve averages
+    rows = [row for curve in curves for row in curve.rows]
+    longest = max(len(curve.rows) for curve in curves)
+    # window: lines that a thick curve averages
+    names = {*itertools.chain(*rows)}
+    window = max(1, longest // 20)
     losses = {
         "training": "train_loss" + "_rel" * relative,
         "validation": validation_loss(rows, relative),
@@ -193,16 +192,15 @@ def plot_curves(curves, relative=False):
 def validation_loss(rows, relative):
     """Which validation loss to plot: the relative one where clip lengths differ, if it was logged."""
     rows = [row for row in rows if "val_loss" in row]
-    lengths, is_logged = (
-        {row.get("num_frames") for row in rows},
-        all("val_loss_rel" in row for row in rows),
-    )
+    lengths = {row.get("num_frames") for row in rows}
+    is_logged = all("val_loss_rel" in row for row in rows)
     return "val_loss_rel" if relative or (len(lengths) > 1 and is_logged) else "val_loss"
 
 
 def plot_column(panels, axis, curves, losses, window):
     """Training and, if there is a second panel, validation losses against one of X_AXES. losses: their names."""
-    (name, units), longest = X_AXES[axis], max(curve.rows[-1][axis] for curve in curves)
+    (name, units) = X_AXES[axis]
+    longest = max(curve.rows[-1][axis] for curve in curves)
     unit, size = next(
         (pair for pair in units.items() if longest >= 2 * pair[1]), [*units.items()][-1]
     )
@@ -242,7 +240,8 @@ def smooth(y, window):
 def mark_phases(panels, curves, axis, size):
     """Gray bands and names for the phases of the first curve, dotted lines at the phase borders of the others."""
     ends = [[rows[-1][axis] / size for _, rows in curve.phases] for curve in curves]
-    borders, place = [curves[0].rows[0][axis] / size, *ends[0]], panels[0].get_xaxis_transform()
+    borders = [curves[0].rows[0][axis] / size, *ends[0]]
+    place = panels[0].get_xaxis_transform()
     for i, (frames, _) in enumerate(curves[0].phases if len(ends[0]) > 1 else []):
         for panel in panels:
             panel.axvspan(
@@ -276,10 +275,8 @@ def main():
                 f"--out {args.out}: not the name of a PNG file; expected one such as loss.png"
             )
         check_writable("--out", Path(args.out).parent)
-        curves, loss = (
-            make_curves(load_runs(args.runs)),
-            "train_loss_rel" if args.relative else "train_loss",
-        )
+        curves = make_curves(load_runs(args.runs))
+        loss = "train_loss_rel" if args.relative else "train_loss"
         for curve in curves:
             if not any(loss in row for row in curve.rows):
                 raise UserError(

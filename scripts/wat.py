@@ -112,7 +112,8 @@ def code(function, functions):
 
 def instruction(folded, scope, labels):
     """Return the bytes of a folded instruction, after those of its operands. labels: of the loops around it."""
-    opcode, rest = folded[0], folded[1:]
+    opcode = folded[0]
+    rest = folded[1:]
     inner = [rest[0], *labels] if opcode == "loop" else labels
     words = [part for part in rest if isinstance(part, str)]
     operands = b"".join(instruction(part, scope, inner) for part in rest if isinstance(part, list))
@@ -144,12 +145,14 @@ def immediate(opcode, words, scope, labels):
 
 def unsigned(value):
     """LEB128: 7 bits per byte, the lowest first."""
-    low, rest = value & 127, value >> 7
+    low = value & 127
+    rest = value >> 7
     return bytes([low | 128]) + unsigned(rest) if rest else bytes([low])
 
 
 def signed(value):
-    low, rest = value & 127, value >> 7
+    low = value & 127
+    rest = value >> 7
     return bytes([low]) if rest == -(low >> 6) else bytes([low | 128]) + signed(rest)
 
 

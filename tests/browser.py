@@ -47,7 +47,10 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         theirs.close()
-        self.rest, self.count, self.session, self.events = b"", 0, {}, []
+        self.rest = b""
+        self.count = 0
+        self.session = {}
+        self.events = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = {
             "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)[

@@ -70,10 +70,8 @@ def places(tmp_path_factory):
     from tiny_data import make_vae, random_checkpoint
     from tiny_videos import picture, save, write_video
 
-    root, forced = (
-        tmp_path_factory.mktemp("places"),
-        {"training": {"forcing": 0.5}, "num_frames": 8},
-    )
+    root = tmp_path_factory.mktemp("places")
+    forced = {"training": {"forcing": 0.5}, "num_frames": 8}
     random_checkpoint(root / "image.pt", input_size=8)
     random_checkpoint(root / "pixels.pt", use_rope=True, **forced)
     random_checkpoint(root / "latents.pt", make_vae(root / "vae"), use_rope=True, **forced)

@@ -118,7 +118,8 @@ def test_outputs_and_gradients(case, precision, check):
     }  # 6 frames do not fill the second patch
     size |= {} if ON_GPU else {"depth": 2, "input_size": 16}
     config = model_config("EqM-S/4" if ON_GPU else "EqM-Ti/4", **size, **POSITIONS[case])
-    network, inputs = random_network(config), random_inputs(config, 6)
+    network = random_network(config)
+    inputs = random_inputs(config, 6)
     errors = network_errors(network, outputs_and_gradients(network, *inputs), inputs, precision)
     for part, error, limit in zip(("output", "gradients"), errors, ERRORS[precision], strict=True):
         check(f"{precision}, {case}: {part}", error, limit)
@@ -292,7 +293,8 @@ def test_a_save(tmp_path, check):
     (tmp_path / "checkpoints").mkdir()
     writer = checkpoint.Writer(tmp_path)
     write = partial(writer.write, state, [], before=lambda: None, after=lambda: None)
-    stands, takes = [], []
+    stands = []
+    takes = []
     for _ in range(4):
         takes.append(
             benchmark.seconds_of(

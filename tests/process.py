@@ -105,7 +105,8 @@ def table():
 
 def descendants(pid):
     """Children, their children and so on, in this order."""
-    parents, found = table(), [pid]
+    parents = table()
+    found = [pid]
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     return found[1:]

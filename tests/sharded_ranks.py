@@ -49,16 +49,12 @@ class Run:
     """A small model with its EMA and optimizers, sharded or not."""
 
     def __init__(self, shard, micro_batches=1, optimizer="adamw", precision="fp32", **settings):
-        grad_checkpoint, gathered = (
-            settings.pop("grad_checkpoint", None),
-            settings.pop("gathered", precision),
-        )
-        self.shard, self.micro_batches, self.precision, self.optimizer = (
-            shard,
-            micro_batches,
-            precision,
-            optimizer,
-        )
+        grad_checkpoint = settings.pop("grad_checkpoint", None)
+        gathered = settings.pop("gathered", precision)
+        self.shard = shard
+        self.micro_batches = micro_batches
+        self.precision = precision
+        self.optimizer = optimizer
         self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
         self.told = {"gamma": torch.tensor([0.25, 0.75])} if self.config.objective == "flow" else {}
         torch.manual_seed(0)
@@ -161,11 +157,9 @@ class Traffic(TorchDispatchMode):
 
 def train_with(precision, gathered):
     """Train with weights gathered in some precision. Returns (bytes sent, bytes kept for a backward pass, weights)."""
-    run, saved, kept = (
-        Run(True, precision=precision, gathered=gathered, **GATHERED[precision]),
-        [],
-        [],
-    )
+    run = Run(True, precision=precision, gathered=gathered, **GATHERED[precision])
+    saved = []
+    kept = []
 
     def unpack(tensor):
         kept.append(local_bytes(saved))
@@ -182,7 +176,8 @@ def train_with(precision, gathered):
 
 def save_and_load(folder, usual, run):
     """Save a sharded run, load it, save it again. Returns the contents of both files and the state of the DDP run."""
-    path, contents = Path(folder, "checkpoints/latest.pt"), []
+    path = Path(folder, "checkpoints/latest.pt")
+    contents = []
     path.parent.mkdir(exist_ok=True)
     for _ in range(2):
         writer = checkpoint.Writer(folder)
@@ -209,7 +204,8 @@ def save_without_memory(folder, run):
 def overflow():
     """Return (scale, whether a weight has changed) after a step whose gradient overflows only on rank 1."""
     run = Run(True, **KINDS["accumulation"])
-    scaler, before = torch.amp.GradScaler("cpu", init_scale=1024.0), run.weights()[0]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = run.weights()[0]
     loss = run.model(torch.ones(2, 1, 4, 8, 8), LABELS, **run.told).sum() * (
         torch.inf if distributed.rank() == 1 else 1
     )
@@ -225,7 +221,8 @@ def overflow():
 def main():
     distributed.start()
     folder = os.path.dirname(os.environ["OUT"])
-    found, runs = {}, {}
+    found = {}
+    runs = {}
     for kind in KINDS:
         found[kind], runs[kind] = train_both(kind)
     for precision in GATHERED:

@@ -92,7 +92,9 @@ def refused(capsys):
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_a_cache_holds_the_posterior_of_every_frame(root, vae, cache, flipped):
-    files, cached, model = open_source(root, SIZE), open_source(cache, SIZE), load_vae(vae)
+    files = open_source(root, SIZE)
+    cached = open_source(cache, SIZE)
+    model = load_vae(vae)
     for video in files.videos():
         every = range(video.num_frames)
         found = cached.read(replace(video, path=cached_path(video)), every, flipped)
@@ -111,7 +113,8 @@ def test_a_cache_holds_the_posterior_of_every_frame(root, vae, cache, flipped):
 
 def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypatch):
     settings = json.loads((cache / "latents.json").read_text())
-    videos, sha256 = settings.pop("videos"), load_vae(vae).sha256
+    videos = settings.pop("videos")
+    sha256 = load_vae(vae).sha256
     assert settings == {
         "format": 1,
         "vae": vae,
@@ -133,7 +136,8 @@ def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypa
     assert latents_settings(root) is None and latents_settings(root / "missing") is None
 
     monkeypatch.setattr(source, "safe_open", lambda *_: pytest.fail("opened a file"))
-    files, cached = open_source(root, SIZE), open_source(cache, SIZE)
+    files = open_source(root, SIZE)
+    cached = open_source(cache, SIZE)
     assert cached.videos() == [
         replace(video, path=cached_path(video)) for video in files.videos()
     ]  # in their order
@@ -147,7 +151,8 @@ def test_a_pixel_cache_has_exact_clips_and_skips_a_corrupt_video_until_it_is_rep
     out = tmp_path / "out"
     scribble(own / "Run" / "a.avi")
     run(own, "none", out)
-    printed, settings = capsys.readouterr().out, latents_settings(out)
+    printed = capsys.readouterr().out
+    settings = latents_settings(out)
     assert (
         "4 videos, 87 frames of 0.75 KB" in printed
         and printed.count("Run/a.avi can't be decoded") == 1
@@ -160,7 +165,8 @@ def test_a_pixel_cache_has_exact_clips_and_skips_a_corrupt_video_until_it_is_rep
     )
     assert (cached.source.scan.unreadable, len(cached.source.scan.videos)) == ([], 4)
     for k in range(12):
-        sample, other = videos[k], cached[k]
+        sample = videos[k]
+        other = cached[k]
         assert torch.equal(sample["clip"], other["clip"]) and other["clip"].is_contiguous()
     write_video(own / "Run" / "a.avi", 40)
     run(own, "none", out)
@@ -192,7 +198,9 @@ def test_a_cache_copies_the_ucf_split_lists_as_writable_files(own, vae, tmp_path
 def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(
     tmp_path, monkeypatch, frame_indices
 ):
-    place, shape, resident = tmp_path / "v.safetensors", (131_072, 4, 32, 32), []
+    place = tmp_path / "v.safetensors"
+    shape = (131_072, 4, 32, 32)
+    resident = []
     header = json.dumps(
         {"pixels": {"dtype": "U8", "shape": shape, "data_offsets": [0, 2**29]}}
     ).encode()

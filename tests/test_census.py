@@ -19,9 +19,12 @@ from video import source
 from video.files import UnreadableError
 from video.writers import write_lossless
 
-T, SIZE, VALUES = 8, 16, [[0, 1], [0, 1], [0, 1], [0, 1, 2]]
+T = 8
+SIZE = 16
+VALUES = [[0, 1], [0, 1], [0, 1], [0, 1, 2]]
 ORDER = {"Slash": (0, 1, 2, 3, 4, 5, 4, 0), "Walk": (7, 0, 1, 2, 3, 4, 5, 6)}
-CHARACTERS, PLACES = [*product(*VALUES)], census.places_of([*ORDER], VALUES)
+CHARACTERS = [*product(*VALUES)]
+PLACES = census.places_of([*ORDER], VALUES)
 COLORS = np.random.default_rng(0).integers(60, 256, (4, 3, 3))  # attribute, value, RGB
 
 
@@ -98,7 +101,8 @@ def compare(frame, best, other):
 
     None if the two are equal.
     """
-    delta, error = other - best, frame - best
+    delta = other - best
+    error = frame - best
     if (delta**2).mean() > 9:
         gain = (error**2).sum() - ((frame - other) ** 2).sum()
         return (error * delta).sum() / (delta**2).sum(), gain, (delta**2).sum()
@@ -107,7 +111,8 @@ def compare(frame, best, other):
 
 def naive(clip):
     """(key of the closest clip, margins, values of each frame (T, 4), RMSE of each frame), step by step."""
-    clip, true = clip.astype(float), {key: own.astype(float) for key, own in TRUE.items()}
+    clip = clip.astype(float)
+    true = {key: own.astype(float) for key, own in TRUE.items()}
     key = min(true, key=lambda other: ((clip - true[other]) ** 2).sum())
     name, who = key.split("/character")
     choices = [(a, str(value)) for a in range(4) for value in VALUES[a]]
@@ -115,7 +120,9 @@ def naive(clip):
     def after(who, a, value):
         return f"{who[:a]}{value}{who[a + 1 :]}"
 
-    lines, poses, decoded = [], [], []
+    lines = []
+    poses = []
+    decoded = []
     for t in range(T):
 
         def changes(pose, shown, frame=clip[t]):
@@ -142,7 +149,8 @@ def naive(clip):
         ]:
             shown = after(shown, *max(closer)[1])
         decoded.append([*map(int, shown)])
-    of_frames, of_clip = [], []
+    of_frames = []
+    of_clip = []
     for a in range(4):
         own = [line for here in lines for one, line in here.items() if one[0] == a]
         of_frames.append(min(1 - 2 * line[0] for line in own))
@@ -159,14 +167,16 @@ def naive(clip):
 
 
 def test_clips_are_matched_and_decoded_as_step_by_step():
-    random, keys = np.random.default_rng(0), list(TRUE)
+    random = np.random.default_rng(0)
+    keys = list(TRUE)
     clips = [noisy(TRUE[key]) for key in keys[::7]]
     for one, other in pairwise(keys[::5]):  # frames and pixels of several clips, and plain noise
         clips.append(np.where(random.random((T, 1, 1, 1)) < 0.3, TRUE[one], TRUE[other]))
         clips.append(np.where(random.random((T, SIZE, SIZE, 1)) < 0.3, TRUE[one], TRUE[other]))
     clips.append(clips[0][[0, 2, 1, 3, 4, 5, 6, 7]])
     clips.append(random.integers(0, 256, (T, SIZE, SIZE, 3)).astype(np.uint8))
-    found, expected = census.measure(WORLD, np.stack(clips), ""), [naive(clip) for clip in clips]
+    found = census.measure(WORLD, np.stack(clips), "")
+    expected = [naive(clip) for clip in clips]
     for row, (key, margins, decoded, rmse) in enumerate(expected):
         assert tuple(found["place"][row]) == PLACES[key]
         assert found["margins"][row] == pytest.approx(margins, abs=1e-9)
@@ -234,13 +244,13 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
     clip, held_out = (noisy(TRUE[f"Walk/character{who}"]) for who in ("0101", "1101"))
     other_hair, other_body = (noisy(TRUE[f"Walk/character{who}"]) for who in ("0102", "1101"))
     switched, swapped, spot, both = (clip.copy() for _ in range(4))
-    switched[3], swapped[[1, 2]], spot[5, :, 0] = other_hair[3], swapped[[2, 1]], 255
+    switched[3] = other_hair[3]
+    swapped[[1, 2]] = swapped[[2, 1]]
+    spot[5, :, 0] = 255
     both[4] = other_body[2]
     blended = np.rint(clip * 0.6 + other_hair * 0.4).astype(np.uint8)
-    clips, names = (
-        [clip, held_out, held_out, switched, swapped, blended, spot, both],
-        ["Walk", "Slash", *["Walk"] * 6],
-    )
+    clips = [clip, held_out, held_out, switched, swapped, blended, spot, both]
+    names = ["Walk", "Slash", *["Walk"] * 6]
     shown = ["0101", "1101", "1101", "0101", "0101", "0101", "0101", "0101"]
     given = [
         {"source": f"sprites/Walk/character{who}.mkv, clip {n}", "frames": "0-3"}
@@ -250,7 +260,8 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
     samples = write(tmp_path / "s", clips, names, given=given)
     flags = ["--metric", "census", "--samples", samples, "--data-path", data, "--num-real", 48]
     made = run(tmp_path / "c.json", *flags)
-    result, values = made["result"], made["values"]
+    result = made["result"]
+    values = made["values"]
     assert (
         made["protocol"] == "census8_real48_8f" and result["num_real"] == 6
     )  # videos of the three held-out ones

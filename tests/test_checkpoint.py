@@ -40,10 +40,8 @@ CONFIG = model_config("EqM-Ti/2", in_channels=3, **SETTINGS)
 
 def make_state(settings=(), **changes):
     """The dict of a checkpoint with random weights, always the same; changes replace its parts."""
-    state, generator = (
-        tiny_data.make_state(70, **SETTINGS | dict(settings)),
-        torch.Generator().manual_seed(1),
-    )
+    state = tiny_data.make_state(70, **SETTINGS | dict(settings))
+    generator = torch.Generator().manual_seed(1)
     for part in ("model", "ema"):
         state[part] = {
             name: torch.randn(value.shape, generator=generator)
@@ -113,7 +111,8 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
 def test_a_file_is_on_disk_before_it_replaces_another_and_loading_returns_its_state(
     tmp_path, monkeypatch
 ):
-    temporary, order = tmp_path / "latest.pt.tmp", []
+    temporary = tmp_path / "latest.pt.tmp"
+    order = []
     checkpoint.save(tmp_path / "latest.pt", make_state(step=69))
     temporary.write_bytes(b"left over by a crash")
 
@@ -165,11 +164,13 @@ def writer(tmp_path):
 
 
 def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(writer, monkeypatch):
-    begin, save = threading.Event(), torch.save
+    begin = threading.Event()
+    save = torch.save
     monkeypatch.setattr(
         torch, "save", lambda *arguments: begin.wait(60) and save(*arguments)
     )  # a slow disk
-    state, before = make_state(step=7), copy.deepcopy(make_state(step=7))
+    state = make_state(step=7)
+    before = copy.deepcopy(make_state(step=7))
     writer.write(state, [], nothing, nothing)
     for weight in state["model"].values():
         weight.add_(1)
@@ -181,7 +182,8 @@ def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(writer, monkeypatc
 
 
 def test_checkpoints_are_written_one_at_a_time_from_the_same_memory(writer):
-    done, places = [], []
+    done = []
+    places = []
     for step in (1, 2):
         begin, end = (functools.partial(done.append, f"{word} {step}") for word in ("begin", "end"))
         writer.write(make_state(step=step), ["best.pt", f"{step:07d}.pt"], begin, end)
@@ -213,7 +215,9 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
 
 
 def test_missing_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, recwarn):
-    path, odd, state = tmp_path / "best.pt", tmp_path / os.fsdecode(b"\xff 'best.pt"), make_state()
+    path = tmp_path / "best.pt"
+    odd = tmp_path / os.fsdecode(b"\xff 'best.pt")
+    state = make_state()
     assert "no such file" in load_refusal(path)
     assert "a folder without" in load_refusal(tmp_path)
     checkpoint.save(path, state)
@@ -243,7 +247,8 @@ WEIGHT = "blocks.1.mlp.fc1.weight"
 
 def save_damaged(path, part, **changes):
     """Save a checkpoint that has tensors in all its parts, and flip one bit of a tensor in this part."""
-    memory, rows = torch.rand(1000), torch.rand(1000)
+    memory = torch.rand(1000)
+    rows = torch.rand(1000)
     optimizer = {"kind": "adamw", "states": [{"state": {0: {"exp_avg": memory}}}]}
     state = make_state(optimizer=optimizer, run={"window": {"rows": rows}}, **changes)
     checkpoint.save(path, state)
@@ -270,11 +275,10 @@ def test_only_readers_of_a_damaged_part_refuse_the_file(tmp_path, part):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
-    model, args = (
-        EqM(CONFIG),
-        SimpleNamespace(optimizer=kind, lr=1.0, muon_lr=1.0, weight_decay=0.0),
-    )
-    before, after = make_optimizers(model, args), make_optimizers(model, args)
+    model = EqM(CONFIG)
+    args = SimpleNamespace(optimizer=kind, lr=1.0, muon_lr=1.0, weight_decay=0.0)
+    before = make_optimizers(model, args)
+    after = make_optimizers(model, args)
     sum(weight.square().sum() for weight in model.parameters()).backward()
     for optimizer in before:
         optimizer.step()
@@ -306,7 +310,9 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
 def test_a_model_that_matches_the_checks_loads_bit_for_bit(
     tmp_path, recwarn, use_ema, part, settings
 ):
-    path, config, state = tmp_path / "best.pt", replace(CONFIG, **settings), make_state(settings)
+    path = tmp_path / "best.pt"
+    config = replace(CONFIG, **settings)
+    state = make_state(settings)
     checkpoint.save(path, state)
     checks = {
         "num_classes": 5,
@@ -348,7 +354,8 @@ def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(part, c
 def test_a_best_checkpoint_older_than_a_fifth_of_its_phase_is_noted(
     newest, is_said, tmp_path, capsys
 ):
-    path, state = tmp_path / "checkpoints/best.pt", make_state()
+    path = tmp_path / "checkpoints/best.pt"
+    state = make_state()
     checkpoint.save(path, state | {"phase": state["phase"] | {"first_step": 4}})
     (tmp_path / checkpoint.SAVED_STEP).write_text(f"{newest}\n")
     checkpoint.load_model(path)

@@ -17,7 +17,10 @@ from training import record_calls
 from video.files import UnreadableError
 from video.writers import write_mp4
 
-CLASSES, PEOPLE, FRAMES, WINDOW = ["Down", "Up"], 3, 19, 4
+CLASSES = ["Down", "Up"]
+PEOPLE = 3
+FRAMES = 19
+WINDOW = 4
 SETTINGS = {"num_classes": 2, "steps": 25, "seed": 0, "recipe": classifier.RECIPES["groups"]}
 
 
@@ -67,7 +70,8 @@ def test_windows_cover_a_clip_and_overlap_by_half(length, window, interval, coun
 
 
 def test_the_classifier_learns_classes_but_nothing_from_shuffled_labels():
-    numbers, true = range(20), [0] * 20 + [1] * 20
+    numbers = range(20)
+    true = [0] * 20 + [1] * 20
     clips = [
         every_window(classifier.prepare(bar(name, number), 32))
         for name in CLASSES
@@ -95,7 +99,8 @@ def test_training_windows_balance_classes_and_half_are_mirrored():
         x, y = classifier.random_windows({0: [down], 1: [up, up, up]}, random, 16)
         x = classifier.change(x, classifier.RECIPES["groups"], random)
         rows += zip(y.tolist(), x.mean(dim=2), strict=True)  # windows as (T, W)
-    labels, shifts = np.array([label for label, _ in rows]), range(-4, 5)
+    labels = np.array([label for label, _ in rows])
+    shifts = range(-4, 5)
     gaps = [[(row[0].roll(shift) - row[1]).abs().mean() for shift in shifts] for _, row in rows]
     moved = np.sign([shifts[np.argmin(gap)] for gap in gaps])
     assert 0.4 < labels.mean() < 0.6 and 0.35 < (moved == np.where(labels, -1, 1)).mean() < 0.65
@@ -129,11 +134,10 @@ def test_accuracy_intervals_and_confusion_equal_their_definitions():
 
 
 def test_inception_score_and_entropies_equal_their_closed_forms():
-    sure, doubt, log4 = (
-        1e4 * torch.eye(4)[:, None],
-        torch.zeros(3, 1, 4),
-        math.log(4),
-    )  # one window per clip
+    # one window per clip
+    sure = 1e4 * torch.eye(4)[:, None]
+    doubt = torch.zeros(3, 1, 4)
+    log4 = math.log(4)
     likely = torch.eye(4)[:, None] * math.log(7)  # 0.7 for one class, 0.1 for each other
     entropy = -0.7 * math.log(0.7) - 0.3 * math.log(0.1)
     expected = (
@@ -157,11 +161,13 @@ def test_samples_that_move_less_than_real_clips_are_static():
     real.append(torch.zeros(FRAMES, 32, 32).byte())  # a static class: nothing moves less
 
     def find_static(clips, asked, interval):
-        windows, labels = [every_window(clip, interval) for clip in real], [0] * 3 + [1] * 3 + [2]
+        windows = [every_window(clip, interval) for clip in real]
+        labels = [0] * 3 + [1] * 3 + [2]
         rows = [*map(classifier.Real, windows, labels, labels, labels)]
         return classifier.find_static([*map(every_window, clips)], asked, rows)
 
-    moves, length = classifier.prepare(bar("Down", 4), 32), 3 * WINDOW
+    moves = classifier.prepare(bar("Down", 4), 32)
+    length = 3 * WINDOW
     stops = torch.cat([moves[:WINDOW], moves[WINDOW : WINDOW + 1].expand(length - WINDOW, -1, -1)])
     flickers = moves[:1].expand(length, -1, -1) + 30 * (torch.arange(length) % 2).byte().view(
         -1, 1, 1
@@ -239,7 +245,8 @@ def sideways(class_name, number):
 
 def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monkeypatch, capsys):
     """The classes are mirror images. In one validation video and one sample, the bar moves the wrong way."""
-    root, other = tmp_path / "sides", {"Up": "Down", "Down": "Up"}
+    root = tmp_path / "sides"
+    other = {"Up": "Down", "Down": "Up"}
     for name in CLASSES:
         (root / name).mkdir(parents=True)
         for person in range(1, 9):
@@ -271,7 +278,8 @@ def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monk
         root,
     ]
     made = run(tmp_path / "c.json", *flags, "--samples", samples, "--num-workers", 2)
-    real, found = made["result"]["real"], made["result"]["samples"]
+    real = made["result"]["real"]
+    found = made["result"]["samples"]
     assert calls == [("of the training split", 10)] and made["protocol"] == "classifier4_4f_val"
     assert (
         real["clips"] == 6

@@ -33,7 +33,8 @@ def compare_with_eager(grad_checkpoint=None, **positions):
     for network in (compiled, ema):
         network.compile_blocks()
     assert compiled.state_dict().keys() == model.state_dict().keys()
-    x, y = clip(8, batch=3), labels(3)
+    x = clip(8, batch=3)
+    y = labels(3)
     (loss, gradients), (again, same) = (
         loss_and_gradients(network, x, y) for network in (model, compiled)
     )

@@ -84,7 +84,8 @@ def test_the_statistics_of_a_frame_are_mean_contrast_and_sharpness():
 
 @pytest.mark.parametrize("patch", [2, 3])
 def test_jumps_at_borders_set_the_seam_score_and_other_jumps_do_not(patch):
-    place, borders = (torch.arange(23) + 1) % patch, consistency.borders(24, patch)[0]
+    place = (torch.arange(23) + 1) % patch
+    borders = consistency.borders(24, patch)[0]
     even, seams, others = (
         measure_all(flat(walk(steps.expand(10, -1))))[1]
         for steps in (
@@ -126,7 +127,8 @@ def test_intervals_are_as_wide_if_each_video_gives_several_clips():
     copies = [
         (torch.cat([own] * 3), torch.cat([change] * 3), [*range(10)] * 3) for own, change, _ in sets
     ]
-    once, found = consistency.summarize(*sets, 4), consistency.summarize(*copies, 4)
+    once = consistency.summarize(*sets, 4)
+    found = consistency.summarize(*copies, 4)
     assert found["seam_score_interval95"] == pytest.approx(once["seam_score_interval95"])
     for name, own in once["drift"].items():
         assert found["drift"][name]["interval95"] == pytest.approx(own["interval95"], rel=0.02)
@@ -151,7 +153,10 @@ def test_drifts_have_the_intervals_of_a_difference_of_two_means():
 
 @pytest.mark.parametrize("borders", [[], [*range(1, 8)], [4]])
 def test_without_borders_or_motion_there_is_no_seam_score(borders):
-    moves, stands, hardly = random(3, 7), torch.zeros(3, 7), torch.eye(7)[:3]  # not at frame 4
+    # not at frame 4
+    moves = random(3, 7)
+    stands = torch.zeros(3, 7)
+    hardly = torch.eye(7)[:3]
     for generated, real in (
         [(stands, moves), (moves, stands), (moves, hardly)] if borders == [4] else [(moves, moves)]
     ):
@@ -159,14 +164,13 @@ def test_without_borders_or_motion_there_is_no_seam_score(borders):
 
 
 def test_rising_brightness_is_a_drift_in_deviations_of_real_frames():
-    real, rising = (
-        torch.tensor([[90.0] * 9, [110.0] * 9]),
-        torch.arange(9.0) * 5 + torch.tensor([[100.0], [108], [116]]),
-    )
+    real = torch.tensor([[90.0] * 9, [110.0] * 9])
+    rising = torch.arange(9.0) * 5 + torch.tensor([[100.0], [108], [116]])
     real, up, down, brighter = (
         measure_all(flat(levels))[0] for levels in (real, rising, rising.flip(1), rising + 20)
     )
-    unit, found = torch.tensor([90.0, 110] * 9).std().item(), consistency.drifts(up, real)
+    unit = torch.tensor([90.0, 110] * 9).std().item()
+    found = consistency.drifts(up, real)
     for name in STATISTICS[:3]:
         assert found[name]["drift"] == pytest.approx(40 / unit)  # up by 40 from first to last
         assert found[name]["interval95"] == pytest.approx([40 / unit] * 2)

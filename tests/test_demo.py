@@ -13,10 +13,8 @@ DEMO = ROOT / "results/demo"
 def test_the_demo_is_small_and_its_scores_are_of_this_model():
     assert sum(file.stat().st_size for file in DEMO.iterdir()) <= 5e6
     own = checkpoint.weights_sha256(checkpoint.load_model(DEMO)[0].state_dict())
-    scores, text = (
-        [path.read_text() for path in DEMO.glob("motion-*.json")],
-        (DEMO / "README.md").read_text(),
-    )
+    scores = [path.read_text() for path in DEMO.glob("motion-*.json")]
+    text = (DEMO / "README.md").read_text()
     assert len(scores) >= 3 and all(f'"weights_sha256": "{own}"' in score for score in scores)
     for score in scores:  # the table says what was measured
         assert f"| {100 * json.loads(score)['values']['direction_accuracy']:.1f} (" in text

@@ -56,7 +56,8 @@ def write_page(path, model):
     model.load_state_dict(
         {name: value.half().float() for name, value in model.state_dict().items()}
     )
-    config, count = model.config, model.config.num_classes
+    config = model.config
+    count = model.config.num_classes
     data = {
         "classes": [f"<{label}>" for label in range(count)],
         "time_scale": TIME_SCALE,
@@ -240,7 +241,8 @@ def take_steps(browser, count):
 
 
 def test_two_trajectories_with_disturbances_equal_those_of_torch(browser, demo):
-    model, about = checkpoint.load_model(DEMO)[0], ("ngd", 7, 0.0262, 0.3)
+    model = checkpoint.load_model(DEMO)[0]
+    about = ("ngd", 7, 0.0262, 0.3)
     browser.open(demo, READY)
     first = state(browser)
     expected, _ = sample(field_of(model, 0, TIME_SCALE, 1.5), first, *about)
@@ -263,7 +265,8 @@ def test_two_trajectories_with_disturbances_equal_those_of_torch(browser, demo):
     browser.ask("$('label').value = 7; $('label').dispatchEvent(new Event('change'))")
     browser.ask("document.querySelectorAll('#frames button')[2].click()")
     browser.ask("document.querySelector('[data-region=square]').click()")
-    after, mask = state(browser), torch.zeros(1, 1, 9, 1, 1, dtype=torch.bool)
+    after = state(browser)
+    mask = torch.zeros(1, 1, 9, 1, 1, dtype=torch.bool)
     mask[:, :, 2] = True
     changed = (after != before).any(dim=1)[0]  # (T, H, W)
     assert changed.sum() == 8 * 6 * 6 and not changed[2].any() and changed[0, 5:11, 5:11].all()
@@ -274,13 +277,15 @@ def test_two_trajectories_with_disturbances_equal_those_of_torch(browser, demo):
 
 
 def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
-    x, labels = torch.rand(2, 3, 8, 16, 16), torch.tensor([0, 11])
+    x = torch.rand(2, 3, 8, 16, 16)
+    labels = torch.tensor([0, 11])
     changed = {
         name: ((y != x).float().mean(), own)
         for name, y, own in disturb.disturbances(x, labels, 12, 0)
     }
     for name, (share, own) in changed.items():
-        half, square = "half" in name and "mirrored" not in name, "square" in name
+        half = "half" in name and "mirrored" not in name
+        square = "square" in name
         expected = 0.5 if half else 36 / 256 if square else 0 if name == "another class" else None
         assert expected is None or share == pytest.approx(expected, abs=1e-3), name
         assert own.tolist() == ([1, 0] if "another" in name else [0, 11])

@@ -127,7 +127,8 @@ def check_command(names, words, monkeypatch):
     program, *words = words
     if program == "torchrun":
         args = get_args_parser().parse_args(words)
-        program, words = "python", [args.training_script, *args.training_script_args]
+        program = "python"
+        words = [args.training_script, *args.training_script_args]
     if program == "sbatch":
         words = words[words[0].startswith("--") :]
     script, *words = words
@@ -253,7 +254,8 @@ def cells(row):
 
 def is_in(number, source):
     """Whether a number, as text, is one of a text, rounded as it is."""
-    value, digits = float(number.replace(",", "")), len(number.partition(".")[2])
+    value = float(number.replace(",", ""))
+    digits = len(number.partition(".")[2])
     found = [float(one.replace(",", "")) for one in re.findall(NUMBER, source)]
     return any(
         abs(value - scale * one) < 0.501 * 10**-digits for one in found for scale in (1, 100)
@@ -317,11 +319,9 @@ def test_the_table_of_models_has_their_parameters():
         (row,) = [
             cells(line) for line in PAGES["README.md"].splitlines() if line.startswith(f"| {size} ")
         ]
-        depth, width, heads = (
-            model_config(name).depth,
-            model_config(name).hidden_size,
-            model_config(name).num_heads,
-        )
+        depth = model_config(name).depth
+        width = model_config(name).hidden_size
+        heads = model_config(name).num_heads
         assert row[1:4] == [str(depth), str(width), str(heads)]
         with torch.device("meta"):  # one block, which takes less time than all
             model = build(input_size=32, in_channels=4, num_classes=101, use_rope=True, depth=1)

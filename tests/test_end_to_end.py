@@ -117,7 +117,8 @@ def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(phases, shapes,
         assert alone[-1]["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-4)
         assert previews_of(run).shape == samples.shape  # each sample once
         assert abs(previews_of(run) - samples).max() <= 1
-    first, second = samples[:128, -128:], samples[130:258, -128:]
+    first = samples[:128, -128:]
+    second = samples[130:258, -128:]
     assert abs(first - second).max() > 100  # so another order would be noticed
 
 
@@ -201,7 +202,8 @@ def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(
 
 
 def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
-    data, vae = make_images(tmp_path / "images", 12, ".webp"), make_vae(tmp_path / "vae")
+    data = make_images(tmp_path / "images", 12, ".webp")
+    vae = make_vae(tmp_path / "vae")
     flags = [
         *TINY,
         *FAST,
@@ -229,7 +231,8 @@ def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
     folder = Path(one(tmp_path / "r/*-EqM-Ti-4-f1-rope"))
     assert all(row["disp_loss"] <= 0 for row in rows_of(folder / "metrics.jsonl"))
     assert (folder / "samples/0000003.png").stat().st_size > 0
-    ckpt, flags = folder / "checkpoints/best.pt", ["--num-samples", 2, "--num-sampling-steps", 3]
+    ckpt = folder / "checkpoints/best.pt"
+    flags = ["--num-samples", 2, "--num-sampling-steps", 3]
     run_main(sample_gd, "--ckpt", ckpt, *flags, "--folder", tmp_path / "s")
     assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape == (2, 16, 16, 3)
     assert {"000000.png", "000001.png"} <= content(tmp_path / "s").keys()

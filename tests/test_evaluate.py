@@ -84,12 +84,11 @@ def naive_features(clips):
 def test_fvd_and_fid_equal_a_naive_version(
     metric, shapes, samples, detector, tmp_path, monkeypatch
 ):
-    generated, real = np.load(samples / "samples.npz")["arr_0"], read_clips(shapes, "train", 20)[0]
+    generated = np.load(samples / "samples.npz")["arr_0"]
+    real = read_clips(shapes, "train", 20)[0]
     if metric == "fid":  # of frames
-        generated, real = (
-            generated.reshape(-1, 1, SIZE, SIZE, 3),
-            real.reshape(-1, 1, SIZE, SIZE, 3),
-        )
+        generated = generated.reshape(-1, 1, SIZE, SIZE, 3)
+        real = real.reshape(-1, 1, SIZE, SIZE, 3)
 
     def size(detector, clips, *rest, **others):
         assert (
@@ -213,7 +212,8 @@ def test_real_features_are_cached_until_the_file_or_the_data_change(
     shapes, fvd, tmp_path, monkeypatch, capsys
 ):
     fvd[5] = shutil.copytree(shapes, tmp_path / "data")
-    reads, real_stream = [], sources.real_stream
+    reads = []
+    real_stream = sources.real_stream
     monkeypatch.setattr(
         sources,
         "real_stream",
@@ -418,10 +418,8 @@ def test_manifest_flags_may_have_values_that_begin_with_a_dash():
 
 
 def test_an_older_manifest_is_repeated_or_refused(tmp_path):
-    path, about = (
-        tmp_path / "m.json",
-        {"format": manifest.FORMAT, "generated": {"flags": {"num_samples": 3}}},
-    )
+    path = tmp_path / "m.json"
+    about = {"format": manifest.FORMAT, "generated": {"flags": {"num_samples": 3}}}
     path.write_text(json.dumps(about))
     assert manifest.sampling_words(path) == ["--num-samples=3", "--stop-below=0"]
     path.write_text(json.dumps(about | {"generated": {}}))

@@ -35,10 +35,8 @@ def exported(tmp_path_factory):
 )
 def test_an_export_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, settings):
     name = "video" if "num_frames" in settings else "image"
-    path, folder = (
-        random_checkpoint(tmp_path / f"{name}.pt", **settings),
-        tmp_path / "shared" / name,
-    )
+    path = random_checkpoint(tmp_path / f"{name}.pt", **settings)
+    folder = tmp_path / "shared" / name
     run_main(export, path, folder)
     assert sorted(file.name for file in folder.iterdir()) == FILES
     model, config, step = checkpoint.load_model(folder)
@@ -61,10 +59,8 @@ def test_an_export_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, set
 
 
 def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
-    vae, other = (
-        make_vae(tmp_path / "vae-64"),
-        make_vae(tmp_path / "other", block_out_channels=(8, 16)),
-    )
+    vae = make_vae(tmp_path / "vae-64")
+    other = make_vae(tmp_path / "other", block_out_channels=(8, 16))
     path = random_checkpoint(tmp_path / "best.pt", vae, training={"vae": str(vae)}, **VIDEO)
     before, _ = sample_here(path, tmp_path / "before", "--no-previews")
     vae = vae.rename(tmp_path / "moved")
@@ -74,10 +70,8 @@ def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
     run_main(export, path, tmp_path / "shared", "--vae", vae)
     card, text = ((tmp_path / "shared" / name).read_text() for name in ("README.md", "config.json"))
     assert "| VAE | its own, in `vae/` |" in card and "vae-64" not in card + text
-    folder, vae = (
-        (tmp_path / "shared").rename(tmp_path / "elsewhere"),
-        vae.rename(tmp_path / "gone"),
-    )
+    folder = (tmp_path / "shared").rename(tmp_path / "elsewhere")
+    vae = vae.rename(tmp_path / "gone")
     run_main(
         export, folder, tmp_path / "half", "--dtype", "fp16"
     )  # an export of an export has it too
@@ -107,10 +101,8 @@ def test_half_precision_is_half_as_large_and_rounded(exported, tmp_path):
     run_main(export, exported[0], half, "--dtype", "fp16")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (exported[1], half)]
     assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.02)
-    weights, (model, _, _) = (
-        load_file(exported[1] / "model.safetensors"),
-        checkpoint.load_model(half),
-    )
+    weights = load_file(exported[1] / "model.safetensors")
+    (model, _, _) = checkpoint.load_model(half)
     assert all(
         torch.equal(value, weights[name].half().float())
         for name, value in model.state_dict().items()
@@ -119,8 +111,10 @@ def test_half_precision_is_half_as_large_and_rounded(exported, tmp_path):
 
 def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp_path, capsys):
     ckpt, shared = exported
-    text, card = (shared / "config.json").read_text(), (shared / "README.md").read_text()
-    about, saved = json.loads(text), checkpoint.load(ckpt)
+    text = (shared / "config.json").read_text()
+    card = (shared / "README.md").read_text()
+    about = json.loads(text)
+    saved = checkpoint.load(ckpt)
     assert (about["step"], about["dtype"], about["training"]["lr"]) == (10, "fp32", 1e-4)
     assert about["model"] == saved["config"]["model"] and about["data"] == saved["config"]["data"]
     assert "somebody" not in text + card and text.count("\n") > 20  # readable
@@ -215,10 +209,8 @@ def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_p
     assert "add --new-classes to train on these" in capsys.readouterr().err
     files, states = trained("a", tmp_path / "shared", (11, 12), "--new-classes")
     assert "has 1 of your 2 classes; others start" in capsys.readouterr().out
-    shared, table = (
-        load_file(tmp_path / "shared/model.safetensors"),
-        "y_embedder.embedding_table.weight",
-    )
+    shared = load_file(tmp_path / "shared/model.safetensors")
+    table = "y_embedder.embedding_table.weight"
     shared[table] = shared[table][[1, 2, 2]]  # B, and C begins with the embedding of no class
     follows(shared, states, 0)
     changes = [(value - shared[name]).abs().max() for name, value in states[0]["model"].items()]

@@ -14,34 +14,34 @@ def normal(*shape, seed=0):
 
 
 def test_the_frechet_distance_equals_its_closed_forms():
-    factor, mean_a, mean_b, one = (
-        normal(6, 9),
-        normal(6),
-        normal(6, seed=1),
-        torch.ones(1, dtype=torch.float64),
-    )
-    cov, means = factor @ factor.T / 9, (mean_a - mean_b).square().sum().item()
+    factor = normal(6, 9)
+    mean_a = normal(6)
+    mean_b = normal(6, seed=1)
+    one = torch.ones(1, dtype=torch.float64)
+    cov = factor @ factor.T / 9
+    means = (mean_a - mean_b).square().sum().item()
     assert frechet_distance(mean_a, cov, mean_b, cov) == pytest.approx(means, rel=1e-12)
     assert frechet_distance(mean_a, cov, mean_a, cov) == pytest.approx(0, abs=1e-12)
     assert frechet_distance(3 * one, 4 * one[None], one, 25 * one[None]) == pytest.approx(
         (3 - 1) ** 2 + (2 - 5) ** 2
     )
-    a, b = normal(6).square(), normal(6, seed=1).square()
+    a = normal(6).square()
+    b = normal(6, seed=1).square()
     a[2] = 0  # a dimension in which nothing varies
     deviations = (a.sqrt() - b.sqrt()).square().sum().item()
     assert frechet_distance(mean_a, a.diag(), mean_b, b.diag()) == pytest.approx(
         means + deviations, rel=1e-12
     )
-    a, b = (
-        torch.tensor([2.0, 3, 0, 0, 0, 0]).double(),
-        torch.tensor([0, 0, 5.0, 7, 0, 0]).double(),
-    )  # no overlap
+    # no overlap
+    a = torch.tensor([2.0, 3, 0, 0, 0, 0]).double()
+    b = torch.tensor([0, 0, 5.0, 7, 0, 0]).double()
     assert frechet_distance(mean_a, a.diag(), mean_a, b.diag()) == pytest.approx(17, rel=1e-12)
 
 
 def test_moments_cover_all_frames():
     features = 1000 + normal(25, 2, 4)  # far from zero, where sums of squares would lose digits
-    found, every = frechet.moments_of(features), features.numpy().reshape(50, 4)
+    found = frechet.moments_of(features)
+    every = features.numpy().reshape(50, 4)
     assert found["count"] == 50
     assert found["mean"].numpy() == pytest.approx(every.mean(axis=0), rel=1e-14)
     assert found["cov"].numpy() == pytest.approx(np.cov(every.T), rel=1e-9)
@@ -62,10 +62,8 @@ def test_the_bootstrap_error_equals_the_deviation_over_repeated_sets():
 
 
 def test_the_bootstrap_resamples_whole_clips():
-    reference, clips = (
-        (torch.zeros(3).double(), torch.eye(3).double()),
-        1 + normal(60, 1, 3, seed=1),
-    )
+    reference = (torch.zeros(3).double(), torch.eye(3).double())
+    clips = 1 + normal(60, 1, 3, seed=1)
     alone, copies, more = (
         frechet.bootstrap_error(*reference, own, 100, seed=0)
         for own in (clips, clips.repeat(1, 8, 1), clips.repeat(8, 1, 1))  # static clips; more clips

@@ -102,7 +102,8 @@ def images(tmp_path_factory):
 def page(tmp_path_factory, real):
     """The path of a page with 6 samples, each with a real clip beside it."""
     root = tmp_path_factory.mktemp("page")
-    folder, out = make_samples(root / "samples", [0, 1, 0, 1, 0, 1]), root / "new/page.html"
+    folder = make_samples(root / "samples", [0, 1, 0, 1, 0, 1])
+    out = root / "new/page.html"
     run_main(gallery, folder, "--data-path", real, "--val-fraction", 0.5, "--out", out)
     return out
 
@@ -242,7 +243,8 @@ def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_pat
     long = make_samples(tmp_path / "long", LABELS[:2], num_frames=23, size=128, given="0-3")
     run_main(picture, short, long, "--rows", 2, "--out", tmp_path / "picture.png")
     pixels = np.array(Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
-    step, half = picture.SIDE + picture.GAP, picture.SIDE // 2
+    step = picture.SIDE + picture.GAP
+    half = picture.SIDE // 2
     text = len(text_line("title"))
     second = text + 2 * step - picture.GAP + text
     tops = [text, text + step, second, second + step]

@@ -84,7 +84,8 @@ def parts_of(plan, batch_size=16, **changes):
 
 def run(plan, batch_size=16, **changes):
     """(clips, evaluations of the first window, energies or None) of all samples."""
-    parts, count = parts_of(plan, batch_size, **changes), len(plan.window_starts)
+    parts = parts_of(plan, batch_size, **changes)
+    count = len(plan.window_starts)
     batches = [parts[first : first + count] for first in range(0, len(parts), count)]
     clips = torch.cat([torch.cat([part[2] for part in batch], dim=1) for batch in batches])
     evaluations, energies = zip(*(batch[0][3:] for batch in batches), strict=True)
@@ -123,7 +124,9 @@ def test_a_batch_without_a_condition_has_no_guidance(monkeypatch):
 def test_one_progress_bar_counts_evaluations_even_if_samples_stop_early(
     method, stop_below, most, monkeypatch
 ):
-    bars, before, plan = [], [], make_plan(Quadratic(), num_frames=5, window=3, overlap=1)
+    bars = []
+    before = []
+    plan = make_plan(Quadratic(), num_frames=5, window=3, overlap=1)
     monkeypatch.setattr(
         generation,
         "Bar",
@@ -153,10 +156,8 @@ def test_nonfinite_samples_are_an_error_but_only_a_note_in_training(capsys):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_recorded_energies_equal_the_closed_form_at_each_point(guidance):
-    plan, changes = (
-        make_plan(Quadratic()),
-        {"num_steps": 9, "step_size": 0.001, "guidance": guidance, "method": "gd"},
-    )
+    plan = make_plan(Quadratic())
+    changes = {"num_steps": 9, "step_size": 0.001, "guidance": guidance, "method": "gd"}
     clips, evaluations, energies = run(plan, 2, energy=True, **changes)
     rate = (11 + guidance * (torch.arange(5) - 10)) * torch.arange(
         1, 6
@@ -189,7 +190,8 @@ def test_the_energies_of_a_sample_end_where_it_stops():
 
 
 def test_init_clips_are_read_one_batch_at_a_time():
-    plan, asked = make_plan(Quadratic(), vae=VAE("none")), []
+    plan = make_plan(Quadratic(), vae=VAE("none"))
+    asked = []
 
     def init(indices):
         asked.append(list(indices))
@@ -240,8 +242,10 @@ def test_each_window_has_its_own_noise_after_the_end_of_the_previous_one(monkeyp
     assert all((evaluations == 3).all() for *_, evaluations, _ in parts)
     clips = torch.cat([videos for _, _, videos, _, _ in parts[:3]], dim=1)
     for number in range(3):
-        points, first = seen[3 * number : 3 * number + 3], 5 if number else 0
-        noise, given = normal(0, "sample", number, [0, 1], (3, 8, 4, 4)), points[0][:, :, :first]
+        points = seen[3 * number : 3 * number + 3]
+        first = 5 if number else 0
+        noise = normal(0, "sample", number, [0, 1], (3, 8, 4, 4))
+        given = points[0][:, :, :first]
         assert torch.equal(points[0][:, :, first:], noise[:, :, first:])
         assert all(torch.equal(point[:, :, :first], given) for point in points)
         shown = clips[:, 3 * number : 3 * number + first].permute(0, 4, 1, 2, 3)

@@ -47,7 +47,8 @@ def test_clips_are_read_at_the_frame_rate_of_the_model(tmp_path, rate, seconds, 
 def test_the_frame_count_of_a_clip_follows_the_time_scale_and_frames_are_cropped(tmp_path):
     write_video(tmp_path / "v.avi", 10, size=(48, 48))
     save(tmp_path / "a.png", picture(48, 56))
-    video, image = only(tmp_path / "v.avi"), only(tmp_path / "a.png")
+    video = only(tmp_path / "v.avi")
+    image = only(tmp_path / "a.png")
     assert [video.count(seconds / 25) for seconds in (1, 2, 3, 9, 10)] == [
         10,
         5,
@@ -140,7 +141,10 @@ def test_samples_show_given_frames_exactly_as_read(places, sample, model):
 
 
 def test_given_latents_stay_bit_for_bit_and_only_background_is_added(places, sample, monkeypatch):
-    seen, decode, path = [], VAE.decode, places / "B/b.mp4"  # (latents, decoded) of each window
+    # (latents, decoded) of each window
+    seen = []
+    decode = VAE.decode
+    path = places / "B/b.mp4"
     monkeypatch.setattr(
         VAE, "decode", lambda vae, x: seen.append((x, decode(vae, x))) or seen[-1][1]
     )
@@ -157,7 +161,8 @@ def test_given_latents_stay_bit_for_bit_and_only_background_is_added(places, sam
         4,
     ]
     clips, about = sample("latents", *flags, "--no-keep-background")
-    known, others = [0, 1, 2, 3, 5], [4, *range(6, 16)]
+    known = [0, 1, 2, 3, 5]
+    others = [4, *range(6, 16)]
     encoded = load_vae(str(places / "vae")).encode(only(path).read(known, 0.04, 16)[None])[0]
     (latents, _), _ = seen
     torch.testing.assert_close(latents[0][:, known], encoded)
@@ -210,7 +215,8 @@ def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
 
 
 def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatch, capsys):
-    data, frames = tmp_path / "data", [0, 1, 2, 7]
+    data = tmp_path / "data"
+    frames = [0, 1, 2, 7]
     for name, rate in (("A/a", 25), ("A/b", 20), ("B/c", 12.5)):
         write_video(data / f"{name}.avi", 20, rate, size=(16, 16))
     _, val = split_videos(data, scan_videos(data).videos, 0.6)
@@ -289,7 +295,8 @@ def details(real, mask, **settings):
 
 
 def test_static_parts_keep_the_exact_pixels_of_given_frames():
-    real, mask = random_video(1).expand(2, 6, 4, 4, 3), torch.arange(6).expand(2, 6) < 2
+    real = random_video(1).expand(2, 6, 4, 4, 3)
+    mask = torch.arange(6).expand(2, 6) < 2
     decoded = real - 10  # the loss of a VAE
     assert torch.equal(details(real, mask).add(decoded, 0), real)
     decoded[0, 2:, 1, 1, 0] += 50  # another object, shown as decoded
@@ -301,10 +308,8 @@ def test_static_parts_keep_the_exact_pixels_of_given_frames():
 
 
 def test_without_given_frames_or_loss_clips_are_shown_as_decoded():
-    noise, mask = (
-        random_video(5, 0, 256),
-        torch.tensor([[False] * 5, [False, True, False, False, True]]),
-    )
+    noise = random_video(5, 0, 256)
+    mask = torch.tensor([[False] * 5, [False, True, False, False, True]])
     real = noise.clone()
     real[0] = 0  # read, but not given
     assert torch.equal(details(real, mask).add(noise, 0), noise)
@@ -312,11 +317,13 @@ def test_without_given_frames_or_loss_clips_are_shown_as_decoded():
 
 @pytest.mark.parametrize("given", [(0, 1), (3,), (0, 7), ()])
 def test_details_do_not_depend_on_windows(given):
-    decoded, real = random_video(8, 100, 120), random_video(8, 100, 120, seed=2)
+    decoded = random_video(8, 100, 120)
+    real = random_video(8, 100, 120, seed=2)
     mask = torch.tensor(
         [[frame in given for frame in range(8)], [frame == 0 for frame in range(8)]]
     )
-    whole, parts = details(real, mask).add(decoded, 0), details(real, mask)
+    whole = details(real, mask).add(decoded, 0)
+    parts = details(real, mask)
     windows = torch.cat(
         [parts.add(decoded[:, first : first + 2], first) for first in (0, 2, 4, 6)], dim=1
     )

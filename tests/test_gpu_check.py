@@ -18,7 +18,8 @@ def test_the_limits_of_bf16_pass_rounding_and_no_mistake(what):
     config = model_config(
         "EqM-Ti/4", num_classes=3, temporal_patch_size=4, depth=2, input_size=8, use_rope=True
     )
-    network, inputs = gpu_checks.random_network(config), gpu_checks.random_inputs(config, 6)
+    network = gpu_checks.random_network(config)
+    inputs = gpu_checks.random_inputs(config, 6)
     reference = gpu_checks.outputs_and_gradients(network, *inputs)
     wrong = deepcopy(network)
     if what == "positions":
@@ -38,7 +39,8 @@ def test_with_several_gpus_sharded_runs_are_compared_compiled_and_not(monkeypatc
     monkeypatch.setattr(gpu_checks, "RANKS", 2)
     monkeypatch.setattr(gpu_checks, "PRECISIONS", ["fp32"])
     monkeypatch.setattr(gpu_checks, "distance", lambda run, *_: run)
-    runs, rows = [], {}
+    runs = []
+    rows = {}
 
     def run(name, *flags, ranks):
         assert ranks == 2
@@ -62,7 +64,8 @@ def test_a_value_above_its_limit_or_missing_gives_status_1_and_is_named(
 ):
     def run_pytest(command, plugins):
         for value in values:
-            rows, failed = [], False
+            rows = []
+            failed = False
             try:
                 check = gpu_checks.checker(
                     lambda *row, rows=rows: rows.append(row), "What it does."

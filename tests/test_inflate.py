@@ -34,18 +34,14 @@ KINDS = {  # of image models; head_dim is 32
 @torch.no_grad()
 def largest_error(image, video, y=0, seconds=1 / 25):
     """The largest distance of the fields of equal frames from the image's field, over all RATES."""
-    x, told = (
-        clip(1, image.config),
-        {"gamma": torch.tensor([0.3])} if image.config.objective == "flow" else {},
-    )
+    x = clip(1, image.config)
+    told = {"gamma": torch.tensor([0.3])} if image.config.objective == "flow" else {}
 
     def field(model, x, seconds):
         return model(x, torch.tensor([y]), torch.tensor([seconds]), **told)
 
-    equal, expected = (
-        x.expand(-1, -1, video.config.temporal_patch_size, -1, -1),
-        field(image, x, seconds),
-    )
+    equal = x.expand(-1, -1, video.config.temporal_patch_size, -1, -1)
+    expected = field(image, x, seconds)
     return max(distance(field(video, equal, 1 / fps), expected.expand_as(equal)) for fps in RATES)
 
 
@@ -59,7 +55,8 @@ def inflated(image, *settings, **more):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_frames_get_the_field_of_the_image_at_any_frame_rate(kind):
     image = tiny(**IMAGE | KINDS[kind])
-    video, own = inflated(image), image.config
+    video = inflated(image)
+    own = image.config
     positions = (
         {}
         if own.use_rope

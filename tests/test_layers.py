@@ -72,7 +72,8 @@ ROOMS = {name.split(".")[0] for name in MODULES}
 @functools.cache
 def own_imports(tree):
     """The modules of EqM that a module imports, also inside functions."""
-    targets, found = set(), set()
+    targets = set()
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets |= {alias.name for alias in node.names}

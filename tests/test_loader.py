@@ -26,10 +26,8 @@ def seen(tmp_path_factory):
     root = write_equal_videos(tmp_path_factory.mktemp("videos"))
     source = open_source(root, 16)
     clips = {n: clips_of(source, n, frame_interval=(1, 2)) for n in (4, 8)}
-    loader, before = (
-        make_loader(clips, KEYS, 2, 0, torch.device("cpu")),
-        set(multiprocessing.active_children()),
-    )
+    loader = make_loader(clips, KEYS, 2, 0, torch.device("cpu"))
+    before = set(multiprocessing.active_children())
     batches = batches_of(loader)
     processes = [
         Path("/proc", str(process.pid))

@@ -45,7 +45,8 @@ def test_a_block_keeps_its_input_and_if_selective_attention_and_all_products_but
 
 
 def test_the_bytes_are_those_that_saved_tensor_hooks_see(counts):
-    saved, attend = {}, torch.nn.functional.scaled_dot_product_attention
+    saved = {}
+    attend = torch.nn.functional.scaled_dot_product_attention
 
     def pack(tensor):
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()

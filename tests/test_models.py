@@ -126,7 +126,8 @@ def naive_axis(position, channels):
     return [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
 
 
-VIDEO, SPACE = {"num_frames": 10}, {"num_frames": 10, "use_rope": True, "position_table": "space"}
+VIDEO = {"num_frames": 10}
+SPACE = {"num_frames": 10, "use_rope": True, "position_table": "space"}
 IMAGE = {"num_frames": 1, "temporal_patch_size": 1}
 
 
@@ -143,14 +144,14 @@ IMAGE = {"num_frames": 1, "temporal_patch_size": 1}
 )
 def test_the_position_table_equals_a_naive_one_and_has_distinct_rows(size, side, kind):
     config = model_config(f"EqM-{size}/4", input_size=4 * side, in_channels=3, **kind)
-    table, D = position_table(config), config.hidden_size
+    table = position_table(config)
+    D = config.hidden_size
     if (
         kind is VIDEO
     ):  # a third of the channels for each axis, the rest zero: 1024 channels are no multiple of 6
-        third, places = (
-            2 * (D // 6),
-            itertools.product(range(3), range(side), range(side)),
-        )  # 10 frames: 3 patches
+        # 10 frames: 3 patches
+        third = 2 * (D // 6)
+        places = itertools.product(range(3), range(side), range(side))
         naive = [
             sum((naive_axis(p, third) for p in place), []) + [0] * (D - 3 * third)
             for place in places
@@ -167,7 +168,9 @@ def test_the_position_table_equals_a_naive_one_and_has_distinct_rows(size, side,
     "kind", [KINDS["fixed"], KINDS["rotary and table"]], ids=["fixed", "space"]
 )
 def test_blocks_get_patches_plus_positions_and_return_the_features(kind):
-    model, x, seen = tiny(**kind), clip(8, batch=2), []
+    model = tiny(**kind)
+    x = clip(8, batch=2)
+    seen = []
     model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     model.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
     f, features = model(x, labels(2), return_features=True)
@@ -212,7 +215,8 @@ def test_clips_that_do_not_fit_patches_or_fixed_positions_are_refused(use_rope):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_are_not_saved_and_gradients_reach_all_frames_and_weights(kind):
-    model, x = tiny(**KINDS[kind], num_frames=5), clip(5).requires_grad_()
+    model = tiny(**KINDS[kind], num_frames=5)
+    x = clip(5).requires_grad_()
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     model(x, labels()).square().sum().backward()
     assert (x.grad.abs().amax(dim=(0, 1, 3, 4)) > 0).all()
@@ -224,7 +228,10 @@ def test_positions_are_not_saved_and_gradients_reach_all_frames_and_weights(kind
 @pytest.mark.parametrize("use_rope", [True, False])
 @torch.no_grad()
 def test_bfloat16_rounds_little_and_autocast_keeps_tokens_in_float32(use_rope):
-    model, x, y, dtypes = tiny(use_rope=use_rope), clip(8), labels(), []
+    model = tiny(use_rope=use_rope)
+    x = clip(8)
+    y = labels()
+    dtypes = []
     f = model(x, y)
     for block in model.blocks:
         block.register_forward_hook(
@@ -245,11 +252,9 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(
     dtype, num_tokens, monkeypatch
 ):
     torch.manual_seed(0)  # the largest rounding of random inputs is close to the limit
-    precise, kernel, calls = (
-        torch.promote_types(dtype, torch.float32),
-        F.scaled_dot_product_attention,
-        [],
-    )
+    precise = torch.promote_types(dtype, torch.float32)
+    kernel = F.scaled_dot_product_attention
+    calls = []
     inputs = [torch.randn(1, 2, num_tokens, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
 
     def with_gradients(attention, inputs):
@@ -283,7 +288,9 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(
     [{"qk_norm": True}, {"use_rope": False, "hidden_size": 8}, {"ebm": "dot"}, {"ebm": "l2"}],
 )
 def test_a_new_model_predicts_zero_and_has_a_gradient_to_learn_from(changes):
-    model, x, y = EqM(dataclasses.replace(TINY, **changes)), clip(8, batch=2), labels(2)
+    model = EqM(dataclasses.replace(TINY, **changes))
+    x = clip(8, batch=2)
+    y = labels(2)
     f = model(x, y, torch.tensor([0.04, 0.1]))
     assert f.any() == (
         model.config.ebm == "l2"
@@ -347,19 +354,23 @@ def test_a_width_below_the_values_per_token_warns(recwarn):
 
 @torch.no_grad()
 def test_attention_normalizes_rotates_and_mixes_like_a_naive_version():
-    model, x = tiny(qk_norm=True), torch.randn(2, 8, 64)
-    attention, rotary = model.blocks[0].attn, model.rope((2, 2, 2), torch.tensor([0.04, 0.1]))
+    model = tiny(qk_norm=True)
+    x = torch.randn(2, 8, 64)
+    attention = model.blocks[0].attn
+    rotary = model.rope((2, 2, 2), torch.tensor([0.04, 0.1]))
     q, k, v = attention.qkv(x).reshape(2, 8, 3, 2, 32).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
     q = q / q.square().mean(dim=-1, keepdim=True).sqrt() * attention.q_norm.weight
     k = k / k.square().mean(dim=-1, keepdim=True).sqrt() * attention.k_norm.weight
-    q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    q = apply_rotary(q, *rotary)
+    k = apply_rotary(k, *rotary)
     weights = (q @ k.mT / 32**0.5).softmax(dim=-1)
     naive = attention.proj((weights @ v).transpose(1, 2).reshape(2, 8, 64))
     torch.testing.assert_close(attention(x, rotary), naive, atol=1e-5, rtol=1e-5)
 
 
 def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
-    model, seen = tiny(), []
+    model = tiny()
+    seen = []
     model.t_embedder.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0]))
     model(clip(4, batch=3), labels(3), torch.tensor([1 / 25, 2 / 25, 1 / 100]))
     frequencies = [10_000 ** (-j / 128) for j in range(128)]
@@ -373,7 +384,8 @@ def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
 @torch.no_grad()
 def test_patches_are_embedded_like_a_convolution_and_put_back_in_place(monkeypatch):
     values = TINY.values_per_token  # 4 x 2 x 2 x 3 = 48
-    model, x = tiny(hidden_size=values), clip(12, batch=2)
+    model = tiny(hidden_size=values)
+    x = clip(12, batch=2)
     torch.testing.assert_close(
         model.x_embedder(x), model.x_embedder.proj(x).flatten(2).mT
     )  # (B, N, D), width fastest
@@ -415,7 +427,8 @@ def slope(function, weights, seed, h=1e-5):
 
 def test_the_field_is_minus_the_gradient_of_the_defined_energy(energy):
     model, plain, x = energy
-    y, scale = labels(2), torch.tensor([0.04, 0.1])
+    y = labels(2)
+    scale = torch.tensor([0.04, 0.1])
     f = model(x, y, scale).detach()
     assert f.shape == x.shape
     with torch.no_grad():
@@ -455,7 +468,9 @@ def test_training_gradients_of_an_energy_equal_finite_differences(energy):
 
 @pytest.mark.parametrize("ebm", ["dot", "l2"])
 def test_sampling_an_energy_gives_the_same_field_without_a_graph(ebm):
-    model, x, y = tiny(ebm=ebm), clip(7, batch=2), labels(2)
+    model = tiny(ebm=ebm)
+    x = clip(7, batch=2)
+    y = labels(2)
     expected = model(x, y)
     with torch.no_grad():
         f, features = model(x, y, return_features=True)
@@ -488,7 +503,10 @@ def loss_and_gradients(model, x, y, **told):
     "use_rope", [True, False]
 )  # --compile: test_compile.py; --shard: test_sharding.py
 def test_grad_checkpointing_changes_neither_loss_nor_gradient(kind, ebm, precision, use_rope):
-    model, x, y, calls = tiny(ebm=ebm, use_rope=use_rope), clip(8, batch=2), labels(2), []
+    model = tiny(ebm=ebm, use_rope=use_rope)
+    x = clip(8, batch=2)
+    y = labels(2)
+    calls = []
     y[1] = model.config.num_classes  # no class
     with autocast(x.device, precision):
         loss, gradients = loss_and_gradients(model, x, y)
@@ -539,7 +557,8 @@ def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint, 
     config = model_config(name, ebm=ebm, objective=objective, **settings)
     model = randomized(EqM(config))  # with a zero output some parts get no gradient
     model.grad_checkpoint = grad_checkpoint
-    x, y = torch.randn(2, 4, num_frames, 8, 8), torch.tensor([0, 1])
+    x = torch.randn(2, 4, num_frames, 8, 8)
+    y = torch.tensor([0, 1])
     told = {"gamma": torch.rand(2, num_frames)} if objective == "flow" else {}
     if ebm == "none":
         assert counted_flops(lambda: model(x, y, **told)) == 2 * config.flops(num_frames)

@@ -50,7 +50,8 @@ def test_the_bytes_of_a_video_depend_only_on_the_flags(tmp_path, made):
     assert same == again and same.keys() == other.keys()
     assert all(same[name] != other[name] for name in same if name.endswith(".avi"))
     make(tmp_path / "few", "--videos-per-class", 2)
-    all_files, few = content(made[0]), content(tmp_path / "few")
+    all_files = content(made[0])
+    few = content(tmp_path / "few")
     assert all(few[name] == all_files[name] for name in few if "_g01_c01" in name)
     assert not [
         name for name, data in all_files.items() if b"Lav" in data
@@ -120,9 +121,13 @@ def test_coverage_equals_a_count_of_points_and_sums_to_the_area(shape):
         assert share.min() >= 0 and share.max() <= 1 + 1e-12
         assert share.sum() == pytest.approx(shapes.AREAS[shape] * 11.52**2, rel=2e-3)
         assert centroid(share[..., None]) == pytest.approx(center, abs=0.01)
-    center, radius, size, sub = (8.3, 7.9), 4.2, 16, 32
+    center = (8.3, 7.9)
+    radius = 4.2
+    size = 16
+    sub = 32
     ys, xs = (np.mgrid[: size * sub, : size * sub] + 0.5) / sub
-    x, y = (xs - center[0]) / radius, (ys - center[1]) / radius
+    x = (xs - center[0]) / radius
+    y = (ys - center[1]) / radius
     inside = {
         "Circle": x**2 + y**2 < 1,
         "Square": np.maximum(abs(x), abs(y)) < np.sqrt(np.pi) / 2,

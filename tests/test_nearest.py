@@ -34,7 +34,8 @@ def found_in(monkeypatch, clips, videos, intervals, own=None, damaged=()):
         for number, pixels in enumerate(videos)
     ]
     windows = nearest.TrainingWindows("", metadata, *clips.shape[1:3], time_scale=1 / 25)
-    windows.intervals, windows.own = intervals, range(len(videos)) if own is None else own
+    windows.intervals = intervals
+    windows.own = range(len(videos)) if own is None else own
     (distances, places), bad = nearest.search(torch.from_numpy(clips), windows, num_workers=0)
     return distances.tolist(), places.tolist(), bad
 
@@ -52,7 +53,8 @@ def naive(clip, videos, intervals):
 
 
 def test_the_nearest_window_and_its_distance_equal_a_search_by_loops(monkeypatch):
-    videos, intervals = random_videos((5, 17, 4, 11, 23)), (1, 2, 1, 3, 1, 2)
+    videos = random_videos((5, 17, 4, 11, 23))
+    intervals = (1, 2, 1, 3, 1, 2)
     videos.append(videos[1])  # of equal windows the first counts
     clips = np.stack(random_videos([4] * 9, seed=1))
     for clip, (number, first, mirrored) in zip(
@@ -109,7 +111,8 @@ def test_the_frame_interval_is_the_closest_in_time_or_the_largest_that_fits():
 
 
 def test_means_ratio_and_shares_match_their_definitions():
-    generated, real = np.array([0.0, 4, 8, 8] * 3), np.arange(10.0, 111)
+    generated = np.array([0.0, 4, 8, 8] * 3)
+    real = np.arange(10.0, 111)
     found = nearest.summarize(generated, real)
     assert found["rmse"] == 5 and found["rmse_median"] == 6 and found["rmse_real"] == 60
     assert found["rmse_ratio"] == pytest.approx(5 / 60)
@@ -125,7 +128,8 @@ def test_means_ratio_and_shares_match_their_definitions():
     )  # 5% of the real ones are below 15
     assert (found["nearer_than_all_real"], found["nearer_than_95_percent"]) == (0.2, 0.6)
     assert nearest.summarize(generated, np.zeros(3))["rmse_ratio"] is None
-    once, videos = nearest.summarize(generated, real), ([*range(12)] * 3, [*range(101)] * 3)
+    once = nearest.summarize(generated, real)
+    videos = ([*range(12)] * 3, [*range(101)] * 3)
     found = nearest.summarize(
         np.tile(generated, 3), np.tile(real, 3), videos
     )  # several clips of each video
@@ -137,10 +141,9 @@ def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(
 ):
     clips, labels, classes = read_clips(shapes, "train", 6, interval=3)
     held_out, _, _ = read_clips(shapes, "val", 1, interval=3)
-    clips, sheets = (
-        np.concatenate([clips[:5, :, :, ::-1], held_out]),
-        [],
-    )  # five are mirrored copies
+    # five are mirrored copies
+    clips = np.concatenate([clips[:5, :, :, ::-1], held_out])
+    sheets = []
     monkeypatch.setattr(nearest, "write_sheet", lambda *args, notes: sheets.append((*args, notes)))
     folder = write_samples(tmp_path / "copies", clips, labels, classes, time_scale=3 / 25)
     flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 12]

@@ -32,8 +32,10 @@ def optimal_velocity(z, gamma, mean, variance):
 @pytest.mark.parametrize("start_gamma", [0.0, 0.5])
 def test_flow_moves_noise_along_the_exact_path_of_gaussian_data(method, error, shift, start_gamma):
     # The solution is affine: x(gamma) = gamma mean + sqrt(gamma^2 S + (1 - gamma)^2) eps, which at 1 is data.
-    mean, std = normal(6, dtype=torch.float64), torch.linspace(0.3, 2, 6, dtype=torch.float64)
-    noise, told = normal(5, 6, seed=1, dtype=torch.float64), []
+    mean = normal(6, dtype=torch.float64)
+    std = torch.linspace(0.3, 2, 6, dtype=torch.float64)
+    noise = normal(5, 6, seed=1, dtype=torch.float64)
+    told = []
 
     def field(z, keep, gamma):
         told.append(gamma.unique().item())
@@ -52,10 +54,8 @@ def test_flow_moves_noise_along_the_exact_path_of_gaussian_data(method, error, s
 
 
 def test_given_values_have_gamma_1_and_the_others_that_of_the_solver():
-    mask, told = (
-        torch.arange(6).reshape(1, 1, 6, 1, 1) < torch.tensor([0, 2, 4]).reshape(3, 1, 1, 1, 1),
-        [],
-    )
+    mask = torch.arange(6).reshape(1, 1, 6, 1, 1) < torch.tensor([0, 2, 4]).reshape(3, 1, 1, 1, 1)
+    told = []
     field = lambda x, keep, gamma: told.append(gamma) or torch.zeros_like(x)  # noqa: E731
     x = normal(3, 2, 6, 4, 4)
     sample(field, x, "euler", 5, objective="flow", given=torch.zeros_like(x), mask=mask)
@@ -64,13 +64,15 @@ def test_given_values_have_gamma_1_and_the_others_that_of_the_solver():
 
 
 def test_guidance_passes_the_levels_to_both_terms():
-    condition, calls = Condition.of(torch.arange(3), SimpleNamespace(num_classes=5)), []
+    condition = Condition.of(torch.arange(3), SimpleNamespace(num_classes=5))
+    calls = []
 
     def network(x, y, time_scale, gamma):
         calls.append((y, gamma))
         return (y * gamma.sum(dim=1)).reshape(-1, 1, 1, 1, 1).expand_as(x)
 
-    levels, keep = torch.rand(2, 1, 8, 1, 1), torch.tensor([2, 0])
+    levels = torch.rand(2, 1, 8, 1, 1)
+    keep = torch.tensor([2, 0])
     f = guided(network, condition, torch.ones(3), 3.0)(normal(2, 1, 8, 2, 2), keep, levels)
     ((y, gamma),) = calls
     assert y.tolist() == [5, 5, 2, 0] and torch.equal(gamma, levels.reshape(2, 8).repeat(2, 1))
@@ -80,13 +82,12 @@ def test_guidance_passes_the_levels_to_both_terms():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_targets_and_losses_of_each_objective(objective):
-    x, noise, gamma = (
-        normal(4, 2, 3, 4, 4),
-        normal(4, 2, 3, 4, 4, seed=1),
-        torch.tensor([0.0, 0.5, 0.9, 1.0]),
-    )
+    x = normal(4, 2, 3, 4, 4)
+    noise = normal(4, 2, 3, 4, 4, seed=1)
+    gamma = torch.tensor([0.0, 0.5, 0.9, 1.0])
     factor = transport.decay(gamma) if objective == "eqm" else torch.ones(4)
-    truth, told = (x - noise) * factor.reshape(4, 1, 1, 1, 1), []
+    truth = (x - noise) * factor.reshape(4, 1, 1, 1, 1)
+    told = []
 
     def network(x_gamma, y, time_scale, return_features, **levels):
         told.append(levels)
@@ -131,7 +132,8 @@ def trained(objective, data, steps=300):
     rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, steps)
     for step in range(steps):
         x = data(step)
-        noise, gamma = normal(*x.shape, seed=2 * step + 1), torch.rand(len(x))
+        noise = normal(*x.shape, seed=2 * step + 1)
+        gamma = torch.rand(len(x))
         y = torch.full((len(x),), 5)
         errors, *_ = transport.losses(model, x, noise, gamma, y, None, objective=objective)
         errors.mean().backward()
@@ -147,10 +149,13 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
     mean = torch.linspace(-1, 1, 64)
 
     def data(step, count=128):
-        common, own = normal(count, 1, seed=1000 + step), normal(count, 64, seed=5000 + step)
+        common = normal(count, 1, seed=1000 + step)
+        own = normal(count, 64, seed=5000 + step)
         return (mean + 0.05**0.5 * common + 0.2**0.5 * own).reshape(count, 1, 1, 8, 8)
 
-    model, count, expected = trained(objective, data), 2048, 0.05 + 0.2 * torch.eye(64)
+    model = trained(objective, data)
+    count = 2048
+    expected = 0.05 + 0.2 * torch.eye(64)
     field = guided(
         model, Condition.of(torch.full((count,), -1), model.config), torch.full((count,), 0.04), 1.0
     )
@@ -172,11 +177,9 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
 
 @torch.no_grad()
 def test_a_level_per_temporal_patch_acts_on_the_tokens_of_that_patch():
-    model, x, levels = (
-        tiny(objective="flow"),
-        clip(7, batch=2),
-        torch.tensor([[0.2, 0.9], [0.5, 0.0]]),
-    )
+    model = tiny(objective="flow")
+    x = clip(7, batch=2)
+    levels = torch.tensor([[0.2, 0.9], [0.5, 0.0]])
     per_frame = levels.repeat_interleave(4, dim=1)[:, :7]  # the second patch is padded
     one = model(x, labels(2), gamma=levels[:, 0])
     torch.testing.assert_close(

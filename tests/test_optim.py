@@ -25,7 +25,8 @@ SMALL = {
 
 def test_the_learning_rates_warm_up_stay_constant_and_decay_to_zero():
     args = SimpleNamespace(lr=1e-3, muon_lr=2e-2, warmup_steps=10, lr_decay=0.4)
-    optimizers, factors = [SimpleNamespace(param_groups=[{}]) for _ in range(2)], []
+    optimizers = [SimpleNamespace(param_groups=[{}]) for _ in range(2)]
+    factors = []
     for step in range(1, 101):
         optim.set_learning_rates(optimizers, args, step, last_step=100)
         rates = optim.learning_rates(optimizers)
@@ -103,7 +104,8 @@ def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding_and_takes_convoluti
 def test_on_a_cpu_without_fast_bfloat16_muon_computes_in_float32_and_returns_nearly_the_same(
     monkeypatch,
 ):
-    matrices, directions = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0)), {}
+    matrices = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
+    directions = {}
     for capability in ("AVX2", "AVX512"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
         directions[capability] = optim.orthogonalize(matrices)
@@ -145,7 +147,8 @@ def test_muon_gives_all_ranks_the_weights_of_a_single_rank(ranks, tmp_path):
 def test_ranks_share_the_work_of_orthogonalizing_evenly():
     shapes = [(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)] * 28  # of EqM-XL
     for ranks in (1, 2, 3, 4, 7, 8):
-        work, shared = [0] * ranks, []
+        work = [0] * ranks
+        shared = []
         for owner, indices in optim.assign(shapes, ranks):
             for rows, columns in (sorted(shapes[index]) for index in indices):
                 work[owner] += rows**2 * (2 * columns + rows)

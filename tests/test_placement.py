@@ -86,7 +86,8 @@ class OneDevice(TorchDispatchMode):
     def copy(self, function, args, kwargs):
         """A copy may have two devices. The CPU waits for it, except for some non-blocking copies to the GPU."""
         place = COPIES[function]
-        source, non_blocking = args[place], kwargs.get("non_blocking") or True in args[2:]
+        source = args[place]
+        non_blocking = kwargs.get("non_blocking") or True in args[2:]
         device = torch.device(kwargs.get("device") or args[0].device)
         if on_gpu(source) and device != GPU:
             self.waits.append(function)
@@ -263,5 +264,6 @@ def test_sampling_stays_on_the_gpu_and_waits_only_to_stop_samples(
 
 def test_clips_without_a_time_scale_are_on_the_gpu(gpu):
     model = EqM_models["EqM-Ti/4"](input_size=8, depth=1, num_classes=5, use_rope=True).to(GPU)
-    x, y = torch.zeros(2, 4, 8, 8, 8, device=GPU), torch.zeros(2, dtype=torch.int64, device=GPU)
+    x = torch.zeros(2, 4, 8, 8, 8, device=GPU)
+    y = torch.zeros(2, dtype=torch.int64, device=GPU)
     assert on_gpu(model(x, y))

@@ -164,7 +164,8 @@ def test_the_thin_line_is_as_logged_and_the_thick_one_a_mean_in_its_phase(tmp_pa
 def test_smoothing_is_the_mean_of_the_finite_neighbors(window):
     y = np.random.default_rng(0).normal(size=20)
     y[[3, 4, 5, 17]] = np.nan
-    before, after = window // 2, window - window // 2
+    before = window // 2
+    after = window - window // 2
     windows = [y[max(0, i - before) : i + after] for i in range(20)]
     expected = [np.nanmean(part) if np.isfinite(part).any() else np.nan for part in windows]
     assert np.allclose(smooth(y, window), expected, equal_nan=True)
@@ -181,7 +182,8 @@ def test_validation_has_a_row_of_losses_that_were_finite(tmp_path):
     training, validation = plot_curves(curves_of(folder)).axes
     assert training.lines[0].get_xdata()[-1] == 60 and training.get_yscale() == "log"
     assert validation.get_xlabel() == "step" and training.get_ylabel() == "training loss"
-    (line,), expected = validation.lines, np.where(every == 30, np.nan, 50 / every)
+    (line,) = validation.lines
+    expected = np.where(every == 30, np.nan, 50 / every)
     assert np.allclose(line.get_xydata(), np.column_stack([every, expected]), equal_nan=True)
     training, validation = plot_curves(curves_of(folder), relative=True).axes
     assert np.allclose(training.lines[0].get_ydata(), [*(10 / every), 0.2])

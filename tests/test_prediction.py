@@ -79,7 +79,8 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own():
     assert result["psnr_gain"] == pytest.approx(result["psnr"] - 10)
     gain = result["psnr_gain"]
     assert result["psnr_gain_interval95"] == pytest.approx([gain - half, gain + half])
-    scores, repeated = np.tile(scores, (3, 1, 1, 1)), np.full((12, 3, 2), 10.0)
+    scores = np.tile(scores, (3, 1, 1, 1))
+    repeated = np.full((12, 3, 2), 10.0)
     tripled = prediction.compare(
         scores, {"repeated": repeated}, [*range(4)] * 3
     )  # each video gives three clips
@@ -120,7 +121,8 @@ def test_moving_pixels_differ_from_the_given_frame_by_more_than_8_levels():
 
 
 def test_means_over_moving_pixels_are_of_clips_in_which_something_moves():
-    scores, repeated = np.full((4, 3, 2, 3), 20.0), np.full((4, 3, 3), 20.0)
+    scores = np.full((4, 3, 2, 3), 20.0)
+    repeated = np.full((4, 3, 3), 20.0)
     scores[:, 2] = np.array([30, 26, 27, np.nan])[:, None, None]  # in the last clip nothing moves
     scores[0, 2, :, 0] = repeated[0, 2, 0] = scores[:, 2, :, 2] = repeated[:, 2, 2] = repeated[
         3, 2
@@ -185,10 +187,8 @@ def write_predictions(
     """A folder of samples of the first real clips of a data set; change(clip, number) makes a sample of a clip."""
     clips, _, real = sources.find_real(data, split, 0.05, FRAMES, 1 / 25, SIZE, None, False)
     items = [clips[index] for index in range(count)]
-    pixels, labels = (
-        [item["clip"].permute(1, 2, 3, 0).numpy() for item in items],
-        [item["y"] for item in items],
-    )
+    pixels = [item["clip"].permute(1, 2, 3, 0).numpy() for item in items]
+    labels = [item["y"] for item in items]
     made = np.stack(
         [change(clip.copy(), number) for clip in pixels for number in range(samples_per_clip)]
     )
@@ -207,7 +207,8 @@ def write_predictions(
 def stops(clip, number):
     """Sample 0 of a clip is the true one, sample 1 repeats the last given frame."""
     if number:
-        clip[2:6], clip[7] = clip[1], clip[6]
+        clip[2:6] = clip[1]
+        clip[7] = clip[6]
     return clip
 
 
@@ -226,7 +227,8 @@ def test_samples_are_scored_against_the_clips_that_they_continue(shapes, tmp_pat
         5,
         7,
     ]
-    values, (clips, _, _) = made["values"], read_clips(shapes, "val", 3)
+    values = made["values"]
+    (clips, _, _) = read_clips(shapes, "val", 3)
     repeated = np.mean(
         [
             psnr(clip[max(given for given in (0, 1, 6) if given < t)], clip[t])

@@ -19,7 +19,8 @@ from video.index import scan_videos, split_videos
 def check_second_run(lost, script, *flags):
     """Without one video, and with half of it from a process that was killed, a script makes only this video again."""
     folder = lost.parents[1]
-    before, files = snapshot(folder), content(folder)
+    before = snapshot(folder)
+    files = content(folder)
     lost.unlink()
     lost.with_name(f"{lost.name}.tmp").write_bytes(b"half")
     run_main(script, *flags)
@@ -107,7 +108,8 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
 def test_what_is_wrong_is_one_line_and_nothing_is_written(
     strips, tmp_path, capsys, damage, held_out, line
 ):
-    own, out = shutil.copytree(strips, tmp_path / "strips"), tmp_path / "out"
+    own = shutil.copytree(strips, tmp_path / "strips")
+    out = tmp_path / "out"
     damage(own / "data/actions", out)
     before = snapshot(out)
     assert line in refused(
@@ -124,7 +126,8 @@ LAYERS = "body", "bottomwear", "topwear", "hair", "shoes"
 def tile(layer, value, number):
     """A made tile, RGBA (64, 64, 4): a square whose place shows layer and tile, and whose color shows the value."""
     pixels = np.zeros((64, 64, 4), np.uint8)
-    top, left = 4 + 6 * LAYERS.index(layer), number % 40
+    top = 4 + 6 * LAYERS.index(layer)
+    left = number % 40
     pixels[top : top + 14, left : left + 20] = 40 * value, 250 - 30 * value, number % 256, 255
     return pixels
 
@@ -164,7 +167,8 @@ def naive(tiles, character):
 def test_a_frame_shows_its_tile_of_each_layer_and_higher_layers_hide_lower_ones(
     sheets, name, tiles
 ):
-    read, draw = prepare_sprites.read_sheets(sheets), random.Random(0)
+    read = prepare_sprites.read_sheets(sheets)
+    draw = random.Random(0)
     for character in [(0, 0, 0, 0), (5, 4, 3, 2), *(draw.choices(range(6), k=4) for _ in range(5))]:
         assert np.array_equal(
             prepare_sprites.compose(read, name, character), naive(tiles, character)
@@ -221,7 +225,8 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
 def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(
     sheets, tmp_path, capsys, layer, damage, reason
 ):
-    own, out = shutil.copytree(sheets, tmp_path / "sheets"), tmp_path / "out"
+    own = shutil.copytree(sheets, tmp_path / "sheets")
+    out = tmp_path / "out"
     damage(own / layer)
     line = refused(capsys, prepare_sprites, "--source", own, "--out", out)
     expected = "expected a sheet of 832 x 1344 px; clone the Sprites repository again"

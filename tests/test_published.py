@@ -31,7 +31,9 @@ with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as fi
     TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - inputs and results, not a dict
     SETTINGS = json.loads(file.metadata()["config"])  # of the model
 STATE = {name.removeprefix("state."): value for name, value in TENSORS.items() if "state." in name}
-X, Y = TENSORS["x"].unsqueeze(2), TENSORS["y"]  # images of one frame
+# images of one frame
+X = TENSORS["x"].unsqueeze(2)
+Y = TENSORS["y"]
 KNOWN = {field.name for field in fields(EqMConfig)}
 CONFIG = EqMConfig(
     temporal_patch_size=1, **{name: value for name, value in SETTINGS.items() if name in KNOWN}
@@ -61,8 +63,10 @@ def descend(method):
     return x
 
 
-NOISE, GAMMA = TENSORS["loss.noise"].unsqueeze(2), TENSORS["loss.gamma"]
-X_GAMMA, TARGET = transport.interpolate(X, NOISE, GAMMA), transport.target(X, NOISE, GAMMA)
+NOISE = TENSORS["loss.noise"].unsqueeze(2)
+GAMMA = TENSORS["loss.gamma"]
+X_GAMMA = transport.interpolate(X, NOISE, GAMMA)
+TARGET = transport.target(X, NOISE, GAMMA)
 RESULTS = {  # of the published code: what gives the same
     "output": lambda: make_model()(X, Y),
     "cfg4.output": lambda: guided(make_model(), SETTINGS["cfg_scale"])(X, torch.arange(3)),
@@ -83,7 +87,8 @@ RESULTS = {  # of the published code: what gives the same
 @pytest.mark.parametrize("name", RESULTS)
 @torch.no_grad()
 def test_the_published_model_gives_the_results_of_the_published_code(name):
-    value, expected = RESULTS[name](), TENSORS[name]
+    value = RESULTS[name]()
+    expected = TENSORS[name]
     assert ((value.view_as(expected) - expected).norm() / expected.norm()).item() < 1e-5
 
 
@@ -153,7 +158,8 @@ def test_a_published_file_has_its_own_energy_or_the_energy_of_the_flag(tmp_path,
 
 @pytest.mark.parametrize("part", ["model", "ema", "opt"])
 def test_a_flipped_bit_of_a_published_file_is_found_if_it_is_used(tmp_path, tiny_name, part):
-    weight, path = "blocks.1.mlp.fc1.weight", tmp_path / "a.pt"
+    weight = "blocks.1.mlp.fc1.weight"
+    path = tmp_path / "a.pt"
     state = {
         "model": STATE,
         "ema": STATE | {weight: STATE[weight] + 1},
@@ -220,7 +226,8 @@ def rename_classes(data, names):
 
 
 def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tiny_name, capsys):
-    path, vae = write_file(tmp_path / "a.pt", STATE, "whole"), make_vae(tmp_path / "vae")
+    path = write_file(tmp_path / "a.pt", STATE, "whole")
+    vae = make_vae(tmp_path / "vae")
     shared = ["--ckpt", path, "--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
     run_main(sample_gd, *shared, "--num-samples", 3, "--folder", tmp_path / "s", "--classes", 7)
     samples = np.load(tmp_path / "s/samples.npz")
@@ -235,10 +242,8 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     flags += ["--lr", 1e-9, "--log-every", 1, "--sample-every", 2, "--num-samples", 2]
     run_main(train, *flags, "--max-steps", 2, "--ckpt", path)
     (folder,) = (tmp_path / "results").iterdir()
-    trained, started = (
-        checkpoint.load(folder / "checkpoints/0000002.pt"),
-        checkpoint.load(path, model=tiny_name),
-    )
+    trained = checkpoint.load(folder / "checkpoints/0000002.pt")
+    started = checkpoint.load(path, model=tiny_name)
     assert all(
         (value - started["model"][name]).abs().max() < 1e-6
         for name, value in trained["model"].items()
@@ -265,7 +270,8 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
 def test_a_published_file_starts_clips_with_the_field_of_the_published_code(
     tmp_path, tiny_name, capsys
 ):
-    path, vae = write_file(tmp_path / "a.pt", STATE, "whole"), make_vae(tmp_path / "vae")
+    path = write_file(tmp_path / "a.pt", STATE, "whole")
+    vae = make_vae(tmp_path / "vae")
     data = write_equal_videos(tmp_path / "data", 10, size=(16, 16))
     flags = [
         "--video",

@@ -240,7 +240,8 @@ def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(
         run_main(script, *flags)
     assert script is train_vae or compare(whole, run) == []
     assert {path.name for path in run.folder.iterdir()} >= {"checkpoints", "samples"}
-    folder, run = run.folder, replace(run, results=tmp_path / "again")
+    folder = run.folder
+    run = replace(run, results=tmp_path / "again")
     flags[flags.index("--results-dir") + 1] = run.results
     with counted_steps(script, 2, lambda: delete("")):
         run_main(script, *flags, status=1)

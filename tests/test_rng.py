@@ -19,7 +19,8 @@ def test_a_draw_is_a_function_of_its_key_alone():
     def draw(key):
         return torch.rand(4, generator=generator(*key)).tolist()
 
-    state, first = torch.get_rng_state(), draw(KEY)
+    state = torch.get_rng_state()
+    first = draw(KEY)
     assert all(draw(other) != first for other in OTHERS)
     uniform(0, "gamma", 0, range(3))
     normal(0, "noise", 0, range(3), (2, 2))

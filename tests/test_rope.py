@@ -25,9 +25,11 @@ def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
         for axis, position in enumerate((time, h, w)):
             pairs = channels[axis] // 2
             for j in range(pairs):
-                exponent, place = j, position
+                exponent = j
+                place = position
                 if axis > 0 and speed and j < pairs - pairs % 3:  # three pairs share a frequency
-                    exponent, place = j // 3, position + (0, speed, -speed)[j % 3] * time
+                    exponent = j // 3
+                    place = position + (0, speed, -speed)[j % 3] * time
                 elif axis > 0 and speed:  # pairs without a triple do not move
                     exponent = pairs // 3 + j - (pairs - pairs % 3)
                 turn = cmath.exp(1j * place * theta ** (-2 * exponent / channels[axis]))
@@ -49,9 +51,12 @@ def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
 def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(
     head_dim, split, channels, stretch, speed
 ):
-    time_scale, grid, x = torch.tensor([1 / 25, 0.1]), (2, 2, 3), torch.randn(2, 1, 12, head_dim)
+    time_scale = torch.tensor([1 / 25, 0.1])
+    grid = (2, 2, 3)
+    x = torch.randn(2, 1, 12, head_dim)
     settings = {"theta": 100.0} if split else {}  # by default 10,000
-    theta, speed = settings.get("theta", 10_000), speed if min(channels[1:]) >= 6 else 0.0
+    theta = settings.get("theta", 10_000)
+    speed = speed if min(channels[1:]) >= 6 else 0.0
     rope = RotaryEmbedding3D(head_dim, split=split, speed=speed, **settings)
     rope.stretch = stretch  # divides the positions in time, and only those
     rotated = apply_rotary(x, *rope(grid, time_scale))
@@ -102,7 +107,8 @@ def test_rotary_scores_depend_on_distances_only_and_tell_before_from_after(speed
     q, k = content.expand(-1, -1, -1, 216, -1)  # the same content at every position
     scores = apply_rotary(q, *rotary) @ apply_rotary(k, *rotary).mT
     table = scores.reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
-    near, far = table[:4, :4, :4, :4, :4, :4], table[2:, 1:5, 2:, 2:, 1:5, 2:]
+    near = table[:4, :4, :4, :4, :4, :4]
+    far = table[2:, 1:5, 2:, 2:, 1:5, 2:]
     torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(
         near, table[:4, :4, :4, 1:5, :4, :4], atol=1e-2
@@ -111,7 +117,9 @@ def test_rotary_scores_depend_on_distances_only_and_tell_before_from_after(speed
 
 
 def test_low_precision_rounds_rotated_values_once_and_never_the_angles():
-    rope, grid, time_scale = RotaryEmbedding3D(64), (1000, 1, 1), torch.tensor([0.033])
+    rope = RotaryEmbedding3D(64)
+    grid = (1000, 1, 1)
+    time_scale = torch.tensor([0.033])
     x = torch.randn(1, 1, 1000, 64)
     expected = torch.stack(rope(grid, time_scale))
     exact = (25 * 0.033 * torch.arange(1000, dtype=torch.float64)).cos()  # of frequency 1

@@ -78,10 +78,8 @@ def write_people(name, run):
 
 
 def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
-    long, short = (
-        run_of(people, hours=3.0, vae_psnr=31.414),
-        run_of(people, hours=0.5, vae_psnr=29.0),
-    )
+    long = run_of(people, hours=3.0, vae_psnr=31.414)
+    short = run_of(people, hours=0.5, vae_psnr=29.0)
     write_people("long", long), write_people("short", short)
     runs, table = tabulate(people, "long", "short")
     assert list(map(numbers_of, runs)) == [short, long]

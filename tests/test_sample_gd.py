@@ -52,7 +52,8 @@ def names_of(count):
 
 
 def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_path, monkeypatch):
-    folder, fail_at = tmp_path / "s", 0
+    folder = tmp_path / "s"
+    fail_at = 0
 
     def full(*args, **kwargs):
         for number, batch in enumerate(generate(*args, **kwargs)):
@@ -93,7 +94,8 @@ def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_pa
 def test_samples_of_another_run_are_replaced_only_with_overwrite(
     places, tmp_path, monkeypatch, capsys
 ):
-    folder, other = tmp_path / "s", shutil.copytree(places, tmp_path / "other")
+    folder = tmp_path / "s"
+    other = shutil.copytree(places, tmp_path / "other")
     images(places, folder, 2)
     found = {"format": manifest.FORMAT}
     manifest.write_manifest(folder / "motion.json", found | {"generated": {"samples": str(folder)}})
@@ -117,7 +119,8 @@ def test_samples_of_another_run_are_replaced_only_with_overwrite(
 
 
 def test_samples_never_become_training_videos(places, tmp_path, capsys):
-    root, pixels = tmp_path / "videos", places / "pixels.pt"
+    root = tmp_path / "videos"
+    pixels = places / "pixels.pt"
     write_equal_videos(root)
     before = content(tmp_path)
     lengths = ["--num-frames", 8, 16]
@@ -174,7 +177,8 @@ def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path
 def test_more_frames_than_in_training_are_sampled_window_by_window(
     places, tmp_path, capsys, model, window
 ):
-    folder, ckpt = tmp_path / "s", places / f"{model}.pt"
+    folder = tmp_path / "s"
+    ckpt = places / f"{model}.pt"
     clips, about = sample_here(ckpt, folder, "--num-frames", 20)
     assert (
         clips.shape[:2] == (2, 20)
@@ -198,7 +202,8 @@ def test_more_frames_than_in_training_are_sampled_window_by_window(
 
 
 def test_sampling_uses_the_settings_of_training_unless_a_flag_replaces_them(tmp_path, capsys):
-    ckpt, chosen = tmp_path / "a.pt", {"guidance_chosen": True}
+    ckpt = tmp_path / "a.pt"
+    chosen = {"guidance_chosen": True}
     random_checkpoint(ckpt, training=TUNED | chosen, num_frames=4)
     write_export(tmp_path / "exported", checkpoint.load(ckpt), "fp32", "a card")
     for place, flags, changed, said in (
@@ -235,7 +240,8 @@ def test_sampling_uses_the_settings_of_training_unless_a_flag_replaces_them(tmp_
 
 
 def test_a_weaker_model_guides_instead_of_the_class(places, tmp_path, capsys):
-    strong, weak = places / "pixels.pt", tmp_path / "weak.pt"
+    strong = places / "pixels.pt"
+    weak = tmp_path / "weak.pt"
 
     def made(*flags):
         return sample_here(strong, tmp_path / "s", "--no-previews", *flags)

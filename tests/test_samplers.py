@@ -47,7 +47,8 @@ def test_published_settings_sample_the_mean_and_variance_of_gaussian_data(method
     # The mean is not zero, as otherwise gamma and 1 - gamma would look the same for data with variance 1. The data are
     # not quite an equilibrium: gamma is at most 1, so near the data its posterior mean is below 1 and f is not zero,
     # and 1,000 steps end 5 to 14% beyond the mean. Hence the published number of steps and these tolerances.
-    mean, start = normal(1024, dtype=torch.float64), normal(64, 1024, seed=1, dtype=torch.float64)
+    mean = normal(1024, dtype=torch.float64)
+    start = normal(64, 1024, seed=1, dtype=torch.float64)
     field = optimal_field(mean, std)
     x, _ = sample(field, start, method, num_steps=250, step_size=0.0017, momentum=0.3)
     assert (x.mean(dim=0) @ mean / mean.square().sum()).item() == pytest.approx(1, abs=0.03)
@@ -59,7 +60,9 @@ def test_published_settings_sample_the_mean_and_variance_of_gaussian_data(method
 @every_method
 @pytest.mark.parametrize("num_steps", [2, 7])
 def test_the_observer_sees_every_point_and_the_start_is_not_changed(method, num_steps):
-    seen, observed, start = [], [], normal(3, 4)
+    seen = []
+    observed = []
+    start = normal(3, 4)
     before = start.clone()
     field = lambda x, keep: seen.append(keep.tolist()) or torch.full_like(x, 2.0)  # noqa: E731
     observe = lambda x, keep: observed.append((x.clone(), keep.tolist()))  # noqa: E731
@@ -75,7 +78,8 @@ def test_the_observer_sees_every_point_and_the_start_is_not_changed(method, num_
 
 def test_stopped_samples_are_not_evaluated_again():
     # f = -x halves x in each step: from x = 2^n the root mean square is below 1 after n + 1 steps.
-    start, seen = torch.tensor([8.0, 1.0, 0.5, 4.0])[:, None].expand(4, 6), []
+    start = torch.tensor([8.0, 1.0, 0.5, 4.0])[:, None].expand(4, 6)
+    seen = []
     x, evaluations = sample(
         lambda x, keep: seen.append(keep.tolist()) or -x, start, "gd", 100, 0.5, stop_below=1.0
     )
@@ -104,7 +108,8 @@ def test_a_diverging_sample_does_not_stop_early(method):
 @pytest.mark.parametrize("num_steps", [2, 3, 10])
 @pytest.mark.parametrize("start_gamma", [0.0, 0.9])
 def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, start_gamma):
-    noise, data = normal(3, 5, dtype=torch.float64), normal(3, 5, seed=1, dtype=torch.float64)
+    noise = normal(3, 5, dtype=torch.float64)
+    data = normal(3, 5, seed=1, dtype=torch.float64)
     path = data - noise
     start = noise + start_gamma * path
 
@@ -124,7 +129,8 @@ def test_the_error_of_a_solver_falls_with_its_order(method, order, monkeypatch):
     monkeypatch.setattr(
         transport, "velocity", lambda f, gamma, _: gammas.append(gamma.item()) or f
     )  # dx/dgamma = -x
-    start, errors = normal(2, 3, dtype=torch.float64), []
+    start = normal(2, 3, dtype=torch.float64)
+    errors = []
     for num_steps in (41, 81):
         x, _ = sample(lambda x, keep: -x, start, method, num_steps)
         errors.append((x - start * torch.tensor(-1.0, dtype=torch.float64).exp()).norm())
@@ -138,7 +144,9 @@ def test_the_error_of_a_solver_falls_with_its_order(method, order, monkeypatch):
 
 @every_method
 def test_masked_values_stay_and_the_others_move_as_if_alone(method):
-    start, given, seen = normal(3, 8), normal(3, 8, seed=1), []
+    start = normal(3, 8)
+    given = normal(3, 8, seed=1)
+    seen = []
 
     def field(x, keep):
         seen.append(x)
@@ -155,10 +163,8 @@ def test_masked_values_stay_and_the_others_move_as_if_alone(method):
 
 def test_a_sample_stops_by_the_field_of_its_unmasked_part():
     # f = -x of the unmasked part, which halves in each step; its root mean square is that of 5, 8 and 2 values.
-    start, mask = (
-        torch.full((3, 8), 8.0),
-        torch.stack([GIVEN, torch.zeros(8, dtype=torch.bool), torch.arange(8) < 6]),
-    )
+    start = torch.full((3, 8), 8.0)
+    mask = torch.stack([GIVEN, torch.zeros(8, dtype=torch.bool), torch.arange(8) < 6])
     masked = {"given": torch.full((3, 8), 9.0), "mask": mask}
     x, evaluations = sample(lambda x, keep: -x, start, "gd", 100, 0.5, stop_below=1.0, **masked)
     assert evaluations.tolist() == [5, 5, 5]
@@ -179,7 +185,8 @@ def test_a_condition_can_be_removed_from_some_samples():
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
 def test_guidance_acts_on_all_channels_of_one_float32_batch_or_of_a_weaker_network(guidance):
-    calls, x = [], normal(3, 4, 2, 3, 3)
+    calls = []
+    x = normal(3, 4, 2, 3, 3)
 
     def network(*inputs):
         calls.append(inputs)

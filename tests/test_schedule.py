@@ -52,7 +52,8 @@ def saved(training, name):
 
 
 def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(shapes, tmp_path):
-    ckpt, chain = [], []
+    ckpt = []
+    chain = []
     for frames, steps, batch in PHASES:  # separate runs
         phase = Training(shapes, tmp_path / str(frames), steps, flags=FLAGS)
         for stop in (1, None) if frames < 16 else (None,):
@@ -62,7 +63,8 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(
         chain.append(phase)
     training = run_schedule(SCHEDULE, shapes, tmp_path / "r", *FLAGS, stops=(2, 1, 3, None))
     assert training.folder.name == "000-EqM-Ti-4-f4-8-16-rope"
-    rows, expected = training.rows(), [row for phase in chain for row in phase.rows()]
+    rows = training.rows()
+    expected = [row for phase in chain for row in phase.rows()]
     for row in (*rows, *expected):
         row.pop("flops")  # counted per run folder
     assert rows == expected
@@ -107,7 +109,10 @@ def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_pa
         "--sample-every",
         0,
     ]
-    schedule, first_step, expected, total = parse_schedule("4:3:2,8:5:2,16:7:2"), 0, [], 0
+    schedule = parse_schedule("4:3:2,8:5:2,16:7:2")
+    first_step = 0
+    expected = []
+    total = 0
     for phase in schedule:
         expected += frames_of_steps(schedule, phase, first_step, first_step, 0.6, 0)
         first_step = phase.last_step

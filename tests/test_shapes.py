@@ -90,11 +90,11 @@ def test_the_tracker_finds_every_color_on_every_background():
         assert np.abs(np.subtract(found.color, color)).max() <= 12
 
 
-PATH, STEPS, AFTER = line("Right", 16, 0.4), np.arange(16), (np.arange(16) >= 8)[:, None]
-ANGLE, WOBBLE = (
-    np.linspace(0, np.pi / 2, 16)[:, None],
-    np.array([[0, 0.4], [0, -0.4], [0, -0.4], [0, 0.4]]),
-)
+PATH = line("Right", 16, 0.4)
+STEPS = np.arange(16)
+AFTER = (np.arange(16) >= 8)[:, None]
+ANGLE = np.linspace(0, np.pi / 2, 16)[:, None]
+WOBBLE = np.array([[0, 0.4], [0, -0.4], [0, -0.4], [0, 0.4]])
 SPREAD = np.stack([np.linspace(0, 4, 16), np.zeros(16)], 1)
 CORNERS = [(3, 3), (13, 3), (3, 13), (13, 13), (8, 8)]
 
@@ -206,7 +206,8 @@ def test_the_truth_of_shapes_json_is_scaled_to_the_clip(request, tmp_path):
 
 
 def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
-    up, left = Track("Up", "Circle", 0.5, 20), Track("Left", "Square", 0.5, 20)
+    up = Track("Up", "Circle", 0.5, 20)
+    left = Track("Left", "Square", 0.5, 20)
     tracks = [
         Track("Up", "Circle", 0.4, 18),
         Track("Up", "Square", 0.6, 26),
@@ -297,13 +298,16 @@ def draw(video, **changes):
 
 @pytest.mark.parametrize("video", VIDEOS[::2])
 def test_bouncing_shapes_move_like_a_ball_between_two_walls(video):
-    step, along = video["speed"] / drawing.FPS, list(drawing.AXES).index(video["axis"])
-    position, sign = video["start"][along], 1 if video["direction"] in ("Right", "Down") else -1
+    step = video["speed"] / drawing.FPS
+    along = list(drawing.AXES).index(video["axis"])
+    position = video["start"][along]
+    sign = 1 if video["direction"] in ("Right", "Down") else -1
     for found in video["path"]:
         assert found == pytest.approx(position, abs=1e-3)
         position += sign * step
         if position > video["high"] or position < video["low"]:
-            position, sign = 2 * min(max(position, video["low"]), video["high"]) - position, -sign
+            position = 2 * min(max(position, video["low"]), video["high"]) - position
+            sign = -sign
     clip = draw(video).astype(float).sum((2, 3) if along else (1, 3))
     assert clip.sum(axis=1).min() == pytest.approx(
         clip.sum(axis=1).max(), rel=0.01
@@ -392,7 +396,8 @@ def test_evaluate_scores_bouncing_clips_by_windows(tmp_path, capsys):
     flags = ["--bounce", "--size", "16", "--videos-per-class", "2", "--seconds", "2"]
     drawing.main(["--out", str(tmp_path / "b"), *flags])
     about = json.loads((tmp_path / "b/shapes.json").read_text())
-    videos, classes = about["videos"].values(), sorted(drawing.BOUNCING)
+    videos = about["videos"].values()
+    classes = sorted(drawing.BOUNCING)
     assert about["settings"]["bounce"] is True and {len(video["path"]) for video in videos} == {50}
     clips = np.stack([drawing.draw_clip(video, 16, 48) for video in videos])
     labels = [classes.index(video["class"]) for video in videos]

@@ -37,12 +37,14 @@ def test_clips_are_the_same_bit_for_bit_with_and_without_a_cache(tmp_path, kind)
     files = open_source(write(tmp_path / "data"), SIZE, images=kind == "images")
     if kind == "corrupt":
         scribble(tmp_path / "data/Run/a.avi")
-    bad, frames = 0, 1 if kind == "images" else 5
+    bad = 0
+    frames = 1 if kind == "images" else 5
     plain, found = (
         clips_of(one, frames, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path))
     )
     for index in range(30):
-        expected, sample = plain[index], found[index]
+        expected = plain[index]
+        sample = found[index]
         assert torch.equal(expected.pop("clip"), sample.pop("clip")) and expected == sample
         bad += len(sample["corrupt"])
     assert (bad > 0) == (kind == "corrupt")
@@ -94,7 +96,8 @@ def test_videos_are_written_a_few_at_a_time_and_no_more_after_an_error():
         if video == 9:
             raise OSError("full")
 
-    done, count = source.write_each(range(100), write, threads=2), 0
+    done = source.write_each(range(100), write, threads=2)
+    count = 0
     with pytest.raises(OSError, match="full"):
         for video, _ in done:
             count += 1
@@ -118,7 +121,8 @@ def test_runs_at_once_fill_the_cache_of_a_killed_run_and_decode_each_video_once(
         for process in [python(FILL.format(root, str(tmp_path), last)) for last in ends]:
             end(process, status, timeout=120)
         assert len(list(tmp_path.glob(".pixels*/*.tmp"))) == left
-    files, paths = open_source(root, SIZE), (tmp_path / "decoded").read_text().split()
+    files = open_source(root, SIZE)
+    paths = (tmp_path / "decoded").read_text().split()
     first, *others = (video.path for video in files.videos())
     assert paths[:2] == [first, others[0]] and sorted(paths[2:]) == others
     plain, found = (

@@ -57,7 +57,9 @@ SCRIPTS = {
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     """The commands of the studies, run in this process. A quickstart only trains a tiny model."""
-    seen, made = [], {}  # made: data sets by their flags
+    # made: data sets by their flags
+    seen = []
+    made = {}
 
     def script(run, *words, **variables):
         seen.append([str(word) for word in words])
@@ -140,14 +142,16 @@ def test_a_miniature_study_writes_its_table_and_resumes(
     script, trained, commands, capsys, monkeypatch
 ):
     monkeypatch.setattr(given_frames, "TASKS", dict(list(given_frames.TASKS.items())[1::6]))
-    (out, _), (flags, line) = trained, MINIATURES[script]
+    (out, _) = trained
+    (flags, line) = MINIATURES[script]
     flags = ["--miniature", "--out", out, *flags.split()]
     run_main(script, *flags)
     found = out / f"{script.__name__}.json"
     assert f"{found.with_suffix('.md')}, {found}" in capsys.readouterr().out
     assert re.search(line, found.with_suffix(".md").read_text(), re.M)
     assert json.loads(found.read_text())["made"]["command"].endswith(" ".join(map(str, flags)))
-    content, folder = found.read_text(), out / script.__name__.replace("_", "-")
+    content = found.read_text()
+    folder = out / script.__name__.replace("_", "-")
     scores = [
         path for path in folder.rglob("*.json") if path.name in ("motion.json", "prediction.json")
     ]
@@ -171,10 +175,8 @@ def compared(commands, tmp_path_factory):
 
 
 def test_objectives_have_a_row_per_run_and_are_compared_by_seed(compared):
-    rows, text = (
-        json.loads((compared / "objectives.json").read_text()),
-        (compared / "objectives.md").read_text(),
-    )
+    rows = json.loads((compared / "objectives.json").read_text())
+    text = (compared / "objectives.md").read_text()
     assert [(row["objective"], row["seed"]) for row in rows] == [("eqm", 0), ("flow", 0)]
     assert all(
         row["code"] and row["machine"] and row["date"] and "--seeds 0" in row["command"]
@@ -239,7 +241,8 @@ def test_starts_without_a_clock_fill_one_table_cell_at_a_time(
     monkeypatch.setattr(no_clock, "PARTS", {"noisy clips": (0.4,), "noisy half": (0.0,)})
     run_main(no_clock, "--miniature", "--out", compared, "--seeds", 0)
     path = compared / "no_clock.json"
-    rows, text = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+    rows = json.loads(path.read_text())
+    text = path.with_suffix(".md").read_text()
     assert len(rows) == 2 * len(no_clock.METHODS)
     assert all(0 <= row["both"] <= 1 and row["rmse"] > 0 for row in rows)
     assert text.count("mean over gamma: eqm minus flow, estimated is") == 4
@@ -278,12 +281,12 @@ def test_positions_on_other_data_keep_each_finished_run(
     name, trained, commands, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(positions, "POSITIONS", {"fixed": "", "moving": arms.MOVING})
-    (_, model), latents, out = trained, tmp_path / "latents", tmp_path / "results"
+    (_, model) = trained
+    latents = tmp_path / "latents"
+    out = tmp_path / "results"
     bouncing = positions.DATA_SETS["bouncing"]  # shorter videos, fewer clips
-    (words, metrics), short = (
-        bouncing.tasks[positions.LONG],
-        {"made": ("--bounce", "--seconds", 1.4)},
-    )
+    (words, metrics) = bouncing.tasks[positions.LONG]
+    short = {"made": ("--bounce", "--seconds", 1.4)}
     short["tasks"] = {positions.LONG: (words.replace("256", "24"), metrics)}
     short["metrics"] = dict.fromkeys(metrics, "--split all --num-real 4")
     monkeypatch.setitem(positions.DATA_SETS, "bouncing", replace(bouncing, **short))
@@ -293,7 +296,8 @@ def test_positions_on_other_data_keep_each_finished_run(
         flags += [*model[2:], "--latents", latents]
     run_main(positions, *flags)
     written = out / f"positions_{name}.md"
-    report, rows = written.read_text(), json.loads(written.with_suffix(".json").read_text())
+    report = written.read_text()
+    rows = json.loads(written.with_suffix(".json").read_text())
     assert [(row["positions"], row["seed"]) for row in rows] == [("fixed", 0), ("moving", 0)]
     assert "| fixed | " in report and "): moving minus fixed is " in report
     with Image.open(out / f"figures/positions-{name}.png") as picture:
@@ -319,10 +323,8 @@ def test_kernels_are_compared_at_the_start_and_later(commands, monkeypatch, tmp_
     monkeypatch.setitem(inflation.DATA, "shapes", replace(inflation.DATA["shapes"], patches=(4,)))
     out = tmp_path
     run_main(inflation, "kernels", "--miniature", "--out", out, "--seeds", 0)
-    rows, text = (
-        json.loads((out / "inflation_kernels.json").read_text()),
-        (out / "inflation_kernels.md").read_text(),
-    )
+    rows = json.loads((out / "inflation_kernels.json").read_text())
+    text = (out / "inflation_kernels.md").read_text()
     assert [(row["spread"], row["steps"]) for row in rows] == [
         (name, n) for n in (1, 2) for name in inflation.SPREADS
     ]
@@ -342,15 +344,15 @@ def test_a_start_from_images_is_compared_with_scratch_over_compute(
     monkeypatch.setattr(inflation, "TASK", ("--num-frames 8 --num-samples 4", ("nearest",)))
     monkeypatch.setattr(inflation, "VALID", "rmse_ratio")
     monkeypatch.setattr(inflation, "SHARES", {"scratch": (1.0,), "images": (0.6, 1.0)})
-    latents, out, videos = tmp_path / "latents", tmp_path / "results", ["--data-path", shapes]
+    latents = tmp_path / "latents"
+    out = tmp_path / "results"
+    videos = ["--data-path", shapes]
     run_main(cache_latents, *videos, "--vae", "none", "--image-size", 16, "--out", latents)
     flags = ["pay", "--miniature", "--out", out, "--seeds", 0, *videos, "--latents", latents]
     commands.clear()
     run_main(inflation, *flags)
-    rows, text = (
-        json.loads((out / "inflation_pay.json").read_text()),
-        (out / "inflation_pay.md").read_text(),
-    )
+    rows = json.loads((out / "inflation_pay.json").read_text())
+    text = (out / "inflation_pay.md").read_text()
     assert [(row["arm"], row["share"]) for row in rows] == [
         ("scratch", 1.0),
         ("images", 0.6),
@@ -414,11 +416,9 @@ def test_all_arms_have_equal_compute_and_tokens_per_step(share):
     config = arms.config_of(FULL)
     full = FULL.steps * 8 * config.training_flops(16)
     for arm in arms.ARMS:
-        phases, flops, first_step = (
-            [Phase(*phase) for phase in arms.plan(arm, share, FULL)[0]],
-            0,
-            0,
-        )
+        phases = [Phase(*phase) for phase in arms.plan(arm, share, FULL)[0]]
+        flops = 0
+        first_step = 0
         for phase in phases:  # as train.py counts them, step by step
             frames = schedule.frames_of_steps(
                 phases, phase, first_step, first_step, arm.mix, seed=0
@@ -575,7 +575,8 @@ def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
     others = [
         lab.difference("a", "b", "Loss", {0: 1.0, 1: 1.1, 2: 0.9}, dict.fromkeys(range(3), 1.0))
     ] * 4
-    alone, (among, *_) = lab.difference_lines([gap]), lab.difference_lines([gap, *others])
+    alone = lab.difference_lines([gap])
+    (among, *_) = lab.difference_lines([gap, *others])
     assert alone[0].endswith("p 0.020, by Holm 0.020): higher.")
     assert among.endswith("p 0.020, by Holm 0.101): no significant difference.")
 
@@ -609,16 +610,15 @@ def some_rows(tmp_path):
 
 def test_a_report_shows_missing_and_diverged_runs(some_rows):
     rows = study.read_rows(some_rows / "study.csv")
-    lost_run, last = ("16 moving", 4, 1), {"step": 7, "loss": math.inf, "loss_16": math.inf}
+    lost_run = ("16 moving", 4, 1)
+    last = {"step": 7, "loss": math.inf, "loss_16": math.inf}
     lost = next(row for row in rows if study.key_of(row) == lost_run) | last
     study.write_rows(
         some_rows / "study.csv", [*(row for row in rows if study.key_of(row) != lost_run), lost]
     )
     run_main(study, "--report", "--out", some_rows)
-    text, (run,) = (
-        (some_rows / "study.md").read_text(),
-        [run for run in a_study(some_rows).runs if run.key == lost_run],
-    )
+    text = (some_rows / "study.md").read_text()
+    (run,) = [run for run in a_study(some_rows).runs if run.key == lost_run]
     assert (
         run.is_done
         and "| 16 moving | 100 | 0.331 ± 0.003 (0.333, 0.321, 0.336, 0.333, inf) |" in text

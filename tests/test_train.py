@@ -72,10 +72,8 @@ def test_too_many_processes_are_one_line_from_the_first_rank(videos, monkeypatch
 )
 def test_a_run_ends_at_its_global_step_or_after_its_epochs(max_steps, epochs, expected):
     args = SimpleNamespace(max_steps=max_steps, epochs=epochs, num_frames=8, global_batch_size=4)
-    data, progress = (
-        SimpleNamespace(train={8: range(10)}),
-        checkpoint.Progress(step=50, first_step=50),
-    )
+    data = SimpleNamespace(train={8: range(10)})
+    progress = checkpoint.Progress(step=50, first_step=50)
     assert preflight.only_phase(args, progress, data).last_step == expected
 
 
@@ -130,7 +128,8 @@ def test_every_kind_of_training_learns(flags, expected, videos, tmp_path):
 def test_steps_without_a_finite_gradient_are_skipped_while_tolerated(
     tolerated, videos, tmp_path, monkeypatch, capsys
 ):
-    losses, calls = transport.losses, itertools.count(1)
+    losses = transport.losses
+    calls = itertools.count(1)
 
     def broken(*args, **flags):
         each, *rest = losses(*args, **flags)
@@ -224,18 +223,18 @@ def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(
     ("forcing", "regions", "disp"), [(0.0, 0.0, True), (1.0, 0.0, False), (0.5, 0.5, False)]
 )
 def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regions, disp):
-    seen, (B, T) = [], (4, 6)
+    seen = []
+    (B, T) = (4, 6)
 
     def network(*inputs, **flags):
         seen.append((inputs, flags))
-        f, features = torch.zeros_like(inputs[0]), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+        f = torch.zeros_like(inputs[0])
+        features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
         return (f, features) if disp else f
 
-    clips, y, indices = (
-        torch.randint(256, (B, 3, T, 16, 16)).byte(),
-        torch.tensor([0, 1, 1, 0]),
-        [0, 1, 2, 3],
-    )
+    clips = torch.randint(256, (B, 3, T, 16, 16)).byte()
+    y = torch.tensor([0, 1, 1, 0])
+    indices = [0, 1, 2, 3]
     batch = {
         "clips": clips,
         "y": y,
@@ -252,7 +251,8 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
         network, VAE("none"), batch, config, args, 5, torch.device("cpu")
     )
 
-    x, noise = clips.float() / 127.5 - 1, normal(3, "noise", 5, indices, (3, T, 16, 16))
+    x = clips.float() / 127.5 - 1
+    noise = normal(3, "noise", 5, indices, (3, T, 16, 16))
     gamma = transport.draw_gammas(3, 5, indices, T, 4, 2.0, forcing, 1, regions, 16)
     dropped = uniform(3, "label drop", 5, indices) < transport.condition_dropout(gamma, 0.5)
     ((inputs, flags),) = seen
@@ -336,7 +336,8 @@ def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path
         workers.append(num_workers)
         return make_loader(clips, batches, 0, *rest)
 
-    make_loader, workers = train.make_loader, []
+    make_loader = train.make_loader
+    workers = []
     monkeypatch.setattr(train, "make_loader", in_this_process)
     shared = [
         *TRAIN,
@@ -389,7 +390,9 @@ def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path
 
 @pytest.mark.filterwarnings("default:a token holds")
 def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, capsys):
-    data, results, vae = tmp_path / "data", tmp_path / "results", make_vae(tmp_path / "vae")
+    data = tmp_path / "data"
+    results = tmp_path / "results"
+    vae = make_vae(tmp_path / "vae")
     for name in ("A/a", "A/b", "B/c", "B/d", "B/e", "B/f"):
         write_video(data / f"{name}.avi", 20, size=(16, 16))
     flags = [
@@ -429,11 +432,9 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
         results, *flags, *own, "--val-clips", 2, "--resume", "--max-steps", 1
     )
     (run,) = results.glob("[0-9]*")
-    log, printed, ckpt = (
-        (run / "log.txt").read_text(),
-        capsys.readouterr().out,
-        run / "checkpoints/latest.pt",
-    )
+    log = (run / "log.txt").read_text()
+    printed = capsys.readouterr().out
+    ckpt = run / "checkpoints/latest.pt"
     assert f"--resume: no run EqM-Ti-2-f8-rope in {results}; starting from the beginning" in printed
     assert "training: 5 videos in 2 classes; validation: 1 video, " in log
     assert "skipped: 0 files with fewer than 8 frames, 0 files that can't be opened" in log

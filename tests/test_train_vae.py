@@ -50,7 +50,8 @@ def whole(made):
 
 
 def test_losses_match_their_definitions():
-    x, standard = torch.rand(2, 3, 8, 8), (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
+    x = torch.rand(2, 3, 8, 8)
+    standard = (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     assert all(loss == 0 for loss in losses_of(x, x, *standard).values())
     found = losses_of(x, x + 0.25, *standard)
     assert (
@@ -58,10 +59,9 @@ def test_losses_match_their_definitions():
     )
     ramp = torch.arange(8.0).expand(2, 3, 8, 8)  # one more per column, as much in each row
     assert losses_of(x, x + 0.5 * ramp, *standard)["gradient_loss"].item() == pytest.approx(0.5)
-    mean, logvar = (
-        torch.randn(2, 4, 3, 3),
-        torch.randn(2, 4, 3, 3),
-    )  # the KL loss is in nats per latent value
+    # the KL loss is in nats per latent value
+    mean = torch.randn(2, 4, 3, 3)
+    logvar = torch.randn(2, 4, 3, 3)
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
     expected = torch.distributions.kl_divergence(
         posterior, torch.distributions.Normal(0.0, 1.0)
@@ -136,7 +136,8 @@ def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(made):
 
 
 def test_the_validation_psnr_equals_the_exported_vaes_on_held_out_frames(made):
-    (training, [*_, (frames, held_out), (_, others)]), expected = made, []
+    (training, [*_, (frames, held_out), (_, others)]) = made
+    expected = []
     assert held_out and others and not held_out & others
     vae = load_vae(str(training.folder / "vae"))
     for frame, found in zip(

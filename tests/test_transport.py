@@ -11,7 +11,9 @@ import transport
 from runtime.rng import uniform
 from transport import clean_frames, condition_dropout, draw_gammas, first_given, shift_gamma
 
-GAMMA, DECAY = torch.tensor([0.0, 0.5, 0.9, 1.0]), [4.0, 4.0, 2.0, 0.0]  # and c(GAMMA)
+# and c(GAMMA)
+GAMMA = torch.tensor([0.0, 0.5, 0.9, 1.0])
+DECAY = [4.0, 4.0, 2.0, 0.0]
 MANY = range(2000)
 
 
@@ -54,10 +56,8 @@ def test_the_decay_is_4_up_to_gamma_0_8_then_falls_to_0():
 
 def test_gamma_per_frame_is_the_noise_level_of_that_frame():
     x, noise, f = (normal(4, 2, 3, 5, 5, seed=seed) for seed in range(3))
-    own, same = (
-        torch.rand(4, 3, generator=torch.Generator().manual_seed(3)),
-        GAMMA[:, None].expand(4, 3),
-    )
+    own = torch.rand(4, 3, generator=torch.Generator().manual_seed(3))
+    same = GAMMA[:, None].expand(4, 3)
     own[0, 1] = 1  # a clean frame is the data, and its target is zero
     for function in (transport.interpolate, transport.target):
         frames = [function(x[:, :, [t]], noise[:, :, [t]], own[:, t]) for t in range(3)]
@@ -69,7 +69,8 @@ def test_gamma_per_frame_is_the_noise_level_of_that_frame():
 
 
 def test_a_network_that_predicts_zero_has_the_expected_loss():
-    x, noise = 2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1)
+    x = 2 * normal(20_000, 1, 1, 4, 4)
+    noise = normal(20_000, 1, 1, 4, 4, seed=1)
     losses, square = losses_of(torch.zeros_like(x), x, noise, torch.linspace(0, 1, 20_000))
     assert losses.mean().item() == pytest.approx(
         transport.zero_loss(4.0), rel=0.02
@@ -80,11 +81,9 @@ def test_a_network_that_predicts_zero_has_the_expected_loss():
 
 
 def test_the_loss_is_the_mean_squared_error_per_clip_in_float32():
-    x, noise, offsets = (
-        normal(4, 2, 3, 4, 4),
-        normal(4, 2, 3, 4, 4, seed=1),
-        torch.tensor([0.0, 1.0, 2.0, 3.0]),
-    )
+    x = normal(4, 2, 3, 4, 4)
+    noise = normal(4, 2, 3, 4, 4, seed=1)
+    offsets = torch.tensor([0.0, 1.0, 2.0, 3.0])
     truth = transport.target(x, noise, GAMMA)
     assert torch.equal(losses_of(truth, x, noise, GAMMA)[0], torch.zeros(4))
     losses, _ = losses_of(truth + offsets.reshape(4, 1, 1, 1, 1), x, noise, GAMMA)
@@ -98,14 +97,16 @@ def test_the_loss_is_the_mean_squared_error_per_clip_in_float32():
 def test_dispersive_loss_and_gradient_equal_a_naive_sum_over_pairs(shape):
     z = normal(*shape, dtype=torch.float64).requires_grad_()
     pairs = [(-((a - b) ** 2).sum() / a.numel()).exp() for a in z for b in z]
-    naive, loss = 0.5 * torch.stack(pairs).mean().log(), transport.dispersive_loss(z)
+    naive = 0.5 * torch.stack(pairs).mean().log()
+    loss = transport.dispersive_loss(z)
     assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
     expected, found = (torch.autograd.grad(value, z)[0] for value in (naive, loss))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_the_dispersive_loss_is_exact_for_equal_features_single_samples_and_large_values():
-    equal, z = torch.ones(8, 5, requires_grad=True), normal(8, 5)
+    equal = torch.ones(8, 5, requires_grad=True)
+    z = normal(8, 5)
     loss = transport.dispersive_loss(equal)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6) and torch.equal(
@@ -139,7 +140,8 @@ def test_shifted_gamma_keeps_its_ends_and_has_the_closed_form_density(shift):
 
 
 def test_half_of_the_forced_clips_have_given_frames_and_one_gamma():
-    plain, levels = draw(0.0), draw(1.0)
+    plain = draw(0.0)
+    levels = draw(1.0)
     assert torch.equal(plain, shift_gamma(uniform(0, "gamma", 0, list(MANY)), 3.0))
     is_common = (draw(0.75) == plain[:, None]).all(dim=1)
     assert is_common.float().mean().item() == pytest.approx(0.25, abs=0.04)  # 4 standard errors
@@ -161,7 +163,8 @@ def test_the_other_half_has_one_level_per_temporal_patch(num_frames):
     own = levels[~(levels == 1).any(dim=1)]
     parts = own.split(4, dim=1)
     assert all((part == part[:, :1]).all() for part in parts)
-    first, last = parts[0][:, 0], parts[-1][:, 0]
+    first = parts[0][:, 0]
+    last = parts[-1][:, 0]
     u = shift_gamma(torch.cat([first, last]), 1 / 3)  # the inverse of the shift: uniform
     assert u.mean().item() == pytest.approx(0.5, abs=0.04) and u.var().item() == pytest.approx(
         1 / 12, abs=0.009
@@ -170,15 +173,16 @@ def test_the_other_half_has_one_level_per_temporal_patch(num_frames):
 
 
 def test_some_clips_are_clean_except_for_a_rectangle_of_their_gamma():
-    levels, forced, plain = (
-        draw_gammas(0, 0, list(MANY), 8, 4, 3.0, 0.5, 1, 0.25, 6),
-        draw(0.5, 8),
-        draw(0.0, 8),
-    )
+    levels = draw_gammas(0, 0, list(MANY), 8, 4, 3.0, 0.5, 1, 0.25, 6)
+    forced = draw(0.5, 8)
+    plain = draw(0.0, 8)
     is_other = (levels == forced[:, :, None, None]).flatten(1).all(dim=1)
     assert is_other.float().mean().item() == pytest.approx(0.75, abs=0.04)  # 4 standard errors
-    noisy, sides = levels[~is_other] < 1, Counter()
-    rows, columns = noisy[:, 0].any(dim=2), noisy[:, 0].any(dim=1)  # (B, 6)
+    noisy = levels[~is_other] < 1
+    sides = Counter()
+    # (B, 6)
+    rows = noisy[:, 0].any(dim=2)
+    columns = noisy[:, 0].any(dim=1)
     assert torch.equal(noisy, (rows[:, :, None] & columns[:, None])[:, None].expand_as(noisy))
     for mask in [*rows, *columns]:
         first, *_, last = mask.nonzero().flatten().tolist()
@@ -197,7 +201,8 @@ def test_given_frames_may_end_anywhere_but_are_never_all_or_none(num_frames):
     draws = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)).tolist()
     masks = Counter(tuple(sorted(clean_frames(*row, num_frames))) for row in draws)
     ends = itertools.product((0.0, 0.6, 0.8, 0.9), *[(0.0, 1 - 2**-24)] * 2)
-    every, first = set(range(num_frames)), {tuple(range(k)) for k in range(1, num_frames)}
+    every = set(range(num_frames))
+    first = {tuple(range(k)) for k in range(1, num_frames)}
     for mask in [*masks, *(clean_frames(*row, num_frames) for row in ends)]:
         assert set(mask) <= every and 0 < len(mask) < num_frames
     assert masks.keys() >= first | {tuple(range(k, num_frames)) for k in range(1, num_frames)}

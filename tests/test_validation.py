@@ -54,7 +54,8 @@ def run(models, loader, num_frames=4, given=False, together=False):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_the_losses_are_the_same_on_any_number_of_ranks(models, data_set, monkeypatch, together):
-    expected, parts = run(models, batches(data_set)), []
+    expected = run(models, batches(data_set))
+    parts = []
     monkeypatch.setattr(distributed, "gather", lambda mine: parts.append(mine) or [mine])
     for rank in range(2):  # ranks that stay together have all chunks, and those of rank 0 count
         of_rank = (
@@ -84,8 +85,10 @@ def test_it_sees_the_ema_the_raw_weights_and_every_number_of_frames(models, data
 
 
 def test_the_loss_with_given_frames_is_of_those_after_a_clean_first_half(models, data_set):
-    loader, losses = batches(data_set), []
-    plain, both = run(models, loader, 8), run(models, loader, 8, given=True)
+    loader = batches(data_set)
+    losses = []
+    plain = run(models, loader, 8)
+    both = run(models, loader, 8, given=True)
     found = both.pop("val_loss_given")
     assert both == plain and "val_loss_given" not in plain
     for batch in [batch for batch in loader if batch["clips"].shape[2] == 8]:

@@ -102,7 +102,8 @@ def test_intervals_and_starts_are_uniform_over_their_whole_range():
 
 
 def test_about_half_of_the_clips_are_flipped_and_nothing_else_changes():
-    clips, plain = make_clips(flip=True), make_clips()
+    clips = make_clips(flip=True)
+    plain = make_clips()
     signs = [torch.sign(clips[index]["clip"].sum()).item() for index in range(200)]
     assert 75 <= signs.count(-1) <= 125
     for index, sign in enumerate(signs):
@@ -178,7 +179,8 @@ DAMAGES = {
     ],
 )
 def test_a_corrupt_video_is_named_and_replaced_the_same_way_each_time(tmp_path, damage, suffix):
-    root, name = tiny.write_equal_videos(tmp_path / "data"), f"A/bad.{suffix}"
+    root = tiny.write_equal_videos(tmp_path / "data")
+    name = f"A/bad.{suffix}"
     tiny.write_video(root / name, codec="libx264" if suffix == "mp4" else "mpeg4")
     clips = tiny.clips_of(open_source(root, SIZE), 16, seed=3)
     DAMAGES[damage](root / name)
@@ -224,7 +226,8 @@ PNG_DAMAGES = {
     ],
 )
 def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix):
-    root, name = tiny.write_images(tmp_path / "images"), f"A/bad.{suffix}"
+    root = tiny.write_images(tmp_path / "images")
+    name = f"A/bad.{suffix}"
     tiny.save(root / name, tiny.picture(seed=9))
     clips = tiny.clips_of(open_source(root, SIZE, images=True), 1)
     (DAMAGES | PNG_DAMAGES)[damage](root / name)

@@ -66,7 +66,9 @@ LONG = {
 def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(
     tmp_path, monkeypatch, name
 ):
-    seen, decode_from = [], files.decode_from  # an item for each frame that PyAV decodes
+    # an item for each frame that PyAV decodes
+    seen = []
+    decode_from = files.decode_from
     monkeypatch.setattr(
         files,
         "decode_from",
@@ -155,7 +157,9 @@ def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_pa
         two = av.Packet(
             2 * bytes(packet)
         )  # XviD puts a B-frame into the packet of the frame before it
-        two.dts, two.pts, two.is_keyframe = packet.dts, packet.pts, packet.is_keyframe
+        two.dts = packet.dts
+        two.pts = packet.pts
+        two.is_keyframe = packet.is_keyframe
         return two
 
     remux(tmp_path / "plain.avi", tmp_path / "packed.avi", doubled)
@@ -245,7 +249,9 @@ def test_a_video_is_read_upright_however_the_phone_was_held(tmp_path):
     for turn, (a, b, c, d) in turns.items():
         write_video(tmp_path / f"{turn}.mp4", codec="libx264")
         data = bytearray((tmp_path / f"{turn}.mp4").read_bytes())
-        matrix, one = data.index(b"tkhd") + 44, 0x10000  # in the track's header
+        # in the track's header
+        matrix = data.index(b"tkhd") + 44
+        one = 0x10000
         data[matrix : matrix + 36] = struct.pack(
             ">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 0x40000000
         )
@@ -292,7 +298,8 @@ def read_image(path):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_an_image_is_read_upright(tmp_path, suffix):
-    upright, exif = picture(), Image.Exif()
+    upright = picture()
+    exif = Image.Exif()
     stored = {  # what a camera in this orientation stores
         1: upright,
         2: upright[:, ::-1],
@@ -312,7 +319,8 @@ def test_an_image_is_read_upright(tmp_path, suffix):
 
 
 def test_every_kind_of_pixel_becomes_rgb(tmp_path):
-    colors, gray = picture(), picture()[..., 0]
+    colors = picture()
+    gray = picture()[..., 0]
     three = np.repeat(gray[..., None], 3, axis=2)
     sixteen = np.random.default_rng(0).integers(0, 256, gray.shape)  # the low bytes
     transparent = np.dstack([colors, gray])

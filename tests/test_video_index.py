@@ -52,10 +52,8 @@ def test_a_scan_finds_videos_classes_rates_and_frames_and_ignores_hidden_and_oth
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("not a video")
-    scan, paths = (
-        scan_videos(tmp_path),
-        ["Jump/d.mov", "Jump/e.avi", "Run/a.avi", "Run/b.mp4", "Run/c.mkv", odd],
-    )
+    scan = scan_videos(tmp_path)
+    paths = ["Jump/d.mov", "Jump/e.avi", "Run/a.avi", "Run/b.mp4", "Run/c.mkv", odd]
     assert scan.classes == ["Jump", "Run", "Tai Chi"] and scan.unreadable == []
     assert [video.path for video in scan.videos] == paths
     assert [video.num_frames for video in scan.videos] == [20, 20, 40, 60, 30, 20]
@@ -137,7 +135,8 @@ def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, ru
     "text", ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}, 2]
 )
 def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys, text):
-    scan, place = scan_videos(root, runs), index_place(root, runs)
+    scan = scan_videos(root, runs)
+    place = index_place(root, runs)
     content = json.loads(place.read_text())
     if isinstance(text, dict):
         content["videos"][0][1] |= text

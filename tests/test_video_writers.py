@@ -151,7 +151,8 @@ def test_a_sheet_has_a_row_per_video_a_column_per_frame_and_names(tmp_path):
     h, w = enlarge(videos).shape[2:4]
     expected = np.full((3 * h + 2 * GAP, 4 * w + 3 * GAP, 3), 255, np.uint8)
     for row, column in np.ndindex(3, 4):
-        y, x = row * (h + GAP), column * (w + GAP)
+        y = row * (h + GAP)
+        x = column * (w + GAP)
         expected[y : y + h, x : x + w] = enlarge(videos[row, column])
     assert np.array_equal(read_png(tmp_path / "plain.png"), expected)
 
@@ -207,7 +208,8 @@ def test_a_sheet_of_many_long_videos_shows_few_of_them_and_of_their_frames(tmp_p
     ("count", "rows", "columns"), [(1, 1, 1), (8, 1, 8), (11, 2, 8), (70, 8, 8)]
 )
 def test_a_grid_has_rows_of_8_videos_and_at_most_64(tmp_path, count, rows, columns):
-    videos, side = levels(np.arange(count)[:, None] + [0, 50, 100], side=16).copy(), 128 + GAP
+    videos = levels(np.arange(count)[:, None] + [0, 50, 100], side=16).copy()
+    side = 128 + GAP
     videos[0] = noise(3, 16, 16)  # enlarged without smoothing
     grid = tile(videos, (8, 8), 128)
     assert grid.shape == (3, rows * side, columns * side, 3)
@@ -233,7 +235,8 @@ def test_names_with_accents_are_drawn_and_names_that_the_font_lacks_become_numbe
     tmp_path, capsys
 ):
     drawable.cache_clear()
-    videos, names = np.stack([color_bars(4)] * 3), ["Cañón Łódź", "乒乓球", "乒乓球"]
+    videos = np.stack([color_bars(4)] * 3)
+    names = ["Cañón Łódź", "乒乓球", "乒乓球"]
     write_sheet(tmp_path / "names.png", videos, names, labels=[0, 7, 7])
     (line,) = capsys.readouterr().out.splitlines()  # once
     assert (
@@ -272,7 +275,9 @@ def test_samples_in_parts_give_the_files_of_samples_at_once(tmp_path, monkeypatc
     T = ends[-1]
     videos = np.stack([color_bars(15)[shift:][:T] for shift in range(9)])
     settings = T, range(9), 25, [f"class {label}" for label in range(9)], [(0,), *[()] * 8]
-    once, parts, bare = tmp_path / "once", tmp_path / "new/parts", tmp_path / "bare"
+    once = tmp_path / "once"
+    parts = tmp_path / "new/parts"
+    bare = tmp_path / "bare"
     write_samples(once, [(range(9), 0, videos)], *settings)
     write_samples(parts, in_windows(videos, ends, ((0, 3), (3, 4), (4, 9))), *settings)
     assert files_of(once) == files_of(parts)

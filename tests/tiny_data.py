@@ -165,6 +165,7 @@ def make_samples(folder):
 
 def flip_bit(path, tensor):
     """Flip one bit of a tensor in a file."""
-    content, weights = bytearray(path.read_bytes()), tensor.numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    weights = tensor.numpy().tobytes()
     content[content.index(weights) + len(weights) // 2] ^= 4
     path.write_bytes(content)

@@ -21,19 +21,20 @@ def write_video(
     """times: a time stamp in ms for each frame, for a variable frame rate; size: width, height in px. Options, beside
     those of the codec: pixel_format; tag, its name in the file; noise: in the right half, which moves.
     """
-    pixel_format, tag, noise = (
-        options.pop("pixel_format", "yuv420p"),
-        options.pop("tag", None),
-        options.pop("noise", 0),
-    )
+    pixel_format = options.pop("pixel_format", "yuv420p")
+    tag = options.pop("tag", None)
+    noise = options.pop("noise", 0)
     right = 255 - np.random.default_rng(0).integers(
         0, noise + 1, (size[1], size[0] - size[0] // 2, 3)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
-        (stream.width, stream.height), stream.pix_fmt, stream.gop_size = size, pixel_format, 10
-        stream.bit_rate, stream.options = 2_000_000, options
+        (stream.width, stream.height) = size
+        stream.pix_fmt = pixel_format
+        stream.gop_size = 10
+        stream.bit_rate = 2_000_000
+        stream.options = options
         if tag:
             stream.codec_context.codec_tag = tag
         if sound:
@@ -45,7 +46,8 @@ def write_video(
             pixels[:, size[0] // 2 :] = np.roll(right, (index, 2 * index), (0, 1))
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if times:
-                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
+                frame.pts = times[index]
+                frame.time_base = Fraction(1, 1000)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
 

@@ -132,7 +132,8 @@ class Training:
 
 def record_calls(monkeypatch, owner, name, note):
     """A list that gets note(*arguments), which may raise, before each call of a function `name` of `owner`."""
-    notes, function = [], getattr(owner, name)
+    notes = []
+    function = getattr(owner, name)
 
     def recorder(*args, **kwargs):
         notes.append(note(*args, **kwargs))
@@ -259,7 +260,8 @@ def differences(a, b, place="state"):
     if torch.is_tensor(a):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
     if isinstance(a, (list, tuple)):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
+        a = dict(enumerate(a))
+        b = dict(enumerate(b))
     if isinstance(a, dict):
         found = (
             [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"] if a.keys() != b.keys() else []

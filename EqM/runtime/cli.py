@@ -126,10 +126,8 @@ def refuse_if(args, name, is_wrong, text):
 
 def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
     """A `type=` for argparse: an int or a finite float within bounds. `above` is exclusive."""
-    bounds, noun = (
-        {"above": above, "at least": least, "at most": most},
-        "an integer" if kind is int else "a number",
-    )
+    bounds = {"above": above, "at least": least, "at most": most}
+    noun = "an integer" if kind is int else "a number"
     expected = " and ".join(
         f"{word} {bound}" for word, bound in bounds.items() if abs(bound) < math.inf
     )
@@ -145,12 +143,11 @@ def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
     return parse
 
 
-COUNT, NATURAL = number(int, least=1, most=2**31 - 1), number(int, least=0, most=2**63 - 1)
-POSITIVE, NON_NEGATIVE, SHARE = (
-    number(float, above=0),
-    number(float, least=0),
-    number(float, least=0, most=1),
-)
+COUNT = number(int, least=1, most=2**31 - 1)
+NATURAL = number(int, least=0, most=2**63 - 1)
+POSITIVE = number(float, above=0)
+NON_NEGATIVE = number(float, least=0)
+SHARE = number(float, least=0, most=1)
 
 
 def add_speed_flags(parser):
@@ -307,7 +304,8 @@ class Bar(tqdm):
     """A progress bar of rank 0 on a terminal; in a file or a pipe, one line per minute without escape codes."""
 
     def __init__(self, *args, **kwargs):
-        self.is_shown, self.said = sys.stderr.isatty(), time.monotonic()
+        self.is_shown = sys.stderr.isatty()
+        self.said = time.monotonic()
         settings = {} if self.is_shown else {"file": io.StringIO(), "mininterval": 1}
         super().__init__(*args, **{"disable": rank() != 0} | settings | kwargs)
 
@@ -315,7 +313,8 @@ class Bar(tqdm):
         if self.is_shown:
             super().display(msg, pos)
         elif msg is None and time.monotonic() - self.said >= LINE_SECONDS:
-            self.said, values = time.monotonic(), self.format_dict | {"bar_format": LINE_FORMAT}
+            self.said = time.monotonic()
+            values = self.format_dict | {"bar_format": LINE_FORMAT}
             print(one_line(self.format_meter(**values)), file=sys.stderr, flush=True)
 
 
@@ -373,14 +372,14 @@ def one_line_errors(*others):
             sys.exit(130)  # rank 0 reports
         fail("stopped by SIGINT: run the same command again", status=130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, *others) as error:
-        status, wait = (
-            getattr(error, "status", 1),
-            not isinstance(error, ConnectionError),
-        )  # a rank has its own
+        # a rank has its own
+        status = getattr(error, "status", 1)
+        wait = not isinstance(error, ConnectionError)
         is_full = getattr(error, "errno", None) in FULL and error.filename
         fail(why_unwritable(error.filename, error) if is_full else error, status, wait)
     except RuntimeError as error:
-        text, (first, *_) = f"{type(error).__name__} {error}", str(error).split("\n")
+        text = f"{type(error).__name__} {error}"
+        (first, *_) = str(error).split("\n")
         meanings = [
             meaning for pattern, meaning in LOST.items() if re.search(pattern, text, re.IGNORECASE)
         ]

@@ -79,7 +79,8 @@ def bar_text(row):
 
 def read_metrics(path, notes=False):
     """(rows of a metrics.jsonl, with None for values that were not finite; number of lines that a crash cut short)."""
-    rows, torn = [], 0
+    rows = []
+    torn = 0
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -204,9 +205,13 @@ class StepStats:
     def __init__(self, earlier=None):
         self.names = earlier["names"] if earlier else []
         self.earlier = earlier["rows"] if earlier else torch.empty(0, 0)
-        self.rows, self.files = [], []  # of each step: (k,) on the device; paths of its videos
+        # of each step: (k,) on the device; paths of its videos
+        self.rows = []
+        self.files = []
         self.corrupt = []  # paths of videos that could not be decoded
-        self.flops, self.waited, self.began = 0.0, 0.0, time.monotonic()
+        self.flops = 0.0
+        self.waited = 0.0
+        self.began = time.monotonic()
 
     def __len__(self):
         """The number of steps."""
@@ -253,7 +258,8 @@ class StepStats:
 
     def raise_nonfinite(self, step, index):
         """Raise UserError, on all ranks, for a value of row `index` that is not finite; `step` is of the last row."""
-        rows, norm = self.averages(), self.names.index("grad_norm")
+        rows = self.averages()
+        norm = self.names.index("grad_norm")
         index %= len(rows)
         name = self.names[(~rows[index].isfinite()).nonzero()[0].item()]
         own = self.rows[index].clone()

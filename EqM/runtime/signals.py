@@ -27,9 +27,15 @@ class StopSignal:
     """
 
     def __init__(self, together=False):
-        self.name, self.flags, self.is_waiting, self.together = None, None, False, together
+        self.name = None
+        self.flags = None
+        self.is_waiting = False
+        self.together = together
         # in_step: between vote and resolve; steps: since the last vote; period: steps from one vote to the next
-        self.in_step, self.steps, self.period, self.voted_at = False, 0, 0, time.monotonic()
+        self.in_step = False
+        self.steps = 0
+        self.period = 0
+        self.voted_at = time.monotonic()
         self.group = (
             dist.new_group(backend="gloo", timeout=SHARE_TIME) if dist.is_initialized() else None
         )
@@ -59,12 +65,14 @@ class StopSignal:
 
     def vote(self, save=False):
         """Begin a step and, if one is due, start a vote on whether to stop and whether to save."""
-        self.in_step, seconds = True, time.monotonic() - self.voted_at
+        self.in_step = True
+        seconds = time.monotonic() - self.voted_at
         if self.group is None or self.steps >= self.period:
             self._start(save, pace=SECONDS_PER_VOTE * self.steps / seconds if seconds else 0.0)
 
     def _start(self, save=False, pace=0.0):
-        self.steps, self.voted_at = 0, time.monotonic()
+        self.steps = 0
+        self.voted_at = time.monotonic()
         self.flags = torch.tensor(
             [float(self.name is not None), float(save), pace if rank() == 0 else 0.0]
         )
@@ -75,14 +83,16 @@ class StopSignal:
         """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to save."""
         if not self.in_step:  # all ranks call this, so all vote
             self._start()
-        self.steps, self.in_step = self.steps + self.in_step, False
+        self.steps = self.steps + self.in_step
+        self.in_step = False
         if self.flags is None:  # a step without a vote
             return False
         if self.group is not None:
             self.pending.wait()
         stop, save, pace = self.flags.tolist()
         # At most double: after a pause, a GPU accepts steps faster than it computes them
-        self.flags, self.period = None, min(math.ceil(pace), 2 * self.period + 1)
+        self.flags = None
+        self.period = min(math.ceil(pace), 2 * self.period + 1)
         if stop or (
             self.group is None and self.name is not None
         ):  # a single process, after the vote

@@ -77,7 +77,8 @@ TITLES = {  # of the values
 def check(samples, clips, place):
     """Raise UserError unless the videos of Clips are a complete grid of clips like those of Samples."""
     samples.check_classes(clips.classes, place)
-    videos, values = {video.key: video for video in clips.videos}, values_of(clips)
+    videos = {video.key: video for video in clips.videos}
+    values = values_of(clips)
     wrong = sorted(videos.keys() ^ places_of(clips.classes, values).keys())
     if wrong or min(map(len, values)) < 2:
         got = (
@@ -133,7 +134,9 @@ class World:
 
     def __init__(self, classes, values, frames, device="cpu"):
         """frames: uint8 (classes, characters, T, H, W, 3), in the order of places_of."""
-        self.classes, self.places, self.clips = classes, places_of(classes, values), frames
+        self.classes = classes
+        self.places = places_of(classes, values)
+        self.clips = frames
         self.frames = frames.flatten(3).to(device)  # (classes, characters, T, P)
         self.seen = torch.stack(
             [(own != 0).any(dim=0) for own in self.frames]
@@ -143,10 +146,8 @@ class World:
         self.same = SAME**2 * self.frames.shape[-1]
         squares = [own.double().square().sum(dim=-1) for own in self.frames.flatten(0, 1)]
         self.squares = torch.stack(squares).unflatten(0, self.frames.shape[:2])  # |frame|^2
-        every, choices = (
-            [*product(*values)],
-            [(a, value) for a, own in enumerate(values) for value in own],
-        )
+        every = [*product(*values)]
+        choices = [(a, value) for a, own in enumerate(values) for value in own]
         changed = [
             [every.index((*who[:a], value, *who[a + 1 :])) for a, value in choices] for who in every
         ]
@@ -159,7 +160,9 @@ class World:
 
 def read_world(clips, args, device):
     """The World of the videos of Clips. Raises UserError if one can't be decoded."""
-    size, values, corrupt = clips.source.image_size, values_of(clips), []
+    size = clips.source.image_size
+    values = values_of(clips)
+    corrupt = []
     places = places_of(clips.classes, values)
     numbers = {video.path: places[video.key] for video in clips.videos}
     counts = len(clips.classes), len(places) // len(clips.classes)
@@ -221,7 +224,8 @@ def decode(world, place, clip):
     A frame that is closer to another pose than to another attribute shows the attributes that it has
     in that pose.
     """
-    (name, who), T = place, len(clip)
+    (name, who) = place
+    T = len(clip)
     clip = clip.double()
     cropped = clip[:, world.seen_once]
 
@@ -233,11 +237,9 @@ def decode(world, place, clip):
     def compare_attributes(c, t, shown):
         return compare(c, t, shown, c[:, None], world.changed[shown], t[:, None])
 
-    c, t, every = (
-        torch.full((T,), name),
-        torch.arange(T),
-        torch.arange(len(world.classes) * T)[None],
-    )
+    c = torch.full((T,), name)
+    t = torch.arange(T)
+    every = torch.arange(len(world.classes) * T)[None]
     shown = torch.full((T,), who)
     poses = compare(c, t, shown, every // T, who, every % T)
     attributes = compare_attributes(c, t, shown)
@@ -321,7 +323,8 @@ def reasons(found, limits):
 
 def differences(world, name, who):
     """Whether a choice changes a frame of the true clip at a place: bool (M, T)."""
-    true, others = world.cropped[name, who].int(), world.cropped[name, world.changed[who]].int()
+    true = world.cropped[name, who].int()
+    others = world.cropped[name, world.changed[who]].int()
     return ((others - true).square().sum(dim=-1) > world.same).cpu()
 
 
@@ -330,7 +333,8 @@ def make_controls(world, places, made, through, seed):
 
     A change is drawn from those that the true frames show.
     """
-    (_, T, H, W, _), drawn = made.shape, []
+    (_, T, H, W, _) = made.shape
+    drawn = []
     moves = (
         (0, SHIFT),
         (2 * SHIFT, SHIFT),
@@ -347,9 +351,12 @@ def make_controls(world, places, made, through, seed):
             drawn[-1].append(own[int(torch.randint(len(own), (), generator=random))])
     changes, pairs, times, moves = zip(*drawn, strict=True)
 
-    every, (choices, frames) = range(len(places)), torch.stack(changes).T
+    every = range(len(places))
+    (choices, frames) = torch.stack(changes).T
     others = world.clips[places[:, 0], world.changed[places[:, 1], choices]]  # true clips
-    switched, swapped, shifted = made.clone(), made.clone(), made.clone()
+    switched = made.clone()
+    swapped = made.clone()
+    shifted = made.clone()
     switched[every, frames] = through(others[every, frames][:, None])[:, 0]
     yield "attribute_switched", switched
     for index, (pair, t, (down, right)) in enumerate(zip(pairs, times, moves, strict=True)):
@@ -436,17 +443,15 @@ def score_census(samples, clips, training, count, args, device):
         world = read_world(clips, args, device)
         CALIBRATED[key] = world, *calibrate(world, clips, training, count, args, vae, device)
     world, limits, result = CALIBRATED[key]
-    found, videos, keys = (
-        measure(world, samples.clips, "samples"),
-        samples.videos,
-        list(world.places),
-    )
-    why, rmse, (name, who) = reasons(found, limits), found["clip_rmse"], found["place"].T
-    valid, known, K = (
-        why == "",
-        {world.places[video.key][1] for video in training},
-        len(world.characters),
-    )
+    found = measure(world, samples.clips, "samples")
+    videos = samples.videos
+    keys = list(world.places)
+    why = reasons(found, limits)
+    rmse = found["clip_rmse"]
+    (name, who) = found["place"].T
+    valid = why == ""
+    known = {world.places[video.key][1] for video in training}
+    K = len(world.characters)
     result = result | shares({"valid": valid} | hits_of(world, samples, found), videos)
     result["limits"] = dict(zip(LIMITED, [*limits[:-1].tolist(), -limits[-1]], strict=True))
     result |= shares({"held_out": ~np.isin(who, [*known])[valid]}, np.array(videos)[valid].tolist())
@@ -494,7 +499,8 @@ def missed_goals(result):
 
 def hits_of(world, samples, found):
     """{name in TITLES: bool (n,)} of the requested class, each attribute and, if samples continue clips, the clips."""
-    decoded, place = found["decoded"], found["place"]
+    decoded = found["decoded"]
+    place = found["place"]
     hits = {"class_right": place[:, 0] == [world.classes.index(name) for name in samples.names]}
     hits |= dict(zip(ATTRIBUTES, (decoded == decoded[:, :1]).all(axis=1).T, strict=True))
     keys = [

@@ -73,22 +73,23 @@ def check(samples, clips, training, place, test):
 
 def score_classifier(samples, clips, training, args, corrupt):
     """Classify Samples with networks trained on the videos of Clips, in windows of their length; training: a part."""
-    by_split, recipe = args.classifier_test == "val", RECIPES[args.classifier_test]
+    by_split = args.classifier_test == "val"
+    recipe = RECIPES[args.classifier_test]
     if by_split and distributed.rank() != 0:  # there is one network to train
         return None, None, None
     torch.set_num_threads(1)  # another order of sums makes another classifier
-    classes, window, interval = clips.classes, clips.num_frames, clips.frame_interval[0]
-    real, training = read_real(clips, args, samples.image_size, corrupt), set(training)
-    own, others = (
-        [one for one in real if one.video in training],
-        [one for one in real if one.video not in training],
-    )
-    clips, place = (
-        replace(clips, videos=[one.video for one in real]),
-        f"--data-path {args.data_path}",
-    )
+    classes = clips.classes
+    window = clips.num_frames
+    interval = clips.frame_interval[0]
+    real = read_real(clips, args, samples.image_size, corrupt)
+    training = set(training)
+    own = [one for one in real if one.video in training]
+    others = [one for one in real if one.video not in training]
+    clips = replace(clips, videos=[one.video for one in real])
+    place = f"--data-path {args.data_path}"
     check(samples, clips, [one.video for one in own], place, args.classifier_test)
-    span, steps = (window - 1) * interval + 1, args.classifier_steps or recipe.steps
+    span = (window - 1) * interval + 1
+    steps = args.classifier_steps or recipe.steps
     settings = {"num_classes": len(classes), "recipe": recipe, "steps": steps, "seed": args.seed}
     tested, logits = (others, None) if by_split else (real, leave_one_out(real, span, settings))
     if distributed.rank() != 0:
@@ -102,10 +103,8 @@ def score_classifier(samples, clips, training, args, corrupt):
         one.video.path for one, got in zip(tested, about["found"], strict=True) if one.label != got
     ]
     shown = [every_window(prepare(clip, samples.image_size), window, 1) for clip in samples.clips]
-    of_samples, asked = (
-        [logits_of(network, every, window) for every in shown],
-        [*map(classes.index, samples.names)],
-    )
+    of_samples = [logits_of(network, every, window) for every in shown]
+    asked = [*map(classes.index, samples.names)]
     found = summarize(of_samples, asked, classes, samples.videos)
     found["static"] = find_static(shown, asked, real)
     groups = sorted({one.group for one in real})
@@ -115,7 +114,8 @@ def score_classifier(samples, clips, training, args, corrupt):
         "asked_class": found["share"],
     }
     if by_split:
-        about, found = about | sharpness(logits), found | sharpness(of_samples)
+        about = about | sharpness(logits)
+        found = found | sharpness(of_samples)
         values |= {name: found[name] for name in ENTROPIES}
     how = (
         f"trained on {len(own)} others"
@@ -174,7 +174,8 @@ class Classifier(nn.Module):
         )
 
     def forward(self, x):
-        gray, change = x - x.mean(dim=(1, 2, 3), keepdim=True), x.diff(dim=1, prepend=x[:, :1])
+        gray = x - x.mean(dim=(1, 2, 3), keepdim=True)
+        change = x.diff(dim=1, prepend=x[:, :1])
         features = self.layers(
             torch.stack([2 * gray, 8 * change], dim=1)
         )  # (B, 48, T / 8, SIZE / 8, SIZE / 8)
@@ -241,17 +242,18 @@ def random_windows(of_class, random, batch):
 def change(x, recipe, random):
     """Windows (B, T, SIZE, SIZE) in another place, size, contrast and light; half of them mirrored."""
     zoom, right, down, contrast, light = 2 * torch.rand(5, B := len(x), generator=random) - 1
-    mirror, zero = 1 - 2 * torch.randint(2, (B,), generator=random), torch.zeros(B)
-    zoom, right, down = 1 + recipe.zoom * zoom, 2 * recipe.shift * right, 2 * recipe.shift * down
+    mirror = 1 - 2 * torch.randint(2, (B,), generator=random)
+    zero = torch.zeros(B)
+    zoom = 1 + recipe.zoom * zoom
+    right = 2 * recipe.shift * right
+    down = 2 * recipe.shift * down
     matrix = torch.stack([mirror * zoom, zero, right, zero, zoom, down], dim=1).view(B, 2, 3)
     grid = F.affine_grid(
         matrix, x.shape, align_corners=False
     )  # the same for all frames of a window
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    contrast, light = (
-        (1 + recipe.contrast * contrast).view(B, 1, 1, 1),
-        (recipe.light * light).view(B, 1, 1, 1),
-    )
+    contrast = (1 + recipe.contrast * contrast).view(B, 1, 1, 1)
+    light = (recipe.light * light).view(B, 1, 1, 1)
     return (x - 0.5) * contrast + 0.5 + light
 
 
@@ -288,7 +290,8 @@ def leave_one_out(real, span, settings):
 
     settings: arguments of `train`. The ranks share the groups.
     """
-    names, found = sorted({one.group for one in real}), []
+    names = sorted({one.group for one in real})
+    found = []
     own = [names[number] for number in distributed.own_indices(len(names))]
     for held_out in Bar(own, desc="groups held out", unit="group", leave=False):
         network = train(
@@ -306,8 +309,10 @@ def summarize(logits, labels, classes, videos=()):
     label, a column per class that the clips got.
     """
     found = [own.mean(dim=0).argmax().item() for own in logits]
-    counts, every = Counter(zip(labels, found, strict=True)), range(len(classes))
-    right, count = sum(counts[label, label] for label in every), len(labels)
+    counts = Counter(zip(labels, found, strict=True))
+    every = range(len(classes))
+    right = sum(counts[label, label] for label in every)
+    count = len(labels)
     windows = [
         (own.argmax(dim=1) == label).double().mean().item()
         for own, label in zip(logits, labels, strict=True)
@@ -346,7 +351,8 @@ def compare(found):
     rows = [["", "wrong", "clips", "accuracy, 95%", *names]]
     for title, one in found.items():
         entropies = [f"{one[name]:.4f}" for name in names]
-        wrong, accuracy = one["clips"] - one["right"], cell(one, "share", 4, "interval95")
+        wrong = one["clips"] - one["right"]
+        accuracy = cell(one, "share", 4, "interval95")
         rows.append([title, str(wrong), str(one["clips"]), accuracy, *entropies])
     note = f"below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; raise --classifier-steps"
     return [*table(rows), *[f"  note: {note}"] * bool(names and real["share"] < ENOUGH)]

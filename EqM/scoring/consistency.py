@@ -63,7 +63,8 @@ def measure(clip):
     Contrast: standard deviation of a channel. Sharpness and change: RMS difference of neighbor pixels and of frames.
     """
     frames = clip.permute(0, 3, 1, 2).double()  # (T, C, H, W)
-    mean, contrast = frames.mean(dim=(2, 3)), frames.std(dim=(2, 3), correction=0)
+    mean = frames.mean(dim=(2, 3))
+    contrast = frames.std(dim=(2, 3), correction=0)
     sharpness = sum(frames.diff(dim=dim).square().mean(dim=(1, 2, 3)) / 2 for dim in (2, 3)).sqrt()
     change = frames.diff(dim=0).square().mean(dim=(1, 2, 3)).sqrt()
     return torch.cat([mean, contrast, sharpness[:, None]], dim=1), change

@@ -57,7 +57,8 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
     features = all_features(detector, generated, args, device)
     if distributed.rank() != 0:
         return None, None, None
-    moments, D = moments_of(features), features.shape[-1]
+    moments = moments_of(features)
+    D = features.shape[-1]
     value = frechet_distance(reference["mean"], reference["cov"], moments["mean"], moments["cov"])
     members = {"generated": moments["count"].item(), "real": reference["count"].item()}
     result = {"num_features": D} | {f"{kind}_members": count for kind, count in members.items()}
@@ -71,7 +72,8 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
     if args.resamples > 1:
         reference = reference["mean"].to(device), reference["cov"].to(device)
         error = bootstrap_error(*reference, features.to(device), args.resamples, args.seed)
-        low, high = max(0.0, value - Z95 * error), value + Z95 * error
+        low = max(0.0, value - Z95 * error)
+        high = value + Z95 * error
         result |= {"standard_error": error, "interval95": [low, high]}
         lines[0] += (
             f" (95%: {low:.4g} to {high:.4g}, over generated clips; the real ones stay the same)"
@@ -85,7 +87,8 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
 
 def all_features(detector, stream, args, device):
     """The features (N, G, D) of the clips of all ranks' streams, on rank 0; None on the others."""
-    indices, parts = [], [torch.empty(0)]
+    indices = []
+    parts = [torch.empty(0)]
     while batch := [*itertools.islice(stream, args.batch_size)]:
         own, clips, *_ = zip(*batch, strict=True)
         indices += own
@@ -105,10 +108,9 @@ def read_moments(path):
 
 def moments_of(features):
     """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet distance needs."""
-    count, parts = (
-        features.shape[:2].numel(),
-        features.flatten(0, 1).split(4096),
-    )  # float64 takes twice the memory
+    # float64 takes twice the memory
+    count = features.shape[:2].numel()
+    parts = features.flatten(0, 1).split(4096)
     mean = sum(part.double().sum(dim=0) for part in parts) / count
     scatter = sum(part.T @ part for part in (part.double() - mean for part in parts))
     return {
@@ -145,7 +147,9 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b, root_a=None):
 def bootstrap_error(mean_a, cov_a, features, resamples, seed):
     """The bootstrap standard error of the distance from these moments to the moments of features (N, G, D)."""
     # No quantiles: a resample repeats clips, so its covariance has a lower rank, and all distances are too large
-    N, root, distances = len(features), square_root(cov_a), []
+    N = len(features)
+    root = square_root(cov_a)
+    distances = []
     for resample in range(resamples):
         clips = torch.randint(
             N, (N,), generator=generator(seed, "bootstrap", resample)

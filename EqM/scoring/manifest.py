@@ -32,7 +32,8 @@ SPLITS = {
 
 def protocol(metric, samples, split, num_real):
     """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid), other choices."""
-    N, kind = len(samples), f"_{samples.num_frames}f"
+    N = len(samples)
+    kind = f"_{samples.num_frames}f"
     if metric == "classifier":
         return f"classifier{N}{kind}{'_val' * (split == 'val')}"
     split = "" if split == SPLITS.get(metric, "val") else f"_{split}"

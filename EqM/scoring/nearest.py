@@ -44,10 +44,9 @@ TITLES = {  # of the values
 def score_nearest(samples, real, args, videos, sheet, device):
     """Score Samples and a stream of real clips against training videos; write the nearest pairs to `sheet`."""
     others, held_out = gather(real, lambda clip, *_: (clip,))
-    clips, N = (
-        torch.from_numpy(np.concatenate([samples.clips, others])),
-        len(samples),
-    )  # (all, T, H, W, 3)
+    # (all, T, H, W, 3)
+    clips = torch.from_numpy(np.concatenate([samples.clips, others]))
+    N = len(samples)
     windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], samples.time_scale)
     (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
     if distances.isinf().any():
@@ -94,7 +93,10 @@ class TrainingWindows(IterableDataset):
     """
 
     def __init__(self, root, videos, T, size, time_scale):
-        self.root, self.videos, self.T, self.size = root, videos, T, size
+        self.root = root
+        self.videos = videos
+        self.T = T
+        self.size = size
         self.intervals = [
             fitting_interval(video, T, max(1, round(time_scale * video.fps))) for video in videos
         ]
@@ -103,7 +105,9 @@ class TrainingWindows(IterableDataset):
     def __iter__(self):
         worker = get_worker_info()
         for number in self.own[worker.id :: worker.num_workers] if worker else self.own:
-            overlap, first, rest = (self.T - 1) * self.intervals[number], 0, None
+            overlap = (self.T - 1) * self.intervals[number]
+            first = 0
+            rest = None
             try:
                 for frames in map(
                     self.resize, read_all_frames(self.root, self.videos[number], CHUNK)
@@ -131,7 +135,8 @@ def search(clips, windows, num_workers):
 
     clips: uint8 (N, T, H, W, 3), kept as float32; windows: TrainingWindows. Without a window, distances are infinite.
     """
-    (N, T), device = clips.shape[:2], clips.device
+    (N, T) = clips.shape[:2]
+    device = clips.device
     own = blocks(clips.flatten(0, 1))  # (N * T, BLOCK) each
     energy = sum(part.square().sum(dim=1).double() for part in own).view(N, T).sum(dim=1)
     best = (
@@ -139,17 +144,16 @@ def search(clips, windows, num_workers):
         torch.zeros(N, 3, dtype=int, device=device),
     )
     loader = DataLoader(windows, batch_size=None, **worker_settings(num_workers))
-    corrupt, total = (
-        [],
-        sum(-(-windows.videos[number].num_frames // CHUNK) for number in windows.own),
-    )
+    corrupt = []
+    total = sum(-(-windows.videos[number].num_frames // CHUNK) for number in windows.own)
     for number, first, frames in Bar(
         batches_of(loader), desc="training videos", unit="part", total=total, leave=False
     ):
         if frames is None:
             corrupt.append(windows.videos[number].path)
             continue
-        frames, interval = frames.to(device), windows.intervals[number]
+        frames = frames.to(device)
+        interval = windows.intervals[number]
         count = len(frames) - (T - 1) * interval  # of windows
         if count < 1:
             continue
@@ -170,7 +174,8 @@ def search(clips, windows, num_workers):
 
 def nearer(one, other):
     """The nearer of two windows for each clip: (squared distances (N,), places (N, 3)); of equals the first video."""
-    (a, place_a), (b, place_b) = one, other
+    (a, place_a) = one
+    (b, place_b) = other
     is_other = (b < a) | ((b == a) & (place_b[:, 0] < place_a[:, 0]))
     return torch.where(is_other, b, a), torch.where(is_other[:, None], place_b, place_a)
 
@@ -191,7 +196,9 @@ def summarize(generated, real, videos=((), ())):
 
 def write_pairs(path, windows, samples, pairs):
     """A sheet of pairs, two rows each: a generated clip above its nearest training clip, with their classes."""
-    shown, rows, titles = evenly_spaced(samples.num_frames, COLUMNS), [], []
+    shown = evenly_spaced(samples.num_frames, COLUMNS)
+    rows = []
+    titles = []
     for pair in pairs:
         indices = (pair["first_frame"] + shown * pair["frame_interval"]).tolist()
         window = windows.resize(
@@ -202,7 +209,8 @@ def write_pairs(path, windows, samples, pairs):
             window[:, :, ::-1] if pair["mirrored"] else window,
         ]
         titles.append(f"{samples.shown_class(pair['class'])} {pair['clip']}: {pair['rmse']:.1f}")
-        stem, mirrored = Path(pair["video"]).stem[-24:], ", mirrored" if pair["mirrored"] else ""
+        stem = Path(pair["video"]).stem[-24:]
+        mirrored = ", mirrored" if pair["mirrored"] else ""
         stem = drawable(stem, f"video {pair['number']}")
         titles.append(
             f"{samples.shown_class(pair['video_class'])}, {stem}, frame {indices[0]}{mirrored}"

@@ -59,7 +59,8 @@ def plot_energies(path, energies, sampler):
 def plot_prediction(path, result, num_frames, titles):
     """PSNR and SSIM by frame, with intervals, from a result of prediction.compare. titles: those of its kinds."""
     figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
-    count, frames = result["samples_per_clip"], result["predicted_frames"]
+    count = result["samples_per_clip"]
+    frames = result["predicted_frames"]
     given = [frame for frame in range(num_frames) if frame not in frames]
     for axes, (name, label) in zip(
         panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True
@@ -69,7 +70,8 @@ def plot_prediction(path, result, num_frames, titles):
                 mean, half = np.full(
                     (2, num_frames), np.nan
                 )  # a line has gaps where frames are given
-                mean[frames], half[frames] = by_frame["mean"], by_frame["half95"]
+                mean[frames] = by_frame["mean"]
+                half[frames] = by_frame["half95"]
                 axes.plot(mean, color=color, marker="o", markersize=4, label=title.format(count))
                 axes.fill_between(
                     range(num_frames), mean - half, mean + half, color=color, alpha=0.2, linewidth=0

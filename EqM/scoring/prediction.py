@@ -34,7 +34,9 @@ KINDS = {
 
 def score_prediction(samples, real, clips, out, truth):
     """Score Samples against `real`, a stream of the Clips that they continue; write a plot and a sheet beside `out`."""
-    S, given = samples.about["real"]["samples_per_clip"], samples.given[0]  # the same for all
+    # the same for all
+    S = samples.about["real"]["samples_per_clip"]
+    given = samples.given[0]
 
     def measure(clip, name, time_scale, index):
         predicted = samples.clips[S * index : S * (index + 1)]
@@ -186,9 +188,13 @@ def result_lines(result):
 
 def write_pairs(path, samples, clips, given):
     """A sheet of the first clips, two rows each: given (marked) and predicted frames, then the true ones."""
-    S, rows, names, marked = samples.about["real"]["samples_per_clip"], [], [], []
+    S = samples.about["real"]["samples_per_clip"]
+    rows = []
+    names = []
+    marked = []
     for index in range(min(SHOWN, len(samples) // S)):
         true = clips[index]["clip"].permute(1, 2, 3, 0).numpy()  # (T, H, W, 3)
-        rows, marked = rows + [samples.clips[index * S], true], marked + [given, ()]
+        rows = rows + [samples.clips[index * S], true]
+        marked = marked + [given, ()]
         names += [samples.shown_class(samples.names[index * S]), "true"]
     write_sheet(path, np.stack(rows), names, marked, notes=few(SHOWN, len(samples) // S, "clips"))

@@ -58,10 +58,9 @@ NEAR = 1.0  # px between a turn and the border's turning point; also the shortes
 ACROSS = 0.5  # px, standard deviation of a bouncing object's motion across its axis
 
 SHAPES = ("Circle", "Square", "Triangle")
-AXES, DIRECTIONS = (
-    ("Horizontal", "Vertical"),
-    (("Left", "Right"), ("Up", "Down")),
-)  # by axis; y goes down
+# by axis; y goes down
+AXES = ("Horizontal", "Vertical")
+DIRECTIONS = (("Left", "Right"), ("Up", "Down"))
 TRACKED = {  # values of `summarize`
     "direction_accuracy": "direction right",
     "shape_accuracy": "shape right",
@@ -94,10 +93,8 @@ def score_shapes(generated, real, truth):
         kind: summarize(*own) for kind, own in zip(("generated", "real"), columns, strict=True)
     }
     units, line = interval_units(generated=columns[0][-1], real=columns[1][-1])
-    values, lines = (
-        {name: result["generated"][name] for name in titles},
-        [*result_lines(result, titles), line],
-    )
+    values = {name: result["generated"][name] for name in titles}
+    lines = [*result_lines(result, titles), line]
     return values, result | {"interval_units": units}, lines
 
 
@@ -144,7 +141,8 @@ class Truth:
         self.path = Path(data_path, "shapes.json")
         try:
             shapes = read_json(self.path)
-            self.size, self.videos = shapes["size"], list(shapes["videos"].values())
+            self.size = shapes["size"]
+            self.videos = list(shapes["videos"].values())
             self.bounces = bool(shapes.get("settings", {}).get("bounce"))
         except (OSError, ValueError, KeyError) as error:
             got = f"not the shapes.json of a Moving Shapes data set ({error!r})"
@@ -154,10 +152,8 @@ class Truth:
 
     def __call__(self, class_name, height, time_scale):
         """What clips of a class, of this height in px, should show: a Track or, if objects bounce, a Bounce."""
-        videos, scale = (
-            [video for video in self.videos if video["class"] == class_name],
-            height / self.size,
-        )
+        videos = [video for video in self.videos if video["class"] == class_name]
+        scale = height / self.size
         if not videos:
             raise UserError(
                 f"{self.path}: no class {class_name}; pass the data set of the training as --data-path"
@@ -166,9 +162,11 @@ class Truth:
         def mean(key):
             return float(np.mean([video[key] for video in videos]))
 
-        first, speed = videos[0], scale * mean("speed") * time_scale
+        first = videos[0]
+        speed = scale * mean("speed") * time_scale
         if self.bounces:
-            low, high = scale * mean("low"), scale * mean("high")
+            low = scale * mean("low")
+            high = scale * mean("high")
             return Bounce(first["shape"], AXES.index(first["axis"]), speed, low, high)
         return Track(first["direction"], first["shape"], speed, mean("area") * scale**2)
 
@@ -227,7 +225,8 @@ def look(clip):
     )
     signal, bright, color = separate(frames)
     centers, area = find_object(signal, bright, size / 16)
-    shape, factor = recognize(signal, centers, area), height / size
+    shape = recognize(signal, centers, area)
+    factor = height / size
     return centers * factor, area * factor**2, shape, color
 
 
@@ -335,7 +334,8 @@ def fit_motion(centers, unit):
     time = np.arange(len(centers)) - (len(centers) - 1) / 2
     velocity = time @ centers / (time @ time)  # least squares
     axis = int(abs(velocity[1]) > abs(velocity[0]))
-    speed, across = abs(velocity[axis]), abs(velocity[1 - axis])
+    speed = abs(velocity[axis])
+    across = abs(velocity[1 - axis])
     travel = speed * (len(centers) - 1)
     if travel < MIN_TRAVEL * unit:
         raise ValueError("the object stands still")
@@ -376,7 +376,9 @@ def summarize_tracks(tracks, expected, videos=()):
 
 def follow(clip, truth):
     """(the first window that loses the object and why, or None; windows' speeds / true speed; are the turns right?)"""
-    centers, speeds, first = [], [], None
+    centers = []
+    speeds = []
+    first = None
     for start in range(0, len(clip) - WINDOW + 1, WINDOW):
         try:
             found, _, shape, color = look(clip[start : start + WINDOW])
@@ -394,7 +396,8 @@ def turns_are_right(centers, truth, unit):
     """Whether an object with centroids (T, 2) stays on its axis and between the borders, and turns only there."""
     from scipy.signal import find_peaks  # takes a while to load
 
-    path, near = centers[:, truth.axis], NEAR * unit
+    path = centers[:, truth.axis]
+    near = NEAR * unit
     is_inside = truth.low - near <= path.min() and path.max() <= truth.high + near
     for sign, border in ((1, truth.high), (-1, truth.low)):
         turns = path[find_peaks(sign * path, prominence=near)[0]]  # less is jitter
@@ -404,7 +407,8 @@ def turns_are_right(centers, truth, unit):
 
 def summarize_bounces(lost, speeds, turns, videos):
     """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all windows."""
-    every, refused = [*itertools.chain(*speeds)], [entry for entry in lost if entry]
+    every = [*itertools.chain(*speeds)]
+    refused = [entry for entry in lost if entry]
     summary = {"clips": len(lost)} | shares(
         {"one_object": [not entry for entry in lost], "turns_right": turns}, videos
     )

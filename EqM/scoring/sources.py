@@ -35,7 +35,8 @@ class Samples:
     """A sample folder: its clips, mapped into memory, and what its samples.json says. Raises UserError."""
 
     def __init__(self, folder, flag="--samples"):
-        self.folder, self.place = Path(folder), f"{flag} {folder}"
+        self.folder = Path(folder)
+        self.place = f"{flag} {folder}"
         self.about, self.clips, labels = read_samples(self.place, self.folder)
         self.source, self.classes, self.time_scale = (
             self.about[name] for name in ("source", "classes", "time_scale")

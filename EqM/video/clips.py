@@ -55,7 +55,8 @@ class Clips(torch.utils.data.Dataset):
         of its file; corrupt, the paths of corrupt videos that it replaces. Raises CorruptDataError if all, or
         MAX_ATTEMPTS, are corrupt.
         """
-        flipped, tried = self.flip and self._random_int("flip", 2, index) == 1, []
+        flipped = self.flip and self._random_int("flip", 2, index) == 1
+        tried = []
         while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
             video, frame_indices, time_scale = self.draw(index, tried)
             self.note(video.path)
@@ -84,7 +85,8 @@ class Clips(torch.utils.data.Dataset):
 
     def draw(self, index, tried=()):
         """(video, frame indices, seconds between them) at an index, but no video in `tried`. Opens no file."""
-        attempt, (smallest, largest) = len(tried), self.frame_interval
+        attempt = len(tried)
+        (smallest, largest) = self.frame_interval
         video = self._replacement(index, tried) if tried else self._video(index)
         interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)
         interval = fitting_interval(video, self.num_frames, interval)
@@ -101,7 +103,8 @@ class Clips(torch.utils.data.Dataset):
         epoch, position = divmod(index, len(self.videos))
         if epoch != self._epoch:  # only once per epoch, because it takes O(videos)
             order = generator(self.seed, "order", self.stream, epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.videos), generator=order)
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.videos), generator=order)
         return self.videos[self._order[position]]
 
     def _replacement(self, index, tried):

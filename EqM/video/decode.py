@@ -26,9 +26,12 @@ def find_keyframes(path, num_frames):
     Frames are numbered in the order of their time stamps. All frames from a keyframe's number on decode from there; in
     an open GOP, frames before it follow it in the file. The list is empty unless each of num_frames packets is a frame.
     """
-    times, keyframes, latest = [], [], -float("inf")
+    times = []
+    keyframes = []
+    latest = -float("inf")
     with av.open(path, metadata_errors="ignore") as file:
-        stream, is_avi = file.streams.video[0], file.format.name == "avi"
+        stream = file.streams.video[0]
+        is_avi = file.format.name == "avi"
         codec = stream.codec_context.name
         if codec not in (AVI_CODECS if is_avi else CODECS):
             return []
@@ -55,10 +58,9 @@ def find_keyframes(path, num_frames):
 def decode_from(path, keyframe, height, width):
     """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8 (height, width, 3)."""
     _, first, seek_time = keyframe
-    waiting, graph = (
-        [],
-        None,
-    )  # waiting: a heap of the time stamps whose frames have not come out yet
+    # waiting: a heap of the time stamps whose frames have not come out yet
+    waiting = []
+    graph = None
     with av.open(path, metadata_errors="ignore") as file:
         stream = file.streams.video[0]
         context = stream.codec_context

@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from runtime.cli import one_line, say
 
 MIN_SIDE = 128  # px: the short side of a video to watch
-GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns in a grid of videos, of images
+# most rows and columns in a grid of videos, of images
+GRID = (3, 8)
+IMAGE_GRID = (8, 8)
 GAP = 2  # px of white between frames
 MARGIN = 4  # px of white left and right of a name
 MARK = "#ff7f0e"  # orange: border of marked frames
@@ -25,10 +27,8 @@ FONT = ImageFont.truetype(
 @cache
 def drawable(name, replacement):
     """A name as one short line; the replacement, with a note once per name, if the font lacks one of its characters."""
-    name, missing = (
-        one_line(unicodedata.normalize("NFC", name)[:MAX_NAME_LENGTH]),
-        bytes(FONT.getmask("\uffff")),
-    )
+    name = one_line(unicodedata.normalize("NFC", name)[:MAX_NAME_LENGTH])
+    missing = bytes(FONT.getmask("\uffff"))
     if all(bytes(FONT.getmask(letter)) != missing for letter in name):
         return name
     say(
@@ -106,7 +106,8 @@ def draw_sheet(frames, names, marked, left=0, gap=GAP):
     for row, name in enumerate(names):
         draw.text((MARGIN, row * (h + gap) + h // 2), name, "black", FONT, anchor="lm")
     for row, column in np.ndindex(N, n):
-        x, y = left + column * (w + gap), row * (h + gap)
+        x = left + column * (w + gap)
+        y = row * (h + gap)
         sheet.paste(Image.fromarray(frames[row, column]), (x, y))
         if marked[row][column]:
             corners = x - gap // 2, y - gap // 2, x + w - 1 + gap // 2, y + h - 1 + gap // 2

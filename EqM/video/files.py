@@ -182,7 +182,8 @@ def _open_video(path):
 
 def _read_timing(reader):
     """(number of frames, average frames per second, the number of the stored frame for each frame; None = the same)."""
-    num_frames, fps = len(reader), reader.get_avg_fps()
+    num_frames = len(reader)
+    fps = reader.get_avg_fps()
     times = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
     if num_frames == 1 or not (np.diff(times) > 0).all():  # as in AVIs
         return num_frames, fps, None
@@ -215,7 +216,9 @@ def _read_parts(root, video, parts):
     """Yield the frames of each list of frame indices. Indices ascend over all lists."""
     # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when
     # it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues
-    path, done, decoders = os.path.join(root, video.path), 0, [_from_start]
+    path = os.path.join(root, video.path)
+    done = 0
+    decoders = [_from_start]
     if has_suffix("image", path):
         yield _read_image(path)
         return
@@ -264,12 +267,14 @@ def _stored(reader, parts):
 
 def _pick(decoded, first, parts):
     """Yield the frames of each list of numbers. `decoded` yields a function per frame, from the number `first` on."""
-    number, pixels = first - 1, None
+    number = first - 1
+    pixels = None
     for numbers in parts:
         frames = []
         for chosen in numbers:
             while number < chosen:
-                number, pixels = number + 1, next(decoded, None)
+                number = number + 1
+                pixels = next(decoded, None)
             if pixels is None:
                 raise OSError("ends too early")
             frames.append(pixels())
@@ -308,5 +313,6 @@ def resize_and_crop(frames, image_size):
     size = max(image_size, round(height * scale)), max(image_size, round(width * scale))
     if size != (height, width):
         frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
-    top, left = (size[0] - image_size) // 2, (size[1] - image_size) // 2
+    top = (size[0] - image_size) // 2
+    left = (size[1] - image_size) // 2
     return frames[..., top : top + image_size, left : left + image_size]

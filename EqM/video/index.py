@@ -70,7 +70,8 @@ def find_files(root, images, report=False):
 
     Skips folders of samples, and says so if `report` is true. Raises UserError.
     """
-    prefix, kind = f"--data-path {root}", "image" if images else "video"
+    prefix = f"--data-path {root}"
+    kind = "image" if images else "video"
     if not os.path.isdir(root):
         problem = "a file" if os.path.exists(root) else "no such folder"
         raise UserError(f"{prefix}: {problem}; expected a folder with <class>/<{kind}>")
@@ -172,7 +173,8 @@ def save_index(scan, root, folder):
     """Write a scan that is not saved yet to the index, all or nothing. The folder must exist."""
     if scan.is_saved:
         return
-    scan.is_saved, place = True, index_place(root, folder)
+    scan.is_saved = True
+    place = index_place(root, folder)
     rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
     temporary = place.with_name(
         f"{place.name}.{os.urandom(4).hex()}.tmp"
@@ -316,7 +318,8 @@ class CorruptVideos:
 
     def __init__(self, scan, max_fraction, known=()):
         self.total = len(scan.videos) + len(scan.unreadable)
-        self.max_fraction, self.paths = max_fraction, dict.fromkeys(known)
+        self.max_fraction = max_fraction
+        self.paths = dict.fromkeys(known)
 
     def __str__(self):
         return f"corrupt so far: {len(self.paths)} of {self.total}"

@@ -73,7 +73,8 @@ def find_clips(flag, path, kinds, cleared=None):
     A folder contains files of these kinds ("video", "image"), class folders of them, or samples of sample_gd.py. None
     may be in the folder `cleared`, from which sample_gd.py removes earlier samples.
     """
-    name, path = f"{flag} {path or repr('')}", str(path)
+    name = f"{flag} {path or repr('')}"
+    path = str(path)
     samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")
     if path and os.path.isfile(samples):
         about, clips, labels = read_samples(name, os.path.dirname(samples))

@@ -133,7 +133,8 @@ def on_device(batches, device):
     if device.type != "cuda":
         yield from batches
         return
-    copies, compute = torch.cuda.Stream(), torch.cuda.current_stream()
+    copies = torch.cuda.Stream()
+    compute = torch.cuda.current_stream()
     for batch in batches:
         with torch.cuda.stream(copies):
             clips = batch["clips"].to(device, non_blocking=True)

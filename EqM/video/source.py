@@ -49,7 +49,8 @@ class Source:
     """The videos or images of a folder `root`, listed in a Scan."""
 
     def __init__(self, root, scan):
-        self.root, self.scan = root, scan
+        self.root = root
+        self.scan = scan
 
     def videos(self):
         return self.scan.videos
@@ -98,7 +99,8 @@ class Files(Source):
 
 def latents_settings(root, images=False):
     """The content of a cache's latents.json; None if root is not a cache. Raises UserError if the cache is unusable."""
-    prefix, path = f"--data-path {root}", Path(root, LATENTS_FILE)
+    prefix = f"--data-path {root}"
+    path = Path(root, LATENTS_FILE)
     if not os.path.exists(path):
         if os.path.exists(os.path.join(root, PARTIAL_FILE)):
             raise UserError(
@@ -134,10 +136,12 @@ class Cache(Source):
             root, Scan(settings["videos"], settings["classes"], [])
         )  # cache_latents.py counts corrupt
         side = settings["image_size"] // settings["downsample"]
-        self.has_pixels, self.shape = settings["vae"] == "none", (settings["channels"], side, side)
+        self.has_pixels = settings["vae"] == "none"
+        self.shape = (settings["channels"], side, side)
 
     def read(self, video, frame_indices, flipped=False):
-        path, suffix = os.path.join(self.root, video.path), "_flipped" if flipped else ""
+        path = os.path.join(self.root, video.path)
+        suffix = "_flipped" if flipped else ""
         if self.has_pixels:
             return read_pixels(path, self.shape[-1], frame_indices, flipped)
         return read_cache_file(path, [f"mean{suffix}", f"std{suffix}"], self.shape, frame_indices)
@@ -145,7 +149,8 @@ class Cache(Source):
 
 def read_cache_file(path, names, shape, frame_indices):
     """Frames (C, h, w) from the tensors `names` of a cache file: (len(names), C, T, h, w). Raises UnreadableError."""
-    first, last = frame_indices[0], frame_indices[-1]
+    first = frame_indices[0]
+    last = frame_indices[-1]
     offsets = torch.tensor(frame_indices) - first
     try:
         check_regular(path)

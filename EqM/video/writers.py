@@ -75,7 +75,8 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
 
 def write_grid(path, videos, fps):
     """Write the first videos as one GIF. A long video lasts as long, with fewer frames."""
-    (N, T), most = videos.shape[:2], math.prod(GRID)
+    (N, T) = videos.shape[:2]
+    most = math.prod(GRID)
     kept = evenly_spaced(T, GIF_FRAMES)
     notes = few(most, N, "videos") + few(len(kept), T, "frames")
     write_gif(path, add_notes(tile(videos[:most, kept]), notes), fps * len(kept) / T)
@@ -83,7 +84,8 @@ def write_grid(path, videos, fps):
 
 def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
     """Write 000000.mp4 (images: .png) and so on, from number `first`. gifs: also GIFs of at most gif_frames frames."""
-    folder, T = Path(folder), videos.shape[1]
+    folder = Path(folder)
+    T = videos.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
     shown = evenly_spaced(T, gif_frames or T)
     for index, video in enumerate(videos, start=first):
@@ -164,19 +166,15 @@ def write_sheet(path, videos, names=None, marked=None, labels=None, notes=()):
         )
         return
     shown = evenly_spaced(T, MAX_COLUMNS)
-    videos, notes = (
-        videos[:MAX_ROWS, shown],
-        [*notes, *few(MAX_ROWS, N, "videos"), *few(MAX_COLUMNS, T, "frames")],
-    )
+    videos = videos[:MAX_ROWS, shown]
+    notes = [*notes, *few(MAX_ROWS, N, "videos"), *few(MAX_COLUMNS, T, "frames")]
     others = (
         [f"row {row}" for row in range(N)]
         if labels is None
         else [f"class {label}" for label in labels]
     )
     pairs = zip((names or [""] * N)[:MAX_ROWS], others, strict=False)
-    names, marks = (
-        [drawable(*pair) for pair in pairs],
-        [np.isin(shown, frames) for frames in marked or [()] * N],
-    )
+    names = [drawable(*pair) for pair in pairs]
+    marks = [np.isin(shown, frames) for frames in marked or [()] * N]
     with writing(path):
         Image.fromarray(add_notes(draw_sheet(enlarge(videos), names, marks), notes)).save(path)

@@ -139,16 +139,19 @@ def plan_phases(config, shares, mix, steps):
     """
     last, _ = shares[-1]
     compute = steps * TOKENS // math.prod(config.grid(last)) * config.training_flops(last)
-    phases, last_step, flops, earlier = [], 0, 0, []
+    phases = []
+    last_step = 0
+    flops = 0
+    earlier = []
     for num_frames, part in shares:
-        batch_size, own = (
-            TOKENS // math.prod(config.grid(num_frames)),
-            config.training_flops(num_frames),
-        )
+        batch_size = TOKENS // math.prod(config.grid(num_frames))
+        own = config.training_flops(num_frames)
         mixed = sum(earlier) / len(earlier) if earlier else own
         per_step = batch_size * ((1 - mix) * own + mix * mixed)
         steps = max(1, round(part * compute / per_step))
-        last_step, flops, earlier = last_step + steps, flops + steps * per_step, [*earlier, own]
+        last_step = last_step + steps
+        flops = flops + steps * per_step
+        earlier = [*earlier, own]
         phases.append((num_frames, last_step, batch_size))
     return phases, flops
 

@@ -37,10 +37,9 @@ def regions(shape, batch):
     tops, lefts = torch.randint(
         0, H - SQUARE + 1, (2, B, 1), generator=generator(0, "square", batch)
     )
-    rows, columns = (
-        (row >= tops) & (row < tops + SQUARE),
-        (column >= lefts) & (column < lefts + SQUARE),
-    )  # (B, H)
+    # (B, H)
+    rows = (row >= tops) & (row < tops + SQUARE)
+    columns = (column >= lefts) & (column < lefts + SQUARE)
     return {
         "later half of the frames": (torch.arange(T) >= T / 2)[:, None, None],
         "left half of every frame": column < W / 2,
@@ -60,10 +59,8 @@ def blur(x):
 
 def disturbances(x, labels, classes, batch):
     """Yield (name, disturbed clips, the classes to descend to) of finished clips x (B, C, T, H, W)."""
-    noise, other = (
-        normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:]),
-        (labels + 1) % classes,
-    )
+    noise = normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:])
+    other = (labels + 1) % classes
     found = regions(x.shape, batch)
     for name, mask in found.items():
         for level in LEVELS:
@@ -85,7 +82,8 @@ def disturbances(x, labels, classes, batch):
 
 def descend(model, x, labels, evaluations, training):
     """Follow the guided field from x for so many evaluations."""
-    condition, scale = Condition.of(labels, model.config), torch.full((len(x),), 0.04)
+    condition = Condition.of(labels, model.config)
+    scale = torch.full((len(x),), 0.04)
     field = guided(model, condition, scale, training["cfg_scale"])
     return sample(field, x, "ngd", evaluations + 1, training["stepsize"], training["mu"])[0]
 
@@ -104,7 +102,9 @@ def right(x, labels, names):
 @torch.no_grad()
 def measure(model, config, indices):
     """{row: {"direction": bools, "shape": bools}} of the clips with these indices."""
-    names, training, size = config["data"]["classes"], config["training"], model.config.input_size
+    names = config["data"]["classes"]
+    training = config["training"]
+    size = model.config.input_size
     labels = torch.tensor([index % len(names) for index in indices])
     noise = normal(0, "sample", 0, indices, (3, FRAMES, size, size))
     x = descend(model, noise, labels, FIRST, training)

@@ -40,12 +40,10 @@ COLUMNS = {  # title: (value of a manifest, factor, digits)
 
 def make_run(args, share, seed, objective="eqm"):
     """The lab.Run of the model with this objective, share of forced clips and seed."""
-    root, clips, size, setting = (
-        Path(args.out, "given-frames"),
-        num_clips(args),
-        size_of(args),
-        SETTINGS[objective],
-    )
+    root = Path(args.out, "given-frames")
+    clips = num_clips(args)
+    size = size_of(args)
+    setting = SETTINGS[objective]
     data = lab.data_sets(root / "moving-shapes", size.videos, max(2, clips // 12), "--seconds", 1.4)
     videos, test = data
     flags = [
@@ -94,7 +92,8 @@ def num_clips(args):
 
 
 def markdown(content):
-    tasks, seeds = content["tasks"], len(content["seeds"])
+    tasks = content["tasks"]
+    seeds = len(content["seeds"])
     lines = [
         "# Given frames",
         "",
@@ -126,7 +125,8 @@ def markdown(content):
 
 
 def parse_args():
-    parser, values = lab.study_parser(__doc__, seeds=[0, 1, 2]), "values of --forcing, a model each"
+    parser = lab.study_parser(__doc__, seeds=[0, 1, 2])
+    values = "values of --forcing, a model each"
     parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.75], help=values)
     objectives = "what the models are trained to predict, a model each"
     parser.add_argument(

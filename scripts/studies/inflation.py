@@ -73,11 +73,10 @@ DATA = {
 
 def common(args, name, seed):
     """(config, data of a lab.Run, flags of train.py) that all runs of a data set share."""
-    own, root = DATA[name], Path(args.out, "inflation")
-    config, counts = (
-        replace(own.config, **TINY if args.miniature else {}),
-        (2, 2) if args.miniature else (60, 2),
-    )
+    own = DATA[name]
+    root = Path(args.out, "inflation")
+    config = replace(own.config, **TINY if args.miniature else {})
+    counts = (2, 2) if args.miniature else (60, 2)
     data = (
         lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4) if name == "shapes" else {}
     )
@@ -154,11 +153,10 @@ class KernelRun(StartedRun):
 
     def start_flags(self, ckpt):
         """Write the start as a checkpoint, because train.py has no flag for the spread."""
-        state, pt = load(ckpt, ["ema"]), self.about["patch"]
-        config, seconds = (
-            EqMConfig(**state["config"]["model"]),
-            state["config"]["data"]["time_scale"],
-        )
+        state = load(ckpt, ["ema"])
+        pt = self.about["patch"]
+        config = EqMConfig(**state["config"]["model"])
+        seconds = state["config"]["data"]["time_scale"]
         weights, config = inflate(state["ema"], config, pt, pt, THETA, seconds)
         weights[KERNEL] *= pt * SPREADS[self.about["spread"]](pt)[:, None, None]
         path = self.folder / "start.pt"
@@ -210,10 +208,9 @@ def is_loss(name):
 class PayRun(StartedRun):
     """Clips of Sprites from scratch, or from an image model ("images"), with this share of the compute."""
 
-    is_done, score = (
-        PositionsRun.is_done,
-        PositionsRun.score,
-    )  # score_all scores all samples at once
+    # score_all scores all samples at once
+    is_done = PositionsRun.is_done
+    score = PositionsRun.score
 
     def __init__(self, args, arm, share, seed):
         config, data, flags = common(args, "sprites", seed)

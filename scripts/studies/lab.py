@@ -443,7 +443,8 @@ def p_text(p):
 
 def newest_metrics(name, kind):
     """The metrics rows of the newest run of this kind (VAE or EqM) in an experiment."""
-    folder, names = Path("results", name), f"[0-9]*-{kind}-*"
+    folder = Path("results", name)
+    names = f"[0-9]*-{kind}-*"
     return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
 
@@ -527,7 +528,8 @@ class ExperimentTable:
             runs = list(map(self.read_run, args.runs))
         except FileNotFoundError as error:
             fail(f"{error.filename}: no such file; expected finished runs of scripts/{self.script}")
-        titles, known = set(map(self.column, runs)), read_rows(Path(args.out, f"{self.name}.json"))
+        titles = set(map(self.column, runs))
+        known = read_rows(Path(args.out, f"{self.name}.json"))
         runs += [run for run in known if self.column(run) not in titles]
         runs.sort(key=lambda run: (run["hours"], run.get("seed", 0), run.get("objective", "")))
         write_results(args.out, self.name, self.markdown(runs), runs)

@@ -34,10 +34,9 @@ from transport import interpolate
 from vae import VAE
 
 PIXELS = VAE("none")
-FRAMES, AGAIN = (
-    16,
-    (0.2, 0.4, 0.6, 0.8),
-)  # of a clip; gammas to which flow adds noise to a noisy clip
+# of a clip; gammas to which flow adds noise to a noisy clip
+FRAMES = 16
+AGAIN = (0.2, 0.4, 0.6, 0.8)
 PARTS = {"noisy clips": (0.2, 0.4, 0.6, 0.8), "noisy half": (0.0, 0.3, 0.6)}  # and their gammas
 CLEAN = 0.95  # patches with a higher estimate count as clean
 FAIR = "flow, estimated"  # the fair baseline that we expect to be best
@@ -77,7 +76,8 @@ def start_of(method, x, level, is_clean, patch, seed):
 
 def run_method(method, model, x, is_clean, labels, time_scale, level, seed):
     """Sample from x (B, C, T, H, W) by a method of METHODS. is_clean (T,): the frames without noise."""
-    setting, condition = SETTINGS[model.config.objective], Condition.of(labels, model.config)
+    setting = SETTINGS[model.config.objective]
+    condition = Condition.of(labels, model.config)
     field = guided(model, condition, torch.full((len(x),), time_scale), GUIDANCE)
     if model.config.objective == "eqm":
         return sample(field, x, "ngd", USUAL + 1, setting.way / USUAL)[0]
@@ -109,7 +109,8 @@ def open_models(args, part, seed):
 def real_clips(data, count, time_scale):
     """(clips uint8 (N, 3, T, H, W), labels (N,), what each shows) of a Moving Shapes data set."""
     clips, *_ = find_real(data, "all", 0.05, FRAMES, time_scale, 16, None, images=False)
-    samples, truth = [clips[index] for index in range(count)], Truth(data)
+    samples = [clips[index] for index in range(count)]
+    truth = Truth(data)
     labels = torch.tensor([sample["y"] for sample in samples])
     expected = [truth(clips.classes[label], 16, time_scale) for label in labels.tolist()]
     return torch.stack([sample["clip"] for sample in samples]), labels, expected
@@ -178,7 +179,8 @@ parse_args = lab.study_parser(__doc__, seeds=[0, 1, 2]).parse_args
 @one_line_errors()
 def main():
     args = parse_args()
-    out, locks = Path(args.out, "no_clock.json"), Path(args.out, "objectives", "no-clock")
+    out = Path(args.out, "no_clock.json")
+    locks = Path(args.out, "objectives", "no-clock")
     locks.mkdir(parents=True, exist_ok=True)
     cases = [
         {"part": part, "seed": seed, "gamma": level, "method": method}
@@ -189,7 +191,8 @@ def main():
     ]
     opened = {}
     for case in Bar(cases, desc="no clock", unit="cell"):
-        part, seed = case["part"], case["seed"]
+        part = case["part"]
+        seed = case["seed"]
         with lab.file_lock(
             locks / f"{'-'.join(map(str, case.values()))}.lock", wait=False
         ) as is_mine:

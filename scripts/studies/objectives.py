@@ -18,7 +18,8 @@ import lab
 from arms import GUIDANCE, PATH_LENGTH, RECOMMENDED, size_of, training
 from runtime.cli import fail, one_line_errors
 
-SEEDS, TUNING_SEED = {"eqm": 10, "flow": 10, "blind": 3}, 10
+SEEDS = {"eqm": 10, "flow": 10, "blind": 3}
+TUNING_SEED = 10
 FEW, TRIED = 6, 3  # seeds with other numbers of evaluations; with all IDEAS and --stop-below
 SHIFTS = 0.5, 1, 3  # --gamma-shift of training; solvers sample on its grid
 WAYS = {
@@ -26,11 +27,12 @@ WAYS = {
     "flow": ("euler", "heun"),
     "blind": ("euler", "heun"),
 }  # path length or solver
-COUNTS, USUAL = (2, 4, 8, 15, 30), 15  # evaluations
-LIMITS, STOPS = (
-    (0.5, 1, 2),
-    (10, 12, 20, 30),
-)  # eqm: --stop-below, and evaluations, with steps of the usual size
+# evaluations
+COUNTS = (2, 4, 8, 15, 30)
+USUAL = 15
+# eqm: --stop-below, and evaluations, with steps of the usual size
+LIMITS = (0.5, 1, 2)
+STOPS = (10, 12, 20, 30)
 SHORT = PATH_LENGTH / 2  # while c(gamma) is 4, a path of 0.25 leads from noise to data
 IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more flags)
     "no momentum": (PATH_LENGTH, ("--mu", 0)),
@@ -38,11 +40,10 @@ IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more 
     "half the path length, no momentum": (SHORT, ("--mu", 0)),
     "Euler steps": ("euler", ()),
 }
-BEST, COMPARED, TRIED_COUNTS = (
-    "Euler steps",
-    (2, 4, 8, 30),
-    (2, 4),
-)  # evaluations with the best idea and with all
+# evaluations with the best idea and with all
+BEST = "Euler steps"
+COMPARED = (2, 4, 8, 30)
+TRIED_COUNTS = (2, 4)
 SCALES = (1, 2, 3)  # of guidance, in addition to the usual one, to see if it favors one objective
 BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
 COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
@@ -119,7 +120,8 @@ class ObjectiveRun(lab.JsonRun):
     """A model of an objective with a Setting and a seed."""
 
     def __init__(self, args, objective, setting, seed, tasks, table="objectives"):
-        size, data = size_of(args), data_sets(args)
+        size = size_of(args)
+        data = data_sets(args)
         videos, test = data
         about = {"objective": objective, "shift": setting.shift, "way": setting.way, "seed": seed}
         about |= {"size": size.name} if args.miniature else {}
@@ -154,7 +156,8 @@ def main_run(args, objective, seed):
 
 def tuning_run(args, objective, shift):
     """The run that measures all ways to sample an objective with this training shift."""
-    setting, count = SETTINGS[objective], num_clips(args)[0]
+    setting = SETTINGS[objective]
+    count = num_clips(args)[0]
     tasks = {str(way): make_task(way, USUAL, count) for way in WAYS[objective]}
     for scale in SCALES if shift == setting.shift else ():
         tasks[f"guidance {scale}"] = make_task(setting.way, USUAL, count, guidance=scale)
@@ -206,7 +209,8 @@ def tuning_markdown(rows):
         ]
         named = [way if isinstance(way, str) else f"path length {way:g}" for way in ways]
         lines += [f"## {objective}", "", *lab.table(["training shift", *named], cells)]
-    cells, scales = [], sorted([GUIDANCE, *SCALES])
+    cells = []
+    scales = sorted([GUIDANCE, *SCALES])
     for objective, setting in SETTINGS.items():
         (values,) = (
             row["values"]
@@ -229,7 +233,8 @@ def few_markdown(main_rows, rows):
             for name in few_cases()
         }
 
-    flow, usual = found(main_rows, "flow"), found(main_rows, "eqm")
+    flow = found(main_rows, "flow")
+    usual = found(main_rows, "eqm")
     ways = {
         idea: found(rows, "eqm", f", {idea}") for idea in IDEAS
     }  # objectives.md compares the usual descent
@@ -279,9 +284,11 @@ def markdown(rows):
     gaps.append(lab.difference("eqm", "blind", BOTH, both.get("eqm", {}), both.get("blind", {}), 2))
     lines += lab.difference_lines(gaps)
     tasks = dict.fromkeys(task for row in rows for task in row["values"] if task not in ("", MAIN))
-    cells, gaps = [], []
+    cells = []
+    gaps = []
     for task in tasks:
-        both, spent = collect(rows, task, "both_accuracy", 100), collect(rows, task, "evaluations")
+        both = collect(rows, task, "both_accuracy", 100)
+        spent = collect(rows, task, "evaluations")
         counts = "; ".join(
             dict.fromkeys(lab.mean_cell([*own.values()], 1) for own in spent.values())
         )
@@ -339,7 +346,8 @@ def main():
             f"--seeds {args.seeds[0]}: expected some below {FEW if args.few else max(SEEDS.values())}"
         )
     lab.run_all(runs)
-    rows, main_rows = lab.read_rows(runs[0].out), lab.read_rows(Path(args.out, "objectives.json"))
+    rows = lab.read_rows(runs[0].out)
+    main_rows = lab.read_rows(Path(args.out, "objectives.json"))
     lines = (
         tuning_markdown(rows)
         if args.tune

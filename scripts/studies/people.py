@@ -75,7 +75,8 @@ def rows_of(run):
     }
     for value, words in VALUES.items():
         for end, kept in KEPT.items():
-            eight, above = run["8of16" + end], f"8 of 16 given, {words} above repeating (dB){kept}"
+            eight = run["8of16" + end]
+            above = f"8 of 16 given, {words} above repeating (dB){kept}"
             rows[f"{above}: a sample"] = cell(eight, f"{value}_gain", 2)
             rows[f"{above}: the average of {eight['samples_per_clip']}"] = cell(
                 eight, f"{value}_average_gain", 2
@@ -92,7 +93,8 @@ def rows_of(run):
                 what = f"4 of 16 given, {words} (dB){kept}: {title} {four['samples_per_clip']}"
                 rows[what] = f"{four[value + kind]:.2f}"
         rows[f"4 of 16 given, {words} of repeating (dB)"] = f"{four[f'{value}_repeated']:.2f}"
-    nearest, samples = run["nearest"], run["classifier_samples"]
+    nearest = run["nearest"]
+    samples = run["classifier_samples"]
     return rows | {
         "classifier: real clips, one person held out": share(run["classifier_real"]),
         "classifier: samples that show the class that was asked for": share(samples),
@@ -111,7 +113,9 @@ BRACKETS += (
 TABLE = lab.ExperimentTable(
     __doc__, "people", "Real people", "weizmann.sh", read_run, rows_of, BRACKETS
 )
-parse_args, markdown, main = TABLE.parse_args, TABLE.markdown, TABLE.main
+parse_args = TABLE.parse_args
+markdown = TABLE.markdown
+main = TABLE.main
 
 if __name__ == "__main__":
     main()

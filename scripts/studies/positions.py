@@ -51,7 +51,8 @@ LONG, END = (
     "256 frames",
     "last 16 of 64 frames",
 )  # tasks. END: made in windows, longer than real clips, cut to its end
-LOSS, PREDICTION = "validation loss", ("prediction",)
+LOSS = "validation loss"
+PREDICTION = ("prediction",)
 SHOWN = 0, 3  # numbers of the samples in the picture
 
 
@@ -163,7 +164,8 @@ class PositionsRun(lab.JsonRun):
     """A model with these positions and this seed. It is done when it is sampled, or when the json has its scores."""
 
     def __init__(self, args, positions, seed):
-        own, root = DATA_SETS[args.data_set], Path(args.out, "positions")
+        own = DATA_SETS[args.data_set]
+        root = Path(args.out, "positions")
         config = replace(own.config, **TINY if args.miniature else {})
         shares, mix = (
             (((own.phases[-1][0], 1.0),), 0) if positions == "fixed" else (own.phases, own.mix)
@@ -251,7 +253,9 @@ def keep_end(folder, num_frames):
 
 def markdown(name, rows):
     """The lines of positions_NAME.md: scores of all positions, and differences from fixed and from rotary positions."""
-    own, found = DATA_SETS[name], {}  # found: {positions: {title: {seed: value}}}
+    # found: {positions: {title: {seed: value}}}
+    own = DATA_SETS[name]
+    found = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
         for title, (task, value, factor, _) in own.columns.items():
             values = found.setdefault(row["positions"], {}).setdefault(title, {})

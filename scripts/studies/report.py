@@ -46,7 +46,9 @@ PAIRS_B = (
     ("4-8-16 moving", "4-8-16 table"),
     ("4-8-16 moving", "16 moving intervals"),
 )
-START, CURRICULUM = "16 moving intervals", RECOMMENDED.name  # the arms that question C compares
+# the arms that question C compares
+START = "16 moving intervals"
+CURRICULUM = RECOMMENDED.name
 COMPARED = {
     "Loss": "loss_16",
     "Direction accuracy (0 to 1)": "direction",
@@ -232,7 +234,9 @@ def answer_c(study, rows):
     """How much compute until the motion is correct?"""
     names = TABLE, START, CURRICULUM
     curves = {name: curve(rows, name) for name in names}
-    lines, found = [], {}  # found: {arm: {"mean" or seed: result of compute_to}}
+    # found: {arm: {"mean" or seed: result of compute_to}}
+    lines = []
+    found = {}
     for name, (shares, by_seed) in curves.items():
         if not by_seed:
             lines.append(f"- {name}: not run yet.")
@@ -257,7 +261,8 @@ def answer_c(study, rows):
         ]
         if ratios:
             compared.append(ratio(CURRICULUM, base, "Ratio of these computes", ratios))
-    early, full = values_of(rows, CURRICULUM, "loss_16", 0.6), values_of(rows, START, "loss_16")
+    early = values_of(rows, CURRICULUM, "loss_16", 0.6)
+    full = values_of(rows, START, "loss_16")
     compared.append(difference(f"{CURRICULUM} at 60%", f"{START} at 100%", "Loss", early, full))
     lines += [*difference_lines(compared), ""]
     lines += arm_table(rows, [(name, share) for name in names for share in curves[name][0]])
@@ -299,7 +304,8 @@ def answer_d(study, rows):
 
 def write_report(study):
     """Write study.md and its figures from the rows of a study."""
-    rows, size = study.rows, study.size
+    rows = study.rows
+    size = study.size
     spent = sum(row["seconds"] for row in study.last_rows()) / 3600
     versions, machines = (
         sorted({row[name] or "unknown" for row in rows}) for name in ("code", "machine")

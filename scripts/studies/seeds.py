@@ -15,7 +15,9 @@ from pathlib import Path
 import lab
 from runtime.cli import one_line_errors
 
-CLIPS, LENGTHS = 288, (4, 16, 24)  # clips of each length; frames
+# clips of each length; frames
+CLIPS = 288
+LENGTHS = (4, 16, 24)
 # Title: (value of a manifest, factor, digits)
 COLUMNS = {
     "direction accuracy (%)": ("direction_accuracy", 100, 1),
@@ -29,11 +31,9 @@ class QuickstartRun(lab.Run):
     """The quickstart's model for one seed, its samples and their scores."""
 
     def __init__(self, args, seed):
-        self.seed, self.tiny, root = (
-            seed,
-            TINY if args.miniature else {},
-            Path(args.out, "seeds").resolve(),
-        )
+        self.seed = seed
+        self.tiny = TINY if args.miniature else {}
+        root = Path(args.out, "seeds").resolve()
         clips, *counts = (4, 2, 2) if self.tiny else (CLIPS, 60, 8)
         data = lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4)
         self.videos, test = data

@@ -40,7 +40,8 @@ SHARES |= {
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
     settings = lab.read_settings(name)
-    other, objective = settings.get("VAE"), settings.get("OBJECTIVE", "eqm")
+    other = settings.get("VAE")
+    objective = settings.get("OBJECTIVE", "eqm")
     model = lab.newest_metrics(name, "EqM")
     vae = (
         read_metrics(Path(other).parent / "metrics.jsonl")[0]
@@ -81,12 +82,15 @@ def percent(result, name):
 
 def rows_of(run):
     """{row of the table: text} for a run."""
-    real, samples, census = run["classifier_real"], run["classifier_samples"], run["census"]
+    real = run["classifier_real"]
+    samples = run["classifier_samples"]
+    census = run["census"]
     if "hair_blended" in census:  # older code blended only hair, half and half
         census = census | {
             f"hair_blended_50{end}": census[f"hair_blended{end}"] for end in ("", "_interval95")
         }
-    given, predicted = run["predicted-census"], run["predicted"]
+    given = run["predicted-census"]
+    predicted = run["predicted"]
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
         "samples; predictions": f"{samples['clips']}; {predicted['clips']}",
@@ -124,7 +128,9 @@ BRACKETS += "of the predictions and of the real test clips."
 TABLE = lab.ExperimentTable(
     __doc__, "sprites", "Sprites", "sprites.sh", read_run, rows_of, BRACKETS
 )
-parse_args, markdown, main = TABLE.parse_args, TABLE.markdown, TABLE.main
+parse_args = TABLE.parse_args
+markdown = TABLE.markdown
+main = TABLE.main
 
 if __name__ == "__main__":
     main()

@@ -126,12 +126,11 @@ class Study:
     """The paths, csv rows and runs of a study. Raises UserError for rows of other arms, recipes or versions."""
 
     def __init__(self, args):
-        self.args, self.size = args, arms.size_of(args)
-        self.out, self.folder, self.csv = (
-            Path(args.out),
-            Path(args.out, "study"),
-            Path(args.out, "study.csv"),
-        )
+        self.args = args
+        self.size = arms.size_of(args)
+        self.out = Path(args.out)
+        self.folder = Path(args.out, "study")
+        self.csv = Path(args.out, "study.csv")
         self.data = Path(args.data_path or self.folder / "moving-shapes")
         runs = []
         for arm in arms.ARMS:
@@ -173,8 +172,13 @@ class StudyRun(lab.Run):
     """A run of an arm with a seed and a share of the compute. Its results are rows of the csv."""
 
     def __init__(self, study, arm, seed, share):
-        self.study, self.arm, self.seed, self.share, size = study, arm, seed, share, study.size
-        self.key, (_, self.flops) = (arm.name, seed, share), arms.plan(arm, share, size)
+        self.study = study
+        self.arm = arm
+        self.seed = seed
+        self.share = share
+        size = study.size
+        self.key = (arm.name, seed, share)
+        (_, self.flops) = arms.plan(arm, share, size)
         self.lengths = (
             arm.lengths if share == 1 else (16,)
         )  # num_frames of its samples; one row each
@@ -253,12 +257,11 @@ class StudyRun(lab.Run):
 
     def sample_rows(self, seconds):
         """A row of the csv for each length of the samples; seconds: the total time, split by FLOPs."""
-        rows, flops = (
-            [],
-            [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths],
-        )
+        rows = []
+        flops = [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths]
         for task, num_frames, own in zip(self.tasks, self.lengths, flops, strict=True):
-            motion, values = self.scores(task, "motion")["result"], self.values(task)
+            motion = self.scores(task, "motion")["result"]
+            values = self.values(task)
             row = {"kind": "sample", "step": self.last_step, "frames": num_frames}
             row |= {name: motion["generated"][name] for name in ("clips", "right")}
             row |= {column: values[name] for column, name in SCORES.items()}
@@ -308,7 +311,8 @@ def print_status(study):
 
 def parse_args():
     parser = lab.study_parser(__doc__)
-    add, only_print = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument
+    only_print = parser.add_mutually_exclusive_group().add_argument
     only = "questions (A to D) or names of arms; default: all"
     add("--only", nargs="+", choices=(*QUESTIONS, *BY_NAME), metavar="WHAT", help=only)
     minutes = "start no run that would end after this many minutes; default: no limit"

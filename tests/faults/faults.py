@@ -25,7 +25,9 @@ def storm(training, hits, seed=0, from_step=1.5):
     start of the launcher, half within `from_step` seconds of the first new step. Returns what was seen, dicts of
     hit, gone_s (seconds until all processes were gone), lost (steps that were logged and have to be done again).
     """
-    rng, seen, step = random.Random(seed), [], 0
+    rng = random.Random(seed)
+    seen = []
+    step = 0
     for hit in hits:
         first, seconds = (
             (0, 6) if rng.random() < 0.5 else (min(step + 1, training.steps), from_step)
@@ -37,12 +39,14 @@ def storm(training, hits, seed=0, from_step=1.5):
             print(f"the run was finished after {len(seen)} of {len(hits)} hits")
             return seen
         pids = [process.pid, *descendants(process.pid)]
-        name, began = hit(process, rng), time.monotonic()
+        name = hit(process, rng)
+        began = time.monotonic()
         output, _ = process.communicate(timeout=GONE_WITHIN)
         assert 'train.py", line' not in output, output  # a traceback of ours
         wait_gone(pids)
         gone = time.monotonic() - began
-        files, step = training.results.glob("*/checkpoints/*.pt"), training.last_step()
+        files = training.results.glob("*/checkpoints/*.pt")
+        step = training.last_step()
         saved = [
             torch.load(path, weights_only=True)["step"] for path in files
         ]  # each of them must be intact
@@ -58,7 +62,8 @@ def storm(training, hits, seed=0, from_step=1.5):
 
 def kill_something(process, rng):
     """SIGKILL for torchrun alone, for one rank, or for all at once."""
-    what, started = rng.choice(["torchrun", "a rank", "all processes"]), ranks(process)
+    what = rng.choice(["torchrun", "a rank", "all processes"])
+    started = ranks(process)
     if what == "a rank" and started:
         kill(rng.choice(started))
     elif what == "all processes":

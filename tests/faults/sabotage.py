@@ -18,7 +18,8 @@ def on_rank_1():
 
 def killed_in_save(count=2):
     """SIGKILL when half of the count-th checkpoint is written."""
-    save, saves = torch.save, []
+    save = torch.save
+    saves = []
 
     def half(state, file):
         saves.append(file.name)
@@ -35,7 +36,10 @@ def killed_while_gathering():
     """SIGKILL of the second rank in the middle of gathering the second checkpoint of a sharded run."""
     import checkpoint
 
-    write, full_tensor, saves, gathered = checkpoint.Writer.write, checkpoint.full_tensor, [], []
+    write = checkpoint.Writer.write
+    full_tensor = checkpoint.full_tensor
+    saves = []
+    gathered = []
 
     def noted_write(*arguments, **keywords):
         saves.append(1)
@@ -47,7 +51,8 @@ def killed_while_gathering():
             die()
         return full_tensor(tensor)
 
-    checkpoint.Writer.write, checkpoint.full_tensor = noted_write, half
+    checkpoint.Writer.write = noted_write
+    checkpoint.full_tensor = half
 
 
 def votes_often():
@@ -88,7 +93,8 @@ def change_loss(change):
     """Replace the loss of a step by change(loss, number of the step), in which each rank has a loss of its own."""
     import transport
 
-    losses, calls = transport.losses, []
+    losses = transport.losses
+    calls = []
 
     def changed(*arguments, **more):
         calls.append(1)

@@ -41,9 +41,11 @@ cache_latents.main()
 def test_a_cache_that_is_killed_and_run_again_has_the_same_bytes(
     vae_name, rename, root, vae, cache, tmp_path
 ):
-    arguments, expected = (root, vae, tmp_path / "out", "--with-flips"), cache
+    arguments = (root, vae, tmp_path / "out", "--with-flips")
+    expected = cache
     if vae_name == "none":
-        arguments, expected = (root, "none", tmp_path / "out"), tmp_path / "expected"
+        arguments = (root, "none", tmp_path / "out")
+        expected = tmp_path / "expected"
         run(root, "none", expected)
     process = launch(["-c", DIE_IN_RENAME.format(rename)], *arguments)
     end(process, -signal.SIGKILL)

@@ -37,10 +37,9 @@ from video.inputs import find_clips
 from video.samples import read_samples
 from video.source import check_data_path, open_source
 
-COUNT, SEED = (
-    int(os.environ.get("FILES", 25)),
-    os.environ.get("SEED", 0),
-)  # files of each kind, seed of the damage
+# files of each kind, seed of the damage
+COUNT = int(os.environ.get("FILES", 25))
+SEED = os.environ.get("SEED", 0)
 SECONDS = 20  # limit for one file; most take a millisecond
 PUBLISHED = "EqM-Tiny/2"  # the name of the published model
 VIDEOS = {
@@ -179,7 +178,8 @@ def zero(data, rng):
 
 def blow_up(data, rng):
     """Overwrite some bytes, often near the beginning, where headers are, by a number that is out of all bounds."""
-    value, first = rng.choice(HUGE), rng.randrange(rng.choice([len(data), min(len(data), 300)]))
+    value = rng.choice(HUGE)
+    first = rng.randrange(rng.choice([len(data), min(len(data), 300)]))
     data[first : first + len(value)] = value
 
 
@@ -194,10 +194,8 @@ def splice(data, rng):
 def damage(folder, rng, pattern):
     """Damage a random file of a folder. Returns a description."""
     path = rng.choice(sorted(path for path in folder.rglob(pattern) if path.is_file()))
-    data, way = (
-        bytearray(path.read_bytes()),
-        rng.choice([flip_bits, truncate, zero, blow_up, splice]),
-    )
+    data = bytearray(path.read_bytes())
+    way = rng.choice([flip_bits, truncate, zero, blow_up, splice])
     way(data, rng)
     path.write_bytes(data)
     return f"{way.__name__} {path.name}"
@@ -265,12 +263,14 @@ def watch(event, _):
 def read_damaged(name, place):
     """Read damaged files of a kind. Writes what went wrong to failures.txt."""
     make, read = FILES[name]
-    valid, folder = place / "valid", place / "damaged"
+    valid = place / "valid"
+    folder = place / "damaged"
     make(valid)
     expected = read(shutil.copytree(valid, place / "copy"))
     sys.addaudithook(watch)
     for index in range(COUNT):
-        rng, problem = random.Random(f"{name} {SEED} {index}"), None
+        rng = random.Random(f"{name} {SEED} {index}")
+        problem = None
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(valid, folder)
         what = damage(folder, rng, PATTERNS.get(name, "*"))

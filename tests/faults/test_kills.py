@@ -130,7 +130,8 @@ def test_a_signal_and_the_end_of_a_run_wait_for_the_save_under_way(make):
     training = make(30, sabotaged("slow_disk"))
     process = training.start(until=12)  # the save of step 10 goes on
     process.send_signal(signal.SIGTERM)
-    output, saved = end(process), training.saved()["step"]
+    output = end(process)
+    saved = training.saved()["step"]
     assert f"saved at step {saved}" in output and saved >= 12
     training.run("--resume")
     assert compare(usual, training) == []
@@ -189,7 +190,8 @@ def test_saving_by_the_clock_does_not_change_the_result(make):
     usual = make(200, TORCHRUN, flags, "usual")
     usual.run()
     training = make(200, sabotaged("votes_often", TORCHRUN), [*flags, "--save-minutes", 0.002])
-    process, saved = training.start(until=7), set()
+    process = training.start(until=7)
+    saved = set()
     while process.poll() is None:  # there is no other reason to save before the end
         if list(training.results.glob("*/checkpoints/latest.pt")):
             saved.add(training.saved()["step"])
@@ -207,7 +209,8 @@ def test_readers_can_open_latest_and_best_at_any_time(make):
     training = make(
         60, flags=["--log-every", 1, "--val-every", 1, "--ckpt-every", 1, "--keep-last", 2]
     )
-    process, loaded = training.start("--sample-every", 0, until=2), set()
+    process = training.start("--sample-every", 0, until=2)
+    loaded = set()
     while process.poll() is None:
         loaded |= {training.saved(name)["step"] for name in ("latest.pt", "best.pt")}
     end(process)
@@ -251,7 +254,8 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_line_that_names_it_and_what_to_delete(
     megabytes, flags, file, small_disk, make
 ):
-    disk, far = small_disk(megabytes), ["--ckpt-every", 10_000, "--val-every", 10_000]
+    disk = small_disk(megabytes)
+    far = ["--ckpt-every", 10_000, "--val-every", 10_000]
     training = replace(make(flags=[*OFTEN, *far, *flags]), results=disk / "r")
     line = error_of(training.run(status=1))
     assert file in line and f"No space left on device; the disk {disk} has" in line

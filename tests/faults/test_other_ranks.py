@@ -49,7 +49,8 @@ def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tm
         "start.pt",
         *OFTEN,
     ]
-    command, ranks = [*PYTHON, ROOT / "EqM/train.py", *TINY, *flags], []
+    command = [*PYTHON, ROOT / "EqM/train.py", *TINY, *flags]
+    ranks = []
     for rank in (0, 1):
         machine = tmp_path / f"machine-{rank}"
         shutil.copytree(shapes, machine / "shapes")
