@@ -1,4 +1,6 @@
-"""The small VAE of train_vae.py: its network, losses and PSNR, and the folder that you pass as --vae DIR."""
+"""The small VAE of train_vae.py: its network, losses and PSNR, and the folder that you pass as
+--vae DIR.
+"""
 
 import math
 import os
@@ -16,7 +18,8 @@ from video.loader import batches_of
 
 GROUPS = 1  # of the group norms; groups of few channels would lose the colors of a frame
 LOG_VARIANCE = -6.0  # of the latents at first: with less noise, the VAE learns slightly faster
-KL_WEIGHT = 1e-4  # relative to errors of pixels in [-1, 1]: keeps the latents close to normal, and costs few dB
+# relative to errors of pixels in [-1, 1]: keeps the latents close to normal, and costs few dB
+KL_WEIGHT = 1e-4
 CHUNK = 16  # frames that are measured together; fixed, so sums don't depend on the number of ranks
 
 
@@ -76,7 +79,9 @@ class Autoencoder(nn.Module):
         self.model = model
 
     def forward(self, x, noise):
-        """x (B, 3, H, W) in [-1, 1], noise (B, C, h, w) -> (reconstructions, mean and log variance of the latents)."""
+        """x (B, 3, H, W) in [-1, 1], noise (B, C, h, w) -> (reconstructions, mean and log variance
+        of the latents).
+        """
         posterior = self.model.encode(x).latent_dist
         return (
             self.model.decode(posterior.mean + posterior.std * noise).sample,
@@ -86,7 +91,9 @@ class Autoencoder(nn.Module):
 
 
 def draw_colors(random, most):
-    """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: random saturation from 0 to `most`, gains, offsets."""
+    """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: random saturation from 0 to `most`,
+    gains, offsets.
+    """
     saturation = most * torch.rand((), generator=random)  # 0: gray
     gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
     colors = torch.lerp(torch.full((3, 3), 1 / 3), torch.eye(3), saturation)
@@ -94,10 +101,11 @@ def draw_colors(random, most):
 
 
 def jitter_colors(x, seed, indices, share):
-    """Frames (B, 3, H, W) in [-1, 1], a share of them in other colors and with channels in any order.
+    """Frames (B, 3, H, W) in [-1, 1], a share of them in other colors and with channels in any
+    order.
 
-    Few videos show few colors, and a VAE learns no others. The result depends on the seed and the frames' indices only.
-    """
+    Few videos show few colors, and a VAE learns no others. The result depends on the seed and the
+    frames' indices only."""
     matrices = torch.eye(3).repeat(len(x), 1, 1)
     offsets = torch.zeros(len(x), 3, 1, 1)
     for matrix, offset, index in zip(matrices, offsets, indices, strict=True):
@@ -112,9 +120,8 @@ def jitter_colors(x, seed, indices, share):
 
 
 def losses_of(x, reconstruction, mean, logvar):
-    """{name: loss}, for their sum: absolute errors of pixels and of their gradients, and KL divergence per latent value
-    (Kingma and Welling, arXiv 1312.6114, appendix B).
-    """
+    """{name: loss}, for their sum: absolute errors of pixels and of their gradients, and KL
+    divergence per latent value (Kingma and Welling, arXiv 1312.6114, appendix B)."""
     error = reconstruction.float() - x
     gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
@@ -122,18 +129,20 @@ def losses_of(x, reconstruction, mean, logvar):
 
 
 def psnr(real, decoded):
-    """Peak signal-to-noise ratio of each of uint8 images (B, H, W, 3), in dB: (B,). Equal images have 99."""
+    """Peak signal-to-noise ratio of each of uint8 images (B, H, W, 3), in dB: (B,). Equal images
+    have 99.
+    """
     error = (real.double() - decoded.double()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 / 10**9.9))
 
 
 @torch.no_grad()
 def measure(model, loader, device):
-    """({"psnr", "latent_mean", "latent_std"}, this rank's corrupt videos) for the frames of the ranks' loaders.
+    """({"psnr", "latent_mean", "latent_std"}, this rank's corrupt videos) for the frames of the
+    ranks' loaders.
 
-    psnr is the mean in dB over the frames, decoded from their mean latents. The statistics are over all latent values.
-    The results are the same on all ranks and for any number of ranks.
-    """
+    psnr is the mean in dB over the frames, decoded from their mean latents. The statistics are over
+    all latent values. The results are the same on all ranks and for any number of ranks."""
     rows = []
     corrupt = []
     vae = VAE("measured", model)
@@ -159,7 +168,9 @@ def measure(model, loader, device):
 
 
 def export(model, folder, statistics):
-    """Write an AutoencoderKL as a folder for --vae DIR. A kill may leave no folder, but never half of one."""
+    """Write an AutoencoderKL as a folder for --vae DIR. A kill may leave no folder, but never half
+    of one.
+    """
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
     for left in (temporary, old):

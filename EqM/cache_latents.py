@@ -3,12 +3,14 @@
     torchrun --nproc_per_node=8 EqM/cache_latents.py --data-path datasets/ucf-101 --vae ema --image-size 256 \
         --out datasets/ucf-101-latents
 
-Then train with --data-path datasets/ucf-101-latents. The same command continues after an interruption. It also updates
-the cache after you add, remove or change videos. The bytes do not depend on interruptions or the number of ranks. On
-the CPU, the last bits of latents depend on the number of threads (OMP_NUM_THREADS).
+Then train with --data-path datasets/ucf-101-latents. The same command continues after an
+interruption. It also updates the cache after you add, remove or change videos. The bytes do not
+depend on interruptions or the number of ranks. On the CPU, the last bits of latents depend on the
+number of threads (OMP_NUM_THREADS).
 
     OUT/<Class>/<stem>.safetensors   posterior mean and std of every frame, float16 (T, C, h, w); with --with-flips
-                                     also mean_flipped and std_flipped; with --vae none only pixels, uint8 (T, 3, H, W)
+                                     also mean_flipped and std_flipped; with --vae none only pixels,
+                                     uint8 (T, 3, H, W)
     OUT/latents.json                 settings and videos, written last: a cache with this file is complete
     OUT/latents.partial.json         settings of a cache that is not complete
 """
@@ -90,10 +92,13 @@ def parse_args():
 
 
 def cache_settings(args, vae):
-    """The settings in latents.json, which all videos share. Raises UserError if --image-size does not fit the VAE."""
+    """The settings in latents.json, which all videos share. Raises UserError if --image-size does
+    not fit the VAE.
+    """
     if args.image_size % vae.downsample:
         raise UserError(
-            f"--image-size {args.image_size}: not a multiple of {vae.downsample}, the VAE's downsampling"
+            f"--image-size {args.image_size}: not a multiple of {vae.downsample}, the VAE's "
+            "downsampling"
         )
     names = "channels", "downsample", "scale", "shift"
     settings = {"format": source.LATENTS_FORMAT, "vae": vae.name, "vae_sha256": vae.sha256}
@@ -102,7 +107,9 @@ def cache_settings(args, vae):
 
 
 def check_out(out, settings):
-    """Raise UserError unless `out` is new, empty, or a cache with these settings, complete or not."""
+    """Raise UserError unless `out` is new, empty, or a cache with these settings, complete or
+    not.
+    """
     names = os.listdir(out) if os.path.exists(out) else []
     if present := [name for name in (LATENTS_FILE, PARTIAL_FILE) if name in names]:
         try:
@@ -124,7 +131,9 @@ def check_out(out, settings):
 
 
 def plan_encoding(args):
-    """(source, videos that still need encoding, CorruptVideos so far), on one rank. Raises UserError."""
+    """(source, videos that still need encoding, CorruptVideos so far), on one rank. Raises
+    UserError.
+    """
     files = source.open_source(args.data_path, args.image_size, index_folder=args.out)
     bad_videos = index.CorruptVideos(files.scan, args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
@@ -146,11 +155,11 @@ def plan_encoding(args):
 
 
 def find_changed(out, files):
-    """The videos of a Files that are new or have changed since their files in the cache `out` were written.
+    """The videos of a Files that are new or have changed since their files in the cache `out` were
+    written.
 
-    Files of earlier versions record no time of change. They stay valid while their video has the recorded size and is
-    not newer than they are: encoding a whole cache again may take days.
-    """
+    Files of earlier versions record no time of change. They stay valid while their video has the
+    recorded size and is not newer than they are: encoding a whole cache again may take days."""
     changed = []
     num_untimed = 0
     for video in files.videos():
@@ -162,15 +171,20 @@ def find_changed(out, files):
         elif metadata != source_metadata(files.scan, video):
             changed.append(video)
     if num_untimed:
-        kept = f"{plural(num_untimed, 'file')} of an earlier version, without the times of change of the videos"
+        kept = (
+            f"{plural(num_untimed, 'file')} of an earlier version, without the times of change of "
+            "the videos"
+        )
         say(
-            f"note: {out}: keeps {kept}; if you replaced videos by older ones of equal size, delete their files"
+            f"note: {out}: keeps {kept}; if you replaced videos by older ones of equal size, "
+            "delete their files"
         )
     return changed
 
 
 def source_metadata(scan, video):
-    """The metadata in a video's cache file: size and time of change, which differ if another video replaces this one.
+    """The metadata in a video's cache file: size and time of change, which differ if another video
+    replaces this one.
 
     One entry, because safetensors writes several in random order.
     """
@@ -195,7 +209,10 @@ def main():
         begin_cache(args, settings, plan[0])
     files, todo, bad_videos = distributed.broadcast(plan)
     if todo:
-        amount = f"encoding {len(todo)} of {plural(len(files.videos()), 'video')}, {size_text(todo, settings)}"
+        amount = (
+            f"encoding {len(todo)} of {plural(len(files.videos()), 'video')}, "
+            f"{size_text(todo, settings)}"
+        )
         say(f"{args.out}: {amount}; {world_size()} x {device.type}")
     encode_videos(args, vae.to(device), device, files, todo, bad_videos)
     if rank() == 0:
@@ -204,7 +221,9 @@ def main():
 
 
 def begin_cache(args, settings, files):
-    """Mark --out as an unfinished cache unless it is complete, and remove temporary files of a crash."""
+    """Mark --out as an unfinished cache unless it is complete, and remove temporary files of a
+    crash.
+    """
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / LATENTS_FILE).exists():
@@ -214,7 +233,9 @@ def begin_cache(args, settings, files):
 
 
 def encode_videos(args, vae, device, files, todo, bad_videos):
-    """Write the cache files of the videos in `todo`. Raises CorruptDataError if too many are corrupt."""
+    """Write the cache files of the videos in `todo`. Raises CorruptDataError if too many are
+    corrupt.
+    """
 
     def cache(video):
         path = Path(args.out, cached_path(video))
@@ -264,7 +285,9 @@ def encode_video(vae, device, files, video, with_flips):
 
 
 def finish_cache(args, settings, files, bad_videos):
-    """Write latents.json, which completes the cache. Raises CorruptDataError if no video could be decoded."""
+    """Write latents.json, which completes the cache. Raises CorruptDataError if no video could be
+    decoded.
+    """
     videos = [
         replace(video, path=cached_path(video))
         for video in files.videos()

@@ -1,7 +1,8 @@
 """Checkpoints: written so that no crash damages one, read so that none can run code.
 
---ckpt names a file of train.py, a folder of scripts/export.py or a file of a published image model. For all three,
-`load` returns this dict of tensors and plain Python values. Only files of train.py have a "run":
+--ckpt names a file of train.py, a folder of scripts/export.py or a file of a published image model.
+For all three, `load` returns this dict of tensors and plain Python values. Only files of train.py
+have a "run":
     version    format of the file
     config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": all flags, "typed": the
                names of the flags that the user typed}
@@ -52,7 +53,9 @@ SETTINGS = {  # names that every config has
 
 @dataclass
 class Progress:
-    """The progress of a run. Steps are global: a phase that starts from a checkpoint continues the count."""
+    """The progress of a run. Steps are global: a phase that starts from a checkpoint continues the
+    count.
+    """
 
     step: int = 0
     first_step: int = 0  # of the phase; it also names the phase's stream of samples
@@ -77,11 +80,13 @@ class Progress:
         self.best_step = -1
 
 
-# Saving ---------------------------------------------------------------------------------------------------------------
+# Saving -------------------------------------------------------------------------------------------
 
 
 def save(path, state):
-    """Write a checkpoint to `path`, which has its old or its complete new content at any time. Raises UserError."""
+    """Write a checkpoint to `path`, which has its old or its complete new content at any time.
+    Raises UserError.
+    """
     needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
     with writing(path, needed):
         Path(path).parent.mkdir(exist_ok=True)  # a user may have deleted it
@@ -110,19 +115,23 @@ def run_state(config, model, ema, optimizers, scaler, progress):
 
 
 class Writer:
-    """Write the checkpoints of a run in a thread of rank 0. Training pauses only while the tensors are copied.
+    """Write the checkpoints of a run in a thread of rank 0. Training pauses only while the tensors
+    are copied.
 
-    The next call of a method raises the thread's error. All ranks gather the full tensors of a sharded state.
-    """
+    The next call of a method raises the thread's error. All ranks gather the full tensors of a
+    sharded state."""
 
     def __init__(self, folder):
         self.path = Path(folder, "checkpoints", "latest.pt")
-        self.copies = {}  # {place in the state: tensor on the CPU}, memory that all checkpoints of the run reuse
+        # {place in the state: tensor on the CPU}, memory that all checkpoints of the run reuse
+        self.copies = {}
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing = None
 
     def write(self, state, names, before, after):
-        """Save a state as latest.pt and under `names`, between before() and after(). All ranks call this."""
+        """Save a state as latest.pt and under `names`, between before() and after(). All ranks call
+        this.
+        """
         self.wait()
         self.check_memory(state)
         state = tree_map_with_path(self.copy, state)
@@ -147,7 +156,9 @@ class Writer:
         self.writing = self.thread.submit(run)
 
     def copy(self, place, value):
-        """A copy of a value in the state on the CPU, in the memory of the previous copy if the shapes agree."""
+        """A copy of a value in the state on the CPU, in the memory of the previous copy if the
+        shapes agree.
+        """
         if not isinstance(value, torch.Tensor):
             return value
         value = full_tensor(value)
@@ -158,7 +169,9 @@ class Writer:
         return self.copies[place].copy_(value, non_blocking=True)
 
     def check_memory(self, state):
-        """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's host memory."""
+        """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's
+        host memory.
+        """
         if not any(map(is_sharded, state["model"].values())):
             return
         tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
@@ -194,14 +207,15 @@ def complete_names(start, phases, every):
             link(start.path, name)
 
 
-# Loading --------------------------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
 def load(path, parts=PARTS, model=None, ebm=None):
-    """The dict of a checkpoint. model, ebm: --model and --ebm, for published files. Raises UserError.
+    """The dict of a checkpoint. model, ebm: --model and --ebm, for published files. Raises
+    UserError.
 
-    The tensors stay in the file, so no rank needs its own copy. Only those of `parts` are checked for damage.
-    """
+    The tensors stay in the file, so no rank needs its own copy. Only those of `parts` are checked
+    for damage."""
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
     elif published := published_parts(state := read_file(path, parts)):
@@ -211,7 +225,8 @@ def load(path, parts=PARTS, model=None, ebm=None):
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {expected}")
     if state["version"] != VERSION:
         raise UserError(
-            f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}"
+            f"--ckpt {path}: has format version {state['version']}, this code reads version "
+            f"{VERSION}"
         )
     lacking = [
         part for part, names in SETTINGS.items() if not names <= state["config"][part].keys()
@@ -224,7 +239,9 @@ def load(path, parts=PARTS, model=None, ebm=None):
 
 
 def load_inflated(args):
-    """The dict of a checkpoint that --inflate makes of an image model's EMA weights. Raises UserError."""
+    """The dict of a checkpoint that --inflate makes of an image model's EMA weights. Raises
+    UserError.
+    """
     path = args.inflate
     flag = f"--inflate {args.inflate}"
     try:
@@ -239,7 +256,8 @@ def load_inflated(args):
         )
     if config.ebm != "none":
         raise UserError(
-            f"{flag}: trained with --ebm {config.ebm}; --inflate does not support gradients of energies"
+            f"{flag}: trained with --ebm {config.ebm}; --inflate does not support gradients of "
+            "energies"
         )
     shape = args.num_frames, args.temporal_patch_size, args.rope_theta
     try:
@@ -270,7 +288,10 @@ def read_file(path, parts=()):
     except OSError as error:
         reason = f"can't be read ({error.strerror or error}); expected a checkpoint file"
     except Exception as error:
-        reason = f"damaged or cut short ({type(error).__name__}); use another checkpoint, or copy it again"
+        reason = (
+            f"damaged or cut short ({type(error).__name__}); use another checkpoint, or copy it "
+            "again"
+        )
     raise UserError(f"--ckpt {path}: {reason}")
 
 
@@ -291,7 +312,8 @@ def from_elsewhere(config, model, ema, step, version=VERSION):
 
 
 def load_model(path, use_ema=True, model=None, video=None, **checks):
-    """(network in eval mode on the CPU, config of the file, step) of a checkpoint. Raises UserError.
+    """(network in eval mode on the CPU, config of the file, step) of a checkpoint. Raises
+    UserError.
 
     model, video, checks: see `config_of`.
     """
@@ -308,13 +330,16 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
 
 
 def note_old_best(path, state):
-    """Say so if a best.pt is older than the run's newest checkpoint by more than a fifth of the steps of its phase."""
+    """Say so if a best.pt is older than the run's newest checkpoint by more than a fifth of the
+    steps of its phase.
+    """
     with suppress(OSError, ValueError):  # a best.pt that is not in a run folder
         newest = int((path.parents[1] / SAVED_STEP).read_text()) if path.name == "best.pt" else 0
         if newest - state["step"] > (newest - state["phase"]["first_step"]) / 5:
             steps = f"best.pt has step {state['step']}, latest.pt has step {newest}"
             say(
-                f"note: {steps}: no later validation loss was lower; latest.pt has the newest weights"
+                f"note: {steps}: no later validation loss was lower; latest.pt has the newest "
+                "weights"
             )
 
 
@@ -344,7 +369,9 @@ def load_run(start, model, ema, optimizers, scaler):
 
 
 def load_optimizers(optimizers, saved):
-    """Restore the optimizers' state of each weight; settings such as the learning rate come from the flags."""
+    """Restore the optimizers' state of each weight; settings such as the learning rate come from
+    the flags.
+    """
     for optimizer, state in zip(optimizers, saved, strict=True):
         weights = optimizer.param_groups[0]["params"]
         parts = {
@@ -362,15 +389,19 @@ def load_optimizers(optimizers, saved):
 
 
 def config_of(flag, state, model=None, video=None, **asked):
-    """The EqMConfig of a loaded checkpoint. Raises UserError if it is invalid or does not match the weights.
+    """The EqMConfig of a loaded checkpoint. Raises UserError if it is invalid or does not match the
+    weights.
 
-    model, video, asked: the --model, the --video and the fields that it must have; None is not checked.
-    """
+    model, video, asked: the --model, the --video and the fields that it must have; None is not
+    checked."""
     training = state["config"]["training"]
     if model not in (None, training["model"]):
         raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
     if video not in (None, training["video"]):
-        image = "an image model, --video needs a video model: remove --video, or train from it with --inflate"
+        image = (
+            "an image model, --video needs a video model: remove --video, or train from it with "
+            "--inflate"
+        )
         raise UserError(f"{flag}: holds {image if video else 'a video model: add --video'}")
     try:
         config = EqMConfig(**state["config"]["model"])
@@ -394,7 +425,9 @@ def config_of(flag, state, model=None, video=None, **asked):
 
 
 def check(flag, saved, **asked):
-    """Raise UserError, beginning with `flag`, unless an EqMConfig has the values of `asked`; None is not checked."""
+    """Raise UserError, beginning with `flag`, unless an EqMConfig has the values of `asked`; None
+    is not checked.
+    """
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked.pop("use_rope", saved.use_rope) != saved.use_rope:
         fixed = "fixed positions cannot be converted: retrain with --use-rope, or remove it"
@@ -422,12 +455,14 @@ def check(flag, saved, **asked):
             raise UserError(f"{flag}: {words}: they must agree{tied}; change or remove {own}")
 
 
-# Where training starts ------------------------------------------------------------------------------------------------
+# Where training starts ----------------------------------------------------------------------------
 
 
 @dataclass
 class Start:
-    """Where training starts: from scratch, from --ckpt or --inflate, or at the last checkpoint of a run."""
+    """Where training starts: from scratch, from --ckpt or --inflate, or at the last checkpoint of a
+    run.
+    """
 
     progress: Progress
     path: Path | None = None  # of the checkpoint
@@ -468,11 +503,11 @@ class Start:
 
 
 def find_start(args, name):
-    """The Start for the flags of train.py: a resumed run, else a new phase from --ckpt or --inflate, else scratch.
+    """The Start for the flags of train.py: a resumed run, else a new phase from --ckpt or
+    --inflate, else scratch.
 
-    A new phase takes model, EMA, optimizer and step from --ckpt. From --inflate it takes the EMA weights, at step 0.
-    Raises UserError.
-    """
+    A new phase takes model, EMA, optimizer and step from --ckpt. From --inflate it takes the EMA
+    weights, at step 0. Raises UserError."""
     ckpt = args.ckpt or args.inflate
     start = find_resumed(args, name, ckpt)
     if start.resumes and ckpt and not start.restarts and distributed.rank() == 0:
@@ -505,13 +540,16 @@ def check_optimizer(start, args):
 
 
 def find_resumed(args, name, ckpt=None, read=load):
-    """The Start at the newest run of that name, locked, if --resume or a restart asks for it; else from scratch."""
+    """The Start at the newest run of that name, locked, if --resume or a restart asks for it; else
+    from scratch.
+    """
     folder = newest_run(args.results_dir, name)
     start = Start(Progress())
     if folder is None and args.resume:
         similar = "" if ckpt else name_similar(args.results_dir, name)
         say(
-            f"--resume: no run {name} in {args.results_dir}{similar}; starting from {ckpt or 'the beginning'}"
+            f"--resume: no run {name} in {args.results_dir}{similar}; starting from "
+            f"{ckpt or 'the beginning'}"
         )
     start.restarts = folder is not None and is_restarted(folder)
     if folder is None or not (args.resume or start.restarts):
@@ -575,7 +613,9 @@ def start_weights(args, model):
 
 
 def check_not_deleted(folder):
-    """Raise UserError if the run has saved checkpoints and all are gone. A run killed before it saved starts over."""
+    """Raise UserError if the run has saved checkpoints and all are gone. A run killed before it
+    saved starts over.
+    """
     place = Path(folder, "checkpoints")
     metrics = Path(folder, "metrics.jsonl")
     rows = read_metrics(metrics)[0] if metrics.exists() else []
@@ -591,7 +631,9 @@ def check_not_deleted(folder):
 
 
 def newest_checkpoint(folder, read=load):
-    """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one. Names damaged ones."""
+    """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one.
+    Names damaged ones.
+    """
     intact = []
     latest = Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):

@@ -1,11 +1,12 @@
-"""Score folders of samples against real clips, and write the values with all that they depend on to a manifest.
+"""Score folders of samples against real clips, and write the values with all that they depend on to
+a manifest.
 
     python EqM/evaluate.py --metric motion --samples samples --data-path datasets/moving-shapes --out motion.json
     python EqM/evaluate.py --manifest motion.json --out again.json
 
-docs/evaluation.md lists the metrics. The modules of scoring/ say how each is measured. scripts/score.sh samples and
-scores. The number of ranks changes the values only by rounding. --manifest repeats a scoring and compares the values.
-If they do not agree, the exit status is 1.
+docs/evaluation.md lists the metrics. The modules of scoring/ say how each is measured.
+scripts/score.sh samples and scores. The number of ranks changes the values only by rounding.
+--manifest repeats a scoring and compares the values. If they do not agree, the exit status is 1.
 """
 
 import uncaught  # noqa: F401
@@ -91,7 +92,10 @@ def parse_args(words=None):
         metavar="DIR",
         help="folder of the training videos or images, not a latent cache",
     )
-    detector = "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, or inception-"
+    detector = (
+        "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, or "
+        "inception-"
+    )
     detector += (
         "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file that you trust"
     )
@@ -105,14 +109,20 @@ def parse_args(words=None):
         help="fraction of the videos in val; use the value of training",
     )
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
-    counts = f"number of real clips; census: of each split; prediction, classifier: all; default: {counts}"
+    counts = (
+        "number of real clips; census: of each split; prediction, classifier: all; default: "
+        f"{counts}"
+    )
     add("--num-real", type=number(int, least=2), help=counts)
     add(
         "--keep-background",
         action="store_true",
         help="prediction: accept samples of --keep-background",
     )
-    test = "real clips that test the classifier. groups: each group of few videos (equal file stems), held out once; "
+    test = (
+        "real clips that test the classifier. groups: each group of few videos (equal file "
+        "stems), held out once; "
+    )
     test += (
         "val: the validation split of many videos, without mirrored windows; default: %(default)s"
     )
@@ -134,7 +144,10 @@ def parse_args(words=None):
         metavar="DIR",
         help="census: new path of the VAE of the samples' model, if it was moved",
     )
-    resamples = "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 clips); 0 = none"
+    resamples = (
+        "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 clips); 0 "
+        "= none"
+    )
     add("--resamples", type=NATURAL, default=frechet.RESAMPLES, help=resamples)
     add = parser.add_argument_group("run").add_argument
     add(
@@ -188,7 +201,8 @@ def check_flags(args):
     cli.check_devices()
     if args.samples is None or args.data_path is None:
         raise UserError(
-            f"--{'data-path' if args.samples else 'samples'}: not given; expected a folder (see --help)"
+            f"--{'data-path' if args.samples else 'samples'}: not given; expected a folder (see "
+            "--help)"
         )
     if (args.detector is None) == (args.metric in frechet.CALLS):
         advice = (
@@ -201,7 +215,8 @@ def check_flags(args):
     cli.refuse_if(args, "vae", unused, f"--metric {args.metric} needs no VAE; remove the flag")
     for name in sorted(args.typed & CHOOSES.get(args.metric, set())):
         raise UserError(
-            f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag"
+            f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove "
+            "the flag"
         )
     cli.refuse_if(
         args, "out", os.path.isdir(args.out), "a folder; expected the name of a JSON file"
@@ -211,14 +226,17 @@ def check_flags(args):
         is_own = out.stem in OWN and out.parent.resolve() == folder.resolve()
         if is_own or (len(args.samples) > 1 and Path(args.out).name != args.out):
             raise UserError(
-                f"--out {args.out}: expected the name of a new file in each of --samples (motion.json)"
+                f"--out {args.out}: expected the name of a new file in each of --samples "
+                "(motion.json)"
             )
         cli.check_writable("--out", out.parent)
     cli.check_writable("--cache", args.cache or out.parent)
 
 
 def find_real(args, samples, detector):
-    """(Clips of the real videos, training videos, Truth, the manifest without its values). Raises UserError."""
+    """(Clips of the real videos, training videos, Truth, the manifest without its values). Raises
+    UserError.
+    """
     metric = args.metric
     T = samples.num_frames
     images = samples.num_frames == 1
@@ -243,7 +261,8 @@ def find_real(args, samples, detector):
     if count and len(clips.videos) < count:
         advice = "" if metric == "prediction" else "; a lower --num-real is faster"
         say(
-            f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}{advice}"
+            f"note: --split {split}: {plural(count, 'clip')} from only "
+            f"{plural(len(clips.videos), 'video')}{advice}"
         )
     place = f"--data-path {args.data_path}"
     if metric == "nearest" and not training:
@@ -267,7 +286,9 @@ def find_real(args, samples, detector):
 
 
 def score(args, samples, out, clips, training, truth, new, detector, device, corrupt):
-    """(values, result, lines to print) on rank 0. Adds paths of real videos that can't be decoded to `corrupt`."""
+    """(values, result, lines to print) on rank 0. Adds paths of real videos that can't be decoded
+    to `corrupt`.
+    """
     count = new["real"]["num_clips"]  # None: classifier reads entire videos instead
     real = sources.real_stream(clips, distributed.own_indices(count or 0), args, corrupt)
     streams = sources.generated_stream(samples), real
@@ -290,7 +311,9 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
 
 
 def run(args, samples, real, detector, old, device):
-    """Score samples and write the manifest. Returns a line if the values differ from the manifest `old`, else None."""
+    """Score samples and write the manifest. Returns a line if the values differ from the manifest
+    `old`, else None.
+    """
     out = Path(args.out if len(args.samples) == 1 else samples.folder / args.out)
     *real, new = distributed.broadcast(real)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Generate clips from a checkpoint: sampler settings, what to sample, and the loop over batches and windows."""
+"""Generate clips from a checkpoint: sampler settings, what to sample, and the loop over batches and
+windows.
+"""
 
 import math
 from dataclasses import asdict, dataclass
@@ -37,7 +39,8 @@ SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no
     "stop_below": None,
     "cfg_scale": 4.0,
 }
-SETTINGS = {  # names in samples.json (most are also arguments of `samplers.sample`), and their flags
+# names in samples.json (most are also arguments of `samplers.sample`), and their flags
+SETTINGS = {
     "method": "sampler",
     "num_steps": "num_sampling_steps",
     "step_size": "stepsize",
@@ -50,7 +53,7 @@ MOST_EVALUATIONS = 100_000  # more is a typing error
 STOP_BELOW = 1.0  # as accurate as 249 evaluations, with 57% of them (docs/results.md)
 
 
-# Settings of the sampler ----------------------------------------------------------------------------------------------
+# Settings of the sampler --------------------------------------------------------------------------
 
 
 def add_sampling_flags(parser):
@@ -73,10 +76,16 @@ def add_sampling_flags(parser):
         + default["num_sampling_steps"]
     )
     add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=text)
-    text = "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations x step size"
+    text = (
+        "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations "
+        "x step size"
+    )
     add("--stepsize", type=POSITIVE, metavar="X", help=text + default["stepsize"])
     add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd{default['mu']}")
-    text = f"gd and ngd: stop a sample when the root mean square of its field is below R (0: off; no R: {STOP_BELOW})"
+    text = (
+        "gd and ngd: stop a sample when the root mean square of its field is below R (0: off; no "
+        f"R: {STOP_BELOW})"
+    )
     add(
         "--stop-below",
         type=NON_NEGATIVE,
@@ -93,7 +102,9 @@ def add_sampling_flags(parser):
 
 
 def resolve_sampler(args, training, objective):
-    """Return {flag: value} from the command line, else config["training"], else SAMPLER. Raises UserError."""
+    """Return {flag: value} from the command line, else config["training"], else SAMPLER. Raises
+    UserError.
+    """
     usual = SAMPLER | ({} if objective == "eqm" else {"sampler": "euler"})
     kept = {name: training.get(name, value) for name, value in usual.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
@@ -104,7 +115,10 @@ def resolve_sampler(args, training, objective):
         kept |= {name: SAMPLER[name] for name in path}
     values = kept | typed
     endless = objective != "eqm" and values["sampler"] in DESCENTS
-    why = f"a model of --objective {objective} has no equilibria to descend to; expected euler or heun"
+    why = (
+        f"a model of --objective {objective} has no equilibria to descend to; expected euler or "
+        "heun"
+    )
     refuse_if(args, "sampler", endless, f"{why}; change or remove --sampler")
     if values["sampler"] in SOLVERS:
         why = f"{values['sampler']} has a fixed number of steps"
@@ -118,7 +132,10 @@ def resolve_sampler(args, training, objective):
     elif len(typed.keys() & path) == 1:
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
         if "stepsize" in typed:
-            why = f"a path of length {length:g} takes too many evaluations; expected fewer than {MOST_EVALUATIONS:,}"
+            why = (
+                f"a path of length {length:g} takes too many evaluations; expected fewer than "
+                f"{MOST_EVALUATIONS:,}"
+            )
             refuse_if(
                 args,
                 "stepsize",
@@ -143,7 +160,7 @@ def count_evaluations(settings):
     return 2 * steps - 1 if settings["method"] == "heun" else steps
 
 
-# What is sampled ------------------------------------------------------------------------------------------------------
+# What is sampled ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -191,7 +208,8 @@ def window_starts(num_frames, window, overlap):
 
 
 def cast_products(model, precision):
-    """In mixed precision, cast the weights of a model's matrix products, which autocast would cast in every call.
+    """In mixed precision, cast the weights of a model's matrix products, which autocast would cast
+    in every call.
 
     Outputs under autocast are bit-equal.
     """
@@ -203,7 +221,9 @@ def cast_products(model, precision):
 
 
 def open_checkpoint(args):
-    """Check what needs no GPU. Returns ({name: value} of flags that follow from --ckpt, Plan). Raises UserError."""
+    """Check what needs no GPU. Returns ({name: value} of flags that follow from --ckpt, Plan).
+    Raises UserError.
+    """
     names = ("model", "video", "use_rope", "ebm", "objective", "temporal_patch_size", "num_classes")
     checks = {name: getattr(args, name) for name in names}
     model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
@@ -252,7 +272,9 @@ def open_checkpoint(args):
 
 
 def open_weak(args, strong, data, window):
-    """The model of --weak-ckpt, or None. Raises UserError unless it has the classes and latents of --ckpt."""
+    """The model of --weak-ckpt, or None. Raises UserError unless it has the classes and latents of
+    --ckpt.
+    """
     if args.weak_ckpt is None:
         return None
 
@@ -268,7 +290,8 @@ def open_weak(args, strong, data, window):
                 "expected a weaker model of the same data; use an earlier checkpoint of the run"
             )
             raise ValueError(
-                f"has another objective, other classes or latents than --ckpt {args.ckpt}; {expected}"
+                f"has another objective, other classes or latents than --ckpt {args.ckpt}; "
+                f"{expected}"
             )
     except (UserError, ValueError) as error:
         text = str(error).removeprefix(f"--ckpt {args.weak_ckpt}: ")
@@ -293,11 +316,12 @@ def say_plan(args, plan):
 
 
 def choose_windows(args, config, num_frames, trained, data, time_scale, forcing):
-    """Return (frames per window, overlap of two windows) for videos of num_frames frames. Raises UserError.
+    """Return (frames per window, overlap of two windows) for videos of num_frames frames. Raises
+    UserError.
 
-    By default a window has at least the frames and the duration of the longest training clip. Without forcing, or with
-    --rope-scale, which squeezes all frames into the trained span, one window covers the video.
-    """
+    By default a window has at least the frames and the duration of the longest training clip.
+    Without forcing, or with --rope-scale, which squeezes all frames into the trained span, one
+    window covers the video."""
     usual = num_frames
     patch = config.temporal_patch_size
     if forcing and args.rope_scale == "none":
@@ -318,25 +342,34 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
         return window, 0
     overlap = config.whole_levels(window // 2) if args.overlap is None else args.overlap
     if overlap >= window:
-        wrong = f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a smaller number"
+        wrong = (
+            f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a "
+            "smaller number"
+        )
         raise UserError(
             f"--window {window}: expected two temporal patches" if args.overlap is None else wrong
         )
     unit = config.level_frames
     for name, frames in (("window", window), ("overlap", overlap)):
         if frames % unit:
-            why = f"splits a temporal patch, which has one noise level in --objective {config.objective}"
+            why = (
+                "splits a temporal patch, which has one noise level in --objective "
+                f"{config.objective}"
+            )
             raise UserError(f"--{name} {frames}: {why}; expected a multiple of {unit}")
     return window, overlap
 
 
 def open_vae(args, config, data):
-    """Load the VAE of a checkpoint, from --vae or else from where it was in training. Raises UserError."""
+    """Load the VAE of a checkpoint, from --vae or else from where it was in training. Raises
+    UserError.
+    """
     vae = load_vae(args.vae, data["vae"], "the checkpoint")
     size = config.input_size * vae.downsample
     if (vae.channels, size) != (config.in_channels, data["image_size"] or size):
         raise UserError(
-            f"--vae {vae.name}: not the VAE of --ckpt {args.ckpt}; expected {data['vae']}; pass its path"
+            f"--vae {vae.name}: not the VAE of --ckpt {args.ckpt}; expected {data['vae']}; pass "
+            "its path"
         )
     check_same(vae, data.get("vae_sha256"), f"--ckpt {args.ckpt}")
     refuse_if(
@@ -349,7 +382,9 @@ def open_vae(args, config, data):
 
 
 def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
-    """Squeeze the rotary time positions of longer clips into the trained span for --rope-scale. Raises UserError."""
+    """Squeeze the rotary time positions of longer clips into the trained span for --rope-scale.
+    Raises UserError.
+    """
     if args.rope_scale == "none":
         return
     refuse_if(
@@ -366,7 +401,9 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
 
 
 def choose_labels(args, names):
-    """Return the class of each sample, (num_samples,) int64: --classes in turn. Raises UserError."""
+    """Return the class of each sample, (num_samples,) int64: --classes in turn. Raises
+    UserError.
+    """
     known = {str(label): label for label in range(len(names))} | {
         name: label for label, name in enumerate(names)
     }
@@ -407,7 +444,7 @@ def provenance(plan, args):
     }
 
 
-# Noise -> latents -> videos -------------------------------------------------------------------------------------------
+# Noise -> latents -> videos -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -426,23 +463,25 @@ def generate(
     strict=True,
     before_evaluation=lambda: None,
 ):
-    """Generate the samples `indices` of a Plan, batch by batch and window by window, with one progress bar.
+    """Generate the samples `indices` of a Plan, batch by batch and window by window, with one
+    progress bar.
 
-    The noise of a sample depends only on seed, index and window. Each window starts with the last frames of the
-    previous one. A batch without any condition has no guidance by class.
+    The noise of a sample depends only on seed, index and window. Each window starts with the last
+    frames of the previous one. A batch without any condition has no guidance by class.
 
     Args:
         settings: from `sampling_settings`.
-        given: given(indices) returns clips uint8 (n, 3, T, H, W) and a mask (n, T), which is true for given frames.
-            Samples keep these; for keep_background see `Details`.
-        init: init(indices) returns clips as `given` does. They replace a share init_gamma of the noise at the start.
+        given: given(indices) returns clips uint8 (n, 3, T, H, W) and a mask (n, T), which is true
+            for given frames. Samples keep these; for keep_background see `Details`.
+        init: init(indices) returns clips as `given` does. They replace a share init_gamma of the
+            noise at the start.
         energy: also record the (guided) energy at every point.
         strict: raise UserError if samples are not finite; otherwise print a note.
         before_evaluation: called before each evaluation of the network; may raise.
 
-    Yields for each window of each batch: the samples' indices, the number of the first new frame, the new frames uint8
-    (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without `energy`.
-    """
+    Yields for each window of each batch: the samples' indices, the number of the first new frame,
+    the new frames uint8 (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without
+    `energy`."""
     starts = plan.window_starts
     most = count_evaluations(settings)
     settings = settings | {"start_gamma": init_gamma}
@@ -487,11 +526,12 @@ def generate(
 
 
 def sample_window(plan, x, condition, time_scale, masked, settings, energy, strict, step):
-    """Follow the guided field of a Plan from x (B, C, T, H, W). Returns (samples, evaluations (B,), energies or None).
+    """Follow the guided field of a Plan from x (B, C, T, H, W). Returns (samples, evaluations (B,),
+    energies or None).
 
-    Samples are float32; settings["precision"] applies to the network only. masked: from `masked_part`. step(number of
-    running samples) is called before each evaluation. Energies are (B, num_steps), NaN after a sample has stopped.
-    """
+    Samples are float32; settings["precision"] applies to the network only. masked: from
+    `masked_part`. step(number of running samples) is called before each evaluation. Energies are
+    (B, num_steps), NaN after a sample has stopped."""
     if masked and masked["mask"].all():  # nothing to sample
         return masked["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
     settings = dict(settings)
@@ -528,11 +568,11 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
 
 
 def masked_part(plan, x, start, clips, mask, tail):
-    """Return the arguments `given` and `mask` of `samplers.sample` for the window x that begins at frame `start`.
+    """Return the arguments `given` and `mask` of `samplers.sample` for the window x that begins at
+    frame `start`.
 
-    They hold the given frames, where mask (n, T) of clips uint8 (n, 3, T, H, W) is true, and `tail`, the last latents
-    of the previous window. Returns {} if both are None.
-    """
+    They hold the given frames, where mask (n, T) of clips uint8 (n, 3, T, H, W) is true, and
+    `tail`, the last latents of the previous window. Returns {} if both are None."""
     if mask is None and tail is None:
         return {}
     latents = torch.zeros_like(x)
@@ -550,7 +590,9 @@ def masked_part(plan, x, start, clips, mask, tail):
 
 
 def initial_latents(plan, indices, seed, device, init, init_gamma, window):
-    """Return the initial latents of a window, (n, C, T, h, w): noise, or with `init` an interpolation with clips."""
+    """Return the initial latents of a window, (n, C, T, h, w): noise, or with `init` an
+    interpolation with clips.
+    """
     config = plan.model.config
     shape = (config.in_channels, plan.window, config.input_size, config.input_size)
     noise = normal(seed, "sample", window, indices, shape).to(device)

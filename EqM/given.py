@@ -18,11 +18,11 @@ STATIC = 16  # gray levels by which decoding may change the color of a pixel whe
 
 
 class ClipReader:
-    """Reads clips for the samples of a Plan: sample k gets clip k // per_clip, and after the last clip the first again.
+    """Reads clips for the samples of a Plan: sample k gets clip k // per_clip, and after the last
+    clip the first again.
 
-    frames holds the frame numbers to read from each clip. The constructor reads the clips of the samples `indices`
-    once, so it raises UserError if one can't be read.
-    """
+    frames holds the frame numbers to read from each clip. The constructor reads the clips of the
+    samples `indices` once, so it raises UserError if one can't be read."""
 
     def __init__(self, plan, clips, frames, indices, per_clip=1):
         self.plan = plan
@@ -36,7 +36,9 @@ class ClipReader:
             self.read(number)
 
     def read_clip(self, number):
-        """Return the frames to read, uint8 (3, T, H, W) with the others black, and a mask (T,) of them."""
+        """Return the frames to read, uint8 (3, T, H, W) with the others black, and a mask (T,) of
+        them.
+        """
         T = self.plan.num_frames
         size = self.plan.image_size
         frames = list(self.frames[number])
@@ -66,11 +68,11 @@ class ClipReader:
 
 
 def open_given(args, plan, clips, indices):
-    """Return the ClipReader of --given, and set the classes and frame rates of the plan's samples. Raises UserError.
+    """Return the ClipReader of --given, and set the classes and frame rates of the plan's samples.
+    Raises UserError.
 
-    The class of a sample is the folder of its clip if the model has this class, else from --classes, else none. With
-    --classes none, no sample has a class.
-    """
+    The class of a sample is the folder of its clip if the model has this class, else from
+    --classes, else none. With --classes none, no sample has a class."""
     clips = clips[: math.ceil(len(plan.labels) / args.samples_per_clip)]
     frames = [choose_frames(args, plan, clip) for clip in clips]
     given = ClipReader(plan, clips, frames, indices, args.samples_per_clip)
@@ -83,7 +85,8 @@ def open_given(args, plan, clips, indices):
         unknown = [clip.class_name for clip in own if clip.class_name not in {None, *labels}]
         if unknown and not args.classes:
             say(
-                f"note: the model has no class {unknown[0]}, the folder of a given clip: no label; --classes names one"
+                f"note: the model has no class {unknown[0]}, the folder of a given clip: no "
+                "label; --classes names one"
             )
         plan.labels = torch.tensor(
             [labels.get(clip.class_name, k) for clip, k in zip(own, usual, strict=True)]
@@ -94,7 +97,9 @@ def open_given(args, plan, clips, indices):
 
 
 def choose_frames(args, plan, clip):
-    """Return the numbers of the given frames, which are the same in the clip and the sample. Raises UserError."""
+    """Return the numbers of the given frames, which are the same in the clip and the sample. Raises
+    UserError.
+    """
     T = plan.num_frames
     config = plan.model.config
     unit = config.level_frames
@@ -102,7 +107,8 @@ def choose_frames(args, plan, clip):
     frames = args.given_frames or tuple(range(count // unit * unit))
     if count < unit and not frames:
         raise UserError(
-            f"--given {clip}: has {plural(count, 'frame')}; expected at least {unit}, a temporal patch"
+            f"--given {clip}: has {plural(count, 'frame')}; expected at least {unit}, a temporal "
+            "patch"
         )
     if not frames or not set(frames) < set(range(T)):
         got = f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}"
@@ -110,15 +116,21 @@ def choose_frames(args, plan, clip):
     patches = {frame // unit for frame in frames}
     end = T if plan.window == T else math.ceil(T / unit) * unit
     if set(frames) != {frame for frame in range(end) if frame // unit in patches}:
-        why = f"splits a temporal patch of {unit} frames, which has one noise level in --objective {config.objective}"
+        why = (
+            f"splits a temporal patch of {unit} frames, which has one noise level in --objective "
+            f"{config.objective}"
+        )
         raise UserError(
-            f"--given-frames {as_ranges(frames)}: {why}; expected whole patches, such as 0-{unit - 1}"
+            f"--given-frames {as_ranges(frames)}: {why}; expected whole patches, such as "
+            f"0-{unit - 1}"
         )
     return frames
 
 
 class DrawnClip:
-    """A clip of a data folder, drawn from a Clips as in evaluate.py. Has the interface of video.inputs.InputClip."""
+    """A clip of a data folder, drawn from a Clips as in evaluate.py. Has the interface of
+    video.inputs.InputClip.
+    """
 
     def __init__(self, flag, clips, index):
         self.flag = flag
@@ -135,7 +147,9 @@ class DrawnClip:
         return self.clips.num_frames
 
     def read(self, frames, seconds_per_frame, image_size):
-        """Return frames by their numbers, uint8 (3, n, image_size, image_size). Raises UserError."""
+        """Return frames by their numbers, uint8 (3, n, image_size, image_size). Raises
+        UserError.
+        """
         sample = self.clips[self.index]
         if sample["corrupt"]:
             raise UserError(f"{self.flag}: {sample['corrupt'][0]} can't be decoded; remove it")
@@ -143,22 +157,26 @@ class DrawnClip:
 
 
 class Details:
-    """Restores given frames in decoded videos and, with keep_background, the detail of static parts of other frames.
+    """Restores given frames in decoded videos and, with keep_background, the detail of static parts
+    of other frames.
 
-    A VAE blurs, so a static background would jump after the last given frame. What the VAE lost in that frame is added
-    to later frames, wherever they equal its decoded version. Frames before all given ones use the first given frame.
-    clips are uint8 (n, 3, T, H, W); mask (n, T) is true for given frames.
-    """
+    A VAE blurs, so a static background would jump after the last given frame. What the VAE lost in
+    that frame is added to later frames, wherever they equal its decoded version. Frames before all
+    given ones use the first given frame. clips are uint8 (n, 3, T, H, W); mask (n, T) is true for
+    given frames."""
 
     def __init__(self, clips, mask, keep_background=True):
         self.real = clips.permute(0, 2, 3, 4, 1)
         self.mask = mask
         self.keep_background = keep_background
-        # The last given frame so far: (decoded, as read, whether it is given), (n, 1, ...); empty at first.
+        # The last given frame so far: (decoded, as read, whether it is given), (n, 1, ...); empty
+        # at first.
         self.before = self.real[:, :0], self.real[:, :0], mask[:, :0]
 
     def add(self, videos, first):
-        """Return decoded frames uint8 (n, k, H, W, 3) with detail. Call it in order; `first` is the first frame."""
+        """Return decoded frames uint8 (n, k, H, W, 3) with detail. Call it in order; `first` is the
+        first frame.
+        """
         part = slice(first, first + videos.shape[1])
         own = videos, self.real[:, part], self.mask[:, part]
         if not self.keep_background:
@@ -187,7 +205,9 @@ class Details:
 
 
 def nearest_given(mask):
-    """Return (n, T): the last given frame up to each frame, or else the first. mask (n, T) is true for given frames."""
+    """Return (n, T): the last given frame up to each frame, or else the first. mask (n, T) is true
+    for given frames.
+    """
     last = (
         torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(dim=1).values
     )
@@ -195,7 +215,9 @@ def nearest_given(mask):
 
 
 def frame_ranges(text):
-    """Return (0, 1, 2, 3, 12, 13) for "0-3,12-13". A `type=` for argparse: raises ArgumentTypeError."""
+    """Return (0, 1, 2, 3, 12, 13) for "0-3,12-13". A `type=` for argparse: raises
+    ArgumentTypeError.
+    """
     frames = set()
     for part in text.split(","):
         match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip())

@@ -1,15 +1,16 @@
 """Start a video model from an image model.
 
-On a clip of one temporal patch with equal frames, the inflated model gives the image model's field in each frame, at
-any frame rate. Noise differs between frames, so on noisy clips this is an approximation.
+On a clip of one temporal patch with equal frames, the inflated model gives the image model's field
+in each frame, at any frame rate. Noise differs between frames, so on noisy clips this is an
+approximation.
 
-- The kernel of the patch embedding is spread over the frames of a temporal patch, and its sum stays the same, as in I3D
-  (arXiv 1705.07750).
+- The kernel of the patch embedding is spread over the frames of a temporal patch, and its sum stays
+  the same, as in I3D (arXiv 1705.07750).
 - The output layer is repeated for each frame.
-- The first temporal patch is at time 0, where rotary positions turn nothing. Height and width keep the image model's
-  positions, rotary or a fixed table.
-- The embedding of the frame rate starts as the image model's, for all frame rates. Training can change that.
-"""
+- The first temporal patch is at time 0, where rotary positions turn nothing. Height and width keep
+  the image model's positions, rotary or a fixed table.
+- The embedding of the frame rate starts as the image model's, for all frame rates. Training can
+change that."""
 
 from dataclasses import replace
 
@@ -27,12 +28,13 @@ def inflate(
     rope_theta=None,
     time_scale=1 / REFERENCE_FPS,
 ):
-    """Return the state dict and the EqMConfig of a video model for num_frames, from those of an image model.
+    """Return the state dict and the EqMConfig of a video model for num_frames, from those of an
+    image model.
 
-    temporal_patch_size: frames per patch, default: the spatial size. rope_theta: base of the frequencies of time for a
-    model with fixed positions; others keep their own. time_scale: seconds per frame in the image model's training.
-    Raises ValueError if the model or num_frames don't fit rotary time or the temporal patch.
-    """
+    temporal_patch_size: frames per patch, default: the spatial size. rope_theta: base of the
+    frequencies of time for a model with fixed positions; others keep their own. time_scale: seconds
+    per frame in the image model's training. Raises ValueError if the model or num_frames don't fit
+    rotary time or the temporal patch."""
     pt = temporal_patch_size or config.patch_size
     time = {}
     if not config.use_rope:

@@ -1,8 +1,9 @@
-"""The network: a DiT (arXiv 2212.09748) with 3D patches, which is not told the noise level unless it learns "flow".
+"""The network: a DiT (arXiv 2212.09748) with 3D patches, which is not told the noise level unless
+it learns "flow".
 
-Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding of queries and keys (rope.py). With `ebm`
-the field is minus the gradient of a scalar energy (EqM-E). Parameters have the names of the published image models.
-"""
+Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding of queries and keys
+(rope.py). With `ebm` the field is minus the gradient of a scalar energy (EqM-E). Parameters have
+the names of the published image models."""
 
 import logging
 import math
@@ -42,7 +43,9 @@ MOST_WEIGHTS = 2**36
 
 @dataclass(frozen=True)
 class EqMConfig:
-    """Everything that determines the parameters of a network and their meaning. Raises ValueError if inconsistent."""
+    """Everything that determines the parameters of a network and their meaning. Raises ValueError
+    if inconsistent.
+    """
 
     input_size: int  # height and width of the latents, or without a VAE of the pixels
     patch_size: int
@@ -87,11 +90,13 @@ class EqMConfig:
             )
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got {self.hidden_size}"
+                f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got "
+                f"{self.hidden_size}"
             )
         if 18 * self.depth * self.hidden_size**2 > MOST_WEIGHTS:
             raise ValueError(
-                f"depth {self.depth}, hidden_size {self.hidden_size} need over {MOST_WEIGHTS} weights"
+                f"depth {self.depth}, hidden_size {self.hidden_size} need over {MOST_WEIGHTS} "
+                "weights"
             )
         for name, choices in (
             ("position_table", POSITION_TABLES),
@@ -105,7 +110,8 @@ class EqMConfig:
         if self.use_rope:
             if not all(self.rotary_embedding().split) and not self.has_table:
                 raise ValueError(
-                    f"rope_split {self.rope_split} omits height or width; it needs position_table space"
+                    f"rope_split {self.rope_split} omits height or width; it needs position_table "
+                    "space"
                 )
             return
         self.check_num_frames(self.num_frames)
@@ -131,11 +137,15 @@ class EqMConfig:
 
     @property
     def level_frames(self):
-        """The number of adjacent frames with the same noise level: a temporal patch if the model is told one level."""
+        """The number of adjacent frames with the same noise level: a temporal patch if the model is
+        told one level.
+        """
         return self.temporal_patch_size if self.objective == "flow" else 1
 
     def whole_levels(self, num_frames):
-        """Round a number of frames down to a multiple of `level_frames`, but to one multiple at least."""
+        """Round a number of frames down to a multiple of `level_frames`, but to one multiple at
+        least.
+        """
         return max(num_frames // self.level_frames, 1) * self.level_frames
 
     @property
@@ -146,7 +156,10 @@ class EqMConfig:
     def warn_if_narrow(self):
         """Warn if tokens hold more values than the width of the network."""
         if self.values_per_token > self.hidden_size:
-            values = f"a token holds {self.values_per_token} values and hidden_size is only {self.hidden_size}"
+            values = (
+                f"a token holds {self.values_per_token} values and hidden_size is only "
+                f"{self.hidden_size}"
+            )
             warnings.warn(
                 f"{values}, too small to predict them all; use smaller patches", stacklevel=2
             )
@@ -155,10 +168,13 @@ class EqMConfig:
         return RotaryEmbedding3D(self.head_dim, self.rope_theta, self.rope_split, self.rope_speed)
 
     def check_num_frames(self, num_frames):
-        """Raise ValueError unless a clip of this many frames fits the temporal patch and the fixed positions."""
+        """Raise ValueError unless a clip of this many frames fits the temporal patch and the fixed
+        positions.
+        """
         if num_frames < self.temporal_patch_size:
             raise ValueError(
-                f"a temporal patch needs at least {self.temporal_patch_size} frames, got {num_frames}"
+                f"a temporal patch needs at least {self.temporal_patch_size} frames, got "
+                f"{num_frames}"
             )
         if not self.use_rope and num_frames != self.num_frames:
             tied = f"fixed positions are tied to num_frames {self.num_frames}, got {num_frames}"
@@ -169,12 +185,16 @@ class EqMConfig:
             )
 
     def grid(self, num_frames):
-        """Return the number of patches of a clip in (time, height, width). The last temporal patch may be padded."""
+        """Return the number of patches of a clip in (time, height, width). The last temporal patch
+        may be padded.
+        """
         side = self.input_size // self.patch_size
         return math.ceil(num_frames / self.temporal_patch_size), side, side
 
     def flops(self, num_frames):
-        """Count the FLOPs of one forward pass of one clip: matrix products and attention, 2 per multiply-add."""
+        """Count the FLOPs of one forward pass of one clip: matrix products and attention, 2 per
+        multiply-add.
+        """
         N = math.prod(self.grid(num_frames))
         D = self.hidden_size
         levels = (
@@ -187,7 +207,9 @@ class EqMConfig:
         return embedders + ends + ada_ln + self.depth * block
 
     def training_flops(self, num_frames, grad_checkpoint=None):
-        """Count the FLOPs of a training step of one clip: backward is twice forward, and an energy doubles both."""
+        """Count the FLOPs of a training step of one clip: backward is twice forward, and an energy
+        doubles both.
+        """
         once = self.flops(num_frames)
         fc1 = 8 * math.prod(self.grid(num_frames)) * self.hidden_size**2
         again = {None: 0, "full": once, "selective": self.depth * fc1}[grad_checkpoint]
@@ -196,7 +218,8 @@ class EqMConfig:
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition of a batch of samples, here their classes. Only this module, the data and the flags look inside.
+    """The condition of a batch of samples, here their classes. Only this module, the data and the
+    flags look inside.
 
     y (B,) int64 is the input of `EqM.forward`; the value null_y means "no condition".
     """
@@ -206,7 +229,9 @@ class Condition:
 
     @classmethod
     def of(cls, classes, config):
-        """Return the condition of samples with these classes, (B,) int64; negative numbers mean no class."""
+        """Return the condition of samples with these classes, (B,) int64; negative numbers mean no
+        class.
+        """
         return cls(classes.masked_fill(classes < 0, config.num_classes), config.num_classes)
 
     def to(self, device):
@@ -229,7 +254,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        # A convolution only for its parameters, which published models have: one matrix product is faster.
+        # A convolution only for its parameters, which published models have: one matrix product is
+        # faster.
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, x):
@@ -259,7 +285,9 @@ class NumberEmbedder(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input: torch is slow if the weight has another dtype, as under autocast."""
+    """RMSNorm in the dtype of its input: torch is slow if the weight has another dtype, as under
+    autocast.
+    """
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -269,9 +297,9 @@ def attend(q, k, v):
     """Scaled dot-product attention of (B, h, N, d) each."""
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
-    # Training on a CPU avoids torch's slow bf16 kernel: for 4 clips of 256 tokens and 4 heads of 32 channels, forward
-    # and backward take 10 ms there, 8 ms in float32, 5 ms with plain products, which hold N^2 weights (AMD EPYC,
-    # one thread, torch 2.13).
+    # Training on a CPU avoids torch's slow bf16 kernel: for 4 clips of 256 tokens and 4 heads of 32
+    # channels, forward and backward take 10 ms there, 8 ms in float32, 5 ms with plain products,
+    # which hold N^2 weights (AMD EPYC, one thread, torch 2.13).
     if q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_TOKENS:
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, h, N, N)
         return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
@@ -305,7 +333,9 @@ class Attention(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Scale and shift tokens x (B, N, D) by (B, K, D): each row applies to N / K adjacent tokens."""
+    """Scale and shift tokens x (B, N, D) by (B, K, D): each row applies to N / K adjacent
+    tokens.
+    """
     x = x.unflatten(1, (shift.shape[1], -1))  # (B, K, N / K, D)
     return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]).flatten(1, 2)
 
@@ -319,11 +349,12 @@ def add_gated(x, gate, branch):
 
 
 def keep_expensive(context, operation, *args, **_):
-    """Policy of selective checkpointing: keep fused attention, and products at most three times as wide as their input.
+    """Policy of selective checkpointing: keep fused attention, and products at most three times as
+    wide as their input.
 
-    fc1, whose output takes the most memory (4 N D values), and adaLN_modulation, which is cheap, are computed again. So
-    are the scores of the plain attention of CPUs if they are wide, see `attend`.
-    """
+    fc1, whose output takes the most memory (4 N D values), and adaLN_modulation, which is cheap,
+    are computed again. So are the scores of the plain attention of CPUs if they are wide, see
+    `attend`."""
     is_narrow = (
         operation in PRODUCTS and args[-1].shape[-1] <= 3 * args[-1].shape[-2]
     )  # of (inner, outer)
@@ -410,7 +441,9 @@ class EqM(nn.Module):
             self.initialize_weights()
 
     def initialize_weights(self):
-        """Initialize as DiT: Xavier for linear layers, zero for adaLN and the output layer, so f is zero at first."""
+        """Initialize as DiT: Xavier for linear layers, zero for adaLN and the output layer, so f is
+        zero at first.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -434,12 +467,12 @@ class EqM(nn.Module):
     def forward(self, x, y, time_scale=None, return_features=False, gamma=None):
         """Return the field f, and with return_features also the last block's activations (B, N, D).
 
-        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale: (B,) float32
-        seconds per frame, default 1/25. gamma: (B,) or (B, T), the same within a temporal patch, the noise levels; only
-        objective "flow" takes them. If T does not fill the last temporal patch, x is padded with its last frame and f
-        is cropped. With `ebm`, f is minus the gradient of the energy in x, also under torch.no_grad. Raises ValueError
-        as `EqMConfig.check_num_frames` does.
-        """
+        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale:
+        (B,) float32 seconds per frame, default 1/25. gamma: (B,) or (B, T), the same within a
+        temporal patch, the noise levels; only objective "flow" takes them. If T does not fill the
+        last temporal patch, x is padded with its last frame and f is cropped. With `ebm`, f is
+        minus the gradient of the energy in x, also under torch.no_grad. Raises ValueError as
+        `EqMConfig.check_num_frames` does."""
         if self.config.ebm == "none":
             f, features = self.predict(x, y, time_scale, gamma)
         else:
@@ -455,9 +488,8 @@ class EqM(nn.Module):
     def energy(self, x, y, time_scale=None, return_features=False):
         """Return the energy E (B,) of the field f = -dE/dx; arguments as in `forward`.
 
-        With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2: EqM-E of arXiv 2510.02300, with the
-        sign of the published code. Raises ValueError if ebm is "none".
-        """
+        With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2: EqM-E of arXiv
+        2510.02300, with the sign of the published code. Raises ValueError if ebm is "none"."""
         if self.config.ebm == "none":
             raise ValueError("the model has no energy: it was made with ebm='none'")
         g, features = self.predict(x, y, time_scale)
@@ -467,7 +499,9 @@ class EqM(nn.Module):
         return (energy, features) if return_features else energy
 
     def predict(self, x, y, time_scale, gamma=None):
-        """Return the network's output (B, C, T, H, W) and the last block's activations (B, N, D)."""
+        """Return the network's output (B, C, T, H, W) and the last block's activations (B, N,
+        D).
+        """
         config = self.config
         T = x.shape[2]
         config.check_num_frames(T)
@@ -480,7 +514,8 @@ class EqM(nn.Module):
         if padding := grid[0] * pt - T:
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
 
-        # Under autocast the embedding is bf16. The tokens are not, or each of their 2 x depth sums would be rounded.
+        # Under autocast the embedding is bf16. The tokens are not, or each of their 2 x depth sums
+        # would be rounded.
         tokens = self.x_embedder(x).to(x.dtype)  # (B, N, D)
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
         condition = (self.t_embedder(s) + self.y_embedder.embedding_table(y))[:, None]  # (B, 1, D)
@@ -524,23 +559,27 @@ class EqM(nn.Module):
         return f[:, :, :T], tokens
 
     def compile_blocks(self):
-        """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and numbers of tokens."""
+        """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and
+        numbers of tokens.
+        """
         self.is_compiled = True
         torch._dynamo.config.optimize_ddp = (
             False  # otherwise DDP splits the graphs of blocks at its buckets
         )
-        # It warns that selective checkpointing must not contain operations in place. A Block has none.
+        # It warns that selective checkpointing must not contain operations in place. A Block has
+        # none.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self.blocks:
             block.compile()
 
 
 def position_table(config):
-    """Return the fixed positions, (1, N, D) float32: of the training grid, or with use_rope of one temporal patch.
+    """Return the fixed positions, (1, N, D) float32: of the training grid, or with use_rope of one
+    temporal patch.
 
-    Videos have 2 * floor(D / 6) channels each for time, height and width, sines first, then zeros. Images, and videos
-    with use_rope, have the 2D table of MAE and the published models: the first half of the channels is for the width.
-    """
+    Videos have 2 * floor(D / 6) channels each for time, height and width, sines first, then zeros.
+    Images, and videos with use_rope, have the 2D table of MAE and the published models: the first
+    half of the channels is for the width."""
     (time, *space) = config.grid(config.num_frames)
     D = config.hidden_size
     is_flat = config.use_rope or config.num_frames == config.temporal_patch_size == 1
@@ -571,7 +610,9 @@ SHAPE = (
 
 
 def model_shape(name):
-    """Return {field: value} of the SHAPE fields of a model named such as "EqM-S/4" (size S, patch_size 4); None: {}."""
+    """Return {field: value} of the SHAPE fields of a model named such as "EqM-S/4" (size S,
+    patch_size 4); None: {}.
+    """
     if name is None:
         return {}
     size, patch_size = name.removeprefix("EqM-").split("/")
@@ -579,7 +620,9 @@ def model_shape(name):
 
 
 def model_config(name, **overrides):
-    """Return the EqMConfig of a named model. Its temporal_patch_size is its patch_size unless overridden."""
+    """Return the EqMConfig of a named model. Its temporal_patch_size is its patch_size unless
+    overridden.
+    """
     settings = {"input_size": 32, "in_channels": 4, "num_classes": 1000} | model_shape(name)
     settings = settings | {"temporal_patch_size": settings["patch_size"]} | overrides
     return EqMConfig(**{"num_frames": settings["temporal_patch_size"]} | settings)
@@ -594,7 +637,9 @@ EqM_models = {name: partial(build_model, name) for name in NAMES}
 
 
 def model_name(depth, hidden_size, num_heads, patch_size, **_):
-    """Return the name of a model with these fields of EqMConfig, such as "EqM-S/4"; other fields are ignored."""
+    """Return the name of a model with these fields of EqMConfig, such as "EqM-S/4"; other fields
+    are ignored.
+    """
     names = {shape: name for name, shape in SIZES.items()}
     unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
     return f"EqM-{names.get((depth, hidden_size, num_heads), unnamed)}/{patch_size}"

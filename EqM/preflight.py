@@ -1,4 +1,6 @@
-"""Resolves all flags once, and checks everything a user can get wrong before a GPU is used or a folder is made."""
+"""Resolves all flags once, and checks everything a user can get wrong before a GPU is used or a
+folder is made.
+"""
 
 import json
 import math
@@ -42,7 +44,8 @@ MODEL_FLAGS = (
     "ebm",
     "objective",
 )
-UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checked against the checkpoint
+# flags that `note_changes` does not report: harmless, or checked against the checkpoint
+UNREPORTED = {
     "resume",
     "ckpt",
     "inflate",
@@ -63,11 +66,13 @@ UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checke
 }
 
 
-# Training -------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 def check_run(args):
-    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises UserError."""
+    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises
+    UserError.
+    """
     cli.check_devices()
     if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
         return None
@@ -100,7 +105,9 @@ def check_run(args):
 
 
 def share_run(run):
-    """What `check_run` found on rank 0, on all ranks. Raises UserError if machines have other checkpoints or GPUs."""
+    """What `check_run` found on rank 0, on all ranks. Raises UserError if machines have other
+    checkpoints or GPUs.
+    """
     args, start, vae, config, data, phases = run or [None] * 6
     check_same_start(start)
     own = start and start.state
@@ -119,11 +126,16 @@ def share_run(run):
 
 
 def check_same_start(start):
-    """Raise UserError on all ranks unless they have the same Start. Ranks that have None do not count."""
+    """Raise UserError on all ranks unless they have the same Start. Ranks that have None do not
+    count.
+    """
     starts = distributed.gather(start and (str(start.path), start.progress.step, str(start.folder)))
     if len(different := sorted(set(starts) - {None})) > 1:
         found = ", ".join(f"{path} (step {step})" for path, step, _ in different)
-        advice = "start again if an earlier run was still saving; otherwise give all machines the same files"
+        advice = (
+            "start again if an earlier run was still saving; otherwise give all machines the same "
+            "files"
+        )
         raise UserError(f"the ranks start from different checkpoints, {found}; {advice}")
 
 
@@ -137,7 +149,9 @@ def frames_flag(args):
 
 
 def resolve_frames(args):
-    """Flags with --num-frames: 1 for images, else 16 by default. A schedule sets --num-frames and --max-steps."""
+    """Flags with --num-frames: 1 for images, else 16 by default. A schedule sets --num-frames and
+    --max-steps.
+    """
     if not args.video:
         for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
             several = getattr(args, name) not in (None, 1, [1])
@@ -246,7 +260,9 @@ def check_optimizer_flags(args):
 
 
 def resolve_latents(args, start):
-    """(flags with --vae, --image-size and --no-flip, the VAE). The latent cache or the checkpoint gives defaults."""
+    """(flags with --vae, --image-size and --no-flip, the VAE). The latent cache or the checkpoint
+    gives defaults.
+    """
     cache = latents_settings(args.data_path, images=not args.video)
     kept = start.config["data"]
     owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
@@ -287,7 +303,9 @@ def resolve_latents(args, start):
 
 
 def make_config(args, vae, start):
-    """The EqMConfig of this run without its classes, from the flags or from a checkpoint that agrees with them."""
+    """The EqMConfig of this run without its classes, from the flags or from a checkpoint that
+    agrees with them.
+    """
     model = args.model or DEFAULT_MODEL
     size = args.image_size
     unit = vae.downsample * (1 if start.state else model_shape(model)["patch_size"])
@@ -322,7 +340,9 @@ def make_config(args, vae, start):
 
 
 def resolve_settings(args, start, config):
-    """Flags with the values that depend on the checkpoint, the model and the machine. Raises UserError."""
+    """Flags with the values that depend on the checkpoint, the model and the machine. Raises
+    UserError.
+    """
     trained = start.config["training"]
     usual = MUON_DECAY if args.optimizer == "muon" else 0.0
     decays = args.weight_decay, start.kept("weight_decay"), usual
@@ -366,11 +386,13 @@ def resolve_settings(args, start, config):
         flag = f"--{name.replace('_', '-')}"
         if before and not now:
             say(
-                f"note: --ckpt was trained with {flag} {before}, this phase is not, so it may forget {skill}"
+                f"note: --ckpt was trained with {flag} {before}, this phase is not, so it may "
+                f"forget {skill}"
             )
         if now and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
             say(
-                f"note: {flag} {now}: clips of {plural(shortest, 'frame')} are one patch long, so not forced"
+                f"note: {flag} {now}: clips of {plural(shortest, 'frame')} are one patch long, so "
+                "not forced"
             )
     other = args.forcing_regions and config.objective != "eqm"
     refuse_if(
@@ -380,7 +402,9 @@ def resolve_settings(args, start, config):
 
 
 def open_data(args, start, lengths, val_lengths, flag):
-    """The Data of --data-path, as in `find_data`. With --cache-frames, its source caches pixels. Raises UserError."""
+    """The Data of --data-path, as in `find_data`. With --cache-frames, its source caches pixels.
+    Raises UserError.
+    """
     source = open_source(args.data_path, args.image_size, not args.video, args.results_dir)
     CorruptVideos(source.scan, args.max_bad_fraction, start.bad_videos).add(source.scan.unreadable)
     data = find_data(source, args.val_fraction, lengths, val_lengths, flag)
@@ -390,7 +414,9 @@ def open_data(args, start, lengths, val_lengths, flag):
 
 
 def only_phase(args, progress, data):
-    """The only phase of a run without --frames-schedule. It ends at --max-steps or --epochs, whichever comes first."""
+    """The only phase of a run without --frames-schedule. It ends at --max-steps or --epochs,
+    whichever comes first.
+    """
     last_step = args.max_steps or math.inf
     if args.epochs or not args.max_steps:
         clips = (args.epochs or 1400) * len(data.train[args.num_frames])
@@ -412,7 +438,8 @@ def fit_classes(args, config, start, classes):
         known = len(set(before) & set(classes))
         count = plural(len(classes), "class")
         say(
-            f"--new-classes: {start.path} has {known} of your {count}; others start from the embedding of 'no class'"
+            f"--new-classes: {start.path} has {known} of your {count}; others start from the "
+            "embedding of 'no class'"
         )
     elif start.state is not None:
         got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
@@ -436,7 +463,9 @@ def fit_classes(args, config, start, classes):
 
 
 def with_new_classes(state, classes, num_classes):
-    """The dict of a checkpoint with other classes, for --new-classes. The optimizer starts from scratch."""
+    """The dict of a checkpoint with other classes, for --new-classes. The optimizer starts from
+    scratch.
+    """
     # its last row: no class
     before = state["config"]["data"]["classes"]
     table = "y_embedder.embedding_table.weight"
@@ -447,11 +476,13 @@ def with_new_classes(state, classes, num_classes):
     return state | networks | {"optimizer": None}
 
 
-# The record of a run --------------------------------------------------------------------------------------------------
+# The record of a run ------------------------------------------------------------------------------
 
 
 def run_name(args):
-    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule. A glob pattern if the model is not known yet."""
+    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule. A glob pattern if the model is not
+    known yet.
+    """
     positions = "-rope" if args.use_rope else ""
     return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, clip_lengths(args)))}{positions}".replace(
         "/", "-"
@@ -486,7 +517,9 @@ def make_run_config(args, config, phase, data, vae):
 
 
 def note_changes(start, run_config, run):
-    """Log the typed flags that changed in a resumed run, also to the metrics, and keep its previous config."""
+    """Log the typed flags that changed in a resumed run, also to the metrics, and keep its previous
+    config.
+    """
     before = start.config["training"]
     now = run_config["training"]
     typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - UNREPORTED
@@ -508,7 +541,10 @@ def log_run(log, args, folder, config, model, data, steps, device):
     """Log the model, the data and the machine. steps: the first and the last step."""
     size = sum(map(torch.numel, model.parameters())) / 1e6
     ranks = f"{world_size()} x {device.type}"
-    name = f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}, objective {config.objective}"
+    name = (
+        f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}, objective "
+        f"{config.objective}"
+    )
     log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
     log_data(log, args, data)
     log_skipped(log, data)
@@ -528,7 +564,9 @@ def log_skipped(log, data):
 
 
 def log_data(log, args, data):
-    """Log the number of training files, the validation files, and notes. datasets/check.py prints the same."""
+    """Log the number of training files, the validation files, and notes. datasets/check.py prints
+    the same.
+    """
     most = max(data.train)
     interval = args.frame_interval[-1]
     kind = "video" if args.video else "image"
@@ -542,21 +580,25 @@ def log_data(log, args, data):
         count = plural(len(videos), f"training {kind}")
         if missing := sorted({*data.scan.classes} - {video.class_name for video in videos}):
             log(
-                f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't be learned; add some"
+                f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't "
+                "be learned; add some"
             )
         fits = [fitting_interval(video, num_frames, interval) for video in videos]
         if short := sum(fit < interval for fit in fits):
             advice = f"these use the largest interval that fits, {min(fits)} or more"
             log(
-                f"note: --frame-interval {interval}: {clips} don't fit into {short} of {count}; {advice}"
+                f"note: --frame-interval {interval}: {clips} don't fit into {short} of {count}; "
+                f"{advice}"
             )
 
 
-# Sampling -------------------------------------------------------------------------------------------------------------
+# Sampling -----------------------------------------------------------------------------------------
 
 
 def resolve_sampling(args):
-    """[(flags, Plan)] of sample_gd.py: one per value of --num-frames, each with its own folder. Raises UserError."""
+    """[(flags, Plan)] of sample_gd.py: one per value of --num-frames, each with its own folder.
+    Raises UserError.
+    """
     check_sampling(args)
     if args.init_gamma is None:
         args = args.resolve(init_gamma=0.0 if args.init is None else 0.5)
@@ -636,7 +678,9 @@ def check_clips(args):
 
 
 def check_plan(args, plan):
-    """Raise UserError for flags of sample_gd.py that do not work with this model or these windows."""
+    """Raise UserError for flags of sample_gd.py that do not work with this model or these
+    windows.
+    """
     ended = args.init_gamma == 1 and args.sampler in SOLVERS
     refuse_if(
         args,
@@ -688,11 +732,13 @@ def check_folder(args):
         )
 
 
-# Training a VAE -------------------------------------------------------------------------------------------------------
+# Training a VAE -----------------------------------------------------------------------------------
 
 
 def check_vae_run(args):
-    """(flags, Start, Data) of a run of train_vae.py with these flags. Only rank 0 knows the Data. Raises UserError."""
+    """(flags, Start, Data) of a run of train_vae.py with these flags. Only rank 0 knows the Data.
+    Raises UserError.
+    """
     cli.check_devices()
     check_job()
     check_optimizer_flags(args)

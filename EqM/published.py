@@ -1,4 +1,6 @@
-"""Models from elsewhere: exported folders and files of the published image models; checkpoint.py makes them its own."""
+"""Models from elsewhere: exported folders and files of the published image models; checkpoint.py
+makes them its own.
+"""
 
 import argparse
 import json
@@ -27,11 +29,13 @@ LOCAL_FLAGS = {
     "vae",
 }  # mean nothing on another machine
 
-# Exported folders: the EMA weights and their configuration, to share --------------------------------------------------
+# Exported folders: the EMA weights and their configuration, to share ------------------------------
 
 
 def write_export(folder, state, dtype, card, vae=None):
-    """Write the EMA weights, config.json, a card and a copy of the model's own `vae` to a folder, all or nothing."""
+    """Write the EMA weights, config.json, a card and a copy of the model's own `vae` to a folder,
+    all or nothing.
+    """
     folder = Path(os.path.abspath(folder))
     config = state["config"]
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -61,7 +65,9 @@ def write_export(folder, state, dtype, card, vae=None):
 
 
 def read_export(folder):
-    """(config, float32 weights, the same weights, step, format version) of an exported folder. Raises UserError."""
+    """(config, float32 weights, the same weights, step, format version) of an exported folder.
+    Raises UserError.
+    """
     flag = f"--ckpt {folder}"
     (weights, about) = (Path(folder, name) for name in EXPORT)
     if missing := [path.name for path in (weights, about) if not path.is_file()]:
@@ -89,7 +95,7 @@ def read_export(folder):
         raise UserError(f"{flag}: damaged ({str(error)[:200]}); copy or export it again") from error
 
 
-# Published image models: a state dict, or a dict with "model", "ema", "opt" and "args" --------------------------------
+# Published image models: a state dict, or a dict with "model", "ema", "opt" and "args" ------------
 
 
 def published_parts(state):
@@ -117,7 +123,8 @@ def load_published(path, model, ema, args, name, ebm):
     flag = f"--ckpt {path}"
     if name is None:
         raise UserError(
-            f"{flag}: a published file does not say which model it holds; pass --model, such as EqM-XL/2"
+            f"{flag}: a published file does not say which model it holds; pass --model, such as "
+            "EqM-XL/2"
         )
     try:
         config = published_config(model, name, args.get("ebm") or ebm or "none")
@@ -147,7 +154,9 @@ def is_published(config):
 
 
 def published_config(state, name, ebm):
-    """The EqMConfig of published weights of the model `name`. Raises ValueError if they are of another model."""
+    """The EqMConfig of published weights of the model `name`. Raises ValueError if they are of
+    another model.
+    """
     if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
@@ -167,7 +176,9 @@ def published_config(state, name, ebm):
 
 
 def convert_published(state, config):
-    """A new state dict with our names and shapes, from published weights. Raises ValueError if they don't fit."""
+    """A new state dict with our names and shapes, from published weights. Raises ValueError if they
+    don't fit.
+    """
     state = dict(state)
     table = position_table(config)
     theirs = state.pop("pos_embed")

@@ -1,4 +1,6 @@
-"""The run folder of train.py and train_vae.py: what they write and how they end. Each has its own loop."""
+"""The run folder of train.py and train_vae.py: what they write and how they end. Each has its own
+loop.
+"""
 
 import functools
 import json
@@ -16,7 +18,10 @@ from video.loader import end_children
 
 def add_loading_flags(add, num_workers):
     """Add the flags that say which videos are read, and how."""
-    fraction = "fraction of the videos for validation, at least one video; split files in --data-path replace it"
+    fraction = (
+        "fraction of the videos for validation, at least one video; split files in --data-path "
+        "replace it"
+    )
     add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=fraction)
     add(
         "--max-bad-fraction",
@@ -31,15 +36,23 @@ def add_loading_flags(add, num_workers):
         default=num_workers,
         help="loader processes per rank; 0 = in-process",
     )
-    cached = "decode each video once, into a folder in --results-dir that later runs reuse; for small data sets"
+    cached = (
+        "decode each video once, into a folder in --results-dir that later runs reuse; for small "
+        "data sets"
+    )
     add("--cache-frames", action="store_true", help=cached)
     add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
-    timeout = "seconds for loader processes to start or load a batch; 0 = no limit, but ranks wait 600 s at most"
+    timeout = (
+        "seconds for loader processes to start or load a batch; 0 = no limit, but ranks wait 600 "
+        "s at most"
+    )
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, help=timeout)
 
 
 class Run:
-    """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes."""
+    """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0
+    writes.
+    """
 
     def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
         own = (
@@ -66,7 +79,9 @@ class Run:
                 (self.folder / "config.json").write_text(json.dumps(run_config, indent=2))
 
     def report_corrupt(self, paths, step):
-        """Name each corrupt video that a rank has found once. Raises UserError, on all ranks, if there are too many."""
+        """Name each corrupt video that a rank has found once. Raises UserError, on all ranks, if
+        there are too many.
+        """
         for path in self.bad_videos.add(
             [path for part in distributed.gather(paths) for path in part]
         ):
@@ -98,7 +113,8 @@ class Run:
             "EQM_ADVICE", "run the same command with --resume"
         )  # a shell script adds the flag
         self.log(
-            f"stopped by {self.stop.name or 'a signal to another rank'} {where}: to continue, {advice}"
+            f"stopped by {self.stop.name or 'a signal to another rank'} {where}: to continue, "
+            f"{advice}"
         )
 
     def close(self):

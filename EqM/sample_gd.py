@@ -6,9 +6,9 @@
     python EqM/sample_gd.py --video --ckpt FILE --given datasets/ucf-101 --given-split val --given-frames 0-7 \
         --num-samples 2048 --samples-per-clip 8 --no-keep-background
 
-Architecture, latents, classes, frame rate and sampler settings come from the checkpoint. Architecture flags are checked
-against it; sampler flags replace its settings. Published image models need --model.
-"""
+Architecture, latents, classes, frame rate and sampler settings come from the checkpoint.
+Architecture flags are checked against it; sampler flags replace its settings. Published image
+models need --model. """
 
 import uncaught  # noqa: F401
 import argparse
@@ -93,9 +93,15 @@ def parse_args():
     )
     add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, help="number of samples")
     add("--seed", "--global-seed", type=NATURAL, default=0, help="seed of the noise")
-    beyond = "linear: fit longer videos into the time span of training; the motion is complete but slower"
+    beyond = (
+        "linear: fit longer videos into the time span of training; the motion is complete but "
+        "slower"
+    )
     add("--rope-scale", choices=["none", "linear"], default="none", help=beyond)
-    weak = "autoguidance: --cfg-scale moves away from this weaker model, such as an earlier checkpoint of the run"
+    weak = (
+        "autoguidance: --cfg-scale moves away from this weaker model, such as an earlier "
+        "checkpoint of the run"
+    )
     add("--weak-ckpt", metavar="FILE", help=weak)
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
@@ -129,7 +135,10 @@ def parse_args():
         metavar="S",
         help="samples that continue each clip of --given",
     )
-    background = "where nothing moves, restore detail of given frames that the VAE loses; scores need the --no- form"
+    background = (
+        "where nothing moves, restore detail of given frames that the VAE loses; scores need the "
+        "--no- form"
+    )
     add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
     add(
         "--init",
@@ -200,7 +209,9 @@ def main():
 
 
 def open_split(args, plan):
-    """(Clips of --given-split, their description for samples.json) on rank 0, None elsewhere. Raises UserError."""
+    """(Clips of --given-split, their description for samples.json) on rank 0, None elsewhere.
+    Raises UserError.
+    """
     if rank() != 0:  # the others wait for rank 0 in start()
         return None
     which = args.given_split, args.val_fraction, plan.num_frames, plan.time_scale, plan.image_size
@@ -210,7 +221,9 @@ def open_split(args, plan):
 
 
 def open_clips(args, plan, split=None):
-    """(this rank's indices, ClipReader of --given, of --init, description of a split). Raises UserError."""
+    """(this rank's indices, ClipReader of --given, of --init, description of a split). Raises
+    UserError.
+    """
     indices = own_indices(args.num_samples, block=args.batch_size)
     given = None
     init = None
@@ -266,7 +279,9 @@ def sample_run(args, plan, indices, given, init, real, device):
 
 
 def in_order(made, rounds):
-    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call this."""
+    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call
+    this.
+    """
     for _ in range(rounds):
         part = next(made, None)
         part = part and [
@@ -276,7 +291,9 @@ def in_order(made, rounds):
 
 
 def write_folder(args, plan, parts, given, real):
-    """Write the samples that `in_order` yields, previews and reports, and at last samples.json: how they were made."""
+    """Write the samples that `in_order` yields, previews and reports, and at last samples.json: how
+    they were made.
+    """
     folder = Path(args.folder)
     names = plan.names
     previews = not args.no_previews
@@ -316,7 +333,9 @@ def write_folder(args, plan, parts, given, real):
 
 
 def begin_folder(folder):
-    """Make the folder, or remove the samples and scores of an earlier call, so that all files are from one call."""
+    """Make the folder, or remove the samples and scores of an earlier call, so that all files are
+    from one call.
+    """
     is_old = is_sample_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()
@@ -331,7 +350,9 @@ def begin_folder(folder):
 
 
 def write_reports(args, names, evaluations, energies, windows):
-    """Write tables and plots of each sample's evaluations (--stop-below) and energies (--report-energy)."""
+    """Write tables and plots of each sample's evaluations (--stop-below) and energies
+    (--report-energy).
+    """
     from scoring import plots  # matplotlib loads slowly
 
     folder = Path(args.folder)
@@ -340,7 +361,10 @@ def write_reports(args, names, evaluations, energies, windows):
         rows = zip(range(len(names)), names, evaluations.tolist(), strict=True)
         write_csv(folder / "evaluations.csv", ["sample", "class", "evaluations"], rows)
         plots.plot_evaluations(folder / "evaluations.png", evaluations.numpy(), most)
-        mean = f"mean {evaluations.double().mean():.1f} of {most}, {evaluations.min()} to {evaluations.max()}"
+        mean = (
+            f"mean {evaluations.double().mean():.1f} of {most}, {evaluations.min()} to "
+            f"{evaluations.max()}"
+        )
         say(
             f"evaluations per sample: {mean}; each in evaluations.csv, histogram in evaluations.png"
         )

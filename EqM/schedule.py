@@ -1,4 +1,6 @@
-"""The phases of a run: how many frames a clip has, at which global step the phase ends, and clips per step."""
+"""The phases of a run: how many frames a clip has, at which global step the phase ends, and clips
+per step.
+"""
 
 import argparse
 import re
@@ -23,7 +25,8 @@ class Phase:
 
 
 def parse_schedule(text):
-    """Return the phases of a text such as "4:20000:256,8:30000": frames, last step and, optionally, clips per step.
+    """Return the phases of a text such as "4:20000:256,8:30000": frames, last step and, optionally,
+    clips per step.
 
     A `type=` for argparse: raises ArgumentTypeError.
     """
@@ -42,17 +45,20 @@ def parse_schedule(text):
 
 
 def fill_batches(phases, batch_size, tokens, parts):
-    """Return the phases with all batch sizes filled in, so that each has as many tokens per step as the first phase.
+    """Return the phases with all batch sizes filled in, so that each has as many tokens per step as
+    the first phase.
 
-    The first phase defaults to batch_size. tokens(num_frames) is the number of tokens of a clip. Raises UserError
-    unless each batch is a multiple of `parts` (ranks x micro-batches).
-    """
+    The first phase defaults to batch_size. tokens(num_frames) is the number of tokens of a clip.
+    Raises UserError unless each batch is a multiple of `parts` (ranks x micro-batches)."""
     per_step = (phases[0].batch_size or batch_size) * tokens(phases[0].num_frames)
     filled = []
     for phase in phases:
         size = phase.batch_size or per_step / tokens(phase.num_frames)
         if size % parts:
-            got = f"--frames-schedule: the phase of {plural(phase.num_frames, 'frame')} has {size:g} clips per step"
+            got = (
+                f"--frames-schedule: the phase of {plural(phase.num_frames, 'frame')} has "
+                f"{size:g} clips per step"
+            )
             expected = f"expected a multiple of {parts} (ranks x --grad-accum)"
             raise UserError(
                 f"{got}; {expected}; add a batch size to it, or change --global-batch-size"
@@ -62,7 +68,9 @@ def fill_batches(phases, batch_size, tokens, parts):
 
 
 def is_due(step, last_step, *periods):
-    """Return whether a step is the last step of a phase or a multiple of one of the periods. Period 0 means never."""
+    """Return whether a step is the last step of a phase or a multiple of one of the periods. Period
+    0 means never.
+    """
     return step >= last_step or any(period and step % period == 0 for period in periods)
 
 
@@ -72,10 +80,11 @@ def current_phase(phases, first_step):
 
 
 def frames_of_steps(phases, phase, step, first_step, mix, seed):
-    """Return the frames per clip of each step from step + 1 to the end of a phase that began at first_step.
+    """Return the frames per clip of each step from step + 1 to the end of a phase that began at
+    first_step.
 
-    A share `mix` of the steps uses the frames of an earlier phase. The choice depends only on seed, phase and step.
-    """
+    A share `mix` of the steps uses the frames of an earlier phase. The choice depends only on seed,
+    phase and step."""
     steps = range(step + 1, phase.last_step + 1)
     earlier = [one.num_frames for one in phases if one.last_step <= first_step]
     if not (mix and earlier):

@@ -1,9 +1,10 @@
-"""Models larger than a GPU (--shard): FSDP2 spreads weights, gradients, optimizer states and EMA over the ranks.
+"""Models larger than a GPU (--shard): FSDP2 spreads weights, gradients, optimizer states and EMA
+over the ranks.
 
-Each rank holds a share of the rows of every tensor, as a DTensor. The ranks gather one block at a time to compute with
-it, so all ranks must make the same forward passes in the same order. Functions import torch's modules for this
-themselves, because the import takes a third as long as torch itself.
-"""
+Each rank holds a share of the rows of every tensor, as a DTensor. The ranks gather one block at a
+time to compute with it, so all ranks must make the same forward passes in the same order. Functions
+import torch's modules for this themselves, because the import takes a third as long as torch
+itself."""
 
 import warnings
 from copy import deepcopy
@@ -17,10 +18,11 @@ from runtime.distributed import MIXED, world_size
 
 
 def make_networks(config, device, shard, precision="fp32"):
-    """Return (model, its EMA without gradients). The weights are the same whether `shard` is set or not.
+    """Return (model, its EMA without gradients). The weights are the same whether `shard` is set or
+    not.
 
-    precision: of --precision. If it is mixed, call sharded networks only under autocast, see `empty_network`.
-    """
+    precision: of --precision. If it is mixed, call sharded networks only under autocast, see
+    `empty_network`."""
     if not shard:
         model = EqM(config).to(device)
         return model, deepcopy(model).eval().requires_grad_(False)
@@ -35,7 +37,8 @@ def make_networks(config, device, shard, precision="fp32"):
         model.initialize_weights()
     ema = empty_network(config, mesh, device, precision).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    # A sample stops when its field is small. If rounding made ranks disagree on that, some would wait forever.
+    # A sample stops when its field is small. If rounding made ranks disagree on that, some would
+    # wait forever.
     ema.register_forward_hook(of_first_rank)
     return model, ema
 
@@ -43,14 +46,15 @@ def make_networks(config, device, shard, precision="fp32"):
 def empty_network(config, mesh, device, precision):
     """Return a network without values, with the blocks and the root sharded.
 
-    In mixed precision, the ranks gather rounded weights, half as many bytes. The results are the same bit for bit,
-    because autocast would round the weights of products, too. So call the network only under autocast.
-    """
+    In mixed precision, the ranks gather rounded weights, half as many bytes. The results are the
+    same bit for bit, because autocast would round the weights of products, too. So call the network
+    only under autocast."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with torch.device("meta"):
         network = EqM(config)
-    # With an energy only the root is sharded: with sharded blocks the double backward pass fails (torch 2.13)
+    # With an energy only the root is sharded: with sharded blocks the double backward pass fails
+    # (torch 2.13)
     splits = config.ebm == "none"
     table = network.y_embedder.embedding_table
     for part in (table, *network.blocks, network) if splits else (network,):
@@ -68,7 +72,9 @@ def empty_network(config, mesh, device, precision):
 
 
 class FullDraws(TorchDispatchMode):
-    """Draw the initial weights of a DTensor as a full tensor on the CPU, as without sharding, and keep its rows."""
+    """Draw the initial weights of a DTensor as a full tensor on the CPU, as without sharding, and
+    keep its rows.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -86,7 +92,9 @@ def is_sharded(tensor):
 
 
 def shard_like(full, tensor, sender=None):
-    """Return this rank's rows of a full tensor if `tensor` is a DTensor. Rank `sender` has it; None: all ranks do."""
+    """Return this rank's rows of a full tensor if `tensor` is a DTensor. Rank `sender` has it;
+    None: all ranks do.
+    """
     if not is_sharded(tensor):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -97,12 +105,16 @@ def shard_like(full, tensor, sender=None):
 
 
 def full_tensor(tensor):
-    """Return a DTensor as a full tensor on every rank (all ranks must call this), and any other tensor unchanged."""
+    """Return a DTensor as a full tensor on every rank (all ranks must call this), and any other
+    tensor unchanged.
+    """
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def scatter(full, like, owner):
-    """Shard a full bfloat16 tensor of rank `owner` in the same way as `like`. The other ranks pass None."""
+    """Shard a full bfloat16 tensor of rank `owner` in the same way as `like`. The other ranks pass
+    None.
+    """
     if full is None:
         full = torch.empty(like.shape, dtype=torch.bfloat16, device=like.device)
     return shard_like(full.view(torch.uint8), like, owner).view(

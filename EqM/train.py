@@ -8,8 +8,8 @@ A first phase on 4 frames, then one that continues with 8; steps are counted ove
         --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 100000 --global-batch-size 128 \
         --ckpt results/EXP/*/checkpoints/0050000.pt
 
-All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an interruption: the same command and --resume.
-"""
+All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an interruption: the same
+command and --resume. """
 
 import uncaught  # noqa: F401
 import functools
@@ -63,7 +63,10 @@ def parse_args():
     add_model_and_data_flags(parser)
     add_optimization_flags(parser)
     add = add_speed_flags(parser)
-    less = "recompute activations in the backward pass to save memory: all (full, or no value), or all but those of "
+    less = (
+        "recompute activations in the backward pass to save memory: all (full, or no value), or "
+        "all but those of "
+    )
     less += "attention and of most products (selective); default: off"
     add("--grad-checkpoint", nargs="?", choices=GRAD_CHECKPOINTS, const="full", help=less)
     add(
@@ -139,7 +142,10 @@ def add_model_and_data_flags(parser):
     add("--hidden-size", type=COUNT, help="width; default: from --ckpt, else from --model")
     add("--num-heads", type=COUNT, help="attention heads; default: from --ckpt, else from --model")
     add("--num-frames", type=COUNT, help="frames per clip; default: 16, images have 1")
-    schedule = "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the phase ends, clips "
+    schedule = (
+        "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the "
+        "phase ends, clips "
+    )
     schedule += "per step (default: as many tokens as in the first phase)"
     add("--frames-schedule", type=parse_schedule, metavar="F:STEP[:BATCH],...", help=schedule)
     add(
@@ -163,11 +169,20 @@ def add_model_and_data_flags(parser):
         type=POSITIVE,
         help="base of the frequencies; default: from --ckpt, else 10000",
     )
-    split = "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, else a third each"
+    split = (
+        "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, "
+        "else a third each"
+    )
     add("--rope-split", metavar="T,H,W", help=split)
-    speed = "patches by which spatial positions move per temporal patch at 25 fps; default: from --ckpt, else 0"
+    speed = (
+        "patches by which spatial positions move per temporal patch at 25 fps; default: from "
+        "--ckpt, else 0"
+    )
     add("--rope-speed", type=NON_NEGATIVE, help=speed)
-    table = "space: add fixed positions of height and width to rotary ones; default: from --ckpt, else none"
+    table = (
+        "space: add fixed positions of height and width to rotary ones; default: from --ckpt, "
+        "else none"
+    )
     add("--position-table", choices=POSITION_TABLES, help=table)
     add(
         "--qk-norm",
@@ -180,7 +195,10 @@ def add_model_and_data_flags(parser):
         choices=EBMS,
         help="energy whose negative gradient is the field; default: from --ckpt, else none",
     )
-    objective = "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; default: "
+    objective = (
+        "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; "
+        "default: "
+    )
     add("--objective", choices=transport.OBJECTIVES, help=objective + "from --ckpt, else eqm")
     add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
 
@@ -193,9 +211,15 @@ def add_model_and_data_flags(parser):
     )
     size = "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
-    vae = "ema, mse, an AutoencoderKL's folder, none: pixels; default: as in the latent cache, else --ckpt, else ema"
+    vae = (
+        "ema, mse, an AutoencoderKL's folder, none: pixels; default: as in the latent cache, else "
+        "--ckpt, else ema"
+    )
     add("--vae", metavar="VAE", help=vae)
-    interval = "video frames from one frame of a clip to the next; two numbers: a random one per clip; default: 1"
+    interval = (
+        "video frames from one frame of a clip to the next; two numbers: a random one per clip; "
+        "default: 1"
+    )
     add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)
     add(
         "--no-flip", action="store_true", help="never mirror clips; use it if left and right differ"
@@ -227,7 +251,10 @@ def add_optimization_flags(parser):
         default=0.0,
         help="fraction of the steps, at the end, in which the rate falls to 0",
     )
-    end = "global step at which --lr-decay ends, if more phases follow this run; default: the end of this run"
+    end = (
+        "global step at which --lr-decay ends, if more phases follow this run; default: the end "
+        "of this run"
+    )
     add("--lr-decay-end", type=COUNT, help=end)
     add(
         "--warmup-steps",
@@ -235,7 +262,10 @@ def add_optimization_flags(parser):
         default=0,
         help="steps up to the full learning rate; 0 = off",
     )
-    decay = f"decoupled weight decay; 0 = off; default: {optim.MUON_DECAY} with --optimizer muon, else 0"
+    decay = (
+        f"decoupled weight decay; 0 = off; default: {optim.MUON_DECAY} with --optimizer muon, "
+        "else 0"
+    )
     add("--weight-decay", type=NON_NEGATIVE, help=decay)
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, help="largest norm of the gradient; 0 = off")
     nonfinite = (
@@ -364,7 +394,8 @@ def main():
                 batches = itertools.chain([stop.wait(batches)], batches)
             stop.resolve()
             while True:
-                # After new steps: sample periodically; log, validate and save periodically and at the end of a phase
+                # After new steps: sample periodically; log, validate and save periodically and at
+                # the end of a phase
                 if len(run.stats) and is_due(progress.step, phase.last_step, *periods):
                     step = progress.step
                     videos = None
@@ -396,7 +427,8 @@ def main():
                             progress.best_step = step
                     if videos is not None:
                         write_previews(run.folder, step, metrics, previews, videos.numpy())
-                    # Log before saving: a checkpoint must not be ahead of the metrics. Later rows are logged again.
+                    # Log before saving: a checkpoint must not be ahead of the metrics. Later rows
+                    # are logged again.
                     progress.seconds = time.monotonic() - began
                     row |= optim.learning_rates(optimizers) | {
                         "bad_videos": len(run.bad_videos.paths)
@@ -415,7 +447,8 @@ def main():
 
                 # One optimization step
                 run.writer.check()
-                # About once per second all ranks vote whether to stop or to save; resolve() reads the result.
+                # About once per second all ranks vote whether to stop or to save; resolve() reads
+                # the result.
                 stop.vote(save=run.wants_to_save(args.save_minutes))
                 set_learning_rates(optimizers, args, progress.step + 1, lr_end)
                 sums = Counter()
@@ -543,7 +576,9 @@ def start_phase(args, data, phases, phase, progress, device):
 
 
 def sample_ema(plan, args, device, stop):
-    """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all. Raises Interrupted."""
+    """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all. Raises
+    Interrupted.
+    """
     indices = (
         list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples)
     )
@@ -563,7 +598,9 @@ def sample_ema(plan, args, device, stop):
 
 
 def write_previews(folder, step, metrics, plan, videos):
-    """Write samples uint8 (N, T, H, W, 3) as a sheet, mp4 and GIF, also to TensorBoard. Raises UserError."""
+    """Write samples uint8 (N, T, H, W, 3) as a sheet, mp4 and GIF, also to TensorBoard. Raises
+    UserError.
+    """
     path = folder / "samples" / f"{step:07d}"
     fps = 1 / plan.time_scale
     gif = None

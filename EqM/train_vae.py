@@ -1,4 +1,5 @@
-"""Train a small VAE on the frames of a data folder, where the published VAEs do not fit or can't be downloaded.
+"""Train a small VAE on the frames of a data folder, where the published VAEs do not fit or can't be
+downloaded.
 
     torchrun --nproc_per_node=2 EqM/train_vae.py --data-path datasets/weizmann --image-size 64 --downsample 4 \
         --global-batch-size 16 --max-steps 4000 --results-dir results/EXP
@@ -6,9 +7,8 @@
     RUN/vae/        the EMA weights as a diffusers AutoencoderKL, for --vae RUN/vae of cache_latents.py and train.py
     RUN/samples/    sheets: frames of validation videos above their reconstructions
 
-Its scale and shift give latents of the training frames mean 0 and standard deviation 1. After an interruption, run the
-same command with --resume: the result is the same bit for bit.
-"""
+Its scale and shift give latents of the training frames mean 0 and standard deviation 1. After an
+interruption, run the same command with --resume: the result is the same bit for bit. """
 
 import uncaught  # noqa: F401
 import copy
@@ -66,7 +66,10 @@ def parse_args():
         help="pixels per latent value along each side",
     )
     add("--latent-channels", type=COUNT, default=4, help="channels of a latent")
-    widths = "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from 16 32 64 128"
+    widths = (
+        "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from "
+        "16 32 64 128"
+    )
     add("--widths", type=COUNT, nargs="+", help=widths)
 
     add = parser.add_argument_group("data").add_argument
@@ -106,7 +109,10 @@ def parse_args():
     add("--lr-decay", type=SHARE, default=0.5, help=decay)
     add("--ema-decay", type=SHARE, default=0.995, help="decay of the EMA weights; lower at first")
     add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
-    precision = "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU that has it"
+    precision = (
+        "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU that "
+        "has it"
+    )
     add("--precision", choices=["fp32", "tf32", "bf16"], help=precision)
 
     add = parser.add_argument_group("run").add_argument
@@ -165,8 +171,10 @@ def main():
     start.state = None  # or the file would stay open during the run
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     log(
-        f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
-        f"{plural(len(data.train[1]), 'training video')}, {plural(len(data.val[1]), 'validation video')}"
+        f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step "
+        f"{args.max_steps}; "
+        f"{plural(len(data.train[1]), 'training video')}, "
+        f"{plural(len(data.val[1]), 'validation video')}"
     )
     run.report_corrupt(data.scan.unreadable, progress.step)
     batches, val_loader, train_loader = make_loaders(args, data, progress, device)
@@ -193,7 +201,8 @@ def main():
                     )
                     run.report_corrupt(corrupt, progress.step)
                     log(
-                        f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation videos"
+                        f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation "
+                        "videos"
                     )
                     row |= values
                 run.metrics.log(progress.step, **row, **optim.learning_rates(optimizers))
@@ -235,7 +244,9 @@ def main():
 
 
 def make_loaders(args, data, progress, device):
-    """(iterator over this rank's batches, loader of its validation frames, loader of its frames for statistics)."""
+    """(iterator over this rank's batches, loader of its validation frames, loader of its frames for
+    statistics).
+    """
     shared = {"source": data.source, "classes": data.scan.classes, "num_frames": 1}
     train = Clips(
         videos=data.train[1], flip=not args.no_flip, seed=args.global_seed, stream=0, **shared
@@ -253,7 +264,9 @@ def make_loaders(args, data, progress, device):
 
 
 def training_losses(network, batch, args, device):
-    """{name: loss} of a batch, to be added up. The latents' noise depends only on the seed and each frame's index."""
+    """{name: loss} of a batch, to be added up. The latents' noise depends only on the seed and each
+    frame's index.
+    """
     indices = batch["indices"].tolist()
     side = args.image_size // args.downsample
     x = batch["clips"][:, :, 0].to(device).float() / 127.5 - 1  # (B, 3, H, W)
@@ -265,7 +278,9 @@ def training_losses(network, batch, args, device):
 
 
 def validate(args, ema, val_loader, train_loader, folder, step, device):
-    """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos). Writes a sheet and the VAE's folder."""
+    """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos). Writes a sheet and
+    the VAE's folder.
+    """
     values, corrupt = autoencoder.measure(ema, val_loader, device)
     statistics, more = autoencoder.measure(ema, train_loader, device)
     if rank() == 0:

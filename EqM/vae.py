@@ -1,8 +1,8 @@
 """Pixels <-> latents. The only module that applies the VAE's scale factor.
 
---vae none means pixels in [-1, 1]; ema and mse are Stability AI's fine-tuned VAEs of Stable Diffusion; a directory
-holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is not compressed.
-"""
+--vae none means pixels in [-1, 1]; ema and mse are Stability AI's fine-tuned VAEs of Stable
+Diffusion; a directory holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time
+is not compressed."""
 
 import hashlib
 import os
@@ -22,11 +22,11 @@ CHUNK = 8  # frames per call of the model; 64 frames of 256 px at once would not
 
 
 class VAE(nn.Module):
-    """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H / downsample.
+    """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H /
+    downsample.
 
-    name is none, ema, mse or a directory's absolute path; sha256 is that of the weights. Without a model, latents are
-    pixels.
-    """
+    name is none, ema, mse or a directory's absolute path; sha256 is that of the weights. Without a
+    model, latents are pixels."""
 
     channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
 
@@ -43,7 +43,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def posterior(self, clips):
-        """(mean, std) of the latents of uint8 (B, 3, T, H, W), unscaled; the std of pixels is None."""
+        """(mean, std) of the latents of uint8 (B, 3, T, H, W), unscaled; the std of pixels is
+        None.
+        """
         if self.model is None:
             return clips.float() / 127.5 - 1, None
 
@@ -58,10 +60,11 @@ class VAE(nn.Module):
         return (self.posterior(clips)[0] - self.shift) * self.scale
 
     def latents_of(self, clips, seed, stream, indices):
-        """Scaled latents (B, C, T, h, w) of a batch, with posterior noise that depends only on seed, stream and index.
+        """Scaled latents (B, C, T, h, w) of a batch, with posterior noise that depends only on
+        seed, stream and index.
 
-        clips: uint8 (B, 3, T, H, W), or mean and std from a latent cache, float16 (B, 2, C, T, h, w).
-        """
+        clips: uint8 (B, 3, T, H, W), or mean and std from a latent cache, float16 (B, 2, C, T, h,
+        w)."""
         latents, std = (
             self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
         )
@@ -73,7 +76,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents):
-        """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the range of pixels."""
+        """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the range of
+        pixels.
+        """
 
         def decode(frames):
             pixels = frames if self.model is None else self.model.decode(frames).sample
@@ -87,7 +92,9 @@ class VAE(nn.Module):
 
 
 def must_differ(name, made):
-    """Whether two names of VAEs are certainly of different ones. The name of a directory says nothing."""
+    """Whether two names of VAEs are certainly of different ones. The name of a directory says
+    nothing.
+    """
     return (
         bool(made)
         and name != made
@@ -96,7 +103,9 @@ def must_differ(name, made):
 
 
 def load_vae(typed, made=None, owner=None):
-    """The frozen VAE of --vae or, if `typed` is None, the VAE `made` of an `owner` such as the checkpoint."""
+    """The frozen VAE of --vae or, if `typed` is None, the VAE `made` of an `owner` such as the
+    checkpoint.
+    """
     name = (made or "ema") if typed is None else typed
     if must_differ(name, made):
         raise UserError(f"--vae {name}: {owner} was made with {made}; remove --vae")
@@ -106,7 +115,8 @@ def load_vae(typed, made=None, owner=None):
         if typed is None:
             raise UserError(f"{owner}'s VAE {name}: not found; pass its new path with --vae")
         raise UserError(
-            f"--vae {name}: not found; expected none, ema, mse or a directory of a diffusers AutoencoderKL"
+            f"--vae {name}: not found; expected none, ema, mse or a directory of a diffusers "
+            "AutoencoderKL"
         )
     directory = _download(name) if name in REPOSITORIES else name
 
@@ -124,7 +134,8 @@ def load_vae(typed, made=None, owner=None):
         ) from error
     if missing := info["missing_keys"]:  # diffusers would initialize them at random
         raise UserError(
-            f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first"
+            f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} "
+            "first"
         )
     parts = [file_sha256(path) for path in sorted(Path(directory).glob("*.safetensors"))]
     sha256 = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -133,14 +144,21 @@ def load_vae(typed, made=None, owner=None):
 
 
 def check_same(vae, sha256, place):
-    """Raise UserError unless a VAE's weights have this SHA-256; None, as in older files, is not checked."""
+    """Raise UserError unless a VAE's weights have this SHA-256; None, as in older files, is not
+    checked.
+    """
     if sha256 not in (None, vae.sha256):
-        hashes = f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with {sha256[:12]}..."
+        hashes = (
+            f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with "
+            f"{sha256[:12]}..."
+        )
         raise UserError(f"--vae {vae.name}: another VAE: {hashes}; pass the path of that one")
 
 
 def _download(name):
-    """The local directory of a published VAE, downloaded unless Hugging Face's cache has it. Raises UserError."""
+    """The local directory of a published VAE, downloaded unless Hugging Face's cache has it. Raises
+    UserError.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -149,7 +167,8 @@ def _download(name):
         files = [hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)]
     except LocalEntryNotFoundError:
         say(
-            f"--vae {name}: downloading {repo} (335 MB, once; without internet, pass a directory that holds it)"
+            f"--vae {name}: downloading {repo} (335 MB, once; without internet, pass a directory "
+            "that holds it)"
         )
         try:
             files = [hf_hub_download(repo, file) for file in (CONFIG, WEIGHTS)]

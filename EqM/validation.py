@@ -1,4 +1,6 @@
-"""Validation on the same clips, noise and gammas each time, so that the losses depend only on the weights."""
+"""Validation on the same clips, noise and gammas each time, so that the losses depend only on the
+weights.
+"""
 
 import math
 from contextlib import suppress
@@ -20,7 +22,9 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def validation_chunks(val, lengths, num_clips):
-    """Lists of at most CHUNK pairs (num_frames, index), one pair per validation clip. A rank takes every n-th list."""
+    """Lists of at most CHUNK pairs (num_frames, index), one pair per validation clip. A rank takes
+    every n-th list.
+    """
     keys = [
         [(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))]
         for n in lengths
@@ -30,12 +34,13 @@ def validation_chunks(val, lengths, num_clips):
 
 @torch.no_grad()
 def validate(ema, model, vae, loader, num_frames, precision, device, stop, given=False):
-    """({name: loss of the EMA or the raw weights}, the same on all ranks; this rank's corrupt videos).
+    """({name: loss of the EMA or the raw weights}, the same on all ranks; this rank's corrupt
+    videos).
 
-    The loader yields this rank's chunks. If the ranks must stay together, it yields all chunks, and the losses of rank
-    0 count. Gammas are multiples of the golden ratio modulo 1, so they are uniform. With `given`, the EMA is measured a
-    second time with the first half of the frames clean, if clips have several temporal patches. Raises Interrupted.
-    """
+    The loader yields this rank's chunks. If the ranks must stay together, it yields all chunks, and
+    the losses of rank 0 count. Gammas are multiples of the golden ratio modulo 1, so they are
+    uniform. With `given`, the EMA is measured a second time with the first half of the frames
+    clean, if clips have several temporal patches. Raises Interrupted."""
     rows = []
     corrupt = []
     batches = batches_of(loader)
@@ -80,8 +85,9 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
 
 
 def summarize(rows, num_frames, objective="eqm"):
-    """{name: mean loss} of float64 rows: frames, index, gamma, loss of the EMA, loss of the raw weights, E[x^2], and
-    the EMA's loss of the unmasked part with given frames, or -1. The names, for clips of num_frames except the last:
+    """{name: mean loss} of float64 rows: frames, index, gamma, loss of the EMA, loss of the raw
+    weights, E[x^2], and the EMA's loss of the unmasked part with given frames, or -1. The names,
+    for clips of num_frames except the last:
 
     val_loss, val_loss_raw          the EMA, the raw weights
     val_loss_rel                    the EMA, relative to a network that predicts zero

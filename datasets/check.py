@@ -3,10 +3,11 @@
     python datasets/check.py datasets/my-videos --num-frames 16 --image-size 64 --vae none --model EqM-S/4 \
         --max-steps 20000
 
-Prints the number of videos, their lengths, frame rates and sizes; every file that training would skip, and why; the
-videos that validate; the memory, the seconds a step and the hours of training, measured here on clips of noise. Writes
-a sheet of clips as the model sees them. It decodes every video to its end, unless --quick. The last
-line is a command that trains on these videos on this machine, with the flags that you gave.
+Prints the number of videos, their lengths, frame rates and sizes; every file that training would
+skip, and why; the videos that validate; the memory, the seconds a step and the hours of training,
+measured here on clips of noise. Writes a sheet of clips as the model sees them. It decodes every
+video to its end, unless --quick. The last line is a command that trains on these videos on this
+machine, with the flags that you gave.
 
 If train.py would refuse these videos, it says so at the end, in the words of train.py. The exit
 status is then 2, as for a mistake in the flags.
@@ -68,7 +69,8 @@ MOST_PIXELS = 64  # px: smaller videos train without a VAE (docs/own-videos.md);
 MANY = 1000  # videos from which the defaults of the scripts suit, with a GPU
 SIDES = re.compile("left|right", re.IGNORECASE)  # "bright" costs only the mirrored clips
 TRAIN = Path(__file__).resolve().parent.parent / "EqM" / "train.py"
-MOST_HOURS = 72  # longer runs get a suggestion: a laptop or a borrowed GPU rarely runs for more than three days
+# longer runs get a suggestion: a laptop or a borrowed GPU rarely runs for more than three days
+MOST_HOURS = 72
 
 
 def parse_args():
@@ -156,7 +158,7 @@ def main():
         fail(f"train.py would refuse these videos: {refusal}")
 
 
-# The videos -----------------------------------------------------------------------------------------------------------
+# The videos ---------------------------------------------------------------------------------------
 
 
 def open_videos(args):
@@ -218,7 +220,8 @@ def describe(scan):
     columns["seconds"] = [video.num_frames / video.fps for video in videos]
     for what, values in columns.items():
         say(
-            f"{what}: {min(values):.4g} to {max(values):.4g}, median {statistics.median(values):.4g}"
+            f"{what}: {min(values):.4g} to {max(values):.4g}, median "
+            f"{statistics.median(values):.4g}"
         )
     sizes = Counter(f"{video.width} x {video.height}" for video in videos)
     say(
@@ -259,7 +262,9 @@ def describe_skipped(args, scan, corrupt):
 
 
 def write_clips(args, data, out):
-    """Write a sheet with a clip of some training videos, from the first to the last, and print their files."""
+    """Write a sheet with a clip of some training videos, from the first to the last, and print
+    their files.
+    """
     videos = data.train[args.num_frames]
     shown = [videos[index] for index in evenly_spaced(len(videos), MAX_ROWS)]
     clips = Clips(
@@ -284,11 +289,12 @@ def write_clips(args, data, out):
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_sheet(out, videos, names)
     say(
-        f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: {', '.join(paths)}"
+        f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: "
+        f"{', '.join(paths)}"
     )
 
 
-# What a step costs ----------------------------------------------------------------------------------------------------
+# What a step costs --------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -343,7 +349,9 @@ def in_words(hours):
 
 
 def suggest(args, config, hours):
-    """Print how to shorten a training of so many hours; another model's hours are in proportion to its FLOPs."""
+    """Print how to shorten a training of so many hours; another model's hours are in proportion to
+    its FLOPs.
+    """
     smaller = {}  # hours of the smaller models whose width fits what a token holds
     for name in NAMES:
         with suppress(ValueError):
@@ -362,7 +370,7 @@ def suggest(args, config, hours):
     say(f"note: more than {MOST_HOURS} hours are too long for most machines; {model}{less}")
 
 
-# A command of train.py ------------------------------------------------------------------------------------------------
+# A command of train.py ----------------------------------------------------------------------------
 
 
 def suggest_command(args, vae, source, corrupt, device):

@@ -1,4 +1,6 @@
-"""Shared code of the scripts beside this module: the path of EqM/, UCF-101's lists of a split, missing videos."""
+"""Shared code of the scripts beside this module: the path of EqM/, UCF-101's lists of a split,
+missing videos.
+"""
 
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ from video.writers import write_lossless
 
 
 def write_lists(out, train, test):
-    """Write UCF-101's lists for videos `Class/name.avi`. trainlist01 comes last and marks the data set as complete."""
+    """Write UCF-101's lists for videos `Class/name.avi`. trainlist01 comes last and marks the data
+    set as complete.
+    """
     folder = Path(out, UCF_LISTS)
     classes = sorted({name.split("/")[0] for name in (*train, *test)})
     folder.mkdir(exist_ok=True)
@@ -36,13 +40,16 @@ def missing_videos(out, names):
     }
     if foreign := sorted(found - set(names)):
         raise UserError(
-            f"--out {out}: holds {foreign[0]}, which does not belong to this data set; name another folder"
+            f"--out {out}: holds {foreign[0]}, which does not belong to this data set; name "
+            "another folder"
         )
     return [name for name in names if name not in found]
 
 
 def write_missing(out, names, frames_of, fps, train, test, about):
-    """Write the missing videos `Class/name.mkv` of a data set, frames_of(name) each, then the lists of all videos."""
+    """Write the missing videos `Class/name.mkv` of a data set, frames_of(name) each, then the lists
+    of all videos.
+    """
 
     def write(name):
         Path(out, name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,11 @@
     python datasets/make_moving_shapes.py --out datasets/moving-shapes
     python datasets/make_moving_shapes.py --out datasets/bouncing-shapes --bounce --seconds 12
 
-There are 12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so the motion of a generated clip can be
-scored. --bounce makes videos of any length in 6 classes, shape x axis (`CircleHorizontal` ... `TriangleVertical`). In
-them, the shape turns where it touches the border. The same flags give the same bytes (with the same FFmpeg build).
-Positions are (x, y) in px from the top left corner of the frame; y grows downwards, and pixel centers are at + 0.5.
-"""
+There are 12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so the motion of a
+generated clip can be scored. --bounce makes videos of any length in 6 classes, shape x axis
+(`CircleHorizontal` ... `TriangleVertical`). In them, the shape turns where it touches the border.
+The same flags give the same bytes (with the same FFmpeg build). Positions are (x, y) in px from the
+top left corner of the frame; y grows downwards, and pixel centers are at + 0.5."""
 
 import json
 import math
@@ -57,8 +57,8 @@ BACKGROUNDS = {
     "brown": (45, 25, 10),
 }
 
-# Sizes in radii. The square has the circle's area. The triangle points up and has 84% of it, because a larger one could
-# not travel as far.
+# Sizes in radii. The square has the circle's area. The triangle points up and has 84% of it,
+# because a larger one could not travel as far.
 HALF_SIDE = math.sqrt(math.pi) / 2
 BASE = HEIGHT = 2.3
 AREAS = {"Circle": math.pi, "Square": 4 * HALF_SIDE**2, "Triangle": BASE * HEIGHT / 2}
@@ -78,9 +78,9 @@ EXTENTS = {
 def coverage(shape, center, radius, size):
     """The fraction of each pixel that a shape covers, float64 (size, size).
 
-    Each pixel row is clipped to the shape's height and sampled on SUBROWS lines. The overlap of a line with each pixel
-    is exact. So squares are exact and other shapes almost exact, even for centers at fractions of a pixel.
-    """
+    Each pixel row is clipped to the shape's height and sampled on SUBROWS lines. The overlap of a
+    line with each pixel is exact. So squares are exact and other shapes almost exact, even for
+    centers at fractions of a pixel."""
     x, y = center
     _, up, _, down = EXTENTS[shape]
     edges = np.clip(np.arange(size + 1), y - up * radius, y + down * radius)
@@ -116,7 +116,9 @@ def draw_clip(video, size, frames):
 
 
 def plan_video(shape, kind, index, args):
-    """The entry of a video in shapes.json, with all its random choices. kind: a direction; with --bounce an axis."""
+    """The entry of a video in shapes.json, with all its random choices. kind: a direction; with
+    --bounce an axis.
+    """
     rng = generator(
         args.seed, "bouncing-shapes" if args.bounce else "moving-shapes", shape, kind, index
     )
@@ -145,7 +147,9 @@ def plan_video(shape, kind, index, args):
 
 
 def cross(direction, ends, u_x, u_y, _, args):
-    """(fields of a motion across the frame, {}), from uniform numbers. ends: lowest and highest position per axis."""
+    """(fields of a motion across the frame, {}), from uniform numbers. ends: lowest and highest
+    position per axis.
+    """
     speed = TRAVEL * args.size * FPS / args.frames
     start = []
     distance = speed * (args.frames - 1) / FPS
@@ -157,7 +161,9 @@ def cross(direction, ends, u_x, u_y, _, args):
 
 
 def bounce(axis, ends, u_x, u_y, turn, args):
-    """As `cross`, for a motion that turns at the ends. The path: the centroid on the axis in each frame, px."""
+    """As `cross`, for a motion that turns at the ends. The path: the centroid on the axis in each
+    frame, px.
+    """
     start = [
         low + (high - low) * place for place, (low, high) in zip((u_x, u_y), ends, strict=True)
     ]
@@ -195,7 +201,9 @@ def plan_videos(args):
 
 
 def write_video(path, frames):
-    """Write frames, uint8 (T, H, W, 3), as an almost lossless MPEG-4 part 2 AVI, without date or encoder version."""
+    """Write frames, uint8 (T, H, W, 3), as an almost lossless MPEG-4 part 2 AVI, without date or
+    encoder version.
+    """
     options = {
         "flags": "+bitexact+qscale",
         "qmin": "1",
@@ -207,7 +215,9 @@ def write_video(path, frames):
 
 
 def is_made(out, settings):
-    """True if `out` holds a data set with these settings, False if it is new or empty. Raises UserError otherwise."""
+    """True if `out` holds a data set with these settings, False if it is new or empty. Raises
+    UserError otherwise.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     advice = "expected a new or empty folder, or the same data set; name another folder"
@@ -223,7 +233,9 @@ def is_made(out, settings):
 
 
 def write_data_set(out, settings, args):
-    """Write the data set to a temporary folder beside `out`, and rename the folder when it is complete."""
+    """Write the data set to a temporary folder beside `out`, and rename the folder when it is
+    complete.
+    """
     videos = plan_videos(args)
     train, test = (
         [f"{key}.avi" for key in videos if ("_g01_" in key) == tests] for tests in (False, True)
@@ -260,7 +272,8 @@ def check_flags(args):
     most = math.floor(1000 * (1 - TRAVEL) / max(BASE, HEIGHT, 2)) / 1000
     if not 0.05 <= small <= large <= most:
         raise UserError(
-            f"--radius {small:g} {large:g}: expected MIN <= MAX, both between 0.05 and {most:g} of --size, "
+            f"--radius {small:g} {large:g}: expected MIN <= MAX, both between 0.05 and {most:g} "
+            "of --size, "
             "so that shapes can be recognized and stay in the frame"
         )
 
@@ -317,7 +330,8 @@ def main(argv=None):
         cli.check_writable("--out", args.out)
     write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
     say(
-        f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with {args.videos_per_class} videos each"
+        f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with "
+        f"{args.videos_per_class} videos each"
     )
 
 

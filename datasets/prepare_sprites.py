@@ -1,11 +1,13 @@
-"""Compose the Sprites benchmark: 1,296 characters that walk, cast spells and slash, 8 frames of 64 x 64 px each.
+"""Compose the Sprites benchmark: 1,296 characters that walk, cast spells and slash, 8 frames of 64
+x 64 px each.
 
     git clone https://github.com/YingzhenLi/Sprites datasets/sprites-sheets
     python datasets/prepare_sprites.py --source datasets/sprites-sheets --out datasets/sprites
 
-The benchmark is from Li and Mandt: Disentangled Sequential Autoencoder, ICML 2018 (arXiv 1803.02991). A character is
-four attributes with six values each: body, bottomwear, topwear and hair. A sheet holds one value's tiles for all poses.
-The art is by the contributors of the Liberated Pixel Cup, under CC-BY-SA 3.0 and GPL 3.0: name them with your pictures.
+The benchmark is from Li and Mandt: Disentangled Sequential Autoencoder, ICML 2018 (arXiv
+1803.02991). A character is four attributes with six values each: body, bottomwear, topwear and
+hair. A sheet holds one value's tiles for all poses. The art is by the contributors of the Liberated
+Pixel Cup, under CC-BY-SA 3.0 and GPL 3.0: name them with your pictures.
 
     OUT/<Class>/characterNNNN.mkv     lossless (FFV1), 8 fps; NNNN are the four attributes, 0 to 5 each
     OUT/ucfTrainTestlist/*.txt        the published split: 1,000 characters train, the other 296 validate
@@ -74,7 +76,10 @@ def read_sheets(source):
                 pixels = np.asarray(image.convert("RGBA"))
             tiles = pixels.reshape(ROWS, SIZE, COLUMNS, SIZE, 4).swapaxes(1, 2)
         except (OSError, ValueError) as error:
-            expected = f"expected a sheet of {COLUMNS * SIZE} x {ROWS * SIZE} px; clone the Sprites repository again"
+            expected = (
+                f"expected a sheet of {COLUMNS * SIZE} x {ROWS * SIZE} px; clone the Sprites "
+                "repository again"
+            )
             reason = "not found" if isinstance(error, FileNotFoundError) else "not a sheet"
             raise UserError(
                 f"--source {source}: {layer}/{value}.png: {reason}; {expected}"

@@ -1,12 +1,14 @@
-"""Convert four actions of the Weizmann data set (people who wave, jump and bend) to videos of 64 x 64 px.
+"""Convert four actions of the Weizmann data set (people who wave, jump and bend) to videos of 64 x
+64 px.
 
     git clone https://github.com/sergeytulyakov/mocogan
     python datasets/prepare_weizmann.py --source mocogan --out datasets/weizmann
 
-The data set is from Blank, Gorelick, Shechtman, Irani, Basri: Actions as Space-Time Shapes, ICCV 2005. The repository
-of MoCoGAN (Tulyakov, Liu, Yang, Kautz: CVPR 2018) holds four of its actions as strips, data/actions/C/NNNNNNNN.jpg. A
-strip shows all frames of a clip side by side. C is the action, and N // 8 is the person. Odd N are mirrored copies,
-which the script skips. This is research data: read its terms before you share videos, or models trained on them.
+The data set is from Blank, Gorelick, Shechtman, Irani, Basri: Actions as Space-Time Shapes, ICCV
+2005. The repository of MoCoGAN (Tulyakov, Liu, Yang, Kautz: CVPR 2018) holds four of its actions as
+strips, data/actions/C/NNNNNNNN.jpg. A strip shows all frames of a clip side by side. C is the
+action, and N // 8 is the person. Odd N are mirrored copies, which the script skips. This is
+research data: read its terms before you share videos, or models trained on them.
 
     OUT/<Class>/personN.mkv           lossless (FFV1), 25 fps, so a jumping jack takes about a second
     OUT/ucfTrainTestlist/*.txt        the split: the test list holds all clips of --hold-out
@@ -58,7 +60,9 @@ def parse_args():
 
 
 def find_strips(source):
-    """{(class, person): path of the strip}, without opening files. Raises UserError if a person lacks a class."""
+    """{(class, person): path of the strip}, without opening files. Raises UserError if a person
+    lacks a class.
+    """
     advice = "expected a complete clone of MoCoGAN's repository; clone it again"
     places = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
     paths = [
@@ -99,7 +103,8 @@ def main():
         people = {person for _, person in strips}
         if not held_out < people:
             raise UserError(
-                f"--hold-out {sorted(held_out)}: expected some of people 1 to {max(people)}, but not all"
+                f"--hold-out {sorted(held_out)}: expected some of people 1 to {max(people)}, but "
+                "not all"
             )
         videos = {
             f"{name}/person{person}.mkv": (person, path)

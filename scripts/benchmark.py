@@ -1,14 +1,14 @@
-"""Measure how close each part of training and sampling is to its own limit, as ratios with their spread.
+"""Measure how close each part of training and sampling is to its own limit, as ratios with their
+spread.
 
     python scripts/benchmark.py                      all ratios, up to 10 minutes on 2 cores; writes results/benchmark.*
     python scripts/benchmark.py --only step growth   some parts (see PARTS), printed only
     python scripts/benchmark.py --only sizes --precision bf16 --compile   no ratios: clips/s and MFU of some models
     python scripts/benchmark.py --model EqM-XL/2 --batch-size 8 --precision bf16 --compile --only step
 
-Absolute times on a shared machine are unreliable. So the two sides of a ratio run in turns in one process, and each
-pair of calls gives one ratio. The matrix-product floor of a training step is the time of its FLOPs at this machine's
-speed for matrix products of the same shapes.
-"""
+Absolute times on a shared machine are unreliable. So the two sides of a ratio run in turns in one
+process, and each pair of calls gives one ratio. The matrix-product floor of a training step is the
+time of its FLOPs at this machine's speed for matrix products of the same shapes."""
 
 import argparse
 import datetime
@@ -56,8 +56,8 @@ FRAMES = 4, 8, 16  # of the parts memory and sizes
 VARIABLES = "GPUS", "PRECISION"  # of the environment, which shell scripts read that a study starts
 WARM_UP = 2  # untimed calls at the start
 synchronize = torch.cuda.synchronize if ON_GPU else lambda: None
-# Tokens per step of the part "sizes": 80 GB at about 60 KB of activations per token, block and 1,000 channels. They are
-# halved until they fit. A CPU only shows that the part works.
+# Tokens per step of the part "sizes": 80 GB at about 60 KB of activations per token, block and
+# 1,000 channels. They are halved until they fit. A CPU only shows that the part works.
 SIZES = {"EqM-S/4": 65_536, "EqM-B/2": 65_536, "EqM-XL/2": 16_384} if ON_GPU else {"EqM-Ti/4": 512}
 warnings.filterwarnings("ignore", message="a token holds")
 
@@ -93,7 +93,7 @@ def changed(args, **flags):
     return argparse.Namespace(**vars(args) | flags)
 
 
-# Ratios and tables ----------------------------------------------------------------------------------------------------
+# Ratios and tables --------------------------------------------------------------------------------
 
 
 def seconds_of(function):
@@ -105,7 +105,9 @@ def seconds_of(function):
 
 
 def measure_ratios(a, b, pairs):
-    """Ratios (pairs,) of a's seconds to b's, and the median seconds of each. a and b take turns in going first."""
+    """Ratios (pairs,) of a's seconds to b's, and the median seconds of each. a and b take turns in
+    going first.
+    """
     for _ in range(WARM_UP):
         a(), b()
     seconds = np.empty((pairs, 2))
@@ -132,7 +134,8 @@ class Report:
         }
         self.rows.append(row)
         print(
-            f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}){f', goal {goal}' if goal else ''}; {note}",
+            f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}){f', goal {goal}' if goal else ''}; "
+            f"{note}",
             flush=True,
         )
 
@@ -146,16 +149,19 @@ class Report:
         for row in self.rows:
             spread = "{:.3g} - {:.3g}".format(*row["quartiles"])
             lines.append(
-                f"| {row['ratio']} | {row['median']:.3g} | {spread} | {row['goal'] or ''} | {row['note']} |"
+                f"| {row['ratio']} | {row['median']:.3g} | {spread} | {row['goal'] or ''} | "
+                f"{row['note']} |"
             )
         return "\n".join(lines)
 
 
-# A training step, without loading data --------------------------------------------------------------------------------
+# A training step, without loading data ------------------------------------------------------------
 
 
 class Step:
-    """A training step as in train.py (forward, backward, clipping, optimizer, EMA) on fixed random clips and noise."""
+    """A training step as in train.py (forward, backward, clipping, optimizer, EMA) on fixed random
+    clips and noise.
+    """
 
     def __init__(self, args, forcing=0.0, **settings):
         self.precision = args.precision
@@ -210,7 +216,9 @@ class Step:
         self.model.zero_grad()
 
     def products(self):
-        """(FLOPs, function that runs them) of one block's matrix products, forward and backward, as in F.linear."""
+        """(FLOPs, function that runs them) of one block's matrix products, forward and backward, as
+        in F.linear.
+        """
         D = self.model.config.hidden_size
         N = len(self.x) * math.prod(self.model.config.grid(self.x.shape[2]))
         random = partial(
@@ -263,14 +271,18 @@ def measure_step(args, report):
 
 
 def compare_steps(rows, args, report):
-    """Measure steps with some settings against others. torch.compile can't differentiate EqM-E twice."""
+    """Measure steps with some settings against others. torch.compile can't differentiate EqM-E
+    twice.
+    """
     for name, settings, others, goal in rows:
         own = changed(args, compile=args.compile and "ebm" not in settings)
         report.compare(name, Step(own, **settings), Step(own, **others), 2 * args.pairs, goal)
 
 
 def measure_sampling(args, report):
-    """Measure guided sampling against the same number of network evaluations, with and without class in one batch."""
+    """Measure guided sampling against the same number of network evaluations, with and without
+    class in one batch.
+    """
     step = Step(args)
     evaluations = 4
     model = step.model.requires_grad_(False)
@@ -297,7 +309,7 @@ def measure_sampling(args, report):
         )
 
 
-# Memory and time over the number of frames, and of some models --------------------------------------------------------
+# Memory and time over the number of frames, and of some models ------------------------------------
 
 
 def measure_memory(args, report):
@@ -319,7 +331,9 @@ def in_new_process(function, *args):
 
 
 def peak_memory(args, recompute):
-    """Peak memory in MB of model, optimizer, EMA and two steps: of the GPU, or of this process without a GPU."""
+    """Peak memory in MB of model, optimizer, EMA and two steps: of the GPU, or of this process
+    without a GPU.
+    """
 
     def resident(field):  # Linux only
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
@@ -353,7 +367,9 @@ def measure_growth(args, report):
 
 
 def measure_sizes(args, report):
-    """Print clips per second, TFLOP/s and MFU (share of the device's peak) for some models and numbers of frames."""
+    """Print clips per second, TFLOP/s and MFU (share of the device's peak) for some models and
+    numbers of frames.
+    """
     header = [
         "model",
         "frames",
@@ -384,7 +400,9 @@ def measure_sizes(args, report):
 
 
 def time_step(args):
-    """The cells [clips, seconds, clips/s, TFLOP/s, MFU, peak memory] of a training step; "-" if unknown."""
+    """The cells [clips, seconds, clips/s, TFLOP/s, MFU, peak memory] of a training step; "-" if
+    unknown.
+    """
     torch.compiler.reset()  # torch limits how many models it compiles a function for
     step = Step(args)
     for _ in range(WARM_UP):
@@ -442,7 +460,10 @@ def main():
         check_speed_flags(args)
     distributed.set_precision(args.precision)
     distributed.keep_freed_memory()  # as every run on the CPU does
-    title = f"{machine()}, torch {torch.__version__}, {args.precision}{', compiled' if args.compile else ''}: "
+    title = (
+        f"{machine()}, torch {torch.__version__}, "
+        f"{args.precision}{', compiled' if args.compile else ''}: "
+    )
     title += f"{args.model}, {args.batch_size} clips of {args.num_frames} x 32 x 32 latents"
     print(title, flush=True)
     report = Report()
@@ -467,7 +488,9 @@ def machine():
 
 
 def made():
-    """How the result of this process can be repeated: {"code": commit, "command", "date" in UTC, "machine"}."""
+    """How the result of this process can be repeated: {"code": commit, "command", "date" in UTC,
+    "machine"}.
+    """
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(ROOT):
         script = script.relative_to(ROOT)

@@ -1,7 +1,8 @@
-"""Make one HTML file in which a model's field rolls clips downhill. It needs no other file or network.
+"""Make one HTML file in which a model's field rolls clips downhill. It needs no other file or
+network.
 
-export.py --html calls `make_page`. The template is descent.html, the network descent.js, and its kernel descent.wat.
-"""
+export.py --html calls `make_page`. The template is descent.html, the network descent.js, and its
+kernel descent.wat."""
 
 import base64
 import json
@@ -32,7 +33,9 @@ REST = 0.2  # root mean square of the field at which a clip rests
 
 
 def check_runnable(flag, state, config):
-    """Raise UserError if the page can't run a model, whose checkpoint is `state` and whose EqMConfig is `config`."""
+    """Raise UserError if the page can't run a model, whose checkpoint is `state` and whose
+    EqMConfig is `config`.
+    """
     vae = state["config"]["data"]["vae"]
     size = sum(value.numel() for value in state["ema"].values())
     highest = max(value.abs().max().item() for value in state["ema"].values())
@@ -76,8 +79,14 @@ def make_page(name, state, config):
         "kernel": base64.b64encode(wat.translate(KERNEL.read_text())).decode(),
     }
     size = sum(value.numel() for value in tensors.values()) / 1e6
-    about = f"{model_name(**asdict(config))}, {size:.1f} M parameters, step {state['step']}, {config.input_size} px"
-    what = f"{about}. Sampling is descent on a field without a clock: disturb any state, and it goes on from there."
+    about = (
+        f"{model_name(**asdict(config))}, {size:.1f} M parameters, step {state['step']}, "
+        f"{config.input_size} px"
+    )
+    what = (
+        f"{about}. Sampling is descent on a field without a clock: disturb any state, and it goes "
+        "on from there."
+    )
     parts = {
         "title": escape(name),
         "what": escape(what),
@@ -103,7 +112,9 @@ def frames(config, training):
 
 
 def sampler(training):
-    """Return the first values of the sliders: the checkpoint's sampler, along a path of few evaluations."""
+    """Return the first values of the sliders: the checkpoint's sampler, along a path of few
+    evaluations.
+    """
     kept = generation.SAMPLER | {
         key: training[key] for key in generation.SAMPLER if key in training
     }

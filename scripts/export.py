@@ -1,13 +1,13 @@
-"""Export a checkpoint to a folder to share: its EMA weights, configuration, own VAE, and a model card (README.md).
+"""Export a checkpoint to a folder to share: its EMA weights, configuration, own VAE, and a model
+card (README.md).
 
     python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported --dtype fp16 \
         --scores motion.json
     python scripts/export.py results/demo --html descent.html
 
-Pass the folder to sample_gd.py and train.py as --ckpt. An fp32 export gives the same samples as its checkpoint, bit
-for bit. A VAE that was a folder is copied to `vae/`, so you can move the export to another machine. --html writes a
-page that rolls clips downhill in a browser (docs/descent.md).
-"""
+Pass the folder to sample_gd.py and train.py as --ckpt. An fp32 export gives the same samples as its
+checkpoint, bit for bit. A VAE that was a folder is copied to `vae/`, so you can move the export to
+another machine. --html writes a page that rolls clips downhill in a browser (docs/descent.md). """
 
 import engine  # noqa: F401
 import math
@@ -168,7 +168,9 @@ def make_card(args, state, vae, scores):
 
 
 def own_vae(place, flag, data):
-    """The VAE of a checkpoint if it is a folder, at `place` if it has moved; None for pixels and downloads."""
+    """The VAE of a checkpoint if it is a folder, at `place` if it has moved; None for pixels and
+    downloads.
+    """
     if place is None and data["vae"] in ("none", *REPOSITORIES):
         return None
     vae = load_vae(place, data["vae"], flag)
@@ -188,7 +190,10 @@ def facts(state, dtype, vae):
         patch = model["temporal_patch_size"]
         yield (
             "clips",
-            f"{training['num_frames']} frames, {data['time_scale']:.4g} s apart; patches of {patch}",
+            (
+                f"{training['num_frames']} frames, {data['time_scale']:.4g} s apart; patches of "
+                f"{patch}"
+            ),
         )
     yield "frame size", f"{data['image_size'] or 'see config.json'} px"
     hub = f"{REPOSITORIES.get(data['vae'])}, downloaded on first use"
@@ -206,12 +211,15 @@ def facts(state, dtype, vae):
 
 
 def score_table(ckpt, sha256, path):
-    """The values of a manifest as a table in Markdown. Raises UserError unless its weights have this SHA-256."""
+    """The values of a manifest as a table in Markdown. Raises UserError unless its weights have
+    this SHA-256.
+    """
     scores = manifest.read_manifest(path)
     if scores["generated"]["source"].get("weights_sha256") != sha256:
         advice = "sample from that checkpoint, then run evaluate.py"
         raise UserError(
-            f"--scores {path}: scores of other weights; expected the EMA weights of {ckpt}; {advice}"
+            f"--scores {path}: scores of other weights; expected the EMA weights of {ckpt}; "
+            f"{advice}"
         )
     head = f"\n`{scores['protocol']}`, code {scores['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
     cells = [

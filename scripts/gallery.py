@@ -1,10 +1,10 @@
-"""Make an HTML page of a sample folder, with real clips beside the samples. The page needs no other file or network.
+"""Make an HTML page of a sample folder, with real clips beside the samples. The page needs no other
+file or network.
 
     python scripts/gallery.py samples --data-path datasets/ucf-101
 
-This writes samples/gallery.html. All videos play in step; you can pause, step by frame, and filter by class. The
-template is gallery.html beside this script.
-"""
+This writes samples/gallery.html. All videos play in step; you can pause, step by frame, and filter
+by class. The template is gallery.html beside this script."""
 
 import engine  # noqa: F401
 import base64
@@ -86,7 +86,8 @@ def open_real(root, samples, count, val_fraction):
         )
         if not train + val:
             raise UserError(
-                f"{here}: no video of class {name!r} has the {T} frames of the samples; remove the flag"
+                f"{here}: no video of class {name!r} has the {T} frames of the samples; remove "
+                "the flag"
             )
         title = "real" if val else "real, from training"  # a small class may have no val video
         real[name] = real_clips(source, val or train, title, T, 1 / samples.time_scale)
@@ -94,7 +95,9 @@ def open_real(root, samples, count, val_fraction):
 
 
 def real_clips(source, videos, title, num_frames, fps):
-    """Yield (clip uint8 (T, H, W, 3), its title) from videos, at the frame rate of the samples if possible."""
+    """Yield (clip uint8 (T, H, W, 3), its title) from videos, at the frame rate of the samples if
+    possible.
+    """
     interval = max(1, round(statistics.median(video.fps for video in videos) / fps))
     clips = Clips(
         source,
@@ -148,7 +151,9 @@ def make_page(samples, count, real):
 
 
 def summary_line(samples, count):
-    """A line of text: number, kind, size and frame rate of the samples, and how they were sampled."""
+    """A line of text: number, kind, size and frame rate of the samples, and how they were
+    sampled.
+    """
     T = samples.num_frames
     size = samples.image_size
     total = len(samples)
@@ -156,7 +161,10 @@ def summary_line(samples, count):
     number = f"{total}" if count == total else f"The first {count} of {total}"
     rate = f", {1 / samples.time_scale:.4g} frames per second" if T > 1 else ""
     kind = f"videos of {T} frames" if T > 1 else "images"
-    sampled = f"{flags['sampler']}, {samples.about['mean_evaluations']:.4g} evaluations, guidance {flags['cfg_scale']}"
+    sampled = (
+        f"{flags['sampler']}, {samples.about['mean_evaluations']:.4g} evaluations, guidance "
+        f"{flags['cfg_scale']}"
+    )
     return f"{number} {kind}, {size} x {size} px{rate}; {sampled}, seed {flags['seed']}"
 
 

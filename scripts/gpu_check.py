@@ -1,4 +1,6 @@
-"""Run tests/gpu_checks.py and measure the speed of some models, for scripts/gpu_check.sh. Writes results/gpu.md."""
+"""Run tests/gpu_checks.py and measure the speed of some models, for scripts/gpu_check.sh. Writes
+results/gpu.md.
+"""
 
 import json
 import os
@@ -7,8 +9,8 @@ import sys
 from engine import ROOT
 from pathlib import Path
 
-# Let waiting threads sleep instead of spin: on a busy machine, spinning makes a step many times slower.
-# Must be set before torch is imported.
+# Let waiting threads sleep instead of spin: on a busy machine, spinning makes a step many times
+# slower. Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -28,7 +30,10 @@ from runtime.cli import (
 )
 
 ON_GPU = torch.cuda.is_available()
-SPEED = "A training step on random latents of 32 x 32 x 4, without loading. MFU: FLOP/s / the GPU's peak FLOP/s."
+SPEED = (
+    "A training step on random latents of 32 x 32 x 4, without loading. MFU: FLOP/s / the GPU's "
+    "peak FLOP/s."
+)
 
 
 def parse_args():
@@ -43,7 +48,9 @@ def parse_args():
 
 
 class Rows:
-    """A pytest plugin that collects the rows of gpu_checks.py, grouped by the docstring of their test."""
+    """A pytest plugin that collects the rows of gpu_checks.py, grouped by the docstring of their
+    test.
+    """
 
     def __init__(self):
         self.lines = []

@@ -1,12 +1,13 @@
-"""Count the memory of training on GPUs, without one. Writes results/memory.json and results/memory.md.
+"""Count the memory of training on GPUs, without one. Writes results/memory.json and
+results/memory.md.
 
     python scripts/memory.py        about a minute
 
-Steps run on tensors without values (torch's fake tensors), and a counter follows which of them are alive. Two depths
-give the bytes per block, two batches those per clip. The peak grows a little slower in small batches than in large
-ones, so between these two the script counts slightly too much. What fits on a GPU is then calculated, and what a copy
-of a checkpoint takes on the host: there, torch rounds the memory of each tensor up to a power of two.
-"""
+Steps run on tensors without values (torch's fake tensors), and a counter follows which of them are
+alive. Two depths give the bytes per block, two batches those per clip. The peak grows a little
+slower in small batches than in large ones, so between these two the script counts slightly too
+much. What fits on a GPU is then calculated, and what a copy of a checkpoint takes on the host:
+there, torch rounds the memory of each tensor up to a power of two."""
 
 import itertools
 import json
@@ -40,7 +41,9 @@ COUNTED = 16
 FRAMES = (4, 8, 16, 32)
 BATCHES = 1, 256  # that are counted
 STATES = 20  # bytes per weight: weight, gradient, two of AdamW, EMA
-GATHERED = 16  # bytes per weight of a block, with --shard: two blocks, each with bf16 weights, bf16 and fp32 gradients
+# bytes per weight of a block, with --shard: two blocks, each with bf16 weights, bf16 and fp32
+# gradients
+GATHERED = 16
 SAVED = (
     4  # tensors of a weight in a checkpoint: weight, EMA, two of AdamW; each has 4 bytes per value
 )
@@ -54,7 +57,9 @@ def parse_args():
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that something holds, besides the given ones: `now`, and at the `peak`."""
+    """Counts the bytes of tensors that something holds, besides the given ones: `now`, and at the
+    `peak`.
+    """
 
     def __init__(self, given):
         super().__init__()
@@ -79,7 +84,8 @@ class Alive(TorchDispatchMode):
 
 
 def count_step(name, flag, clips, depth):
-    """(bytes kept for the backward pass, bytes at the peak) of a bf16 step, without weights and gradients.
+    """(bytes kept for the backward pass, bytes at the peak) of a bf16 step, without weights and
+    gradients.
 
     As on a GPU, one kernel computes attention, and autocast has addcmul compute in float32.
     """
@@ -108,7 +114,9 @@ def count_step(name, flag, clips, depth):
 
 
 def measure(name, flag):
-    """The numbers of weights, MB that a step keeps and has at its peak, per clip and once, and GFLOPs per clip."""
+    """The numbers of weights, MB that a step keeps and has at its peak, per clip and once, and
+    GFLOPs per clip.
+    """
     with torch.device("meta"):
         model = EqM_models[f"EqM-{name}"](**SETTINGS)
     weights, block = (sum(map(torch.numel, part.parameters())) for part in (model, model.blocks[0]))
@@ -159,7 +167,10 @@ def tables(rows):
     ]
     for row in rows:
         off = next(other for other in rows if other["model"] == row["model"])
-        cells = f"{row['kept_mb']:.0f} | {row['kept_once_mb']:.0f} | {row['gflops'] / off['gflops']:.3f}"
+        cells = (
+            f"{row['kept_mb']:.0f} | {row['kept_once_mb']:.0f} | "
+            f"{row['gflops'] / off['gflops']:.3f}"
+        )
         lines.append(f"| {row['model']} | {row['flag']} | {cells} |")
     for frames in FRAMES:
         titles = " | ".join(f"{gb} GB" for gb in GPUS)

@@ -1,9 +1,10 @@
-"""Draw samples of one or several folders as one PNG with labels: a row per sample, a column per frame.
+"""Draw samples of one or several folders as one PNG with labels: a row per sample, a column per
+frame.
 
     python scripts/picture.py samples/demo-f7 samples/demo-f16 samples/continued --out picture.png
 
-A row shows at most COLUMNS frames, evenly spaced from the first to the last. Given frames have an orange border.
-"""
+A row shows at most COLUMNS frames, evenly spaced from the first to the last. Given frames have an
+orange border."""
 
 import engine  # noqa: F401
 from pathlib import Path
@@ -66,7 +67,8 @@ def main():
     with atomic_write(args.out) as file:
         picture.save(file, "PNG", optimize=True)
     say(
-        f"{args.out}: {picture.width} x {picture.height} px, {Path(args.out).stat().st_size / 1e3:.0f} KB"
+        f"{args.out}: {picture.width} x {picture.height} px, "
+        f"{Path(args.out).stat().st_size / 1e3:.0f} KB"
     )
 
 

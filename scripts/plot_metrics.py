@@ -3,10 +3,10 @@
     python scripts/plot_metrics.py results/EXP --out loss.png
     python scripts/plot_metrics.py results/A/000-EqM-S-4-f4-rope results/B --out compare.png
 
-A run folder holds one phase, or the phases of its --frames-schedule. A run that started from a checkpoint of another
-given run continues that run's curve: steps are global, and its FLOPs and seconds are added. Losses of clips of
-different lengths can't be compared, so validation then shows the relative loss: 1 is the loss of a zero prediction.
-"""
+A run folder holds one phase, or the phases of its --frames-schedule. A run that started from a
+checkpoint of another given run continues that run's curve: steps are global, and its FLOPs and
+seconds are added. Losses of clips of different lengths can't be compared, so validation then shows
+the relative loss: 1 is the loss of a zero prediction."""
 
 import engine  # noqa: F401
 import itertools
@@ -58,12 +58,15 @@ def parse_args():
         help="a run folder of train.py, or a folder of run folders",
     )
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the figure")
-    share = "plot relative losses, which you can compare across data sets and frame counts: 1 is a zero prediction's"
+    share = (
+        "plot relative losses, which you can compare across data sets and frame counts: 1 is a "
+        "zero prediction's"
+    )
     parser.add_argument("--relative", action="store_true", help=share)
     return parser.parse_args()
 
 
-# Runs, and which one continues which ----------------------------------------------------------------------------------
+# Runs, and which one continues which --------------------------------------------------------------
 
 
 @dataclass
@@ -79,7 +82,9 @@ class Curve:
 
 
 def load_runs(places):
-    """{run folder: its rows of metrics.jsonl, at least one} of all runs in these places. Raises UserError."""
+    """{run folder: its rows of metrics.jsonl, at least one} of all runs in these places. Raises
+    UserError.
+    """
     runs = {}
     for place in map(Path, places):
         files = (
@@ -108,7 +113,9 @@ def make_curves(runs):
 
 
 def find_start(folder, runs):
-    """(step of the checkpoint that a run started from, folder of that run); None if the folder is not in `runs`."""
+    """(step of the checkpoint that a run started from, folder of that run); None if the folder is
+    not in `runs`.
+    """
     first = runs[folder][0]["step"]
     config = json.loads((folder / "config.json").read_text())
     if not config["training"]["ckpt"]:
@@ -126,7 +133,8 @@ def find_start(folder, runs):
             found, key=lambda other: other.parent != folder.parent
         )  # its own experiment first
     say(
-        f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count from there"
+        f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count from "
+        "there"
     )
     return None
 
@@ -150,11 +158,13 @@ def make_curve(folder, runs, starts):
     return Curve(f"{folder.parent.name}/{folder.name}", phases)
 
 
-# The figure -----------------------------------------------------------------------------------------------------------
+# The figure ---------------------------------------------------------------------------------------
 
 
 def plot_curves(curves, relative=False):
-    """The figure: rows for training and validation losses, a column for each of X_AXES that all curves have."""
+    """The figure: rows for training and validation losses, a column for each of X_AXES that all
+    curves have.
+    """
     rows = [row for curve in curves for row in curve.rows]
     longest = max(len(curve.rows) for curve in curves)
     # window: lines that a thick curve averages
@@ -190,7 +200,9 @@ def plot_curves(curves, relative=False):
 
 
 def validation_loss(rows, relative):
-    """Which validation loss to plot: the relative one where clip lengths differ, if it was logged."""
+    """Which validation loss to plot: the relative one where clip lengths differ, if it was
+    logged.
+    """
     rows = [row for row in rows if "val_loss" in row]
     lengths = {row.get("num_frames") for row in rows}
     is_logged = all("val_loss_rel" in row for row in rows)
@@ -198,7 +210,9 @@ def validation_loss(rows, relative):
 
 
 def plot_column(panels, axis, curves, losses, window):
-    """Training and, if there is a second panel, validation losses against one of X_AXES. losses: their names."""
+    """Training and, if there is a second panel, validation losses against one of X_AXES. losses:
+    their names.
+    """
     (name, units) = X_AXES[axis]
     longest = max(curve.rows[-1][axis] for curve in curves)
     unit, size = next(
@@ -219,7 +233,9 @@ def plot_column(panels, axis, curves, losses, window):
 
 
 def points(curve, axis, size, name, window=1):
-    """x and y (n,) of the rows that have a `name`; y is smoothed within each phase, and NaN where it is not finite."""
+    """x and y (n,) of the rows that have a `name`; y is smoothed within each phase, and NaN where
+    it is not finite.
+    """
     parts = []
     for _, rows in curve.phases:
         pairs = [(row[axis] / size, row[name]) for row in rows if name in row]
@@ -229,7 +245,9 @@ def points(curve, axis, size, name, window=1):
 
 
 def smooth(y, window):
-    """Mean over the `window` values around each value of y (n,), fewer at both ends, without NaNs."""
+    """Mean over the `window` values around each value of y (n,), fewer at both ends, without
+    NaNs.
+    """
     first = np.arange(len(y)) - window // 2
     first, last = first.clip(0), (first + window).clip(max=len(y))
     sums, counts = (np.cumsum([0, *part]) for part in (np.nan_to_num(y), np.isfinite(y)))
@@ -238,7 +256,9 @@ def smooth(y, window):
 
 
 def mark_phases(panels, curves, axis, size):
-    """Gray bands and names for the phases of the first curve, dotted lines at the phase borders of the others."""
+    """Gray bands and names for the phases of the first curve, dotted lines at the phase borders of
+    the others.
+    """
     ends = [[rows[-1][axis] / size for _, rows in curve.phases] for curve in curves]
     borders = [curves[0].rows[0][axis] / size, *ends[0]]
     place = panels[0].get_xaxis_transform()

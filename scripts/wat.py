@@ -1,7 +1,8 @@
-"""Translate WebAssembly's text format to bytes: folded instructions of one file, with the few opcodes that it uses.
+"""Translate WebAssembly's text format to bytes: folded instructions of one file, with the few
+opcodes that it uses.
 
-The text and binary formats are those of https://webassembly.github.io/spec/core. Unknown words raise KeyError.
-"""
+The text and binary formats are those of https://webassembly.github.io/spec/core. Unknown words
+raise KeyError."""
 
 import re
 import struct
@@ -50,7 +51,9 @@ ALIGNMENT = {"v128.load": 4, "v128.load32_splat": 2, "v128.store": 4}  # log2 of
 
 
 def translate(text):
-    """Return the bytes of a module in text format: one imported memory, functions with named parameters and locals."""
+    """Return the bytes of a module in text format: one imported memory, functions with named
+    parameters and locals.
+    """
     words = re.findall(r'\(|\)|"[^"]*"|[^\s()"]+', re.sub(";;.*", "", text))
     _, (_, *place, (_, pages)), *functions = parse(iter(words[1:]))
     names = [next((part for part in own[1:] if str(part)[0] == "$"), None) for own in functions]
@@ -111,7 +114,9 @@ def code(function, functions):
 
 
 def instruction(folded, scope, labels):
-    """Return the bytes of a folded instruction, after those of its operands. labels: of the loops around it."""
+    """Return the bytes of a folded instruction, after those of its operands. labels: of the loops
+    around it.
+    """
     opcode = folded[0]
     rest = folded[1:]
     inner = [rest[0], *labels] if opcode == "loop" else labels

@@ -20,7 +20,9 @@ ERRORS = (
 
 
 class Browser:
-    """A page in a headless Chromium, controlled by its DevTools protocol over a pipe: JSON that ends with a 0 byte."""
+    """A page in a headless Chromium, controlled by its DevTools protocol over a pipe: JSON that
+    ends with a 0 byte.
+    """
 
     def __init__(self, profile):
         self.pipe, theirs = socket.socketpair()
@@ -77,7 +79,9 @@ class Browser:
         return json.loads(message)
 
     def open(self, path, ready="true", width=1000, height=800, query="", **media):
-        """Show a file and wait until it is ready; media: features such as prefers_color_scheme="dark"."""
+        """Show a file and wait until it is ready; media: features such as
+        prefers_color_scheme="dark".
+        """
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **screen)
         features = [

@@ -9,7 +9,8 @@ import signal
 
 import pytest
 
-# Tests run as in a terminal, also under nohup or in the background: ignored signals would be ignored by children.
+# Tests run as in a terminal, also under nohup or in the background: ignored signals would be
+# ignored by children.
 for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
@@ -66,7 +67,9 @@ def latents(shapes, tiny_vae, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory):
-    """A folder of checkpoints with random weights (an image model, models of 8 frames) and of clips to continue."""
+    """A folder of checkpoints with random weights (an image model, models of 8 frames) and of clips
+    to continue.
+    """
     from tiny_data import make_vae, random_checkpoint
     from tiny_videos import picture, save, write_video
 

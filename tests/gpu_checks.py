@@ -1,7 +1,8 @@
-"""A GPU against the CPU, speed flags, ranks, a kill, a save. scripts/gpu_check.py runs this and collects the rows.
+"""A GPU against the CPU, speed flags, ranks, a kill, a save. scripts/gpu_check.py runs this and
+collects the rows.
 
-Limits are a few times what rounding was measured to make on a CPU: above what other kernels make of it, far below what
-a mistake makes. Without a GPU the sizes are tiny. GPUS is the number of ranks.
+Limits are a few times what rounding was measured to make on a CPU: above what other kernels make of
+it, far below what a mistake makes. Without a GPU the sizes are tiny. GPUS is the number of ranks.
 """
 
 import math
@@ -48,10 +49,11 @@ def check(record_property, request):
     return checker(record_property, " ".join(request.function.__doc__.split()))
 
 
-# Outputs and gradients ------------------------------------------------------------------------------------------------
+# Outputs and gradients ----------------------------------------------------------------------------
 
-# Largest relative errors of outputs and of gradients. On a CPU EqM-S/4 has 6e-7 and 3e-6 in fp32, 7e-3 and 4e-2 in bf16
-# and 9e-4 and 6e-3 in fp16. tf32 and fp16 have 3 bits more than bf16, so an eighth of its limits.
+# Largest relative errors of outputs and of gradients. On a CPU EqM-S/4 has 6e-7 and 3e-6 in fp32,
+# 7e-3 and 4e-2 in bf16 and 9e-4 and 6e-3 in fp16. tf32 and fp16 have 3 bits more than bf16, so an
+# eighth of its limits.
 ERRORS = {
     "fp32": (1e-5, 1e-4),
     "tf32": (2.5e-3, 1.3e-2),
@@ -72,7 +74,9 @@ POSITIONS = {
 
 @torch.no_grad()
 def random_network(config, seed=0):
-    """A network in float64 in which every block changes the output: as it is initialized, its output is zero."""
+    """A network in float64 in which every block changes the output: as it is initialized, its
+    output is zero.
+    """
     network = EqM(config).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
@@ -82,7 +86,9 @@ def random_network(config, seed=0):
 
 
 def random_inputs(config, num_frames, seed=1):
-    """Two clips, their classes (the second has none) and time scales, and the gradient of the output."""
+    """Two clips, their classes (the second has none) and time scales, and the gradient of the
+    output.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = 2, config.in_channels, num_frames, config.input_size, config.input_size
     x, direction = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -90,14 +96,18 @@ def random_inputs(config, num_frames, seed=1):
 
 
 def outputs_and_gradients(network, x, y, time_scale, direction, precision="fp32"):
-    """The output f and the gradients of sum(f * direction) in all parameters, of the network on the device of x."""
+    """The output f and the gradients of sum(f * direction) in all parameters, of the network on the
+    device of x.
+    """
     with autocast(x.device, precision):
         f = network(x, y, time_scale)
     return f.detach(), *torch.autograd.grad(f, list(network.parameters()), direction.to(f.dtype))
 
 
 def network_errors(network, reference, inputs, precision):
-    """Relative errors (of the output, of the worst parameter's gradient) on DEVICE against the float64 reference."""
+    """Relative errors (of the output, of the worst parameter's gradient) on DEVICE against the
+    float64 reference.
+    """
     set_precision(precision)
     x, y, time_scale, direction = (part.to(DEVICE) for part in inputs)
     on_device = deepcopy(network).float().to(DEVICE)
@@ -110,7 +120,9 @@ def network_errors(network, reference, inputs, precision):
 @pytest.mark.parametrize("case", POSITIONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_outputs_and_gradients(case, precision, check):
-    """Relative errors of the device against float64 on the CPU: outputs, and the worst gradient of a parameter."""
+    """Relative errors of the device against float64 on the CPU: outputs, and the worst gradient of
+    a parameter.
+    """
     size = {
         "num_classes": 12,
         "num_frames": 6,
@@ -125,10 +137,11 @@ def test_outputs_and_gradients(case, precision, check):
         check(f"{precision}, {case}: {part}", error, limit)
 
 
-# Training runs --------------------------------------------------------------------------------------------------------
+# Training runs ------------------------------------------------------------------------------------
 
-# Flags ("": the precision that a run chooses by itself): how far the training loss may be from that of a plain run in
-# fp32. After 60 steps on a CPU it is 9e-4 for bf16, 2e-5 for fp16 and less than 1e-7 for --compile.
+# Flags ("": the precision that a run chooses by itself): how far the training loss may be from that
+# of a plain run in fp32. After 60 steps on a CPU it is 9e-4 for bf16, 2e-5 for fp16 and less than
+# 1e-7 for --compile.
 ROUNDING = {
     "": 1e-2,
     "--compile --precision fp32": 1e-3,
@@ -177,14 +190,18 @@ def all_ranks(run, plain):
 
 
 def distance(one, other, *names):
-    """The largest relative difference of the last rows of two runs in these metrics; of all without names."""
+    """The largest relative difference of the last rows of two runs in these metrics; of all without
+    names.
+    """
     pairs = [(one.rows()[-1][name], other.rows()[-1][name]) for name in names or other.rows()[-1]]
     return max(0.0 if a == b else abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
 
 
 @pytest.mark.parametrize("flags", [flags for flags in ROUNDING if ON_GPU or flags in ON_A_CPU])
 def test_speed_flags(flags, plain, run, check):
-    """The last training loss with a flag against a plain run in fp32 with the same draws: relative difference."""
+    """The last training loss with a flag against a plain run in fp32 with the same draws: relative
+    difference.
+    """
     if "--precision" in flags and flags.split()[-1] not in PRECISIONS:
         pytest.skip("this GPU does not have it")
     found = run(f"run {flags}".replace("/", "-"), *flags.split())
@@ -201,7 +218,9 @@ def test_other_training(flags, plain, run, check):
 
 
 def test_ranks(plain, all_ranks, run, check):
-    """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses, gradient norms."""
+    """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses,
+    gradient norms.
+    """
     others = (
         {f"{RANKS} ranks / 1": all_ranks}
         if RANKS > 1
@@ -235,7 +254,9 @@ def test_ranks(plain, all_ranks, run, check):
     ids=lambda row: row["flag"],
 )
 def test_memory(row, check):
-    """Peak memory of a step of EqM-XL/2 with 2 clips of 16 frames, bf16, against the counts: relative difference."""
+    """Peak memory of a step of EqM-XL/2 with 2 clips of 16 frames, bf16, against the counts:
+    relative difference.
+    """
     settings = {
         "num_frames": memory.COUNTED,
         "batch_size": 2,
@@ -262,7 +283,9 @@ def test_memory(row, check):
 
 
 def test_a_kill_and_a_resume(all_ranks, check):
-    """All processes of a run die half-way by SIGKILL and --resume ends it: its last metrics against the whole run's."""
+    """All processes of a run die half-way by SIGKILL and --resume ends it: its last metrics against
+    the whole run's.
+    """
     killed = replace(all_ranks, results=all_ranks.results.with_name("killed"))
     process = killed.start("--precision", "fp32", until=STEPS // 2)
     kill_all(process)
@@ -281,7 +304,9 @@ def test_a_kill_and_a_resume(all_ranks, check):
 
 
 def test_a_save(tmp_path, check):
-    """A save, which overlaps training: seconds until training continues, MB, tensors that differ."""
+    """A save, which overlaps training: seconds until training continues, MB, tensors that
+    differ.
+    """
     model = "EqM-B/2" if ON_GPU else "EqM-Ti/4"
     settings = {"num_frames": 4, "batch_size": 1, "precision": PRECISIONS[-1], "compile": False}
     step = benchmark.Step(SimpleNamespace(model=model, **settings))

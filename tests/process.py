@@ -1,4 +1,6 @@
-"""Commands in their own processes: their start, their end, and the processes that they start themselves."""
+"""Commands in their own processes: their start, their end, and the processes that they start
+themselves.
+"""
 
 import os
 import signal
@@ -70,7 +72,7 @@ def run_ranks(code, count, folder):
     return [torch.load(file, weights_only=True) for file in files]
 
 
-# The end of a process -------------------------------------------------------------------------------------------------
+# The end of a process -----------------------------------------------------------------------------
 
 
 def wait_until(condition, process):

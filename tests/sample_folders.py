@@ -1,4 +1,6 @@
-"""Sample folders of real clips, as sample_gd.py would write them, and evaluate.py in this process."""
+"""Sample folders of real clips, as sample_gd.py would write them, and evaluate.py in this
+process.
+"""
 
 import json
 from pathlib import Path

@@ -31,7 +31,8 @@ KINDS = {  # settings of a Run
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
-GATHERED = {  # settings of a Run that is trained with weights gathered in its precision, and in fp32
+# settings of a Run that is trained with weights gathered in its precision, and in fp32
+GATHERED = {
     "bf16": {"qk_norm": True},
     "fp16": {
         "objective": "flow",
@@ -64,7 +65,9 @@ class Run:
         self.optimizers = make_optimizers(self.model, flags)
 
     def train(self, steps=2):
-        """Train. Returns (norm of the last gradient, bytes that this rank holds of weights, gradients and states)."""
+        """Train. Returns (norm of the last gradient, bytes that this rank holds of weights,
+        gradients and states).
+        """
         network = self.model if self.shard else distributed.parallel(self.model)
         for step in range(steps):
             self.backward(network, step)
@@ -156,7 +159,9 @@ class Traffic(TorchDispatchMode):
 
 
 def train_with(precision, gathered):
-    """Train with weights gathered in some precision. Returns (bytes sent, bytes kept for a backward pass, weights)."""
+    """Train with weights gathered in some precision. Returns (bytes sent, bytes kept for a backward
+    pass, weights).
+    """
     run = Run(True, precision=precision, gathered=gathered, **GATHERED[precision])
     saved = []
     kept = []
@@ -175,7 +180,9 @@ def train_with(precision, gathered):
 
 
 def save_and_load(folder, usual, run):
-    """Save a sharded run, load it, save it again. Returns the contents of both files and the state of the DDP run."""
+    """Save a sharded run, load it, save it again. Returns the contents of both files and the state
+    of the DDP run.
+    """
     path = Path(folder, "checkpoints/latest.pt")
     contents = []
     path.parent.mkdir(exist_ok=True)
@@ -202,7 +209,9 @@ def save_without_memory(folder, run):
 
 
 def overflow():
-    """Return (scale, whether a weight has changed) after a step whose gradient overflows only on rank 1."""
+    """Return (scale, whether a weight has changed) after a step whose gradient overflows only on
+    rank 1.
+    """
     run = Run(True, **KINDS["accumulation"])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = run.weights()[0]

@@ -1,4 +1,5 @@
-"""Strips of frames in the layout of MoCoGAN's copy of the Weizmann actions: a block per person that moves by its class.
+"""Strips of frames in the layout of MoCoGAN's copy of the Weizmann actions: a block per person that
+moves by its class.
 
 As a script it writes them into a folder: python tests/strips.py DIR [PEOPLE FRAMES]
 """
@@ -22,7 +23,9 @@ def draw(person, number, num_frames, size=64):
 
 
 def write_strips(folder, people=3, num_frames=20):
-    """Write data/actions/C/NNNNNNNN.jpg (PNG data) for all classes and people, and mirrored copies of odd number."""
+    """Write data/actions/C/NNNNNNNN.jpg (PNG data) for all classes and people, and mirrored copies
+    of odd number.
+    """
     for action, number in enumerate(MOVES):
         for person in range(people):
             place = Path(folder, "data", "actions", str(number))

@@ -1,4 +1,5 @@
-"""All that a user can get wrong, in one table: one line that says what, exit status 2, and nothing was touched.
+"""All that a user can get wrong, in one table: one line that says what, exit status 2, and nothing
+was touched.
 
 The commands run in this process, for speed; test_sample_gd.py runs a wrong one by torchrun.
 """
@@ -56,7 +57,8 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "plot": "plot_metrics --out new/loss.png",
     "plot without --out": "plot_metrics",
 }
-# The line must have the first flag, if there is one, and, after =>, other words; without =>, all values of the flags.
+# The line must have the first flag, if there is one, and, after =>, other words; without =>, all
+# values of the flags.
 CASES = {
     "train": """
         --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000 | --model EqM-Q/4
@@ -309,8 +311,12 @@ CASES = {
         --list --report => not allowed with
         --report => does not exist
         --out file --report => --out file:""",
-    "people": "nothing => nothing/settings: no such file; expected finished runs of scripts/weizmann.sh",
-    "sprites": "nothing => nothing/settings: no such file; expected finished runs of scripts/sprites.sh",
+    "people": (
+        "nothing => nothing/settings: no such file; expected finished runs of scripts/weizmann.sh"
+    ),
+    "sprites": (
+        "nothing => nothing/settings: no such file; expected finished runs of scripts/sprites.sh"
+    ),
     "gallery": """
         no/such => FOLDER no/such: no such folder
         videos => no samples.json in it
@@ -386,7 +392,8 @@ TEXTS = {  # file: all that is in it
         "",
     ),
 }
-VARIANTS = {  # folder: (the folder it is a copy of, a file, a text in the file, what replaces the text)
+# folder: (the folder it is a copy of, a file, a text in the file, what replaces the text)
+VARIANTS = {
     "other-class": ("samples", "samples.json", '["A"]', '["C"]'),
     "slow": ("samples", "samples.json", "0.04", "0.48"),
     "lost": ("cache", "latents.json", '"ema"', '"vae"'),

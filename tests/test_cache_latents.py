@@ -1,4 +1,6 @@
-"""Caches of latents of a tiny VAE, and of pixels. faults/test_cache_kills.py kills cache_latents.py."""
+"""Caches of latents of a tiny VAE, and of pixels. faults/test_cache_kills.py kills
+cache_latents.py.
+"""
 
 import json
 import os
@@ -87,7 +89,7 @@ def refused(capsys):
     )
 
 
-# Content --------------------------------------------------------------------------------------------------------------
+# Content ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -227,7 +229,7 @@ def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(
     assert 0 < resident[0] < 2**19 / 8, "KB, including the read-ahead of the kernel"
 
 
-# Ranks and changes ----------------------------------------------------------------------------------------------------
+# Ranks and changes --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -325,7 +327,9 @@ def test_a_video_that_another_one_of_equal_size_replaces_is_encoded_again(
 
 
 def without_times(cache):
-    """Turn a cache into one of an earlier version, whose files record no time of change of their videos."""
+    """Turn a cache into one of an earlier version, whose files record no time of change of their
+    videos.
+    """
     for path in cache.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             size = file.metadata()["source_stamp"].split()[0]
@@ -360,7 +364,7 @@ def test_a_cache_without_times_stays_valid_but_a_newer_video_is_encoded_again(
     assert encoded == ["Run/a.avi"]
 
 
-# Corrupt videos and files, other settings, a full disk ----------------------------------------------------------------
+# Corrupt videos and files, other settings, a full disk --------------------------------------------
 
 
 def truncate(path):

@@ -1,4 +1,6 @@
-"""The census of a small world, in which layers hide each other as in Sprites: what is matched, decoded and valid."""
+"""The census of a small world, in which layers hide each other as in Sprites: what is matched,
+decoded and valid.
+"""
 
 import json
 import shutil
@@ -29,7 +31,9 @@ COLORS = np.random.default_rng(0).integers(60, 256, (4, 3, 3))  # attribute, val
 
 
 def compose(name, who, colors=COLORS):
-    """uint8 (T, SIZE, SIZE, 3): four layers of rectangles over black, at a place that tells the pose."""
+    """uint8 (T, SIZE, SIZE, 3): four layers of rectangles over black, at a place that tells the
+    pose.
+    """
     frames = np.zeros((T, SIZE, SIZE, 3), np.uint8)
     for frame, pose in zip(frames, ORDER[name], strict=True):
         top, left = (1, pose) if name == "Slash" else (pose // 2, 8 - pose)
@@ -50,7 +54,9 @@ WALK = "Walk/character0101.mkv"
 
 
 class NoisyVAE:
-    """Stands for a VAE: what it loses is noise that depends on the frame alone, more in some frames than in others."""
+    """Stands for a VAE: what it loses is noise that depends on the frame alone, more in some frames
+    than in others.
+    """
 
     name, sha256, noise = "noisy", "b", 8
 
@@ -97,7 +103,8 @@ def noisy(clip):
 
 
 def compare(frame, best, other):
-    """(position of a frame on the line from best to other, how much closer it is to other, the line's square).
+    """(position of a frame on the line from best to other, how much closer it is to other, the
+    line's square).
 
     None if the two are equal.
     """
@@ -110,7 +117,9 @@ def compare(frame, best, other):
 
 
 def naive(clip):
-    """(key of the closest clip, margins, values of each frame (T, 4), RMSE of each frame), step by step."""
+    """(key of the closest clip, margins, values of each frame (T, 4), RMSE of each frame), step by
+    step.
+    """
     clip = clip.astype(float)
     true = {key: own.astype(float) for key, own in TRUE.items()}
     key = min(true, key=lambda other: ((clip - true[other]) ** 2).sum())
@@ -189,7 +198,9 @@ def test_clips_are_matched_and_decoded_as_step_by_step():
 
 
 def test_a_frame_with_one_switched_attribute_shows_the_nearest_value():
-    """The three values of an attribute are shades of a color, so the lines to two of them are one line."""
+    """The three values of an attribute are shades of a color, so the lines to two of them are one
+    line.
+    """
     shades = COLORS[:, :1] * np.array([[1], [0.6], [0.3]])  # (attributes, 3, RGB)
     values = [[0, 1, 2]] * 4
     characters = [*product(*values)]

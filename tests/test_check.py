@@ -33,7 +33,9 @@ FLAGS = [
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Ten videos in two classes, one of them corrupt and one short, in a folder of the current one."""
+    """Ten videos in two classes, one of them corrupt and one short, in a folder of the current
+    one.
+    """
     for number in range(8):
         write_video(
             tmp_path / "data" / "Run" / f"{number}.m4v",
@@ -67,7 +69,10 @@ def test_it_names_the_files_that_train_validate_and_are_skipped(data, capsys):
         "skipped: Jump/old.3gp: another kind of video",
         "training: 6 videos in 2 classes; validation: 2 videos, Run/2.m4v, Run/3.m4v\n",
         "note: class Jump: no training video for clips of 8 frames",
-        "note: --frame-interval 3: clips of 8 frames don't fit into 2 of 6 training videos; these use",
+        (
+            "note: --frame-interval 3: clips of 8 frames don't fit into 2 of 6 training videos; "
+            "these use"
+        ),
         "6 training clips as the model sees them, from the top: Run/0.m4v, Run/1.m4v, Run/4.m4v",
         "EqM-Ti/4: 4.",
         "32 tokens per clip",

@@ -1,4 +1,6 @@
-"""Checkpoints: no crash damages one, no damaged or foreign file is taken for one, mismatches name the flag."""
+"""Checkpoints: no crash damages one, no damaged or foreign file is taken for one, mismatches name
+the flag.
+"""
 
 import concurrent.futures
 import copy
@@ -60,7 +62,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# Writing --------------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
 def full_disk(state, file):
@@ -150,7 +152,7 @@ def test_a_link_is_the_newest_checkpoint_under_a_second_name(tmp_path, monkeypat
     ]
 
 
-# Saving in a thread ---------------------------------------------------------------------------------------------------
+# Saving in a thread -------------------------------------------------------------------------------
 
 
 def nothing():
@@ -211,7 +213,7 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
     assert checkpoint.load(writer.path)["step"] == 1
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 def test_missing_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, recwarn):
@@ -246,7 +248,9 @@ WEIGHT = "blocks.1.mlp.fc1.weight"
 
 
 def save_damaged(path, part, **changes):
-    """Save a checkpoint that has tensors in all its parts, and flip one bit of a tensor in this part."""
+    """Save a checkpoint that has tensors in all its parts, and flip one bit of a tensor in this
+    part.
+    """
     memory = torch.rand(1000)
     rows = torch.rand(1000)
     optimizer = {"kind": "adamw", "states": [{"state": {0: {"exp_avg": memory}}}]}
@@ -298,7 +302,7 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
             }
 
 
-# The model ------------------------------------------------------------------------------------------------------------
+# The model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("use_ema", "part"), [(True, "ema"), (False, "model")])

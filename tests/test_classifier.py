@@ -25,7 +25,9 @@ SETTINGS = {"num_classes": 2, "steps": 25, "seed": 0, "recipe": classifier.RECIP
 
 
 def bar(class_name, number, num_frames=FRAMES):
-    """uint8 (num_frames, 32, 32, 3): a bar that moves down or up; number sets its gray level and start."""
+    """uint8 (num_frames, 32, 32, 3): a bar that moves down or up; number sets its gray level and
+    start.
+    """
     step = -2 if class_name == "Up" else 2
     place = (np.arange(32) - step * np.arange(num_frames)[:, None] - 5 * number) % 32 < 6  # (T, H)
     frames = np.where(place, 160 + 15 * (number % 6), 30).astype(np.uint8)
@@ -244,7 +246,9 @@ def sideways(class_name, number):
 
 
 def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monkeypatch, capsys):
-    """The classes are mirror images. In one validation video and one sample, the bar moves the wrong way."""
+    """The classes are mirror images. In one validation video and one sample, the bar moves the
+    wrong way.
+    """
     root = tmp_path / "sides"
     other = {"Up": "Down", "Down": "Up"}
     for name in CLASSES:

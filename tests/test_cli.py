@@ -21,7 +21,7 @@ from runtime.runs import make_run_folder
 from training import ROOT
 from video.index import CorruptDataError
 
-# Flags ----------------------------------------------------------------------------------------------------------------
+# Flags --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_the_flag_the_run_or_the_device_sets_the_precision(
     assert printed.count("\n") <= 1
 
 
-# Messages -------------------------------------------------------------------------------------------------------------
+# Messages -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

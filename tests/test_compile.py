@@ -1,4 +1,6 @@
-"""torch.compile changes no result. In one file, as the start of its compiler takes longest: a process pays it once."""
+"""torch.compile changes no result. In one file, as the start of its compiler takes longest: a
+process pays it once.
+"""
 
 import copy
 import shutil
@@ -26,7 +28,9 @@ def nothing_compiled():
 
 
 def compare_with_eager(grad_checkpoint=None, **positions):
-    """A compiled model and its EMA, after a check that they have the outputs, loss and gradients of an eager one."""
+    """A compiled model and its EMA, after a check that they have the outputs, loss and gradients of
+    an eager one.
+    """
     model, compiled = (tiny(**positions) for _ in range(2))
     compiled.grad_checkpoint = grad_checkpoint
     ema = copy.deepcopy(compiled).requires_grad_(False)
@@ -98,7 +102,8 @@ def test_a_compiled_flow_model_takes_one_level_per_clip_or_per_temporal_patch():
 
 
 def test_the_compiler_can_ask_whether_tf32_is_allowed():
-    # Where torch's newer setting, fp32_precision, allowed it, the question raises, and nothing compiles
+    # Where torch's newer setting, fp32_precision, allowed it, the question raises, and nothing
+    # compiles
     for precision in ("tf32", "fp32"):
         distributed.set_precision(precision)
         assert (

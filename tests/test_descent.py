@@ -1,4 +1,6 @@
-"""The page that rolls a model's clips downhill: its field against torch, its controls, and what it refuses."""
+"""The page that rolls a model's clips downhill: its field against torch, its controls, and what it
+refuses.
+"""
 
 import io
 import json
@@ -84,7 +86,7 @@ def demo(tmp_path_factory):
     return out
 
 
-# The file -------------------------------------------------------------------------------------------------------------
+# The file -----------------------------------------------------------------------------------------
 
 
 def test_numbers_are_encoded_as_in_the_specification_and_the_kernel_is_a_module():
@@ -94,7 +96,8 @@ def test_numbers_are_encoded_as_in_the_specification_and_the_kernel_is_a_module(
     assert (wat.signed(63), wat.signed(64), wat.signed(-64)) == (b"\x3f", b"\xc0\x00", b"\x40")
     content = wat.translate(
         '(module (import "env" "memory" (memory 1)) (func $f (export "f") (param $x i32) (result i32) (local $y i32)'
-        " (loop $again (br_if $again (local.tee $y (local.get $x)))) (i32.add (call $f (i32.const 7)) (local.get $y))))"
+        " (loop $again (br_if $again (local.tee $y (local.get $x)))) (i32.add (call $f (i32.const "
+        "7)) (local.get $y))))"
     )
     body = "01 01 7f 03 40 20 00 22 01 0d 00 0b 41 07 10 00 20 01 6a 0b"
     assert content[:8] == b"\0asm\1\0\0\0" and content.endswith(bytes.fromhex(body))
@@ -171,7 +174,7 @@ def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatc
     assert not [*tmp_path.glob("p*")]
 
 
-# The field ------------------------------------------------------------------------------------------------------------
+# The field ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -193,7 +196,10 @@ def test_the_field_equals_that_of_torch_in_both_kernels(browser, tmp_path, name)
                 "timeScale": time_scale,
                 "guidance": guidance,
             }
-            call = f"eqm.field({json.dumps(x.flatten().tolist())}, {json.dumps(about)}).then(f => [...f])"
+            call = (
+                f"eqm.field({json.dumps(x.flatten().tolist())}, {json.dumps(about)}).then(f => "
+                "[...f])"
+            )
             f = torch.tensor(browser.ask(call)).view_as(x)
             assert (
                 distance(f, field_of(model, label, time_scale, guidance)(x, torch.arange(1))) < 1e-5
@@ -204,7 +210,9 @@ def test_a_wrong_call_of_the_field_says_what_it_expects(browser, tmp_path):
     browser.open(write_page(tmp_path / "page.html", tiny()), READY)
     for call, words in {
         "[1], {numFrames: 4}": "x has 1 values; expected 3 x 4 x 4 x 4",
-        "new Array(192).fill(0), {numFrames: 4, label: 5}": "label 5; expected null or an integer from 0 to 4",
+        "new Array(192).fill(0), {numFrames: 4, label: 5}": (
+            "label 5; expected null or an integer from 0 to 4"
+        ),
     }.items():
         assert browser.ask(f"eqm.field({call}).catch(error => error.message)") == words
     set_slider(browser, "level", 0.2)
@@ -218,7 +226,7 @@ def test_a_wrong_call_of_the_field_says_what_it_expects(browser, tmp_path):
     assert browser.ask("$('label').options[1].text") == "<1>"
 
 
-# Whole trajectories ---------------------------------------------------------------------------------------------------
+# Whole trajectories -------------------------------------------------------------------------------
 
 
 def state(browser):
@@ -297,7 +305,7 @@ def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
     assert rows["before"]["shape"] == [False, False]  # still noise
 
 
-# The controls ---------------------------------------------------------------------------------------------------------
+# The controls -------------------------------------------------------------------------------------
 
 
 def count_of(browser, name="evaluations"):
@@ -338,7 +346,8 @@ def test_pause_step_back_and_the_plot_move_through_the_descent(browser, demo):
     assert count_of(browser) == reached - 1
     press(browser, "ArrowLeft")
     browser.ask(
-        "$('plot').dispatchEvent(new MouseEvent('click', {clientX: $('plot').getBoundingClientRect().x + 30}))"
+        "$('plot').dispatchEvent(new MouseEvent('click', {clientX: "
+        "$('plot').getBoundingClientRect().x + 30}))"
     )
     assert (
         count_of(browser) == 0

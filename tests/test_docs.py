@@ -1,4 +1,6 @@
-"""What README.md and docs/ say: their sizes, links, commands, flags, numbers and versions, and the Python in them."""
+"""What README.md and docs/ say: their sizes, links, commands, flags, numbers and versions, and the
+Python in them.
+"""
 
 import importlib
 import re
@@ -86,9 +88,11 @@ def test_the_readme_links_every_page_and_the_design_names_every_module():
         ), path.name
 
 
-# Commands and flags ---------------------------------------------------------------------------------------------------
-# Restricted bash (-r: no files are written) with functions in place of programs. Each writes the names of the variables
-# that are set for it and its words, a line each, and an empty line; other programs are not found.
+# Commands and flags
+# ---------------------------------------------------------------------------------------------------
+# Restricted bash (-r: no files are written) with functions in place of programs. Each writes the
+# names of the variables that are set for it and its words, a line each, and an empty line; other
+# programs are not found.
 BASH = """
 set -euf
 call() { local names=$(compgen -e); printf '%s\\n' "${names//$'\\n'/ }" "$@" ''; }
@@ -98,7 +102,9 @@ git() { :; }; cd() { :; }; source() { :; }; tensorboard() { :; }
 
 
 def commands(text):
-    """(names of variables that are set, words) of each command of our scripts, in blocks and in code in the text."""
+    """(names of variables that are set, words) of each command of our scripts, in blocks and in
+    code in the text.
+    """
     inline = re.findall(
         r"`((?:[A-Z_]+=\S+\s)*(?:python|bash|torchrun|sbatch)\s[^`]+)`", prose(text)
     )
@@ -123,7 +129,9 @@ def parse(script, words, monkeypatch):
 
 
 def check_command(names, words, monkeypatch):
-    """Raise, or exit, unless a command is one that its script takes. Returns the flags of a Python script."""
+    """Raise, or exit, unless a command is one that its script takes. Returns the flags of a Python
+    script.
+    """
     program, *words = words
     if program == "torchrun":
         args = get_args_parser().parse_args(words)
@@ -154,7 +162,9 @@ def test_scripts_take_the_commands_of_a_page(page, monkeypatch, capsys):
 
 
 def readme_runs(monkeypatch):
-    """The flags of the README's torchrun commands: of three phases of training, and of the sampling."""
+    """The flags of the README's torchrun commands: of three phases of training, and of the
+    sampling.
+    """
     (block,) = [block for block in fences(PAGES["README.md"], "bash") if "torchrun" in block]
     text = f"```bash\n{block}```"
     *phases, sampling = [check_command(*command, monkeypatch) for command in commands(text)]
@@ -230,11 +240,12 @@ def test_flags_that_the_pages_mention_exist(monkeypatch, capsys):
         )  # that names removed ones
 
 
-# Numbers --------------------------------------------------------------------------------------------------------------
+# Numbers
+# --------------------------------------------------------------------------------------------------------------
 # A comment before a table, a paragraph or a list says which files of results/ have its numbers:
-# "rows of": those of each row are in the rows of the file that have the same first cell
-# "numbers of": those with a decimal point, in percent, points or MB are in the files
-# A number is in a file if one there, or one of its numbers in percent, rounds to it.
+# "rows of": those of each row are in the rows of the file that have the same first cell "numbers
+# of": those with a decimal point, in percent, points or MB are in the files A number is in a file
+# if one there, or one of its numbers in percent, rounds to it.
 NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?"
 
 
@@ -263,7 +274,9 @@ def is_in(number, source):
 
 
 def missing(kind, block, source):
-    """The numbers of a block that a source does not have, after the first cell of their row in a table."""
+    """The numbers of a block that a source does not have, after the first cell of their row in a
+    table.
+    """
     if kind == "numbers":
         numbers = re.findall(rf"{NUMBER}(?=%| points| MB)|(?<![\w.])\d+\.\d+", block)
         return [number for number in numbers if not is_in(number, source)]
@@ -292,7 +305,10 @@ def test_the_tables_of_results_are_compared_with_a_page():
         for _, files, _ in checked_blocks(text)
         for file in files
     }
-    names = "README benchmark memory objectives given_frames positions_bouncing faults study study-first-edition"
+    names = (
+        "README benchmark memory objectives given_frames positions_bouncing faults study "
+        "study-first-edition"
+    )
     assert compared >= set(names.split())
 
 

@@ -1,4 +1,6 @@
-"""torchrun with two ranks on the CPU, three phases chained by globs; what needs no second rank runs in this process."""
+"""torchrun with two ranks on the CPU, three phases chained by globs; what needs no second rank runs
+in this process.
+"""
 
 import csv
 import json
@@ -69,7 +71,9 @@ def phases(shapes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def random(phases):
-    """The last checkpoint of the phases as an energy with random EMA weights, so that the field does something."""
+    """The last checkpoint of the phases as an energy with random EMA weights, so that the field
+    does something.
+    """
     state = torch.load(one(phases / "*f16*/checkpoints/best.pt"), weights_only=True)
     state["config"]["model"]["ebm"] = "dot"
     for weight in state["ema"].values():

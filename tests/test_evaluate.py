@@ -24,7 +24,9 @@ from training import ROOT, error_of, on_two_ranks, record_calls, run_main, sampl
 
 
 class Detector(torch.nn.Module):
-    """A detector with the interface of the usual I3D and Inception models. It returns 6 features of clips or images."""
+    """A detector with the interface of the usual I3D and Inception models. It returns 6 features of
+    clips or images.
+    """
 
     def forward(
         self, x, rescale: bool = False, resize: bool = False, return_features: bool = False

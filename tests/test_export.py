@@ -1,4 +1,6 @@
-"""An exported folder holds the EMA weights of a checkpoint, and everything that sampling and training need."""
+"""An exported folder holds the EMA weights of a checkpoint, and everything that sampling and
+training need.
+"""
 
 import json
 
@@ -167,7 +169,9 @@ def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_p
     (data / "A").rename(data / "C")  # the model knows A and B
 
     def trained(name, ckpt, steps, *flags, status=0):
-        """(checkpoint files, their contents) of the steps of a run, the first lines of its metrics."""
+        """(checkpoint files, their contents) of the steps of a run, the first lines of its
+        metrics.
+        """
         flags = [
             "--data-path",
             data,

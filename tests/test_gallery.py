@@ -34,7 +34,9 @@ LABELS = 0, 1, 2, 3, 0, 1
 def make_samples(
     folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size=SIZE, fps=FPS, given=None
 ):
-    """A folder as sample_gd.py writes it; frame f of sample n has the gray level 20 f + 10 n. Returns the folder."""
+    """A folder as sample_gd.py writes it; frame f of sample n has the gray level 20 f + 10 n.
+    Returns the folder.
+    """
     levels = 20 * np.arange(num_frames) + 10 * np.arange(len(labels))[:, None]  # (N, T)
     videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(
         np.uint8
@@ -68,7 +70,9 @@ def make_samples(
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """Videos of 30 frames at 25 fps, 6 per class; frame f of video v has the color (4 f, 40 v, 100 left, 200 right)."""
+    """Videos of 30 frames at 25 fps, 6 per class; frame f of video v has the color (4 f, 40 v, 100
+    left, 200 right).
+    """
     root = tmp_path_factory.mktemp("real")
     for name in CLASSES[:2]:
         (root / name).mkdir()
@@ -134,7 +138,7 @@ class Page:
         return [base64.b64decode(part, validate=True) for part in parts]
 
 
-# The page as a file ---------------------------------------------------------------------------------------------------
+# The page as a file -------------------------------------------------------------------------------
 
 
 def test_a_page_embeds_the_sample_videos_and_settings_and_loads_no_other_file(samples):
@@ -235,7 +239,7 @@ def test_a_page_of_many_samples_shows_the_first_and_says_so(samples, tmp_path, r
     assert f"{out}: 4 samples (2 more: --num-samples 6)" in capsys.readouterr().out
 
 
-# The picture ----------------------------------------------------------------------------------------------------------
+# The picture --------------------------------------------------------------------------------------
 
 
 def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_path):
@@ -269,13 +273,16 @@ def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_pat
         ).any()  # the name
 
 
-# The page in a browser ------------------------------------------------------------------------------------------------
+# The page in a browser ----------------------------------------------------------------------------
 
 READY = "videos.every(video => video.ready && !video.seeking)"
 PLAYING = "videos.filter(video => video.ready).every(video => !video.paused)"
 TIMES = "videos.map(video => video.currentTime)"
 CHOOSE = "filter.value = '%s'; filter.dispatchEvent(new Event('change'))"  # "" = all
-SHOWN = "cards.filter(card => card.offsetParent).map(card => card.querySelector('figcaption').firstChild.data)"
+SHOWN = (
+    "cards.filter(card => card.offsetParent).map(card => "
+    "card.querySelector('figcaption').firstChild.data)"
+)
 
 
 def test_videos_play_in_step_also_after_one_falls_behind_and_no_request_leaves_the_page(
@@ -286,7 +293,8 @@ def test_videos_play_in_step_also_after_one_falls_behind_and_no_request_leaves_t
     assert browser.ask(f"videos.every(video => Math.abs(video.duration - {FRAMES / FPS}) < 0.01)")
     browser.ask(f"videos[3].currentTime = (now + 0.5) % {FRAMES / FPS}; videos[4].pause()")
     browser.wait(
-        f"videos.every(video => !video.paused) && Math.max(...{TIMES}) - Math.min(...{TIMES}) < {0.5 / FPS}"
+        f"videos.every(video => !video.paused) && Math.max(...{TIMES}) - Math.min(...{TIMES}) < "
+        f"{0.5 / FPS}"
     )
     times = browser.ask(
         f"""new Promise(done => {{

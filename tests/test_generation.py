@@ -1,4 +1,6 @@
-"""Clips of a plan, batch by batch and window by window, sampler settings, and weights that are cast once."""
+"""Clips of a plan, batch by batch and window by window, sampler settings, and weights that are cast
+once.
+"""
 
 from contextlib import nullcontext
 from dataclasses import replace

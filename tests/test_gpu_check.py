@@ -1,4 +1,6 @@
-"""What decides in scripts/gpu_check.py and tests/gpu_checks.py: limits, verdicts. Nothing here runs all of it."""
+"""What decides in scripts/gpu_check.py and tests/gpu_checks.py: limits, verdicts. Nothing here runs
+all of it.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""Models of clips that start from image models: their field on equal frames, and runs of train.py --inflate."""
+"""Models of clips that start from image models: their field on equal frames, and runs of train.py
+--inflate.
+"""
 
 import shutil
 from dataclasses import replace
@@ -84,7 +86,7 @@ def test_frame_rates_and_times_can_be_learned():
     assert distance(video(later, labels()), video(clip(8), labels())) > 0.05
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 STEPS = ["--log-every", 1, "--sample-every", 0, "--val-clips", 2]
 VIDEOS = [

@@ -1,4 +1,6 @@
-"""Rules for the source: imports go down, flags are resolved once, few modules know of classes, no file runs code."""
+"""Rules for the source: imports go down, flags are resolved once, few modules know of classes, no
+file runs code.
+"""
 
 import ast
 import functools
@@ -13,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "EqM"
 ENTRY = ("train", "train_vae", "cache_latents", "sample_gd", "evaluate")
-LAYERS = (  # from the top; a module may import from layers below, and from its own as long as there is no cycle
+# from the top; a module may import from layers below, and from its own as long as there is no cycle
+LAYERS = (
     ENTRY,
     ("preflight", "scoring"),
     ("generation", "validation", "given", "run"),
@@ -31,7 +34,8 @@ LONG = {
     ("train", "main"): 170,
     ("train_vae", "main"): 100,
 }  # the visible loops; all other functions: 60 lines
-# A condition is opaque: only the models, the data, what is on the disk and the flags know that it is a class.
+# A condition is opaque: only the models, the data, what is on the disk and the flags know that it
+# is a class.
 KNOW_CLASSES = {
     "models",
     "published",

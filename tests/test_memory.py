@@ -1,4 +1,6 @@
-"""Bytes and FLOPs of training steps: closed forms, torch's own hooks, the committed counts and their tables."""
+"""Bytes and FLOPs of training steps: closed forms, torch's own hooks, the committed counts and
+their tables.
+"""
 
 import math
 from unittest.mock import patch
@@ -21,7 +23,9 @@ ROWS = memory.read_rows()
 
 @pytest.fixture(scope="module")
 def counts():
-    """{flag: (bytes kept, bytes at the peak)} of EqM-S/2 with one and with two blocks, for a clip."""
+    """{flag: (bytes kept, bytes at the peak)} of EqM-S/2 with one and with two blocks, for a
+    clip.
+    """
     return {
         flag: [memory.count_step("S/2", flag, 1, depth) for depth in (1, 2)]
         for flag in memory.FLAGS

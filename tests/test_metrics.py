@@ -1,4 +1,6 @@
-"""What metrics.jsonl, TensorBoard and wandb get, also after a resume, and the statistics of the steps."""
+"""What metrics.jsonl, TensorBoard and wandb get, also after a resume, and the statistics of the
+steps.
+"""
 
 import sys
 import time
@@ -115,7 +117,7 @@ def test_wandb_gets_config_and_scalars_a_resumed_run_keeps_its_id_and_a_missing_
     assert line.startswith("--wandb: api_key not configured") and "wandb login" in line
 
 
-# StepStats ------------------------------------------------------------------------------------------------------------
+# StepStats ----------------------------------------------------------------------------------------
 
 
 def fill(values, skipped=None):

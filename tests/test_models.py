@@ -1,4 +1,6 @@
-"""The network: positions, frame rates, precision, initialization, energies, grad checkpointing, FLOPs."""
+"""The network: positions, frame rates, precision, initialization, energies, grad checkpointing,
+FLOPs.
+"""
 
 import dataclasses
 import itertools
@@ -63,7 +65,7 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# Positions ------------------------------------------------------------------------------------------------------------
+# Positions ----------------------------------------------------------------------------------------
 
 MOVES = {
     "time reversed": lambda x: (
@@ -183,7 +185,7 @@ def test_blocks_get_patches_plus_positions_and_return_the_features(kind):
     assert torch.equal(f, model(x, labels(2)))
 
 
-# Frame rates and numbers of frames ------------------------------------------------------------------------------------
+# Frame rates and numbers of frames ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,7 +282,7 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(
         assert distance(one, exact.to(dtype)) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
-# Initialization, names, sizes -----------------------------------------------------------------------------------------
+# Initialization, names, sizes ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -401,7 +403,7 @@ def test_patches_are_embedded_like_a_convolution_and_put_back_in_place(monkeypat
     assert torch.equal(model(x, labels(2)), x)
 
 
-# Energies -------------------------------------------------------------------------------------------------------------
+# Energies -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(
@@ -525,7 +527,9 @@ def test_grad_checkpointing_changes_neither_loss_nor_gradient(kind, ebm, precisi
 
 
 class NoTracker(nullcontext):
-    """Replaces the counter's module tracker, which fails if the forward pass computes a gradient."""
+    """Replaces the counter's module tracker, which fails if the forward pass computes a
+    gradient.
+    """
 
     parents = ("Global",)
 

@@ -204,7 +204,9 @@ def test_an_interrupted_run_or_a_full_disk_leaves_no_files(
 
 @pytest.fixture
 def ucf(tmp_path):
-    """A function that runs the script on tmp_path/data/ucf-101 with the contents of two fake archives."""
+    """A function that runs the script on tmp_path/data/ucf-101 with the contents of two fake
+    archives.
+    """
     contents, tools, data = (tmp_path / name for name in ("contents", "bin", "data"))
     files = {
         f"unrar/UCF-101/{name}.avi": name

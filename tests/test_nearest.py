@@ -1,4 +1,6 @@
-"""The nearest training clips compared with a search by loops, and evaluate.py --metric nearest end to end."""
+"""The nearest training clips compared with a search by loops, and evaluate.py --metric nearest end
+to end.
+"""
 
 import functools
 import json
@@ -19,7 +21,9 @@ def random_videos(lengths, size=6, seed=0):
 
 
 def found_in(monkeypatch, clips, videos, intervals, own=None, damaged=()):
-    """What `search` finds for clips, an array (N, T, H, W, 3), in videos, arrays; 5 frames come at a time."""
+    """What `search` finds for clips, an array (N, T, H, W, 3), in videos, arrays; 5 frames come at
+    a time.
+    """
 
     def read_all_frames(root, video, chunk):
         pixels = videos[int(video.path)]
@@ -41,7 +45,9 @@ def found_in(monkeypatch, clips, videos, intervals, own=None, damaged=()):
 
 
 def naive(clip, videos, intervals):
-    """(least squared distance, [video, first frame, mirrored]) of a clip (T, H, W, 3) to all windows, by loops."""
+    """(least squared distance, [video, first frame, mirrored]) of a clip (T, H, W, 3) to all
+    windows, by loops.
+    """
     found = []
     for number, (video, interval) in enumerate(zip(videos, intervals, strict=True)):
         span = (len(clip) - 1) * interval + 1

@@ -1,4 +1,6 @@
-"""The objectives flow and blind: closed forms on Gaussian data, levels per temporal patch, and runs of the scripts."""
+"""The objectives flow and blind: closed forms on Gaussian data, levels per temporal patch, and runs
+of the scripts.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,7 +24,9 @@ SOLVERS = ("euler", "heun")
 
 
 def optimal_velocity(z, gamma, mean, variance):
-    """E[x - eps | x_gamma = z] for data N(mean, diag(variance)): x_gamma has variance v = gamma^2 S + (1 - gamma)^2."""
+    """E[x - eps | x_gamma = z] for data N(mean, diag(variance)): x_gamma has variance v = gamma^2 S
+    + (1 - gamma)^2.
+    """
     v = gamma**2 * variance + (1 - gamma) ** 2
     return mean + (gamma * variance - (1 - gamma)) / v * (z - gamma * mean)
 
@@ -31,7 +35,8 @@ def optimal_velocity(z, gamma, mean, variance):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("start_gamma", [0.0, 0.5])
 def test_flow_moves_noise_along_the_exact_path_of_gaussian_data(method, error, shift, start_gamma):
-    # The solution is affine: x(gamma) = gamma mean + sqrt(gamma^2 S + (1 - gamma)^2) eps, which at 1 is data.
+    # The solution is affine: x(gamma) = gamma mean + sqrt(gamma^2 S + (1 - gamma)^2) eps, which at
+    # 1 is data.
     mean = normal(6, dtype=torch.float64)
     std = torch.linspace(0.3, 2, 6, dtype=torch.float64)
     noise = normal(5, 6, seed=1, dtype=torch.float64)
@@ -145,7 +150,8 @@ def trained(objective, data, steps=300):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_data(objective):
-    # 64 pixels: a different mean in each, a common offset of variance 0.05, and a variance of 0.2 of its own
+    # 64 pixels: a different mean in each, a common offset of variance 0.05, and a variance of 0.2
+    # of its own
     mean = torch.linspace(-1, 1, 64)
 
     def data(step, count=128):
@@ -160,7 +166,8 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
         model, Condition.of(torch.full((count,), -1), model.config), torch.full((count,), 0.04), 1.0
     )
     path = {"num_steps": 61, "step_size": 0.007}  # as long as the published path
-    # The descent does not stop exactly at the data: see test_samplers.py. It guesses gamma from 64 values only.
+    # The descent does not stop exactly at the data: see test_samplers.py. It guesses gamma from 64
+    # values only.
     error_of_mean, error_of_covariance = (0.12, 0.4) if objective == "eqm" else (0.05, 0.15)
     for method in ("gd", "ngd") if objective == "eqm" else SOLVERS:
         with torch.no_grad():
@@ -172,7 +179,7 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
         assert (torch.cov(x.T) - expected).norm() < error_of_covariance * expected.norm(), method
 
 
-# Levels per temporal patch --------------------------------------------------------------------------------------------
+# Levels per temporal patch ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -219,7 +226,7 @@ def test_forced_clips_of_flow_have_borders_at_patches_only():
     )  # levels per patch are those of the other objectives
 
 
-# The scripts ----------------------------------------------------------------------------------------------------------
+# The scripts --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""Names with spaces, quotes, line breaks and shell code work everywhere. No shell runs them; they forge no log line."""
+"""Names with spaces, quotes, line breaks and shell code work everywhere. No shell runs them; they
+forge no log line.
+"""
 
 import json
 import shutil

@@ -1,8 +1,8 @@
 """A run that the tree before (commit f311e33) has started resumes as that tree itself continues it.
 
-data/before.pt is of a run of 6 steps (FLAGS) on four videos, stopped after step 4. data/before-end.pt holds what the
-tree before made of it: weights and moments after step 6, the last metrics, and the machine that computed them.
-"""
+data/before.pt is of a run of 6 steps (FLAGS) on four videos, stopped after step 4.
+data/before-end.pt holds what the tree before made of it: weights and moments after step 6, the last
+metrics, and the machine that computed them."""
 
 import shutil
 from pathlib import Path

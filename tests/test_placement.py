@@ -1,13 +1,14 @@
-"""All tensors are on the device of the network, checked without a GPU: the device "meta" replaces it.
+"""All tensors are on the device of the network, checked without a GPU: the device "meta" replaces
+it.
 
-A meta tensor has a shape, a type and a device, but no values. So the code runs as on a GPU, while everything on the CPU
-is real: files, labels, random draws. `OneDevice` sees each operation, including backward passes and optimizers, and
-refuses tensors on both devices. It also notes where the CPU waits for the GPU, and invents the values read there: True,
-1, zeros, a mask that is true everywhere. So every gradient is finite, and no sample stops early.
+A meta tensor has a shape, a type and a device, but no values. So the code runs as on a GPU, while
+everything on the CPU is real: files, labels, random draws. `OneDevice` sees each operation,
+including backward passes and optimizers, and refuses tensors on both devices. It also notes where
+the CPU waits for the GPU, and invents the values read there: True, 1, zeros, a mask that is true
+everywhere. So every gradient is finite, and no sample stops early.
 
-These tests miss autocast (meta has none), generators on the device (CPU generators replace them), kernels, numerics,
-torch.compile, several ranks and streams. Other tests check values.
-"""
+These tests miss autocast (meta has none), generators on the device (CPU generators replace them),
+kernels, numerics, torch.compile, several ranks and streams. Other tests check values."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -46,7 +47,9 @@ FUSED = (
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails the test at an operation on tensors of two devices; `waits` names operations that wait for the GPU."""
+    """Fails the test at an operation on tensors of two devices; `waits` names operations that wait
+    for the GPU.
+    """
 
     def __init__(self):
         super().__init__()
@@ -72,7 +75,8 @@ class OneDevice(TorchDispatchMode):
         }
         if len(devices) > 1:
             pytest.fail(
-                f"{function}: {', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}"
+                f"{function}: "
+                f"{', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}"
             )
         if function is aten._local_scalar_dense.default and on_gpu(
             args[0]
@@ -84,7 +88,9 @@ class OneDevice(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def copy(self, function, args, kwargs):
-        """A copy may have two devices. The CPU waits for it, except for some non-blocking copies to the GPU."""
+        """A copy may have two devices. The CPU waits for it, except for some non-blocking copies to
+        the GPU.
+        """
         place = COPIES[function]
         source = args[place]
         non_blocking = kwargs.get("non_blocking") or True in args[2:]

@@ -21,9 +21,8 @@ def close_figures():
 def make_run(folder, first, last, ckpt=None, torn="", cost=(2, 1e15), **columns):
     """A run folder that logged every 10 steps from `first` on, as train.py does.
 
-    ckpt: what config.json says. cost: seconds and FLOPs of a step, None: not logged; columns: {name: function of the
-    step}.
-    """
+    ckpt: what config.json says. cost: seconds and FLOPs of a step, None: not logged; columns:
+    {name: function of the step}."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"training": {"ckpt": ckpt and str(ckpt)}}))
     lines = []
@@ -45,7 +44,9 @@ def make_run(folder, first, last, ckpt=None, torn="", cost=(2, 1e15), **columns)
 
 
 def make_phases(root):
-    """Three phases of 100, 50 and 50 steps, each from a checkpoint of the one before. Returns their folder."""
+    """Three phases of 100, 50 and 50 steps, each from a checkpoint of the one before. Returns their
+    folder.
+    """
     one = make_run(root / "000-EqM-S-4-f4-rope", 0, 100)
     two = make_run(
         root / "001-EqM-S-4-f8-rope", 100, 150, one / "checkpoints/0000100.pt", cost=(4, 3e15)

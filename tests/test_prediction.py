@@ -1,4 +1,6 @@
-"""Scores of predicted frames compared with naive versions, and evaluate.py --metric prediction end to end."""
+"""Scores of predicted frames compared with naive versions, and evaluate.py --metric prediction end
+to end.
+"""
 
 import json
 import math
@@ -176,7 +178,7 @@ def test_only_a_clip_with_the_same_color_and_shape_keeps_the_appearance():
     ]
 
 
-# Sample folders that continue real clips ------------------------------------------------------------------------------
+# Sample folders that continue real clips ----------------------------------------------------------
 
 KEPT = {"source": SOURCE | {"keep_background": True}}
 
@@ -184,7 +186,9 @@ KEPT = {"source": SOURCE | {"keep_background": True}}
 def write_predictions(
     folder, data, change, count=3, samples_per_clip=2, given="0-1,6", split="val", **changes
 ):
-    """A folder of samples of the first real clips of a data set; change(clip, number) makes a sample of a clip."""
+    """A folder of samples of the first real clips of a data set; change(clip, number) makes a
+    sample of a clip.
+    """
     clips, _, real = sources.find_real(data, split, 0.05, FRAMES, 1 / 25, SIZE, None, False)
     items = [clips[index] for index in range(count)]
     pixels = [item["clip"].permute(1, 2, 3, 0).numpy() for item in items]

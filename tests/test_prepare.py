@@ -1,4 +1,6 @@
-"""datasets/prepare_*.py: strips of frames and layers of sheets become videos, pixel for pixel, in the right split."""
+"""datasets/prepare_*.py: strips of frames and layers of sheets become videos, pixel for pixel, in
+the right split.
+"""
 
 import random
 import shutil
@@ -17,7 +19,9 @@ from video.index import scan_videos, split_videos
 
 
 def check_second_run(lost, script, *flags):
-    """Without one video, and with half of it from a process that was killed, a script makes only this video again."""
+    """Without one video, and with half of it from a process that was killed, a script makes only
+    this video again.
+    """
     folder = lost.parents[1]
     before = snapshot(folder)
     files = content(folder)
@@ -31,7 +35,7 @@ def check_second_run(lost, script, *flags):
     ]
 
 
-# Weizmann -------------------------------------------------------------------------------------------------------------
+# Weizmann -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +122,15 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert snapshot(out) == before
 
 
-# Sprites --------------------------------------------------------------------------------------------------------------
+# Sprites ------------------------------------------------------------------------------------------
 
 LAYERS = "body", "bottomwear", "topwear", "hair", "shoes"
 
 
 def tile(layer, value, number):
-    """A made tile, RGBA (64, 64, 4): a square whose place shows layer and tile, and whose color shows the value."""
+    """A made tile, RGBA (64, 64, 4): a square whose place shows layer and tile, and whose color
+    shows the value.
+    """
     pixels = np.zeros((64, 64, 4), np.uint8)
     top = 4 + 6 * LAYERS.index(layer)
     left = number % 40

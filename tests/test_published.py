@@ -92,7 +92,7 @@ def test_the_published_model_gives_the_results_of_the_published_code(name):
     assert ((value.view_as(expected) - expected).norm() / expected.norm()).item() < 1e-5
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 BIAS = "final_layer.linear.bias"
 
@@ -177,7 +177,8 @@ def test_a_flipped_bit_of_a_published_file_is_found_if_it_is_used(tmp_path, tiny
 
 
 TABLE = STATE["pos_embed"]
-REFUSALS = {  # what is wrong: (tensors that are replaced or missing, --model, other flags, words of the line)
+# what is wrong: (tensors that are replaced or missing, --model, other flags, words of the line)
+REFUSALS = {
     "no name": ({}, None, {}, "pass --model, such as EqM-XL/2"),
     "width": ({}, "EqM-Wide/2", {}, "holds EqM-Tiny/2, expected EqM-Wide/2; pass another --model"),
     "patches": ({}, "EqM-Tiny/4", {}, "holds EqM-Tiny/2, expected EqM-Tiny/4"),

@@ -1,4 +1,6 @@
-"""Each file in results/ says how it was made: commit, command, date and machine, also if a script writes it today."""
+"""Each file in results/ says how it was made: commit, command, date and machine, also if a script
+writes it today.
+"""
 
 import csv
 import json
@@ -25,7 +27,9 @@ RECORD = {
 
 
 def records_of(path):
-    """What a result file says about how it was made: a dict per row, per command of a csv, or the only one."""
+    """What a result file says about how it was made: a dict per row, per command of a csv, or the
+    only one.
+    """
     path = path.with_suffix(".json")
     if not path.exists():
         return []
@@ -37,7 +41,8 @@ def check_records(path):
     """Fail unless the numbers of a result file can be made again, as far as it says how."""
     records = records_of(path)
     assert records, (
-        f"{path.name} does not say how it was made; expected {path.stem}.json with {', '.join(KEYS)}"
+        f"{path.name} does not say how it was made; expected {path.stem}.json with "
+        f"{', '.join(KEYS)}"
     )
     for record in records:
         for key in KEYS:
@@ -116,7 +121,7 @@ def test_a_result_file_without_these_is_refused(name, content, words, tmp_path):
     check_records(path)
 
 
-# What scripts write ---------------------------------------------------------------------------------------------------
+# What scripts write -------------------------------------------------------------------------------
 
 
 def test_the_command_is_the_words_of_the_process_with_quotes_and_variables(monkeypatch):

@@ -43,7 +43,9 @@ def copy(whole, tmp_path):
 
 
 def check_in_parts(whole, results, stops):
-    """A run that is stopped after so many steps each time (None = not at all) ends as the whole one."""
+    """A run that is stopped after so many steps each time (None = not at all) ends as the whole
+    one.
+    """
     parts = replace(whole, results=results)
     for number, steps in enumerate(stops):
         other = ["--num-workers", 1, "--cache-frames"] if number == 3 else []
@@ -199,7 +201,10 @@ def test_a_run_with_deleted_checkpoints_is_named_and_stays_unchanged(deleted, wh
     shutil.rmtree(copy.folder / "checkpoints")
     if deleted == "files":
         (copy.folder / "checkpoints").mkdir()
-    words = f"--resume: the checkpoints of {copy.folder} were deleted (its metrics reach step {STEPS}): restore one"
+    words = (
+        f"--resume: the checkpoints of {copy.folder} were deleted (its metrics reach step "
+        f"{STEPS}): restore one"
+    )
     assert (
         words in refused(capsys, train, *copy.command_flags(*OFTEN, "--resume"))
         and copy.rows() == whole.rows()
@@ -248,5 +253,8 @@ def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(
     (line,) = [
         line for line in capsys.readouterr().err.splitlines() if "error" in line
     ]  # beside the bar's
-    words = f"{run.results / folder.name} was deleted or moved during the run; put it back, then continue"
+    words = (
+        f"{run.results / folder.name} was deleted or moved during the run; put it back, then "
+        "continue"
+    )
     assert line.startswith(f"{script.__name__}.py: error: {words}")

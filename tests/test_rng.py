@@ -1,4 +1,6 @@
-"""Random draws depend on (seed, purpose, stream, index) and on nothing else; test_distributed.py: on no process."""
+"""Random draws depend on (seed, purpose, stream, index) and on nothing else; test_distributed.py:
+on no process.
+"""
 
 import pytest
 import torch

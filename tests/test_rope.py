@@ -1,4 +1,6 @@
-"""Rotary positions compared with complex numbers, their invariances, and clips beyond the trained length."""
+"""Rotary positions compared with complex numbers, their invariances, and clips beyond the trained
+length.
+"""
 
 import cmath
 import itertools
@@ -15,7 +17,9 @@ FPS_25 = torch.tensor([1 / 25])
 
 
 def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
-    """Rotate x (B, h, N, d) pair by pair with complex numbers; channels are the numbers for (time, height, width)."""
+    """Rotate x (B, h, N, d) pair by pair with complex numbers; channels are the numbers for (time,
+    height, width).
+    """
     z = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))  # (B, h, N, d / 2)
     places = list(itertools.product(*map(range, grid)))
     for (b, seconds), (n, (t, h, w)) in itertools.product(

@@ -1,4 +1,6 @@
-"""Files of runs of scripts/weizmann.sh and scripts/sprites.sh become numbers; test_studies.py makes tables of these."""
+"""Files of runs of scripts/weizmann.sh and scripts/sprites.sh become numbers; test_studies.py makes
+tables of these.
+"""
 
 import json
 from pathlib import Path
@@ -34,7 +36,9 @@ def numbers_of(run):
 
 
 def tabulate(script, *names):
-    """(numbers of the runs, {title: cells} of the table) that a script writes of the files of these runs."""
+    """(numbers of the runs, {title: cells} of the table) that a script writes of the files of these
+    runs.
+    """
     run_main(script, *names, "--out", "out")
     place = Path("out", script.__name__)
     rows = [
@@ -83,7 +87,10 @@ def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
     write_people("long", long), write_people("short", short)
     runs, table = tabulate(people, "long", "short")
     assert list(map(numbers_of, runs)) == [short, long]
-    command = "EXP=short HOURS=0.5 DATA=datasets/weizmann HOLD_OUT=7\\ 8 VAE_STEPS=5400 bash scripts/weizmann.sh"
+    command = (
+        "EXP=short HOURS=0.5 DATA=datasets/weizmann HOLD_OUT=7\\ 8 VAE_STEPS=5400 bash "
+        "scripts/weizmann.sh"
+    )
     assert (
         (runs[0]["command"], runs[0]["code"]) == (command, "of the score")
         and runs[0]["date"]
@@ -112,7 +119,9 @@ def test_intervals_of_a_run_and_notes_about_a_column_are_shown():
 
 
 def write_sprites(name, run, vae=None):
-    """Write the files of a run of sprites.sh with these numbers, whose VAE may be that of another run."""
+    """Write the files of a run of sprites.sh with these numbers, whose VAE may be that of another
+    run.
+    """
     place, used = (Path(vae).parent, f" VAE={vae}") if vae else (f"results/{name}/000-VAE-64px", "")
     rows = [{"step": 1, "val_psnr": 20.0}, {"step": run["vae_steps"], "val_psnr": run["vae_psnr"]}]
     write_lines(f"{place}/metrics.jsonl", *rows)

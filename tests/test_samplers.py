@@ -17,11 +17,12 @@ CONDITION = Condition.of(torch.tensor([3, -1, 7]), SimpleNamespace(num_classes=1
 
 
 def optimal_field(mean, std, num_gammas=300):
-    """The optimal field without gamma as an input, for data N(mean, std^2 I): f(z) = E[(x - eps) c(gamma) | z].
+    """The optimal field without gamma as an input, for data N(mean, std^2 I): f(z) = E[(x - eps)
+    c(gamma) | z].
 
-    Given gamma, x_gamma ~ N(gamma mean, v I) with v = gamma^2 std^2 + (1 - gamma)^2, and the mean of x - eps is
-    mean + slope (z - gamma mean). The integral over p(gamma | z) is a sum of the midpoint rule.
-    """
+    Given gamma, x_gamma ~ N(gamma mean, v I) with v = gamma^2 std^2 + (1 - gamma)^2, and the mean
+    of x - eps is mean + slope (z - gamma mean). The integral over p(gamma | z) is a sum of the
+    midpoint rule."""
     gamma = (torch.arange(num_gammas, dtype=torch.float64) + 0.5) / num_gammas
     v = (gamma * std) ** 2 + (1 - gamma) ** 2
     slope = (gamma * std**2 - (1 - gamma)) / v
@@ -44,9 +45,10 @@ def optimal_field(mean, std, num_gammas=300):
 
 @pytest.mark.parametrize(("method", "std"), [("gd", 0.5), ("ngd", 1.0)])
 def test_published_settings_sample_the_mean_and_variance_of_gaussian_data(method, std):
-    # The mean is not zero, as otherwise gamma and 1 - gamma would look the same for data with variance 1. The data are
-    # not quite an equilibrium: gamma is at most 1, so near the data its posterior mean is below 1 and f is not zero,
-    # and 1,000 steps end 5 to 14% beyond the mean. Hence the published number of steps and these tolerances.
+    # The mean is not zero, as otherwise gamma and 1 - gamma would look the same for data with
+    # variance 1. The data are not quite an equilibrium: gamma is at most 1, so near the data its
+    # posterior mean is below 1 and f is not zero, and 1,000 steps end 5 to 14% beyond the mean.
+    # Hence the published number of steps and these tolerances.
     mean = normal(1024, dtype=torch.float64)
     start = normal(64, 1024, seed=1, dtype=torch.float64)
     field = optimal_field(mean, std)
@@ -114,8 +116,10 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
     start = noise + start_gamma * path
 
     def field(
-        x, keep
-    ):  # of one data point and a known noise: the position of x on the line between them gives gamma
+        x,
+        keep,
+        # of one data point and a known noise: the position of x on the line between them gives gamma
+    ):
         gamma = ((x - noise) * path).sum(dim=1) / path.square().sum(dim=1)
         return transport.decay(gamma)[:, None] * path
 
@@ -162,7 +166,8 @@ def test_masked_values_stay_and_the_others_move_as_if_alone(method):
 
 
 def test_a_sample_stops_by_the_field_of_its_unmasked_part():
-    # f = -x of the unmasked part, which halves in each step; its root mean square is that of 5, 8 and 2 values.
+    # f = -x of the unmasked part, which halves in each step; its root mean square is that of 5, 8
+    # and 2 values.
     start = torch.full((3, 8), 8.0)
     mask = torch.stack([GIVEN, torch.zeros(8, dtype=torch.bool), torch.arange(8) < 6])
     masked = {"given": torch.full((3, 8), 9.0), "mask": mask}

@@ -10,7 +10,10 @@ from models import EqMConfig
 from schedule import frames_of_steps, parse_schedule
 from training import ANY_LENGTH, Training, differences, refused, run_here
 
-WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 4:999999999999"
+WRONG = (
+    "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 "
+    "4:999999999999"
+)
 
 
 @pytest.mark.parametrize("text", ["", *WRONG.split()])

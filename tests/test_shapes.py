@@ -1,4 +1,6 @@
-"""The tracker measures one object in straight, steady or bouncing motion, and refuses all other clips."""
+"""The tracker measures one object in straight, steady or bouncing motion, and refuses all other
+clips.
+"""
 
 import itertools
 import json
@@ -38,7 +40,7 @@ def noisy(clip, deviation, seed=0):
     return (clip + noise).round().clip(0, 255).astype(np.uint8)
 
 
-# Straight motion ------------------------------------------------------------------------------------------------------
+# Straight motion ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_motion_of_real_clips_is_all_right(request, tmp_path):
     assert real["direction_interval95"] == wilson(12, 12)
 
 
-# Bouncing motion ------------------------------------------------------------------------------------------------------
+# Bouncing motion ----------------------------------------------------------------------------------
 
 BOUNCING = (
     "--bounce",

@@ -19,7 +19,10 @@ ROUNDING = {"accumulation": 1e-5, "muon": 1e-2, "energy": 1e-5}  # Muon computes
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank has found, see sharded_ranks.py."""
-    code = f"sys.path.append({str(Path(__file__).parent)!r}); import sharded_ranks; sharded_ranks.main()"
+    code = (
+        f"sys.path.append({str(Path(__file__).parent)!r}); import sharded_ranks; "
+        "sharded_ranks.main()"
+    )
     return run_ranks(code, RANKS, tmp_path_factory.mktemp("sharded"))
 
 

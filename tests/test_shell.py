@@ -1,4 +1,6 @@
-"""The shell scripts: --help, unknown arguments and variables, mistakes, and which line comes last."""
+"""The shell scripts: --help, unknown arguments and variables, mistakes, and which line comes
+last.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ NO_TORCH = "no torch found: run 'bash scripts/setup.sh' first"
 
 @pytest.fixture
 def bash(tmp_path):
-    """A function that runs a copy of a script with only a few harmless commands; the script may change no file."""
+    """A function that runs a copy of a script with only a few harmless commands; the script may
+    change no file.
+    """
     for folder in ("scripts", "datasets"):
         shutil.copytree(
             ROOT / folder,
@@ -196,7 +200,10 @@ IS_CHECK = "[[ $* == *--dry-run* ]]"  # of all phases, in one process that knows
     [
         (
             "sprites.sh",
-            "SEED=0 OBJECTIVE=eqm VAE_STEPS=7 STEPS_1=375 STEPS_2=2750 WEAK=1250 SAMPLES=2592 PREDICTIONS=2664",
+            (
+                "SEED=0 OBJECTIVE=eqm VAE_STEPS=7 STEPS_1=375 STEPS_2=2750 WEAK=1250 SAMPLES=2592 "
+                "PREDICTIONS=2664"
+            ),
         ),
         (
             "weizmann.sh",
@@ -251,7 +258,10 @@ def test_one_process_is_python_and_of_several_our_line_comes_last(script, bash):
             {"CACHE": "0"},
             137,
             [
-                "sh: error: killed (often out of memory): lower BATCH_n or --num-workers; the same command continues\n"
+                (
+                    "sh: error: killed (often out of memory): lower BATCH_n or --num-workers; the "
+                    "same command continues\n"
+                )
             ],
         ),
     ],
@@ -269,7 +279,10 @@ def test_one_line_says_why_a_training_does_not_start_or_was_killed(
 
 @pytest.mark.parametrize(("status", "precision"), [(0, "bf16"), (1, "fp32")])
 def test_a_cpu_without_avx512_trains_in_fp32(status, precision):
-    words = f"set -eu; grep() {{ return {status}; }}; source scripts/common.sh; suit; echo $GPUS $PRECISION $MIXED"
+    words = (
+        f"set -eu; grep() {{ return {status}; }}; source scripts/common.sh; suit; echo $GPUS "
+        "$PRECISION $MIXED"
+    )
     environment = {"PATH": "/usr/bin:/bin"}
     shell = subprocess.run(
         ["bash", "-c", words], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -341,7 +354,7 @@ def test_a_signal_reaches_a_run_of_one_process_and_one_line_gives_advice(
     assert end(process, status, timeout=20) == printed
 
 
-# The flags that the scripts pass on -----------------------------------------------------------------------------------
+# The flags that the scripts pass on ---------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Clips of files, and --cache-frames: a cache of their pixels that changes no clip, however it came about."""
+"""Clips of files, and --cache-frames: a cache of their pixels that changes no clip, however it came
+about.
+"""
 
 import os
 import shutil

@@ -51,7 +51,7 @@ SCRIPTS = {
     "datasets/make_moving_shapes.py": make_moving_shapes,
 }
 
-# Miniatures that are really run (killed, and by two processes at once: faults/test_study_kills.py) --------------------
+# Miniatures that are really run (killed, and by two processes at once: faults/test_study_kills.py)
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +403,7 @@ def test_a_study_starts_no_run_that_exceeds_its_minutes(tmp_path, capsys):
     assert not list(tmp_path.glob("study/*/train.log"))
 
 
-# Equal compute --------------------------------------------------------------------------------------------------------
+# Equal compute ------------------------------------------------------------------------------------
 
 
 def a_study(out, only=None):
@@ -444,7 +444,7 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
     ]
 
 
-# Reports --------------------------------------------------------------------------------------------------------------
+# Reports ------------------------------------------------------------------------------------------
 
 
 TABLES = {
@@ -525,11 +525,16 @@ def test_the_committed_report_matches_the_committed_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "others", "text"),
-    [  # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30; t = 16 with two degrees of freedom
+    # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30; t = 16 with two
+    # degrees of freedom
+    [
         (
             [1.0, 2.0, 3.1],
             [0.5, 1.5, 2.5, 9.0],
-            "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds; p 0.004, by Holm 0.004): higher.",
+            (
+                "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds; p 0.004, by Holm "
+                "0.004): higher."
+            ),
         ),
         ([1.0, -1.0], [0.0, 0.0], "no significant difference"),
         ([1.0], [0.0], "one seed"),
@@ -584,7 +589,10 @@ def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
 def test_ratios_of_seeds_have_a_geometric_mean_and_an_interval_of_their_logarithms():
     (line,) = lab.difference_lines([report.ratio("a", "b", "Compute", [0.5, 1.0, 2.0])])
     # ln 2 x 4.3027 / sqrt(3) = 1.7219, and exp(1.7219) = 5.59
-    words = "- Compute, a / b: the geometric mean is 1.00 (each seed: 0.50; 1.00; 2.00; 95% 0.18 to 5.59; p 1.000, "
+    words = (
+        "- Compute, a / b: the geometric mean is 1.00 (each seed: 0.50; 1.00; 2.00; 95% 0.18 to "
+        "5.59; p 1.000, "
+    )
     assert line == f"{words}by Holm 1.000): no significant difference."
     assert report.ratio("a", "b", "Compute", [0.5]).p is None
 
@@ -630,7 +638,7 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
     assert not list(some_rows.glob("figures/*"))
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
     )
 
 
-# A step of every kind -------------------------------------------------------------------------------------------------
+# A step of every kind -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,10 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
         ("--ebm l2 --precision bf16", ("l2", 1, "none")),
         ("--use-rope --disp --grad-accum 2", ("none", 1, "none")),
         (
-            "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 --ebm dot --disp --qk-norm",
+            (
+                "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 --ebm "
+                "dot --disp --qk-norm"
+            ),
             ("dot", 4, "space"),
         ),
     ],
@@ -275,7 +278,7 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
     torch.testing.assert_close(target_square, losses["train_loss"])  # as the network predicts zero
 
 
-# From a latent cache --------------------------------------------------------------------------------------------------
+# From a latent cache ------------------------------------------------------------------------------
 
 
 def test_training_from_a_cache_equals_encoding_on_the_fly(shapes, latents, tiny_vae, tmp_path):
@@ -322,7 +325,7 @@ def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(latents
     )
 
 
-# What a run says of itself --------------------------------------------------------------------------------------------
+# What a run says of itself ------------------------------------------------------------------------
 
 
 def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""train_vae.py: a small VAE of the frames of a data folder, that all other scripts take as --vae DIR."""
+"""train_vae.py: a small VAE of the frames of a data folder, that all other scripts take as --vae
+DIR.
+"""
 
 import shutil
 from dataclasses import replace
@@ -28,7 +30,9 @@ STEPS = 7
 
 @pytest.fixture(scope="module")
 def made(shapes, tmp_path_factory):
-    """A run that nothing has disturbed, and the frames that each of its validations measures: held out, then others."""
+    """A run that nothing has disturbed, and the frames that each of its validations measures: held
+    out, then others.
+    """
     training = Training(
         shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py"
     )

@@ -1,4 +1,6 @@
-"""The objective compared with closed forms and naive sums, and the noise levels of training clips."""
+"""The objective compared with closed forms and naive sums, and the noise levels of training
+clips.
+"""
 
 import functools
 import itertools

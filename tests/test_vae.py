@@ -1,4 +1,6 @@
-"""VAEs: pixels, a directory of diffusers, published ones; latents, scale, chunks, and what is refused."""
+"""VAEs: pixels, a directory of diffusers, published ones; latents, scale, chunks, and what is
+refused.
+"""
 
 import hashlib
 import re
@@ -22,7 +24,9 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A tiny AutoencoderKL with random weights on disk: 4 channels, downsample 2, scale and shift."""
+    """A tiny AutoencoderKL with random weights on disk: 4 channels, downsample 2, scale and
+    shift.
+    """
     return save_tiny(tmp_path_factory.mktemp("vae"), shift_factor=SHIFT)
 
 

@@ -33,7 +33,9 @@ VIDEOS = [
 
 
 class Numbers(Source):
-    """A clip (C, T, H, W) = (1, T, 1, 1) holds the numbers of its frames, negative ones if it is mirrored."""
+    """A clip (C, T, H, W) = (1, T, 1, 1) holds the numbers of its frames, negative ones if it is
+    mirrored.
+    """
 
     def __init__(self, corrupt=(), root="/"):
         super().__init__(root, Scan(VIDEOS, CLASSES, []))
@@ -53,7 +55,7 @@ def numbers(sample):
     return sample["clip"].flatten().tolist()
 
 
-# Draws ----------------------------------------------------------------------------------------------------------------
+# Draws --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_frames", "interval"), [(1, 2), (4, 2), (8, 2), (10, 2), (4, 9)])
@@ -125,7 +127,7 @@ def test_an_epoch_shows_every_video_once_and_streams_and_seeds_differ():
         assert others[0] != videos and others[1] != frames
 
 
-# Corrupt videos -------------------------------------------------------------------------------------------------------
+# Corrupt videos -----------------------------------------------------------------------------------
 
 
 def test_no_replacement_has_failed_before_and_spare_videos_come_last():
@@ -152,7 +154,9 @@ def test_no_replacement_has_failed_before_and_spare_videos_come_last():
 
 
 def check_replacements(clips, count, path):
-    """Checks in two epochs of `count` samples that another file replaces the corrupt one, with that file's class."""
+    """Checks in two epochs of `count` samples that another file replaces the corrupt one, with that
+    file's class.
+    """
     samples = [clips[index] for index in range(count)]
     bad = [sample for sample in samples if sample["corrupt"]]
     assert len(bad) == 2  # it comes once in each epoch

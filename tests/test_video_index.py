@@ -37,7 +37,7 @@ def opened(monkeypatch):
     return record_calls(monkeypatch, decord, "VideoReader", lambda path, **_: path)
 
 
-# Scan -----------------------------------------------------------------------------------------------------------------
+# Scan ---------------------------------------------------------------------------------------------
 
 
 def test_a_scan_finds_videos_classes_rates_and_frames_and_ignores_hidden_and_other_files(tmp_path):
@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_opened_is_reported_also_a_pipe(root):
     assert scan.unreadable == [f"A/{name}" for name in names] and len(scan.videos) == 4
 
 
-# Index ----------------------------------------------------------------------------------------------------------------
+# Index --------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_the_index_knows_is_not_opened_again(root, runs, monkeypatch, opened):
@@ -197,7 +197,7 @@ def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(tmp_path, monke
     assert not list(tmp_path.rglob("*index*"))
 
 
-# Splits ---------------------------------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
 
 
 def test_the_hash_split_stays_when_videos_are_added_or_converted(tmp_path):

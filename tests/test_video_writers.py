@@ -27,7 +27,9 @@ def levels(values, side=2):
 
 
 def color_bars(frames=6, height=16, width=20):
-    """A uint8 video (frames, height, width, 3) whose frames all differ: bars of 4 px that move by a pixel per frame."""
+    """A uint8 video (frames, height, width, 3) whose frames all differ: bars of 4 px that move by a
+    pixel per frame.
+    """
     colors = np.array(
         [[230, 30, 30], [30, 200, 60], [40, 60, 220], [240, 220, 40], [10, 10, 10]], np.uint8
     )
@@ -64,7 +66,7 @@ def mean_difference(a, b):
     return np.abs(a.astype(int) - b.astype(int)).mean()
 
 
-# Videos and GIFs ------------------------------------------------------------------------------------------------------
+# Videos and GIFs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_the_gif_of_a_real_video_is_close_and_does_not_flicker(tmp_path):
     assert not changes.any()
 
 
-# Sheets and grids -----------------------------------------------------------------------------------------------------
+# Sheets and grids ---------------------------------------------------------------------------------
 
 
 def test_a_sheet_has_a_row_per_video_a_column_per_frame_and_names(tmp_path):
@@ -250,18 +252,22 @@ def test_names_with_accents_are_drawn_and_names_that_the_font_lacks_become_numbe
     assert len({picture.tobytes() for picture in pictures}) == 3
 
 
-# All files of samples -------------------------------------------------------------------------------------------------
+# All files of samples -----------------------------------------------------------------------------
 
 
 def in_windows(videos, ends, batches):
-    """The parts of samples whose frames come up to one end after the other, for each batch of samples."""
+    """The parts of samples whose frames come up to one end after the other, for each batch of
+    samples.
+    """
     for a, b in batches:
         for first, end in zip([0, *ends], ends, strict=False):
             yield range(a, b), first, videos[a:b, first:end]
 
 
 def files_of(folder):
-    """The content of all files; of mp4s the pixels, as x264 does not always write the same bytes."""
+    """The content of all files; of mp4s the pixels, as x264 does not always write the same
+    bytes.
+    """
     videos = {
         name: decode(folder / name)[0].tobytes() for name in content(folder) if name.endswith("mp4")
     }

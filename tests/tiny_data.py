@@ -21,7 +21,9 @@ class Code:
 
 
 def make_vae(folder, **overrides):
-    """Write an AutoencoderKL with fixed random weights, 4 channels and downsampling 2. Returns the folder."""
+    """Write an AutoencoderKL with fixed random weights, 4 channels and downsampling 2. Returns the
+    folder.
+    """
     from diffusers import AutoencoderKL  # takes seconds to import
 
     torch.manual_seed(0)
@@ -40,7 +42,9 @@ def make_vae(folder, **overrides):
 
 
 def make_images(root, count, suffix=".png"):
-    """Write `count` random images, 20 x 16 px, alternating between the classes A and B. Returns root."""
+    """Write `count` random images, 20 x 16 px, alternating between the classes A and B. Returns
+    root.
+    """
     for index in range(count):
         (root / "AB"[index % 2]).mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
@@ -86,7 +90,9 @@ def make_latents(folder):
 
 
 def make_state(step=10, **settings):
-    """Return the dict of a checkpoint as train.py writes it, of a named model so that --model can be checked."""
+    """Return the dict of a checkpoint as train.py writes it, of a named model so that --model can
+    be checked.
+    """
     config = model_config(
         "EqM-Ti/4",
         **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings),

@@ -18,9 +18,9 @@ from video.files import Video, read_frames
 def write_video(
     path, num_frames=20, rate=25, codec="mpeg4", times=None, size=(64, 48), sound=False, **options
 ):
-    """times: a time stamp in ms for each frame, for a variable frame rate; size: width, height in px. Options, beside
-    those of the codec: pixel_format; tag, its name in the file; noise: in the right half, which moves.
-    """
+    """times: a time stamp in ms for each frame, for a variable frame rate; size: width, height in
+    px. Options, beside those of the codec: pixel_format; tag, its name in the file; noise: in the
+    right half, which moves."""
     pixel_format = options.pop("pixel_format", "yuv420p")
     tag = options.pop("tag", None)
     noise = options.pop("noise", 0)
@@ -129,7 +129,9 @@ def make_video(key, num_frames=20, suffix=".avi"):
 
 
 def picture(height=40, width=56, seed=0):
-    """uint8 (height, width, 3): smooth, so that JPEG preserves it, and different from all its mirror images."""
+    """uint8 (height, width, 3): smooth, so that JPEG preserves it, and different from all its
+    mirror images.
+    """
     colors = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC))
 

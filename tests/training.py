@@ -1,4 +1,6 @@
-"""Tiny training runs, as separate processes or in the process of the test, and a comparison of two finished runs."""
+"""Tiny training runs, as separate processes or in the process of the test, and a comparison of two
+finished runs.
+"""
 
 import json
 import os
@@ -117,7 +119,9 @@ class Training:
         ]
 
     def last_step(self):
-        """The last logged step; 0 before the first. The last line may be cut off, as after a kill."""
+        """The last logged step; 0 before the first. The last line may be cut off, as after a
+        kill.
+        """
         lines = [
             line
             for file in self.results.glob("*/metrics.jsonl")
@@ -131,7 +135,9 @@ class Training:
 
 
 def record_calls(monkeypatch, owner, name, note):
-    """A list that gets note(*arguments), which may raise, before each call of a function `name` of `owner`."""
+    """A list that gets note(*arguments), which may raise, before each call of a function `name` of
+    `owner`.
+    """
     notes = []
     function = getattr(owner, name)
 
@@ -145,7 +151,9 @@ def record_calls(monkeypatch, owner, name, note):
 
 @contextmanager
 def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), signal.SIGTERM)):
-    """A list that grows at each step of a training script. After stop_after steps, act() runs: SIGTERM by default."""
+    """A list that grows at each step of a training script. After stop_after steps, act() runs:
+    SIGTERM by default.
+    """
     with pytest.MonkeyPatch.context() as patch:  # update_ema ends a step
         steps = record_calls(
             patch, script, "update_ema", lambda *_: len(steps) + 1 == stop_after and act()
@@ -154,11 +162,11 @@ def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), sign
 
 
 def run_here(training, *flags, stop_after=None, stop_in=None):
-    """Run the training in this process, for speed; train.py with OFTEN. Returns its number of steps.
+    """Run the training in this process, for speed; train.py with OFTEN. Returns its number of
+    steps.
 
-    SIGTERM arrives after stop_after steps, or in the first call of `validate` or `sample_ema` of train.py, or
-    ("latents_of") in the middle of the first validation.
-    """
+    SIGTERM arrives after stop_after steps, or in the first call of `validate` or `sample_ema` of
+    train.py, or ("latents_of") in the middle of the first validation."""
 
     def interrupt(*arguments, **_):
         if stop_in != "latents_of" or "validation" in arguments:
@@ -173,7 +181,9 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
 
 
 def run_main(script, *flags, status=0):
-    """Run main() of a script (a module) in this process with these flags. It must end with this status."""
+    """Run main() of a script (a module) in this process with these flags. It must end with this
+    status.
+    """
     expected = pytest.raises(SystemExit) if status else nullcontext()
     with pytest.MonkeyPatch.context() as patch, expected as ended:
         patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, flags)])
@@ -189,7 +199,9 @@ FEW_STEPS = ["--num-samples", 2, "--num-sampling-steps", 4, "--stepsize", 0.05]
 
 
 def sample_here(ckpt, folder, *flags, status=0):
-    """Run sample_gd.py in this process. Returns (samples, content of samples.json), or None with a status above 0."""
+    """Run sample_gd.py in this process. Returns (samples, content of samples.json), or None with a
+    status above 0.
+    """
     video = [] if ckpt.stem == "image" else ["--video"]
     run_main(
         sample_gd, "--ckpt", ckpt, "--folder", folder, *video, *FEW_STEPS, *flags, status=status
@@ -202,7 +214,8 @@ def sample_here(ckpt, folder, *flags, status=0):
 
 
 def refused(capsys, script, *flags, status=2, late=False):
-    """Run main() of a script that must end with this status and one line on stderr. Returns the line.
+    """Run main() of a script that must end with this status and one line on stderr. Returns the
+    line.
 
     With status 2 it must not have touched a device, unless it is late.
     """
@@ -275,7 +288,9 @@ def differences(a, b, place="state"):
 
 
 def compare(one, other):
-    """Return where two finished runs differ: in the content and the names of checkpoints, and in metrics."""
+    """Return where two finished runs differ: in the content and the names of checkpoints, and in
+    metrics.
+    """
     files = [
         sorted(path.name for path in (run.folder / "checkpoints").iterdir()) for run in (one, other)
     ]

@@ -1,1 +1,3 @@
-"""Shared by all scripts: flags and errors, ranks, random draws, signals, run folders, metrics, files."""
+"""Shared by all scripts: flags and errors, ranks, random draws, signals, run folders, metrics,
+files.
+"""

@@ -1,4 +1,6 @@
-"""Files that are written completely or not at all, even across a kill or a power cut, and why a write failed."""
+"""Files that are written completely or not at all, even across a kill or a power cut, and why a
+write failed.
+"""
 
 import errno
 import os
@@ -11,7 +13,9 @@ FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 
 @contextmanager
 def atomic_write(path):
-    """Open a binary file for writing. `path` keeps its old content until the new content is complete and on disk."""
+    """Open a binary file for writing. `path` keeps its old content until the new content is
+    complete and on disk.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -36,7 +40,9 @@ def write_file(path, data):
 
 
 def link(path, name):
-    """Give a file a second name in the same folder. It replaces an older file of that name in one step."""
+    """Give a file a second name in the same folder. It replaces an older file of that name in one
+    step.
+    """
     path = Path(path)
     if path.with_name(name).exists() and path.samefile(
         path.with_name(name)
@@ -63,13 +69,17 @@ def sync(path):
 
 
 def why_unwritable(path, error, needed=None):
-    """Explain in one line why writing `path` raised an OSError: its folder is gone, its disk is full, or the error.
+    """Explain in one line why writing `path` raised an OSError: its folder is gone, its disk is
+    full, or the error.
 
     needed: the size of the file in bytes, if it is known.
     """
     path = Path(path)
     if missing := [folder for folder in path.absolute().parents if not folder.exists()]:
-        return f"{missing[-1]} was deleted or moved during the run; put it back, then continue (training: --resume)"
+        return (
+            f"{missing[-1]} was deleted or moved during the run; put it back, then continue "
+            "(training: --resume)"
+        )
     if error.errno not in FULL:
         return f"{path} can't be written ({error.strerror or error})"
     disk = next(folder for folder in path.resolve().parents if folder.is_mount())
@@ -80,7 +90,9 @@ def why_unwritable(path, error, needed=None):
 
 
 def what_to_delete(path):
-    """Advise how to free space: by the numbered checkpoints of the same run that best.pt and latest.pt do not share."""
+    """Advise how to free space: by the numbered checkpoints of the same run that best.pt and
+    latest.pt do not share.
+    """
     run = next((folder for folder in path.parents if (folder / "lock").exists()), path)
     older = [
         file for file in sorted(run.glob("checkpoints/[0-9]*.pt")) if file.stat().st_nlink == 1

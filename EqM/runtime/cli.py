@@ -40,10 +40,12 @@ _unlogged = []  # lines of warnings from before there was a log
 
 
 class UserError(Exception):
-    """An error that the user can fix. Its text is one line: what is wrong, what was expected, how to fix it."""
+    """An error that the user can fix. Its text is one line: what is wrong, what was expected, how
+    to fix it.
+    """
 
 
-# Flags ----------------------------------------------------------------------------------------------------------------
+# Flags --------------------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -76,7 +78,9 @@ class Flags(argparse.Namespace):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that returns Flags and reports an error in one line, without usage, and once under torchrun."""
+    """argparse that returns Flags and reports an error in one line, without usage, and once under
+    torchrun.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
@@ -98,13 +102,18 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def explain(self, word, found):
-        """Say why a word of the command line is wrong: a mistyped flag or an unexpected argument."""
+        """Say why a word of the command line is wrong: a mistyped flag or an unexpected
+        argument.
+        """
         if not word.startswith("-"):
             got = [
                 f", {one.metavar} is {getattr(found, one.dest)}"
                 for one in self._get_positional_actions()
             ]
-            return f"{word}: unexpected argument{''.join(got)}; if a pattern matches several files, name one of them"
+            return (
+                f"{word}: unexpected argument{''.join(got)}; if a pattern matches several files, "
+                "name one of them"
+            )
         close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
         return f"{word}: no such flag; {f'did you mean {close[0]}?' if close else 'see --help'}"
 
@@ -153,7 +162,10 @@ SHARE = number(float, least=0, most=1)
 def add_speed_flags(parser):
     """Add the speed flags of training and sampling. Returns the add_argument of their group."""
     add = parser.add_argument_group("speed").add_argument
-    precision = "bf16 and fp16: mixed precision; tf32: matrix products are rounded; tf32 and fp16 need a GPU; default: "
+    precision = (
+        "bf16 and fp16: mixed precision; tf32: matrix products are rounded; tf32 and fp16 need a "
+        "GPU; default: "
+    )
     precision += (
         "bf16 on a GPU that has it, else fp32; fp32 with an energy; a resumed run keeps its own"
     )
@@ -167,7 +179,8 @@ def check_speed_flags(args):
     check_precision(args.precision)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
         raise UserError(
-            "--compile: no C++ compiler found; expected g++ or clang++; install g++ or remove the flag"
+            "--compile: no C++ compiler found; expected g++ or clang++; install g++ or remove the "
+            "flag"
         )
 
 
@@ -196,24 +209,30 @@ def check_precision(precision):
 
 
 def resolve_precision(precision, energy, kept=None):
-    """The --precision of the flag, else of the resumed run (`kept`), else the best for this model. Raises UserError."""
+    """The --precision of the flag, else of the resumed run (`kept`), else the best for this model.
+    Raises UserError.
+    """
     precision = (
         precision or kept or ("fp32" if energy else None)
     )  # the gradient of an energy is the field
     if precision is None and "bf16" not in precisions():
         say(
-            "note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory"
+            "note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less "
+            "memory"
         )
     check_precision(precision)
     return precision or precisions()[0]
 
 
 def check_devices():
-    """Raise UserError if torchrun started more processes than this machine has GPUs, if it has any."""
+    """Raise UserError if torchrun started more processes than this machine has GPUs, if it has
+    any.
+    """
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         found = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
         raise UserError(
-            f"--nproc_per_node={found}: GPUs on this machine: {torch.cuda.device_count()}; start as many"
+            f"--nproc_per_node={found}: GPUs on this machine: {torch.cuda.device_count()}; start "
+            "as many"
         )
 
 
@@ -238,11 +257,13 @@ def check_writable(flag, folder):
         ) from error
 
 
-# Messages -------------------------------------------------------------------------------------------------------------
+# Messages -----------------------------------------------------------------------------------------
 
 
 def one_line(text, encoding="utf-8"):
-    """Escape line breaks, escape sequences and what this encoding lacks; file names may contain all of them."""
+    """Escape line breaks, escape sequences and what this encoding lacks; file names may contain all
+    of them.
+    """
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -253,7 +274,9 @@ def plural(count, noun):
 
 
 def say(message, log=None):
-    """Print a line on rank 0 without breaking a progress bar, and add it to the file `log`. Raises UserError."""
+    """Print a line on rank 0 without breaking a progress bar, and add it to the file `log`. Raises
+    UserError.
+    """
     message = one_line(message)
     if rank() == 0:
         tqdm.write(one_line(message, sys.stdout.encoding or "utf-8"))
@@ -269,7 +292,8 @@ def append(path, lines):
 
 @contextmanager
 def writing(path, needed=None):
-    """Turn the error of a write to `path` into a UserError that says what is wrong with its folder or disk.
+    """Turn the error of a write to `path` into a UserError that says what is wrong with its folder
+    or disk.
 
     needed: the size of the file in bytes, if it is known.
     """
@@ -301,7 +325,9 @@ def warnings_as_lines(log=None):
 
 
 class Bar(tqdm):
-    """A progress bar of rank 0 on a terminal; in a file or a pipe, one line per minute without escape codes."""
+    """A progress bar of rank 0 on a terminal; in a file or a pipe, one line per minute without
+    escape codes.
+    """
 
     def __init__(self, *args, **kwargs):
         self.is_shown = sys.stderr.isatty()
@@ -319,12 +345,13 @@ class Bar(tqdm):
 
 
 def fail(message, status=2, wait=True):
-    """End this process with one line on stderr. Status 2: wrong input; status 1: a failure while running.
+    """End this process with one line on stderr. Status 2: wrong input; status 1: a failure while
+    running.
 
     torchrun kills all ranks as soon as one exits. With `wait`, the others give rank 0 time to report, and report only
-    if they still run then (an error on one machine). A script that starts torchrun names a file in EQM_ERROR_FILE and
-    shows the line after torchrun's own report. EQM_TRACEBACK=1 adds the traceback.
-    """
+    if they still run then (an error on one machine). A script that starts torchrun names a file in
+    EQM_ERROR_FILE and shows the line after torchrun's own report. EQM_TRACEBACK=1 adds the
+    traceback."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it reports
     signal.signal(
         signal.SIGCHLD, signal.SIG_DFL
@@ -354,14 +381,18 @@ def wrong_input():
 
 
 def thread_failed(details):
-    """A threading.excepthook that leaves an OSError to the main thread, where TensorBoard raises it again."""
+    """A threading.excepthook that leaves an OSError to the main thread, where TensorBoard raises it
+    again.
+    """
     if not isinstance(details.exc_value, OSError):
         threading.__excepthook__(details)
 
 
 @contextmanager
 def one_line_errors(*others):
-    """Report a UserError, `others`, and a lack of disk, memory or processes in one line, with status 1."""
+    """Report a UserError, `others`, and a lack of disk, memory or processes in one line, with
+    status 1.
+    """
     threading.excepthook = thread_failed
     try:
         with warnings.catch_warnings():

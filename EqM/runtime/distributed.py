@@ -1,8 +1,7 @@
 """Ranks and their devices: start and stop, precision, communication.
 
-The scripts run under torchrun (one process per device) or under plain `python` (one process, no process group).
-Nothing here touches the process group or a GPU before `start()`.
-"""
+The scripts run under torchrun (one process per device) or under plain `python` (one process, no
+process group). Nothing here touches the process group or a GPU before `start()`."""
 
 import ctypes
 import gc
@@ -53,7 +52,9 @@ if (
 
 
 def start(timeout=SHARE_TIME):
-    """Join the process group, if torchrun started this process. Returns this rank's device. timeout: of collectives."""
+    """Join the process group, if torchrun started this process. Returns this rank's device.
+    timeout: of collectives.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
@@ -70,7 +71,9 @@ def start(timeout=SHARE_TIME):
 
 
 def keep_freed_memory():
-    """Let the C library (glibc) keep freed memory: on the CPU, new pages would cost a tenth of each step's time."""
+    """Let the C library (glibc) keep freed memory: on the CPU, new pages would cost a tenth of each
+    step's time.
+    """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block comes directly from the system
@@ -78,7 +81,9 @@ def keep_freed_memory():
 
 
 def rendezvous_store():
-    """The store through which the ranks find each other, under a prefix that only the ranks of this attempt know."""
+    """The store through which the ranks find each other, under a prefix that only the ranks of this
+    attempt know.
+    """
     if (
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     ):  # torchrun started it before this process
@@ -88,8 +93,9 @@ def rendezvous_store():
         except OSError as error:
             raise ConnectionError(f"torchrun does not answer ({error}): start it again") from error
     store, _, _ = next(dist.rendezvous("env://", timeout=SHARE_TIME))
-    # When torchrun restarts its ranks, its store still holds the addresses of the dead ranks (torch 2.13). So rank 0
-    # chooses a random prefix, and each other rank continues once rank 0 has answered it under that prefix.
+    # When torchrun restarts its ranks, its store still holds the addresses of the dead ranks (torch
+    # 2.13). So rank 0 chooses a random prefix, and each other rank continues once rank 0 has
+    # answered it under that prefix.
     mine = uuid.uuid4().hex
     if rank() == 0:
         store.set("attempt", mine)
@@ -109,14 +115,17 @@ def stop():
     """Leave the process group once all ranks are done."""
     if dist.is_initialized():
         dist.barrier()
-        # Reference cycles with DDP hold the group. Its threads must end here: if they still run while the interpreter
-        # shuts down, gloo aborts the process ("terminate called without an active exception").
+        # Reference cycles with DDP hold the group. Its threads must end here: if they still run
+        # while the interpreter shuts down, gloo aborts the process ("terminate called without an
+        # active exception").
         gc.collect()
         dist.destroy_process_group()
 
 
 def set_precision(precision):
-    """Switch TF32 for float32 products and convolutions on or off: the part of --precision besides autocast."""
+    """Switch TF32 for float32 products and convolutions on or off: the part of --precision besides
+    autocast.
+    """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = (
         precision != "fp32"
@@ -124,20 +133,27 @@ def set_precision(precision):
 
 
 def autocast(device, precision):
-    """The context in which a network runs with that --precision: mixed for bf16 and fp16, else unchanged."""
-    # Casts are not cached: no weight is used twice, and the cache of a sharded network would hold all weights
+    """The context in which a network runs with that --precision: mixed for bf16 and fp16, else
+    unchanged.
+    """
+    # Casts are not cached: no weight is used twice, and the cache of a sharded network would hold
+    # all weights
     return torch.autocast(
         device.type, MIXED.get(precision), enabled=precision in MIXED, cache_enabled=False
     )
 
 
 def has_fast_bf16(device):
-    """Whether products in bfloat16 are as fast as in float32: on a CPU without AVX-512 they take ten times as long."""
+    """Whether products in bfloat16 are as fast as in float32: on a CPU without AVX-512 they take
+    ten times as long.
+    """
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def parallel(model):
-    """Wrap the model in DDP, which averages gradients over the ranks; in a single process return the model."""
+    """Wrap the model in DDP, which averages gradients over the ranks; in a single process return
+    the model.
+    """
     if not dist.is_initialized():
         return model
     with warnings.catch_warnings():
@@ -157,7 +173,9 @@ def broadcast(value):
 
 
 def gather(value, on_all=True):
-    """Return the Python values of all ranks, in the order of the ranks, on every rank or on rank 0 alone."""
+    """Return the Python values of all ranks, in the order of the ranks, on every rank or on rank 0
+    alone.
+    """
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -169,7 +187,9 @@ def gather(value, on_all=True):
 
 
 def gather_in_order(rows):
-    """Return the rows (index, ...) of all ranks, sorted by index, as columns without the index, on every rank."""
+    """Return the rows (index, ...) of all ranks, sorted by index, as columns without the index, on
+    every rank.
+    """
     rows = sorted(itertools.chain(*gather(rows)), key=lambda row: row[0])
     return list(zip(*rows, strict=True))[1:]
 
@@ -191,12 +211,16 @@ def average(tensor):
 
 
 def own_indices(count, block=1):
-    """This rank's share of the indices 0 ... count - 1; the ranks take blocks of that size in turn."""
+    """This rank's share of the indices 0 ... count - 1; the ranks take blocks of that size in
+    turn.
+    """
     return [index for index in range(count) if index // block % world_size() == rank()]
 
 
 def collect(indices, items):
-    """On rank 0, the items (len(indices), ...) of all ranks in the order of their indices, (count, ...); else None."""
+    """On rank 0, the items (len(indices), ...) of all ranks in the order of their indices, (count,
+    ...); else None.
+    """
     parts = gather((indices, items.cpu()), on_all=False)
     if rank() != 0:
         return None

@@ -14,7 +14,9 @@ from runtime import distributed
 from runtime.atomic import atomic_write, sync
 from runtime.cli import UserError, append, writing
 
-PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first match counts
+# dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first match
+# counts
+PEAK_TFLOPS = {
     "B200": 2250,
     "GB200": 2500,
     "H100 PCIe": 756,
@@ -48,7 +50,9 @@ PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from 
 
 
 def peak_tflops(name, precision):
-    """The peak rate of a GPU in TFLOP/s, by its name in torch; None if unknown, as in fp32, which uses other units."""
+    """The peak rate of a GPU in TFLOP/s, by its name in torch; None if unknown, as in fp32, which
+    uses other units.
+    """
     rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name))
     rate = (
         None if "Laptop" in name else next(rates, None)
@@ -57,7 +61,9 @@ def peak_tflops(name, precision):
 
 
 def device_stats(device, precision, tflops_per_s):
-    """{name: value} of a GPU: mfu, the fraction of its peak rate (if that is known), and peak memory in GB."""
+    """{name: value} of a GPU: mfu, the fraction of its peak rate (if that is known), and peak
+    memory in GB.
+    """
     if device.type != "cuda":
         return {}
     peak = peak_tflops(torch.cuda.get_device_name(device), precision)
@@ -78,7 +84,9 @@ def bar_text(row):
 
 
 def read_metrics(path, notes=False):
-    """(rows of a metrics.jsonl, with None for values that were not finite; number of lines that a crash cut short)."""
+    """(rows of a metrics.jsonl, with None for values that were not finite; number of lines that a
+    crash cut short).
+    """
     rows = []
     torn = 0
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -103,10 +111,11 @@ def import_wandb():
 
 
 class Metrics:
-    """Log metrics in a run folder, on rank 0; on other ranks the methods do nothing. They raise UserError.
+    """Log metrics in a run folder, on rank 0; on other ranks the methods do nothing. They raise
+    UserError.
 
-    resume_step: the step from which a run continues; it logs later steps again. wandb: log there, too, with `config`.
-    """
+    resume_step: the step from which a run continues; it logs later steps again. wandb: log there,
+    too, with `config`."""
 
     def __init__(self, folder, resume_step=0, wandb=False, config=None):
         self.board = self.wandb = None
@@ -128,7 +137,9 @@ class Metrics:
         self.path.touch()
 
     def log(self, step, **scalars):
-        """Append one line {"step": step, name: value, ...}; NaN and infinity, which JSON lacks, become null."""
+        """Append one line {"step": step, name: value, ...}; NaN and infinity, which JSON lacks,
+        become null.
+        """
         if self.board is None:
             return
         row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
@@ -151,7 +162,8 @@ class Metrics:
                 sync(self.path)
 
     def video(self, step, name, clips, gif=None, mp4=None):
-        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images (T = 1) in one row.
+        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images
+        (T = 1) in one row.
 
         gif (bytes) goes to TensorBoard, and mp4 (a path) to wandb, as name_moving.
         """
@@ -198,9 +210,8 @@ def _start_wandb(folder, config):
 class StepStats:
     """Statistics of the training steps since the last line of metrics.
 
-    They stay on the device until that line is due, so no step waits for the device. earlier: the result of `averaged`
-    from before an interruption, for steps that were not logged.
-    """
+    They stay on the device until that line is due, so no step waits for the device. earlier: the
+    result of `averaged` from before an interruption, for steps that were not logged."""
 
     def __init__(self, earlier=None):
         self.names = earlier["names"] if earlier else []
@@ -218,10 +229,11 @@ class StepStats:
         return len(self.earlier) + len(self.rows)
 
     def add(self, files, flops=0.0, **scalars):
-        """Add a step: paths of its videos, FLOPs of all ranks, scalars (0-dimensional, the same names at each step).
+        """Add a step: paths of its videos, FLOPs of all ranks, scalars (0-dimensional, the same
+        names at each step).
 
-        Other values of a step with "skipped" = 1, which changed no weights, are ignored and may be infinite or NaN.
-        """
+        Other values of a step with "skipped" = 1, which changed no weights, are ignored and may be
+        infinite or NaN."""
         self.flops += flops
         self.rows.append(torch.stack(list(scalars.values())).float())
         self.files.append(files)
@@ -236,10 +248,11 @@ class StepStats:
         return batch
 
     def averaged(self, step):
-        """The values of each step, averaged over all ranks: {"names": [...], "rows": (n, k) float32 on the CPU}.
+        """The values of each step, averaged over all ranks: {"names": [...], "rows": (n, k) float32
+        on the CPU}.
 
-        step: of the last row. All ranks call this. Raises UserError if a value is not finite, except in skipped steps.
-        """
+        step: of the last row. All ranks call this. Raises UserError if a value is not finite,
+        except in skipped steps."""
         if not self.rows:
             return {"names": self.names, "rows": self.earlier}
         rows = self.averages()
@@ -257,7 +270,9 @@ class StepStats:
         return distributed.average(torch.stack(self.rows)).cpu()
 
     def raise_nonfinite(self, step, index):
-        """Raise UserError, on all ranks, for a value of row `index` that is not finite; `step` is of the last row."""
+        """Raise UserError, on all ranks, for a value of row `index` that is not finite; `step` is
+        of the last row.
+        """
         rows = self.averages()
         norm = self.names.index("grad_norm")
         index %= len(rows)
@@ -271,13 +286,17 @@ class StepStats:
         files = dict.fromkeys(file for rank in ranks for file in parts[rank][1])
         norms = ", ".join(f"{value:.3g}" for value in rows[: index + 1, norm].tolist()[-8:])
         raise UserError(
-            f"the {name} of step {step - len(rows) + 1 + index} is not finite, on rank {', '.join(map(str, ranks))}, "
-            f"of {', '.join(files)}; gradient norms up to it: {norms}; the last checkpoint is intact: try a lower --lr "
+            f"the {name} of step {step - len(rows) + 1 + index} is not finite, on rank "
+            f"{', '.join(map(str, ranks))}, "
+            f"of {', '.join(files)}; gradient norms up to it: {norms}; the last checkpoint is "
+            "intact: try a lower --lr "
             "or, if it is rare, --skip-nonfinite 3"
         )
 
     def summary(self, step, global_batch):
-        """{name: mean over the steps and all ranks}, number of skipped steps, clips_per_s, tflops_per_s, wait_frac."""
+        """{name: mean over the steps and all ranks}, number of skipped steps, clips_per_s,
+        tflops_per_s, wait_frac.
+        """
         columns = dict(zip(self.names, self.averaged(step)["rows"].double().unbind(1), strict=True))
         skipped = columns.pop("skipped", None)
         counted = slice(None) if skipped is None else skipped == 0

@@ -1,4 +1,6 @@
-"""Run folders: names, the lock that allows one writer, and the run to which a restarted process belongs."""
+"""Run folders: names, the lock that allows one writer, and the run to which a restarted process
+belongs.
+"""
 
 import fcntl
 import json
@@ -47,7 +49,9 @@ def newest_run(results_dir, name):
 
 
 def name_similar(results_dir, name):
-    """Name the newest run of train.py that differs from a missing run in one flag; "" if there is none."""
+    """Name the newest run of train.py that differs from a missing run in one flag; "" if there is
+    none.
+    """
     asked = RUN_NAME.fullmatch(f"0-{name}")
     for folder in sorted(Path(results_dir).glob("[0-9]*-EqM-*"), key=run_number, reverse=True):
         if asked and (found := RUN_NAME.fullmatch(folder.name)):
@@ -57,12 +61,17 @@ def name_similar(results_dir, name):
                 if not fnmatch(found[flag] or "", value)
             ]
             if len(flags) == 1:
-                return f"; {folder.name} differs only in --{flags[0].replace('_', '-')}: change it to resume that run"
+                return (
+                    f"; {folder.name} differs only in --{flags[0].replace('_', '-')}: change it "
+                    "to resume that run"
+                )
     return ""
 
 
 def results_of(ckpt):
-    """The results folder of a run's checkpoint; None for any other file and for a value that is not a path."""
+    """The results folder of a run's checkpoint; None for any other file and for a value that is not
+    a path.
+    """
     place = Path(ckpt).parent if isinstance(ckpt, str) else Path()
     return place.parent.parent if place.name == "checkpoints" and place.is_dir() else None
 
@@ -75,7 +84,9 @@ def remove_temporary_files(folder):
 
 
 def keep_last(folder, count, always=()):
-    """Remove a run's numbered checkpoints except the last `count` (None: all) and those of the steps `always`."""
+    """Remove a run's numbered checkpoints except the last `count` (None: all) and those of the
+    steps `always`.
+    """
     steps = {
         int(path.stem): path
         for path in Path(folder, "checkpoints").glob("*.pt")
@@ -87,7 +98,9 @@ def keep_last(folder, count, always=()):
 
 
 def job_name():
-    """The name of the user's job: the same for all its processes, including those that torchrun restarts."""
+    """The name of the user's job: the same for all its processes, including those that torchrun
+    restarts.
+    """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"{socket.gethostname()}/{os.getppid()}" if run_id == "none" else run_id
 
@@ -102,7 +115,9 @@ def check_job():
 
 
 def lock(folder):
-    """Lock a run folder for the lifetime of this process. Raises UserError if another process holds the lock."""
+    """Lock a run folder for the lifetime of this process. Raises UserError if another process holds
+    the lock.
+    """
     try:
         file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
     except OSError as error:
@@ -125,7 +140,8 @@ def lock(folder):
         except OSError as error:
             reason = f"its file system has no file locks ({error.strerror})"
             say(
-                f"note: {folder} is not protected against a second writer, as {reason}: start one run there at a time"
+                f"note: {folder} is not protected against a second writer, as {reason}: start one "
+                "run there at a time"
             )
             break
     with writing(file.name):

@@ -1,4 +1,6 @@
-"""Votes of the ranks, about once per second: after a signal all stop at one step, and all save at one step."""
+"""Votes of the ranks, about once per second: after a signal all stop at one step, and all save at
+one step.
+"""
 
 import math
 import signal
@@ -20,18 +22,19 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
-    `vote` starts a sum over the ranks before a step, and `resolve` reads it after the step, so no rank waits. Rank 0
-    measures how many steps it makes per second, and each vote carries that number, so all ranks skip the same steps. If
-    steps suddenly take N times as long, one vote comes up to N seconds late. A second SIGINT ends the process at once.
-    together: no rank may leave before the others know, as a sharded network needs all.
-    """
+    `vote` starts a sum over the ranks before a step, and `resolve` reads it after the step, so no
+    rank waits. Rank 0 measures how many steps it makes per second, and each vote carries that
+    number, so all ranks skip the same steps. If steps suddenly take N times as long, one vote comes
+    up to N seconds late. A second SIGINT ends the process at once. together: no rank may leave
+    before the others know, as a sharded network needs all."""
 
     def __init__(self, together=False):
         self.name = None
         self.flags = None
         self.is_waiting = False
         self.together = together
-        # in_step: between vote and resolve; steps: since the last vote; period: steps from one vote to the next
+        # in_step: between vote and resolve; steps: since the last vote; period: steps from one vote
+        # to the next
         self.in_step = False
         self.steps = 0
         self.period = 0
@@ -52,7 +55,9 @@ class StopSignal:
             raise Interrupted
 
     def wait(self, batches):
-        """The next batch of an iterator, None at its end. Raises Interrupted at once; other ranks may not know."""
+        """The next batch of an iterator, None at its end. Raises Interrupted at once; other ranks
+        may not know.
+        """
         batch, self.is_waiting = None, True  # for seconds, while loader processes start
         try:
             batch = next(batches, None) if self.name is None else None
@@ -80,7 +85,9 @@ class StopSignal:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
     def resolve(self):
-        """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to save."""
+        """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to
+        save.
+        """
         if not self.in_step:  # all ranks call this, so all vote
             self._start()
         self.steps = self.steps + self.in_step
@@ -100,13 +107,17 @@ class StopSignal:
         return save > 0
 
     def check(self):
-        """Raise Interrupted if this rank received a signal; others may not know, unless `together`: see `resolve`."""
+        """Raise Interrupted if this rank received a signal; others may not know, unless `together`:
+        see `resolve`.
+        """
         if self.together:
             self.resolve()
         elif self.name is not None:
             raise Interrupted
 
     def barrier(self):
-        """Wait for all ranks, longer than a step does: one may be writing a large file to a slow disk."""
+        """Wait for all ranks, longer than a step does: one may be writing a large file to a slow
+        disk.
+        """
         if self.group is not None:
             dist.barrier(group=self.group)

@@ -1,4 +1,6 @@
-"""Read files from untrusted sources: run no code, refuse corrupt ones with the reason (callers add the file's name)."""
+"""Read files from untrusted sources: run no code, refuse corrupt ones with the reason (callers add
+the file's name).
+"""
 
 import argparse
 import hashlib
@@ -22,7 +24,8 @@ def check_regular(path):
     """Raise OSError unless `path` is a regular file, or a link to one, whose name is text."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe, device or socket may never end
         raise OSError(
-            f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, expected a regular file"
+            f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, expected a regular "
+            "file"
         )
     if not is_text(path):  # as the C++ and Rust libraries expect
         raise OSError("its name is not UTF-8: rename it")
@@ -49,11 +52,11 @@ def file_sha256(path):
 def read_torch(path, names=()):
     """The content of a file of torch.save: tensors, which are mapped into memory, and plain values.
 
-    names: the parts of a dict that the caller needs; if it has none of them, all. The first rank of each machine
-    compares their tensors with the file's CRCs; nothing reads the other tensors. Raises pickle.UnpicklingError if the
-    file is of another kind or holds code, OSError if it can't be read, and any other Exception if it is corrupt. If
-    someone shortens a mapped file, its reader dies of SIGBUS; our own files are replaced by renaming.
-    """
+    names: the parts of a dict that the caller needs; if it has none of them, all. The first rank of
+    each machine compares their tensors with the file's CRCs; nothing reads the other tensors.
+    Raises pickle.UnpicklingError if the file is of another kind or holds code, OSError if it can't
+    be read, and any other Exception if it is corrupt. If someone shortens a mapped file, its reader
+    dies of SIGBUS; our own files are replaced by renaming."""
     check_regular(path)
     with open(path, "rb") as file:
         if (
@@ -86,7 +89,9 @@ def read_torch(path, names=()):
 
 
 def check_tensors(value, sums):
-    """Raise ValueError unless each tensor in `value` is a member of an archive with these `sums`, (size, CRC-32)."""
+    """Raise ValueError unless each tensor in `value` is a member of an archive with these `sums`,
+    (size, CRC-32).
+    """
     storages = [
         leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)
     ]

@@ -1,4 +1,5 @@
-"""Census: is a generated clip of the Sprites data set right, new and complete? All clips of this world are known.
+"""Census: is a generated clip of the Sprites data set right, new and complete? All clips of this
+world are known.
 
 Each sample is matched with the closest of all clips (least squared error), and each of its frames
 is decoded: it shows the attributes of the nearest frame, among the matched frame and the same frame
@@ -44,9 +45,12 @@ PERCENTS = 10, 25, 40, 50  # of another value of an attribute, blended into all 
 BLENDED = 4  # one in so many validation clips is blended, as there are 16 kinds of blends
 GOAL = 40, 0.05  # at 40 percent, at most this share of the controls should be accepted
 SHIFT = 2  # px
-SAME = 3  # gray levels: frames with a smaller RMSE are the same; Slash and Spellcast begin alike for many characters
+# gray levels: frames with a smaller RMSE are the same; Slash and Spellcast begin alike for many
+# characters
+SAME = 3
 CHUNK = 2048  # clips that are matched at a time
-CALIBRATED = {}  # what folders of one call share: {(VAE, data, count, seed): (World, limits, result of real clips)}
+# what folders of one call share: {(VAE, data, count, seed): (World, limits, result of real clips)}
+CALIBRATED = {}
 BY_FRAME = *ATTRIBUTES, "pose"  # the smallest margins of a frame
 MARGINS = *BY_FRAME, *(f"{name}_of_clip" for name in ATTRIBUTES)
 LIMITED = *MARGINS, "rmse"
@@ -75,7 +79,9 @@ TITLES = {  # of the values
 
 
 def check(samples, clips, place):
-    """Raise UserError unless the videos of Clips are a complete grid of clips like those of Samples."""
+    """Raise UserError unless the videos of Clips are a complete grid of clips like those of
+    Samples.
+    """
     samples.check_classes(clips.classes, place)
     videos = {video.key: video for video in clips.videos}
     values = values_of(clips)
@@ -97,7 +103,8 @@ def check(samples, clips, place):
         if (got := (video.num_frames, video.height, video.width)) != expected:
             got, expected = (f"{T} frames of {H} x {W} px" for T, H, W in (got, expected))
             raise UserError(
-                f"{samples.place}: has {expected}, {place}: {key} has {got}; sample clips like those"
+                f"{samples.place}: has {expected}, {place}: {key} has {got}; sample clips like "
+                "those"
             )
 
 
@@ -110,7 +117,9 @@ def values_of(clips):
 
 
 def places_of(classes, values):
-    """{Class/characterABCD: its place, the numbers of its class and of its character} of all clips, in order."""
+    """{Class/characterABCD: its place, the numbers of its class and of its character} of all clips,
+    in order.
+    """
     characters = [*product(*values)]
     pairs = product(enumerate(classes), enumerate(characters))
     return {f"{name}/character{''.join(map(str, who))}": (c, k) for (c, name), (k, who) in pairs}
@@ -130,7 +139,9 @@ def find_vae(samples, typed):
 
 
 class World:
-    """All clips. A choice is an attribute and a value; there are M. It leads from a character to another, or itself."""
+    """All clips. A choice is an attribute and a value; there are M. It leads from a character to
+    another, or itself.
+    """
 
     def __init__(self, classes, values, frames, device="cpu"):
         """frames: uint8 (classes, characters, T, H, W, 3), in the order of places_of."""
@@ -152,7 +163,8 @@ class World:
             [every.index((*who[:a], value, *who[a + 1 :])) for a, value in choices] for who in every
         ]
         self.characters, self.choices, self.changed = map(torch.tensor, (every, choices, changed))
-        # (characters, attributes); (M, 2); (characters, M): the number of the character after a choice
+        # (characters, attributes); (M, 2); (characters, M): the number of the character after a
+        # choice
         self.choices_of = [
             self.choices[:, 0] == a for a in range(len(values))
         ]  # each attribute: bool (M,)
@@ -183,7 +195,9 @@ def read_world(clips, args, device):
 
 
 def match(world, clips):
-    """The places (n, 2) of the closest clips to clips uint8 (n, T, P): the least |other|^2 - 2 clip.other."""
+    """The places (n, 2) of the closest clips to clips uint8 (n, T, P): the least |other|^2 - 2
+    clip.other.
+    """
     errors = world.squares.sum(dim=-1).repeat(len(clips), 1, 1)  # (n, classes, characters)
     for name, (frames, seen) in enumerate(zip(world.frames, world.seen, strict=True)):
         for t, own in enumerate(seen):  # rounding is far below the difference of two clips
@@ -220,10 +234,9 @@ def gains(products, squares):
 def decode(world, place, clip):
     """Decode a clip uint8 (T, P) that is matched with the clip at a place.
 
-    Returns its MARGINS, the values of the attributes (T, attributes) and the RMSE (T,) of its frames.
-    A frame that is closer to another pose than to another attribute shows the attributes that it has
-    in that pose.
-    """
+    Returns its MARGINS, the values of the attributes (T, attributes) and the RMSE (T,) of its
+    frames. A frame that is closer to another pose than to another attribute shows the attributes
+    that it has in that pose."""
     (name, who) = place
     T = len(clip)
     clip = clip.double()
@@ -270,8 +283,8 @@ def decode(world, place, clip):
 
 def measure(world, clips, title):
     """A dict of arrays about clips uint8 (n, T, H, W, 3): place (n, 2) of the matched clip; margins
-    (n, MARGINS), decoded (n, T, attributes) and rmse (n, T) of `decode`; worst_rmse and clip_rmse (n,).
-    """
+    (n, MARGINS), decoded (n, T, attributes) and rmse (n, T) of `decode`; worst_rmse and clip_rmse
+    (n,)."""
 
     def rows():
         for first in range(0, len(clips), CHUNK):
@@ -299,9 +312,9 @@ def limited(found):
 def find_limits(found):
     """The limits of `limited` from training clips that `measure` found.
 
-    All are the same quantile of their column, the strictest that lets a share PASS of the clips pass
-    all. Each is halfway between the values of two clips: the last that fails and the first that passes.
-    """
+    All are the same quantile of their column, the strictest that lets a share PASS of the clips
+    pass all. Each is halfway between the values of two clips: the last that fails and the first
+    that passes."""
     values = limited(found)
     ordered = np.sort(values, axis=0)
     ranks = [np.searchsorted(*columns) for columns in zip(ordered.T, values.T, strict=True)]
@@ -329,7 +342,8 @@ def differences(world, name, who):
 
 
 def make_controls(world, places, made, through, seed):
-    """Yield (name, wrong clips like `made`): made are the clips at places after through(), which is a VAE.
+    """Yield (name, wrong clips like `made`): made are the clips at places after through(), which is
+    a VAE.
 
     A change is drawn from those that the true frames show.
     """
@@ -387,7 +401,9 @@ def make_blends(world, places, made, through, seed):
 
 
 def calibrate(world, clips, training, count, args, vae, device):
-    """(limits, a result about real clips and controls) from up to `count` clips of each split through the VAE."""
+    """(limits, a result about real clips and controls) from up to `count` clips of each split
+    through the VAE.
+    """
 
     def through(clips):
         parts = Bar(
@@ -434,7 +450,9 @@ def calibrate(world, clips, training, count, args, vae, device):
 
 
 def score_census(samples, clips, training, count, args, device):
-    """Score Samples with the videos of Clips; training: those of them that train; count: clips of a split to use."""
+    """Score Samples with the videos of Clips; training: those of them that train; count: clips of a
+    split to use.
+    """
     if rank() != 0:
         return None, None, None
     vae = find_vae(samples, args.vae).to(device)
@@ -470,8 +488,14 @@ def score_census(samples, clips, training, count, args, device):
     values |= {name: result[name] for name in ("characters", "characters_expected")}
     result["interval_units"], line = interval_units(samples=videos, validation=result["validation"])
     lines += [
-        f"  characters of the valid samples: {result['characters']}, expected {result['characters_expected']:.1f}",
-        f"  not valid because of: {', '.join(f'{name} {count}' for name, count in result['failures'].items())}",
+        (
+            f"  characters of the valid samples: {result['characters']}, expected "
+            f"{result['characters_expected']:.1f}"
+        ),
+        (
+            "  not valid because of: "
+            f"{', '.join(f'{name} {count}' for name, count in result['failures'].items())}"
+        ),
         f"  limits: {limits_line(result['limits'])}",
         line,
     ]
@@ -483,7 +507,10 @@ def limits_line(limits):
     """The limits in words."""
     by_frame = ", ".join(f"{name} {limits[name]:.3f}" for name in BY_FRAME)
     of_clip = ", ".join(f"{name} {limits[f'{name}_of_clip']:.3f}" for name in ATTRIBUTES)
-    return f"margin of a frame: {by_frame}; of the clip: {of_clip}; RMSE of a frame: {limits['rmse']:.2f}"
+    return (
+        f"margin of a frame: {by_frame}; of the clip: {of_clip}; RMSE of a frame: "
+        f"{limits['rmse']:.2f}"
+    )
 
 
 def missed_goals(result):
@@ -498,7 +525,9 @@ def missed_goals(result):
 
 
 def hits_of(world, samples, found):
-    """{name in TITLES: bool (n,)} of the requested class, each attribute and, if samples continue clips, the clips."""
+    """{name in TITLES: bool (n,)} of the requested class, each attribute and, if samples continue
+    clips, the clips.
+    """
     decoded = found["decoded"]
     place = found["place"]
     hits = {"class_right": place[:, 0] == [world.classes.index(name) for name in samples.names]}

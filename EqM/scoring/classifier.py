@@ -1,19 +1,21 @@
-"""Which class does a clip show? A small network learns it from real clips and classifies generated clips.
+"""Which class does a clip show? A small network learns it from real clips and classifies generated
+clips.
 
-It runs on the CPU and sees gray windows of at most 16 frames of 32 px, with the time between frames of the samples. A
-longer clip gets the class of its windows' mean logits. A network trained on the training split classifies the samples.
---classifier-test says how the classifier's own accuracy is measured:
+It runs on the CPU and sees gray windows of at most 16 frames of 32 px, with the time between frames
+of the samples. A longer clip gets the class of its windows' mean logits. A network trained on the
+training split classifies the samples. --classifier-test says how the classifier's own accuracy is
+measured:
 
 groups  For few videos, whose file stem names a group, such as the person: <Class>/person3.mkv. A network trained on the
-        other groups classifies the videos of each group. Training windows are mirrored at random, so classes that
-        differ only by left and right look the same.
+        other groups classifies the videos of each group. Training windows are mirrored at random,
+        so classes that differ only by left and right look the same.
 val     For thousands of videos, as in the literature on Sprites (C-DSVAE, arXiv 2110.12091): the network for the
-        samples classifies the validation split. Windows are not changed at random, labels are not smoothed, and IS,
-        H(y|x) and H(y) are reported too. Such a network may be certain of poor samples, so H(y|x) is not calibrated:
-        compare it with the H(y|x) of real clips.
+        samples classifies the validation split. Windows are not changed at random, labels are not
+        smoothed, and IS, H(y|x) and H(y) are reported too. Such a network may be certain of poor
+        samples, so H(y|x) is not calibrated: compare it with the H(y|x) of real clips.
 
-No class stands for "does not move", so static samples, which move less than any real clip of their class, are counted.
-"""
+No class stands for "does not move", so static samples, which move less than any real clip of their
+class, are counted."""
 
 import itertools
 import math
@@ -34,11 +36,15 @@ from video.source import in_threads
 
 SIZE, MOST_FRAMES = 32, 16  # px and most frames of a window
 PURPOSE = "judge"  # names its random draws; another word would change published scores
-MOVES = 40  # of 255 levels: a pixel moves if its gray changes by more in a window; the flicker of a VAE is weaker
-ENOUGH = 0.999  # accuracy on real validation clips below which errors of samples may be errors of the classifier
+# of 255 levels: a pixel moves if its gray changes by more in a window; the flicker of a VAE is
+# weaker
+MOVES = 40
+# accuracy on real validation clips below which errors of samples may be errors of the classifier
+ENOUGH = 0.999
 ENTROPIES = "IS", "H(y|x)", "H(y)"  # values of `sharpness`
 COMMON = {"batch": 16, "lr": 3e-3, "weight_decay": 0.05}
-# By --classifier-test. Random changes: the largest, as shares of size, side, contrast and of the range black to white
+# By --classifier-test. Random changes: the largest, as shares of size, side, contrast and of the
+# range black to white
 RECIPES = {
     "groups": Namespace(
         **COMMON, steps=250, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15
@@ -51,13 +57,18 @@ Real = namedtuple(
 
 
 def check(samples, clips, training, place, test):
-    """Raise UserError unless a network can learn the classes of Samples from Clips; test: --classifier-test."""
+    """Raise UserError unless a network can learn the classes of Samples from Clips; test:
+    --classifier-test.
+    """
     samples.check_classes(clips.classes, place)
     tested = {video.class_name for video in set(clips.videos) - set(training)}
     for name in clips.classes:
         count = len({unit_of(video.path) for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
-            got = f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} (file stems) in {name}"
+            got = (
+                f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} (file stems) in "
+                f"{name}"
+            )
             raise UserError(
                 f"{place}: {got}; expected at least 2 of both, as each group is held out once"
             )
@@ -72,7 +83,9 @@ def check(samples, clips, training, place, test):
 
 
 def score_classifier(samples, clips, training, args, corrupt):
-    """Classify Samples with networks trained on the videos of Clips, in windows of their length; training: a part."""
+    """Classify Samples with networks trained on the videos of Clips, in windows of their length;
+    training: a part.
+    """
     by_split = args.classifier_test == "val"
     recipe = RECIPES[args.classifier_test]
     if by_split and distributed.rank() != 0:  # there is one network to train
@@ -124,7 +137,8 @@ def score_classifier(samples, clips, training, args, corrupt):
     )
     lines = compare({f"real clips ({how})": about, "samples": found})
     lines.append(
-        f"  static samples, which move less than any real clip of their class: {len(found['static'])}"
+        "  static samples, which move less than any real clip of their class: "
+        f"{len(found['static'])}"
     )
     result = {
         "real": about,
@@ -137,7 +151,9 @@ def score_classifier(samples, clips, training, args, corrupt):
 
 
 def read_real(clips, args, size, corrupt):
-    """The Real of the videos of Clips in the order of paths; adds the paths of corrupt videos to the list `corrupt`."""
+    """The Real of the videos of Clips in the order of paths; adds the paths of corrupt videos to
+    the list `corrupt`.
+    """
 
     def read(video):
         try:
@@ -156,7 +172,9 @@ def read_real(clips, args, size, corrupt):
 
 
 class Classifier(nn.Module):
-    """Logits (B, classes) of windows (B, T, SIZE, SIZE), values from 0 to 1. It sees gray levels and their changes."""
+    """Logits (B, classes) of windows (B, T, SIZE, SIZE), values from 0 to 1. It sees gray levels
+    and their changes.
+    """
 
     def __init__(self, num_classes):
         super().__init__()
@@ -183,7 +201,9 @@ class Classifier(nn.Module):
 
 
 def prepare(frames, image_size):
-    """uint8 frames (T, H, W, 3) -> a gray clip (T, SIZE, SIZE), by way of image_size, which the model samples."""
+    """uint8 frames (T, H, W, 3) -> a gray clip (T, SIZE, SIZE), by way of image_size, which the
+    model samples.
+    """
     frames = resize_and_crop(
         resize_and_crop(torch.tensor(frames).permute(0, 3, 1, 2), image_size), SIZE
     )
@@ -200,7 +220,8 @@ def every_window(clip, window, interval):
 
 
 def windows_of(every, span):
-    """Some of `every_window` of a clip, from its first to its last frame; each overlaps the next by half or more.
+    """Some of `every_window` of a clip, from its first to its last frame; each overlaps the next by
+    half or more.
 
     span: the frames from the start of a window to its end.
     """
@@ -216,7 +237,9 @@ def least_motion(windows):
 
 
 def find_static(samples, asked, real):
-    """Indices of samples, given by `every_window`, with one that moves less than all of the Real of their label."""
+    """Indices of samples, given by `every_window`, with one that moves less than all of the Real of
+    their label.
+    """
     least = {
         label: min(least_motion(one.windows) for one in real if one.label == label)
         for label in set(asked)
@@ -226,7 +249,9 @@ def find_static(samples, asked, real):
 
 
 def random_windows(of_class, random, batch):
-    """Windows (batch, window, SIZE, SIZE) from 0 to 1 and labels (batch,). of_class: {label: windows of each clip}."""
+    """Windows (batch, window, SIZE, SIZE) from 0 to 1 and labels (batch,). of_class: {label:
+    windows of each clip}.
+    """
     windows = []
     y = torch.tensor(list(of_class))[
         torch.randint(len(of_class), (batch,), generator=random)
@@ -240,7 +265,9 @@ def random_windows(of_class, random, batch):
 
 
 def change(x, recipe, random):
-    """Windows (B, T, SIZE, SIZE) in another place, size, contrast and light; half of them mirrored."""
+    """Windows (B, T, SIZE, SIZE) in another place, size, contrast and light; half of them
+    mirrored.
+    """
     zoom, right, down, contrast, light = 2 * torch.rand(5, B := len(x), generator=random) - 1
     mirror = 1 - 2 * torch.randint(2, (B,), generator=random)
     zero = torch.zeros(B)
@@ -258,7 +285,9 @@ def change(x, recipe, random):
 
 
 def train(real, name, num_classes, steps, seed, recipe):
-    """A Classifier trained on some Real. All draws are functions of the seed, its name and the step."""
+    """A Classifier trained on some Real. All draws are functions of the seed, its name and the
+    step.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, PURPOSE, name).initial_seed())
         network = Classifier(num_classes)
@@ -286,7 +315,8 @@ def logits_of(network, every, span):
 
 
 def leave_one_out(real, span, settings):
-    """The logits (n, classes) of each Real's windows, by a network trained on the other groups; equal on all ranks.
+    """The logits (n, classes) of each Real's windows, by a network trained on the other groups;
+    equal on all ranks.
 
     settings: arguments of `train`. The ranks share the groups.
     """
@@ -303,7 +333,8 @@ def leave_one_out(real, span, settings):
 
 
 def summarize(logits, labels, classes, videos=()):
-    """The share of clips that are classified as their label, a plain dict. logits: (n, classes) of each clip's windows.
+    """The share of clips that are classified as their label, a plain dict. logits: (n, classes) of
+    each clip's windows.
 
     videos: those of the clips. windows: the same share of single windows. confusion: a row per
     label, a column per class that the clips got.
@@ -332,11 +363,12 @@ def summarize(logits, labels, classes, videos=()):
 
 
 def sharpness(logits):
-    """The inception score and the entropies in nats of clips, from the logits (n, classes) of each clip's windows.
+    """The inception score and the entropies in nats of clips, from the logits (n, classes) of each
+    clip's windows.
 
-    p(y|x) is the softmax of a clip's mean logits, p(y) its mean over the clips. IS = exp(E KL(p(y|x) || p(y))), which
-    equals exp(H(y) - H(y|x)): at most the number of classes, if they are equally frequent.
-    """
+    p(y|x) is the softmax of a clip's mean logits, p(y) its mean over the clips. IS = exp(E
+    KL(p(y|x) || p(y))), which equals exp(H(y) - H(y|x)): at most the number of classes, if they are
+    equally frequent."""
     p = torch.stack([own.mean(dim=0) for own in logits]).double().softmax(dim=1)
     given, overall = (
         torch.special.entr(q).sum(dim=1).mean().item() for q in (p, p.mean(dim=0, keepdim=True))
@@ -354,5 +386,8 @@ def compare(found):
         wrong = one["clips"] - one["right"]
         accuracy = cell(one, "share", 4, "interval95")
         rows.append([title, str(wrong), str(one["clips"]), accuracy, *entropies])
-    note = f"below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; raise --classifier-steps"
+    note = (
+        f"below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; raise "
+        "--classifier-steps"
+    )
     return [*table(rows), *[f"  note: {note}"] * bool(names and real["share"] < ENOUGH)]

@@ -1,10 +1,12 @@
-"""Consistency over a clip: statistics of its frames by position in the clip, generated against real.
+"""Consistency over a clip: statistics of its frames by position in the clip, generated against
+real.
 
-They need no labels, so they fit any data. Two faults appear when a model samples more frames than it was trained on:
-- seam score: change between frames at the borders of temporal patches (or of the windows of a long clip) over the
-  change elsewhere, divided by the same ratio in real clips; 1 = no seam.
-- drift: rise of a statistic from the first frame to the last (least-squares line), minus the rise in real clips, in
-  standard deviations among real frames; 0 = no drift.
+They need no labels, so they fit any data. Two faults appear when a model samples more frames than
+it was trained on:
+- seam score: change between frames at the borders of temporal patches (or of the windows of a long
+  clip) over the change elsewhere, divided by the same ratio in real clips; 1 = no seam.
+- drift: rise of a statistic from the first frame to the last (least-squares line), minus the rise
+  in real clips, in standard deviations among real frames; 0 = no drift.
 """
 
 import math
@@ -36,7 +38,9 @@ TITLES = {  # of the values
 
 
 def score_consistency(generated, real, source):
-    """Score two streams of at least two clips each. source: how samples were made, from samples.json."""
+    """Score two streams of at least two clips each. source: how samples were made, from
+    samples.json.
+    """
     both = [
         gather(stream, lambda clip, *_: measure(torch.from_numpy(clip)))
         for stream in (generated, real)
@@ -60,8 +64,8 @@ def score_consistency(generated, real, source):
 def measure(clip):
     """(STATISTICS (T, 7), change (T - 1,)), float64 in gray levels, of a clip uint8 (T, H, W, 3).
 
-    Contrast: standard deviation of a channel. Sharpness and change: RMS difference of neighbor pixels and of frames.
-    """
+    Contrast: standard deviation of a channel. Sharpness and change: RMS difference of neighbor
+    pixels and of frames."""
     frames = clip.permute(0, 3, 1, 2).double()  # (T, C, H, W)
     mean = frames.mean(dim=(2, 3))
     contrast = frames.std(dim=(2, 3), correction=0)
@@ -71,7 +75,9 @@ def measure(clip):
 
 
 def borders(num_frames, temporal_patch_size, window=None, overlap=0):
-    """Two lists of frames: where temporal patches begin and where windows begin, without the clip's first frame."""
+    """Two lists of frames: where temporal patches begin and where windows begin, without the clip's
+    first frame.
+    """
     window = window or num_frames
     starts = window_starts(num_frames, window, overlap)
     new = [
@@ -88,14 +94,16 @@ def borders(num_frames, temporal_patch_size, window=None, overlap=0):
 
 
 def seam_score(generated, real, borders, videos=((), ())):
-    """(score, its 95% interval [low, high]) of changes (N, T - 1) and (M, T - 1) at borders, numbers of frames.
+    """(score, its 95% interval [low, high]) of changes (N, T - 1) and (M, T - 1) at borders,
+    numbers of frames.
 
-    Both are None without borders, without frames between, or if nothing moves. videos: those of the clips, two lists.
-    """
+    Both are None without borders, without frames between, or if nothing moves. videos: those of the
+    clips, two lists."""
     at_border = torch.isin(
         torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64)
     )  # (T - 1,)
-    # mean change of each clip at the borders and elsewhere, so clips count in proportion to their motion
+    # mean change of each clip at the borders and elsewhere, so clips count in proportion to their
+    # motion
     both = [
         torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1)
         for part in (generated, real)
@@ -111,7 +119,9 @@ def seam_score(generated, real, borders, videos=((), ())):
 
 
 def rises(statistics):
-    """Rise of each statistic (N, T, 7) from the first frame to the last, on a least-squares line: (N, 7)."""
+    """Rise of each statistic (N, T, 7) from the first frame to the last, on a least-squares line:
+    (N, 7).
+    """
     T = statistics.shape[1]
     time = torch.arange(T, dtype=torch.float64) - (T - 1) / 2
     return torch.einsum("t,nts->ns", time, statistics) / time.square().sum() * (T - 1)
@@ -140,7 +150,8 @@ def drifts(generated, real, videos=((), ())):
 
 
 def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
-    """All results, a plain dict for JSON; both are (statistics, change, videos) of at least two clips.
+    """All results, a plain dict for JSON; both are (statistics, change, videos) of at least two
+    clips.
 
     window, overlap: in frames; None: all frames were sampled at once.
     """

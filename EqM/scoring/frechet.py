@@ -1,14 +1,15 @@
 """Fréchet distances between sets of clips (FVD) or frames (FID).
 
-Sources: FID, Heusel et al. (arXiv 1706.08500); FVD, Unterthiner et al. (1812.01717), in the protocol of StyleGAN-V
-(Skorokhodov et al., 2112.14683). You provide the feature network ("detector") as a TorchScript file:
+Sources: FID, Heusel et al. (arXiv 1706.08500); FVD, Unterthiner et al. (1812.01717), in the
+protocol of StyleGAN-V (Skorokhodov et al., 2112.14683). You provide the feature network
+("detector") as a TorchScript file:
 
 fvd  i3d_torchscript.pt of StyleGAN-V, which most PyTorch code for FVD uses: 400 features of x (B, 3, T, H, W)
 fid  inception-2015-12-05.pt of StyleGAN2-ADA: 2048 features of x (B, 3, H, W)
 
-CALLS says how they are called. x is float32 from 0 to 255, RGB; both rescale and resize it themselves (224 and 299 px).
-Any other TorchScript works that takes the same call and returns features (B, D).
-"""
+CALLS says how they are called. x is float32 from 0 to 255, RGB; both rescale and resize it
+themselves (224 and 299 px). Any other TorchScript works that takes the same call and returns
+features (B, D)."""
 
 import itertools
 import os
@@ -36,7 +37,9 @@ CACHE_FORMAT = 2  # of files of moments
 
 
 def score_frechet(generated, real, args, detector, about, clips, folder, device):
-    """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the manifest."""
+    """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the
+    manifest.
+    """
     detector = detector.to(device)
     times = [
         os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos
@@ -78,7 +81,10 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
         lines[0] += (
             f" (95%: {low:.4g} to {high:.4g}, over generated clips; the real ones stay the same)"
         )
-    few = f"for {D} features: the distance is much too large; compare it only with distances of the same counts"
+    few = (
+        f"for {D} features: the distance is much too large; compare it only with distances of the "
+        "same counts"
+    )
     lines += [
         f"  warning: {count} {kind} members {few}" for kind, count in members.items() if count <= D
     ]
@@ -107,7 +113,9 @@ def read_moments(path):
 
 
 def moments_of(features):
-    """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet distance needs."""
+    """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet
+    distance needs.
+    """
     # float64 takes twice the memory
     count = features.shape[:2].numel()
     parts = features.flatten(0, 1).split(4096)
@@ -121,22 +129,27 @@ def moments_of(features):
 
 
 def square_root(matrix):
-    """The symmetric square root of a positive semidefinite matrix (D, D); negative eigenvalues (rounding) are 0."""
+    """The symmetric square root of a positive semidefinite matrix (D, D); negative eigenvalues
+    (rounding) are 0.
+    """
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * without_rounding(values).sqrt()) @ vectors.T
 
 
 def without_rounding(values):
-    """Eigenvalues (D,), with rounding errors set to zero: square roots would magnify them 10^8 times."""
+    """Eigenvalues (D,), with rounding errors set to zero: square roots would magnify them 10^8
+    times.
+    """
     rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     return torch.where(values > rounding, values, 0.0)
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b, root_a=None):
-    """The squared Fréchet (2-Wasserstein) distance of two normal distributions, a float. root_a: square_root(cov_a).
+    """The squared Fréchet (2-Wasserstein) distance of two normal distributions, a float. root_a:
+    square_root(cov_a).
 
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)): means (D,), covariances (D, D), maybe singular.
-    """
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)): means (D,), covariances (D, D),
+    maybe singular."""
     root_a = square_root(cov_a) if root_a is None else root_a
     product = root_a @ cov_b @ root_a  # symmetric, with the eigenvalues of cov_a cov_b
     cross = without_rounding(torch.linalg.eigvalsh((product + product.T) / 2)).sqrt().sum()
@@ -145,8 +158,11 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b, root_a=None):
 
 
 def bootstrap_error(mean_a, cov_a, features, resamples, seed):
-    """The bootstrap standard error of the distance from these moments to the moments of features (N, G, D)."""
-    # No quantiles: a resample repeats clips, so its covariance has a lower rank, and all distances are too large
+    """The bootstrap standard error of the distance from these moments to the moments of features
+    (N, G, D).
+    """
+    # No quantiles: a resample repeats clips, so its covariance has a lower rank, and all distances
+    # are too large
     N = len(features)
     root = square_root(cov_a)
     distances = []
@@ -160,7 +176,9 @@ def bootstrap_error(mean_a, cov_a, features, resamples, seed):
 
 
 def load_detector(path):
-    """The network of a TorchScript file, on the CPU. Raises UserError. Such a file is a program: trust its source."""
+    """The network of a TorchScript file, on the CPU. Raises UserError. Such a file is a program:
+    trust its source.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -169,12 +187,17 @@ def load_detector(path):
             return torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         got = "no such file" if isinstance(error, ValueError) else "not a TorchScript file"
-        expected = "i3d_torchscript.pt (fvd), inception-2015-12-05.pt (fid) or one that takes the same call"
+        expected = (
+            "i3d_torchscript.pt (fvd), inception-2015-12-05.pt (fid) or one that takes the same "
+            "call"
+        )
         raise UserError(f"--detector {path}: {got}; expected {expected}") from error
 
 
 def check_detector(path, detector, metric, num_frames, size):
-    """A detector's record in a manifest, after a try on black clips. Raises UserError without features (B, D)."""
+    """A detector's record in a manifest, after a try on black clips. Raises UserError without
+    features (B, D).
+    """
     clips = torch.zeros(2, num_frames if metric == "fvd" else 1, size, size, 3, dtype=torch.uint8)
     try:
         num_features = extract(detector, clips, metric, batch_size=2).shape[-1]
@@ -193,7 +216,8 @@ def check_detector(path, detector, metric, num_frames, size):
 
 @torch.no_grad()
 def extract(detector, clips, metric, batch_size):
-    """Features of clips uint8 (B, T, H, W, 3), float32: (B, 1, D) of the clips for fvd, (B, T, D) of frames for fid.
+    """Features of clips uint8 (B, T, H, W, 3), float32: (B, 1, D) of the clips for fvd, (B, T, D)
+    of frames for fid.
 
     Raises ValueError unless the detector returns finite numbers (B, D).
     """

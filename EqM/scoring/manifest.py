@@ -1,8 +1,9 @@
-"""Manifests: the JSON files of evaluate.py. They hold values and all that these depend on, so you can repeat a scoring.
+"""Manifests: the JSON files of evaluate.py. They hold values and all that these depend on, so you
+can repeat a scoring.
 
-values: {name: number or None}; result: intervals and tables; generated: the sample folder, the SHA-256 of samples.npz,
-and how the samples were made; flags: those of the command; repeats: which manifest was repeated, with what result.
-"""
+values: {name: number or None}; result: intervals and tables; generated: the sample folder, the
+SHA-256 of samples.npz, and how the samples were made; flags: those of the command; repeats: which
+manifest was repeated, with what result."""
 
 import json
 import math
@@ -31,7 +32,9 @@ SPLITS = {
 
 
 def protocol(metric, samples, split, num_real):
-    """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid), other choices."""
+    """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid),
+    other choices.
+    """
     N = len(samples)
     kind = f"_{samples.num_frames}f"
     if metric == "classifier":
@@ -117,10 +120,13 @@ def as_words(flags):
 
 
 def sampling_words(path):
-    """The flags of sample_gd.py that make the samples of a manifest again, as words. Raises UserError."""
+    """The flags of sample_gd.py that make the samples of a manifest again, as words. Raises
+    UserError.
+    """
     if not (flags := read_manifest(path).get("generated", {}).get("flags")):
         raise UserError(
-            f"--manifest {path}: lacks the flags of its samples; expected a file of this code: score again"
+            f"--manifest {path}: lacks the flags of its samples; expected a file of this code: "
+            "score again"
         )
     for name in (
         *OUTPUT,
@@ -135,7 +141,9 @@ def sampling_words(path):
 
 
 def check_same(old, new):
-    """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old one."""
+    """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old
+    one.
+    """
     expected, got = (
         {
             "--samples: weights_sha256": manifest["generated"]["source"].get("weights_sha256"),
@@ -152,15 +160,16 @@ def check_same(old, new):
     for name, value in expected.items():
         if got[name] != value:
             raise UserError(
-                f"{name} is {got[name]}, expected {value} as in --manifest; pass the path of that one"
+                f"{name} is {got[name]}, expected {value} as in --manifest; pass the path of that "
+                "one"
             )
 
 
 def compare(path, old, new, tolerance):
     """(how the values of a new manifest compare with the old one's at `path`, the same as a line).
 
-    Numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code lacked don't count.
-    """
+    Numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code
+    lacked don't count."""
     pairs = {name: (new["values"].get(name), value) for name, value in old["values"].items()}
     differences = {name: a - b for name, (a, b) in pairs.items() if None not in (a, b)}
     unequal = [(a, b) for a, b in pairs.values() if a != b]
@@ -178,7 +187,10 @@ def compare(path, old, new, tolerance):
         if largest
         else "a value is missing"
     )
-    line = f"the values {'agree' if agrees else 'do not agree'} with those of {path}: {by}, tolerance {tolerance:g}"
+    line = (
+        f"the values {'agree' if agrees else 'do not agree'} with those of {path}: {by}, "
+        f"tolerance {tolerance:g}"
+    )
     line = line if unequal else f"the values equal those of {path} bit for bit"
     repeats = {
         "manifest": str(path),
@@ -191,7 +203,9 @@ def compare(path, old, new, tolerance):
 
 
 def code_commit():
-    """The git commit of this code, with a "+" if files of the code have changed since; None outside git."""
+    """The git commit of this code, with a "+" if files of the code have changed since; None outside
+    git.
+    """
     here = Path(__file__).resolve().parent
     code = here, ":/EqM", ":/datasets", ":/scripts"
 

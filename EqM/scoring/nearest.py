@@ -1,13 +1,14 @@
 """Nearest training clips: whether a model memorizes its training data.
 
-Each generated clip is compared with every window of the training videos: from every start, with its own time between
-frames, as it is and mirrored. The distance is the root mean square difference (RMSE) of all pixels, in gray levels of
-255. Held-out real clips are compared in the same way: a model can't memorize them, so they show which distance is
-normal. Blurred clips are near to everything, so look at the sheet of pairs too.
+Each generated clip is compared with every window of the training videos: from every start, with its
+own time between frames, as it is and mirrored. The distance is the root mean square difference
+(RMSE) of all pixels, in gray levels of
+255. Held-out real clips are compared in the same way: a model can't memorize them, so they show
+which distance is normal. Blurred clips are near to everything, so look at the sheet of pairs too.
 
-A squared distance is |a|^2 + |b|^2 - 2 a.b, so the search is made of matrix products. They are exact: with levels from
--128 to 127, sums of 1024 products are integers up to 2^24, which float32 can hold. All else is float64.
-"""
+A squared distance is |a|^2 + |b|^2 - 2 a.b, so the search is made of matrix products. They are
+exact: with levels from -128 to 127, sums of 1024 products are integers up to 2^24, which float32
+can hold. All else is float64."""
 
 import functools
 import itertools
@@ -42,7 +43,9 @@ TITLES = {  # of the values
 
 
 def score_nearest(samples, real, args, videos, sheet, device):
-    """Score Samples and a stream of real clips against training videos; write the nearest pairs to `sheet`."""
+    """Score Samples and a stream of real clips against training videos; write the nearest pairs to
+    `sheet`.
+    """
     others, held_out = gather(real, lambda clip, *_: (clip,))
     # (all, T, H, W, 3)
     clips = torch.from_numpy(np.concatenate([samples.clips, others]))
@@ -51,7 +54,8 @@ def score_nearest(samples, real, args, videos, sheet, device):
     (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
     if distances.isinf().any():
         raise UserError(
-            f"--data-path {args.data_path}: no training video can be decoded, the first is {corrupt[0]}"
+            f"--data-path {args.data_path}: no training video can be decoded, the first is "
+            f"{corrupt[0]}"
         )
     rmse = (distances / clips[0].numel()).sqrt().numpy()
     result = summarize(rmse[:N], rmse[N:], (samples.videos, held_out))
@@ -86,11 +90,12 @@ def score_nearest(samples, real, args, videos, sheet, device):
 
 
 class TrainingWindows(IterableDataset):
-    """All windows of T frames of this rank's videos: (video number, first frame, frames uint8 (n, size, size, 3)).
+    """All windows of T frames of this rank's videos: (video number, first frame, frames uint8 (n,
+    size, size, 3)).
 
-    Parts overlap, so every window is in one part. None instead of frames: the rest of the video can't be decoded.
-    Frames are time_scale apart or, in short videos, as far as fits. Loader processes share the videos.
-    """
+    Parts overlap, so every window is in one part. None instead of frames: the rest of the video
+    can't be decoded. Frames are time_scale apart or, in short videos, as far as fits. Loader
+    processes share the videos."""
 
     def __init__(self, root, videos, T, size, time_scale):
         self.root = root
@@ -126,15 +131,18 @@ class TrainingWindows(IterableDataset):
 
 
 def blocks(frames):
-    """Frames uint8 (n, H, W, 3) minus GRAY, float32 (n, BLOCK) each: sums of their products are exact."""
+    """Frames uint8 (n, H, W, 3) minus GRAY, float32 (n, BLOCK) each: sums of their products are
+    exact.
+    """
     return [part.float() - GRAY for part in frames.flatten(1).split(BLOCK, dim=1)]
 
 
 def search(clips, windows, num_workers):
-    """((squared distances (N,), places (N, 3): video, first frame, mirrored), paths of damaged videos) of all ranks.
+    """((squared distances (N,), places (N, 3): video, first frame, mirrored), paths of damaged
+    videos) of all ranks.
 
-    clips: uint8 (N, T, H, W, 3), kept as float32; windows: TrainingWindows. Without a window, distances are infinite.
-    """
+    clips: uint8 (N, T, H, W, 3), kept as float32; windows: TrainingWindows. Without a window,
+    distances are infinite."""
     (N, T) = clips.shape[:2]
     device = clips.device
     own = blocks(clips.flatten(0, 1))  # (N * T, BLOCK) each
@@ -173,7 +181,9 @@ def search(clips, windows, num_workers):
 
 
 def nearer(one, other):
-    """The nearer of two windows for each clip: (squared distances (N,), places (N, 3)); of equals the first video."""
+    """The nearer of two windows for each clip: (squared distances (N,), places (N, 3)); of equals
+    the first video.
+    """
     (a, place_a) = one
     (b, place_b) = other
     is_other = (b < a) | ((b == a) & (place_b[:, 0] < place_a[:, 0]))
@@ -181,7 +191,9 @@ def nearer(one, other):
 
 
 def summarize(generated, real, videos=((), ())):
-    """A plain dict for JSON, from RMSE arrays of generated (N,) and of real clips (M,); videos: those of both."""
+    """A plain dict for JSON, from RMSE arrays of generated (N,) and of real clips (M,); videos:
+    those of both.
+    """
     result = {"rmse_ratio": None, "rmse_ratio_interval95": None}
     if real.any():
         result["rmse_ratio"] = (generated.mean() / real.mean()).item()
@@ -195,7 +207,9 @@ def summarize(generated, real, videos=((), ())):
 
 
 def write_pairs(path, windows, samples, pairs):
-    """A sheet of pairs, two rows each: a generated clip above its nearest training clip, with their classes."""
+    """A sheet of pairs, two rows each: a generated clip above its nearest training clip, with their
+    classes.
+    """
     shown = evenly_spaced(samples.num_frames, COLUMNS)
     rows = []
     titles = []

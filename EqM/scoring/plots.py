@@ -1,4 +1,6 @@
-"""Plots: PNG files, readable at half size. The set-up of all figures, and figures of samples and their scores."""
+"""Plots: PNG files, readable at half size. The set-up of all figures, and figures of samples and
+their scores.
+"""
 
 import itertools
 
@@ -41,7 +43,9 @@ def plot_evaluations(path, evaluations, budget):
 
 
 def plot_energies(path, energies, sampler):
-    """Energies (N, num_steps), NaN after a sample stops: a line per sample (at most MAX_LINES) and their mean."""
+    """Energies (N, num_steps), NaN after a sample stops: a line per sample (at most MAX_LINES) and
+    their mean.
+    """
     figure, axes = plt.subplots()
     axes.plot(energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
     steps = np.flatnonzero(~np.isnan(energies).all(axis=0))
@@ -57,7 +61,9 @@ def plot_energies(path, energies, sampler):
 
 
 def plot_prediction(path, result, num_frames, titles):
-    """PSNR and SSIM by frame, with intervals, from a result of prediction.compare. titles: those of its kinds."""
+    """PSNR and SSIM by frame, with intervals, from a result of prediction.compare. titles: those of
+    its kinds.
+    """
     figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
     count = result["samples_per_clip"]
     frames = result["predicted_frames"]

@@ -1,13 +1,15 @@
-"""Moving Shapes, where the truth is known: a strict tracker of one object, for straight and for bouncing motion.
+"""Moving Shapes, where the truth is known: a strict tracker of one object, for straight and for
+bouncing motion.
 
-A lax tracker follows local motion and finds a direction even in a clip of five objects. Here a clip has a direction
-only if *every* frame shows the same single compact object of one color, and its centroid moves along a straight line at
-a constant speed. All other clips count as wrong. Bouncing objects (make_moving_shapes.py --bounce) are tracked in
-windows, for any time: is it one object to the end, how fast is it, does it turn at the borders only?
+A lax tracker follows local motion and finds a direction even in a clip of five objects. Here a clip
+has a direction only if *every* frame shows the same single compact object of one color, and its
+centroid moves along a straight line at a constant speed. All other clips count as wrong. Bouncing
+objects (make_moving_shapes.py --bounce) are tracked in windows, for any time: is it one object to
+the end, how fast is it, does it turn at the borders only?
 
-The truth is the shapes.json of the data set, scaled to the clip, never the tracker's own measurement. Scores of real
-clips show the ceiling. At 16 px it is: all directions and shapes right, speed ratio 1.00, area ratio 1.02.
-"""
+The truth is the shapes.json of the data set, scaled to the clip, never the tracker's own
+measurement. Scores of real clips show the ceiling. At 16 px it is: all directions and shapes right,
+speed ratio 1.00, area ratio 1.02."""
 
 import itertools
 import math
@@ -32,16 +34,21 @@ from scoring.stats import (
     table,
 )
 
-# Lengths are in px of a frame 16 px high, and scale with it. Shares are of the object's brightness or area.
-# They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and no more.
+# Lengths are in px of a frame 16 px high, and scale with it. Shares are of the object's brightness
+# or area. They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and
+# no more.
 MIN_CONTRAST = (
     60  # gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
 )
 FLOOR = 0.2  # of full brightness, about 50 gray levels: weaker pixels are noise, not an object
-MAX_STRAY = 0.1  # of the brightness may be outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
-MAX_SPREAD = 1.7  # second moment over that of a disc of equal area: a triangle has 1.3, blurred 1.5; two discs 2
-MIN_MATCH = 0.9  # correlation with the best shape: real clips 0.99, noisy ones 0.97; two shapes half overlapping 0.9
-MAX_ANGLE = 10  # degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
+# of the brightness may be outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
+MAX_STRAY = 0.1
+# second moment over that of a disc of equal area: a triangle has 1.3, blurred 1.5; two discs 2
+MAX_SPREAD = 1.7
+# correlation with the best shape: real clips 0.99, noisy ones 0.97; two shapes half overlapping 0.9
+MIN_MATCH = 0.9
+# degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
+MAX_ANGLE = 10
 MAX_OFF_COLOR = (
     0.25  # of the brightness may differ by more than twice that angle, as colors bleed at edges
 )
@@ -54,7 +61,8 @@ MAX_OFF_LINE = (
 )
 MAX_SLANT = 0.25  # motion across the direction over motion along it: 14 degrees
 WINDOW = 16  # frames of a bouncing object that are tracked together
-NEAR = 1.0  # px between a turn and the border's turning point; also the shortest way back that counts as a turn
+# px between a turn and the border's turning point; also the shortest way back that counts as a turn
+NEAR = 1.0
 ACROSS = 0.5  # px, standard deviation of a bouncing object's motion across its axis
 
 SHAPES = ("Circle", "Square", "Triangle")
@@ -110,11 +118,13 @@ def result_lines(result, titles):
     ]
 
 
-# What a clip shows, and the truth -------------------------------------------------------------------------------------
+# What a clip shows, and the truth -----------------------------------------------------------------
 
 
 class Track(NamedTuple):
-    """What a clip shows, or should show. None: not found; `reason` says why there is no direction."""
+    """What a clip shows, or should show. None: not found; `reason` says why there is no
+    direction.
+    """
 
     direction: str | None = None
     shape: str | None = None
@@ -151,12 +161,15 @@ class Truth:
             ) from error
 
     def __call__(self, class_name, height, time_scale):
-        """What clips of a class, of this height in px, should show: a Track or, if objects bounce, a Bounce."""
+        """What clips of a class, of this height in px, should show: a Track or, if objects bounce,
+        a Bounce.
+        """
         videos = [video for video in self.videos if video["class"] == class_name]
         scale = height / self.size
         if not videos:
             raise UserError(
-                f"{self.path}: no class {class_name}; pass the data set of the training as --data-path"
+                f"{self.path}: no class {class_name}; pass the data set of the training as "
+                "--data-path"
             )
 
         def mean(key):
@@ -174,8 +187,8 @@ class Truth:
 def find_truth(metric, data_path, samples, classes):
     """The Truth for --metric motion, and for prediction if the motion is straight; else None.
 
-    Raises UserError if Samples are too short, or if a class has no truth (for prediction: one of all `classes`).
-    """
+    Raises UserError if Samples are too short, or if a class has no truth (for prediction: one of
+    all `classes`)."""
     exists = Path(data_path, "shapes.json").exists()
     if metric == "motion" and not exists:
         got = f"--data-path {data_path} has no shapes.json"
@@ -189,14 +202,15 @@ def find_truth(metric, data_path, samples, classes):
         return None
     if truth.bounces and samples.num_frames < WINDOW:
         raise UserError(
-            f"{samples.place}: bouncing shapes need at least {WINDOW} frames, got {samples.num_frames}"
+            f"{samples.place}: bouncing shapes need at least {WINDOW} frames, got "
+            f"{samples.num_frames}"
         )
     for name in classes if metric == "prediction" else set(samples.names):
         truth(name, samples.image_size, samples.time_scale)
     return truth
 
 
-# The tracker ----------------------------------------------------------------------------------------------------------
+# The tracker --------------------------------------------------------------------------------------
 
 
 def track(clip):
@@ -212,11 +226,11 @@ def track(clip):
 
 
 def look(clip):
-    """(centroids (T, 2) as x, y, area, shape, color (3,)) of the one object of a clip, uint8 (T, H, H, 3).
+    """(centroids (T, 2) as x, y, area, shape, color (3,)) of the one object of a clip, uint8 (T, H,
+    H, 3).
 
-    Averages large clips down to 16 ... 31 px: thresholds then fit, and colors that a codec smeared meet in one pixel.
-    Raises ValueError with the reason if there is no such object.
-    """
+    Averages large clips down to 16 ... 31 px: thresholds then fit, and colors that a codec smeared
+    meet in one pixel. Raises ValueError with the reason if there is no such object."""
     height = clip.shape[1]
     size = height // max(1, height // 16)
     frames = torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
@@ -233,9 +247,9 @@ def look(clip):
 def separate(clip):
     """Split a clip, float (T, H, W, 3), into background and object: (signal, bright, color (3,)).
 
-    signal (T, H, W): 0 on the background, 1 on an object of the clip's color; bright (T, H, W): the same for any color,
-    but 0 below FLOOR. Raises ValueError unless something of one color stands out in every frame.
-    """
+    signal (T, H, W): 0 on the background, 1 on an object of the clip's color; bright (T, H, W): the
+    same for any color, but 0 below FLOOR. Raises ValueError unless something of one color stands
+    out in every frame."""
     background = np.median(clip, axis=(0, 1, 2))
     clip = clip - background
     contrast = np.linalg.norm(clip, axis=-1)
@@ -263,7 +277,8 @@ def separate(clip):
 
 
 def find_object(signal, bright, unit):
-    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit: 1 px of a frame 16 px high.
+    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit: 1 px of a frame 16 px
+    high.
 
     Raises ValueError unless every frame shows one compact object of about the same area.
     """
@@ -307,7 +322,9 @@ def inside(shape, x, y):
 
 
 def recognize(signal, centers, area):
-    """The shape whose image at the centers, sharp or blurred, best fits signal (T, H, W). ValueError: none does."""
+    """The shape whose image at the centers, sharp or blurred, best fits signal (T, H, W).
+    ValueError: none does.
+    """
     sub = 8  # points per px and axis
     ys, xs = ((np.arange(n * sub) + 0.5) / sub for n in signal.shape[1:])
     x = (xs - centers[:, :1])[:, None, :] / math.sqrt(area)
@@ -330,7 +347,9 @@ def recognize(signal, centers, area):
 
 
 def fit_motion(centers, unit):
-    """(direction, speed in px per frame) of centers (T, 2). Raises ValueError unless motion is straight and steady."""
+    """(direction, speed in px per frame) of centers (T, 2). Raises ValueError unless motion is
+    straight and steady.
+    """
     time = np.arange(len(centers)) - (len(centers) - 1) / 2
     velocity = time @ centers / (time @ time)  # least squares
     axis = int(abs(velocity[1]) > abs(velocity[0]))
@@ -346,10 +365,11 @@ def fit_motion(centers, unit):
 
 
 def summarize_tracks(tracks, expected, videos=()):
-    """A plain dict for JSON: at least one Track, each scored against the true one. videos: those of the clips.
+    """A plain dict for JSON: at least one Track, each scored against the true one. videos: those of
+    the clips.
 
-    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over clips of right direction.
-    """
+    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over clips
+    of right direction."""
     pairs = list(zip(tracks, expected, strict=True))
     is_right = [found.direction == true.direction for found, true in pairs]
     right, videos_of_right = (
@@ -371,11 +391,13 @@ def summarize_tracks(tracks, expected, videos=()):
     return summary | {"refused": dict(Counter(reasons).most_common())}
 
 
-# Bouncing motion ------------------------------------------------------------------------------------------------------
+# Bouncing motion ----------------------------------------------------------------------------------
 
 
 def follow(clip, truth):
-    """(the first window that loses the object and why, or None; windows' speeds / true speed; are the turns right?)"""
+    """(the first window that loses the object and why, or None; windows' speeds / true speed; are
+    the turns right?)
+    """
     centers = []
     speeds = []
     first = None
@@ -393,7 +415,9 @@ def follow(clip, truth):
 
 
 def turns_are_right(centers, truth, unit):
-    """Whether an object with centroids (T, 2) stays on its axis and between the borders, and turns only there."""
+    """Whether an object with centroids (T, 2) stays on its axis and between the borders, and turns
+    only there.
+    """
     from scipy.signal import find_peaks  # takes a while to load
 
     path = centers[:, truth.axis]
@@ -406,7 +430,9 @@ def turns_are_right(centers, truth, unit):
 
 
 def summarize_bounces(lost, speeds, turns, videos):
-    """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all windows."""
+    """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all
+    windows.
+    """
     every = [*itertools.chain(*speeds)]
     refused = [entry for entry in lost if entry]
     summary = {"clips": len(lost)} | shares(

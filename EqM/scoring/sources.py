@@ -1,8 +1,7 @@
 """The clips that evaluate.py scores: generated clips of a sample folder, real clips of a data set.
 
-A stream yields the clips of this rank: (index, clip uint8 (T, H, W, 3), class name, time scale in seconds per frame,
-video). A generated clip that continues no video is its own video: its index.
-"""
+A stream yields the clips of this rank: (index, clip uint8 (T, H, W, 3), class name, time scale in
+seconds per frame, video). A generated clip that continues no video is its own video: its index."""
 
 import hashlib
 import json
@@ -28,11 +27,16 @@ from video.source import open_source
 REAL_SEED = (
     0  # of the start frames of real clips: predictions are compared with the clips they continue
 )
-RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
+RESIZE = (
+    "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by "
+    "itself"
+)
 
 
 class Samples:
-    """A sample folder: its clips, mapped into memory, and what its samples.json says. Raises UserError."""
+    """A sample folder: its clips, mapped into memory, and what its samples.json says. Raises
+    UserError.
+    """
 
     def __init__(self, folder, flag="--samples"):
         self.folder = Path(folder)
@@ -73,7 +77,9 @@ class Samples:
             raise UserError(f"{self.place}: {problem}")
 
     def check_classes(self, known, place):
-        """Raise UserError unless all of their classes are among the known ones, those of a place."""
+        """Raise UserError unless all of their classes are among the known ones, those of a
+        place.
+        """
         if unknown := set(self.classes) - set(known):
             got = f"has class {min(unknown)}, {place} has {', '.join(known)}"
             raise UserError(f"{self.place}: {got}; pass the data set that the model was trained on")
@@ -103,7 +109,9 @@ class Samples:
                 yield f"was sampled with --keep-background, which adds real detail; {again}, or add the flag here"
 
     def provenance(self):
-        """The manifest's record of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
+        """The manifest's record of them: how they were made, from samples.json, and the SHA-256 of
+        samples.npz.
+        """
         about = {
             name: value for name, value in self.about.items() if name not in ("classes", "given")
         }
@@ -123,10 +131,11 @@ class Samples:
 
 
 def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, ckpt, images):
-    """(Clips of the real videos of a split, training videos that are long enough, a description of the Clips for JSON).
+    """(Clips of the real videos of a split, training videos that are long enough, a description of
+    the Clips for JSON).
 
-    Call it on one rank, as it may open all videos. The interval is the integer closest to time_scale. Raises UserError.
-    """
+    Call it on one rank, as it may open all videos. The interval is the integer closest to
+    time_scale. Raises UserError."""
     source = open_source(data_path, image_size, images, results_of(ckpt))
     for path in source.scan.unreadable:
         say(f"{path} can't be opened; it is skipped")
@@ -139,12 +148,16 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     span = (num_frames - 1) * interval + 1
     usable = [video for video in videos if video.num_frames >= span]
     if not usable:
-        got = f"the longest video of --split {split} has {plural(max(video.num_frames for video in videos), 'frame')}"
+        got = (
+            f"the longest video of --split {split} has "
+            f"{plural(max(video.num_frames for video in videos), 'frame')}"
+        )
         expected = f"expected at least {span} for {num_frames} frames that are {interval} apart"
         raise UserError(f"--data-path {data_path}: {got}; {expected}; sample fewer frames")
     if abs(interval / fps - time_scale) > 0.01 * time_scale:
         say(
-            f"note: real frames are {interval / fps:.3g} s apart, generated frames {time_scale:.3g} s"
+            f"note: real frames are {interval / fps:.3g} s apart, generated frames "
+            f"{time_scale:.3g} s"
         )
     settings = {"flip": False, "seed": REAL_SEED, "stream": "real"}
     clips = Clips(source, usable, source.scan.classes, num_frames, (interval, interval), **settings)

@@ -1,7 +1,7 @@
 """What the metrics share: rows of all ranks, 95% intervals over units, PSNR, tables to print.
 
-The function score_... of a metric returns (values, result, lines) on rank 0: {name: number or None}, more for JSON, and
-text to print. On the other ranks they may be None.
+The function score_... of a metric returns (values, result, lines) on rank 0: {name: number or
+None}, more for JSON, and text to print. On the other ranks they may be None.
 
 Clips of one video look alike, and so do videos of one person. So intervals are over independent
 units (`unit_of`):
@@ -34,10 +34,11 @@ DRAWN_NAME = re.compile(  # of Moving Shapes
 
 
 def gather(stream, measure):
-    """The columns of measure(clip uint8 (T, H, W, 3), class name, time scale, index) of all clips, and their videos.
+    """The columns of measure(clip uint8 (T, H, W, 3), class name, time scale, index) of all clips,
+    and their videos.
 
-    Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the order of the clips.
-    """
+    Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the
+    order of the clips."""
     return distributed.gather_in_order(
         [(index, *measure(*clip, index), video) for index, *clip, video in stream]
     )
@@ -110,7 +111,9 @@ def interval_units(lacking="shares", **videos):
 
 
 def wilson(hits, count):
-    """The 95% interval [low, high] of a share hits / count (Wilson, 1927), valid near 0 and 1 and for few clips."""
+    """The 95% interval [low, high] of a share hits / count (Wilson, 1927), valid near 0 and 1 and
+    for few clips.
+    """
     middle = (hits + Z95**2 / 2) / (count + Z95**2)
     half = Z95 / (count + Z95**2) * math.sqrt(hits * (count - hits) / count + Z95**2 / 4)
     return [max(0.0, middle - half), min(1.0, middle + half)]  # rounding may exceed 0 or 1
@@ -193,13 +196,17 @@ def bootstrap(units, *key):
 
 
 def interval95(values):
-    """[low, high] around 95% of the finite values (N,). A ratio of resamples of few clips may be infinite."""
+    """[low, high] around 95% of the finite values (N,). A ratio of resamples of few clips may be
+    infinite.
+    """
     values = values[values.isfinite()]
     return values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
 
 
 def psnr(found, real, most=60.0):
-    """PSNR in dB of uint8 arrays of one shape: NaN if they are empty, `most` if they are equal (rounding gives 59)."""
+    """PSNR in dB of uint8 arrays of one shape: NaN if they are empty, `most` if they are equal
+    (rounding gives 59).
+    """
     if not real.size:
         return np.nan
     error = np.mean(np.square(real.astype(float) - found))
@@ -207,7 +214,9 @@ def psnr(found, real, most=60.0):
 
 
 def cell(result, name, digits=3, interval=None):
-    """A value of a result as text, with its 95% interval; "-" if it is None. interval: the interval's name."""
+    """A value of a result as text, with its 95% interval; "-" if it is None. interval: the
+    interval's name.
+    """
     if result.get(name) is None:
         return "-"
     ends = result.get(interval or f"{name}_interval95")
@@ -225,6 +234,8 @@ def table(rows):
 
 
 def report(result, titles):
-    """({name: value}, lines with intervals) of the values of a result that `titles` {name: title} names."""
+    """({name: value}, lines with intervals) of the values of a result that `titles` {name: title}
+    names.
+    """
     values = {name: result[name] for name in titles if name in result}
     return values, table([(titles[name], cell(result, name)) for name in values])

@@ -1,1 +1,3 @@
-"""Videos on disk: the frames of a file, the index of a folder, the stream of clips, its loader, the writers."""
+"""Videos on disk: the frames of a file, the index of a folder, the stream of clips, its loader, the
+writers.
+"""

@@ -1,7 +1,7 @@
 """The stream of samples, clips with their conditions, and the batches that each rank takes from it.
 
-A sample depends only on the arguments of Clips and its index in the stream, not on workers, ranks or interruptions.
-"""
+A sample depends only on the arguments of Clips and its index in the stream, not on workers, ranks
+or interruptions."""
 
 import copy
 import os
@@ -20,7 +20,9 @@ MAX_ATTEMPTS = 100  # videos tried for one sample
 
 @dataclass(eq=False)
 class Clips(torch.utils.data.Dataset):
-    """Maps an index to a sample: a clip of one of `videos`. Their stream is a sequence of permutations."""
+    """Maps an index to a sample: a clip of one of `videos`. Their stream is a sequence of
+    permutations.
+    """
 
     source: object  # see source.py
     videos: list  # each of at least num_frames frames
@@ -40,7 +42,9 @@ class Clips(torch.utils.data.Dataset):
     _epoch = _order = None
 
     def note(self, path):
-        """Called with the path of the file being read, or "" for none. A ClipsByFrames replaces this method."""
+        """Called with the path of the file being read, or "" for none. A ClipsByFrames replaces
+        this method.
+        """
 
     def __getstate__(self):  # for a loader process
         source = copy.copy(self.source)
@@ -51,10 +55,9 @@ class Clips(torch.utils.data.Dataset):
         return len(self.videos)
 
     def __getitem__(self, index):
-        """A dict: clip, as the source reads it; y, the condition; time_scale, seconds per frame; index; video, the path
-        of its file; corrupt, the paths of corrupt videos that it replaces. Raises CorruptDataError if all, or
-        MAX_ATTEMPTS, are corrupt.
-        """
+        """A dict: clip, as the source reads it; y, the condition; time_scale, seconds per frame;
+        index; video, the path of its file; corrupt, the paths of corrupt videos that it replaces.
+        Raises CorruptDataError if all, or MAX_ATTEMPTS, are corrupt."""
         flipped = self.flip and self._random_int("flip", 2, index) == 1
         tried = []
         while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
@@ -84,7 +87,9 @@ class Clips(torch.utils.data.Dataset):
         )
 
     def draw(self, index, tried=()):
-        """(video, frame indices, seconds between them) at an index, but no video in `tried`. Opens no file."""
+        """(video, frame indices, seconds between them) at an index, but no video in `tried`. Opens
+        no file.
+        """
         attempt = len(tried)
         (smallest, largest) = self.frame_interval
         video = self._replacement(index, tried) if tried else self._video(index)
@@ -120,7 +125,9 @@ class Clips(torch.utils.data.Dataset):
 
 
 def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
-    """Yield lists of the indices of this rank's samples from `first` on, `micro_batches` lists for each step."""
+    """Yield lists of the indices of this rank's samples from `first` on, `micro_batches` lists for
+    each step.
+    """
     size = global_batch // (world_size * micro_batches)
     for step in range(steps):
         for micro in range(micro_batches):
@@ -129,9 +136,8 @@ def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
 
 
 def collate(samples):
-    """A batch of samples, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,), in seconds; lists of
-    paths: videos, corrupt.
-    """
+    """A batch of samples, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,),
+    in seconds; lists of paths: videos, corrupt."""
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {
         "clips": torch.stack(columns["clip"]),

@@ -1,7 +1,7 @@
 """Decodes a long video from a keyframe on, with PyAV, to the same pixels as decord in files.py.
 
-Whatever makes the numbers or pixels of frames uncertain is an error. decord then decodes from the first frame on.
-"""
+Whatever makes the numbers or pixels of frames uncertain is an error. decord then decodes from the
+first frame on."""
 
 import heapq
 from contextlib import suppress
@@ -21,11 +21,12 @@ TRANSPOSES = {
 
 
 def find_keyframes(path, num_frames):
-    """The keyframes of a video, if it has several: a list of [frame number, time stamp, time to seek to].
+    """The keyframes of a video, if it has several: a list of [frame number, time stamp, time to
+    seek to].
 
-    Frames are numbered in the order of their time stamps. All frames from a keyframe's number on decode from there; in
-    an open GOP, frames before it follow it in the file. The list is empty unless each of num_frames packets is a frame.
-    """
+    Frames are numbered in the order of their time stamps. All frames from a keyframe's number on
+    decode from there; in an open GOP, frames before it follow it in the file. The list is empty
+    unless each of num_frames packets is a frame."""
     times = []
     keyframes = []
     latest = -float("inf")
@@ -56,7 +57,9 @@ def find_keyframes(path, num_frames):
 
 
 def decode_from(path, keyframe, height, width):
-    """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8 (height, width, 3)."""
+    """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8
+    (height, width, 3).
+    """
     _, first, seek_time = keyframe
     # waiting: a heap of the time stamps whose frames have not come out yet
     waiting = []
@@ -83,7 +86,9 @@ def decode_from(path, keyframe, height, width):
 
 
 def _rgb_graph(stream, rotation):
-    """The filters that turn a frame upright and into RGB, in decord's order: another one rounds otherwise."""
+    """The filters that turn a frame upright and into RGB, in decord's order: another one rounds
+    otherwise.
+    """
     graph = av.filter.Graph()
     with suppress(AttributeError):  # PyAV before 18 starts a thread per core
         graph.threads = 1

@@ -1,4 +1,6 @@
-"""Frames in pictures: enlarged, in a grid, in named rows, with a note. Frames are uint8 arrays (..., H, W, 3), RGB."""
+"""Frames in pictures: enlarged, in a grid, in named rows, with a note. Frames are uint8 arrays
+(..., H, W, 3), RGB.
+"""
 
 import unicodedata
 from functools import cache
@@ -26,13 +28,16 @@ FONT = ImageFont.truetype(
 
 @cache
 def drawable(name, replacement):
-    """A name as one short line; the replacement, with a note once per name, if the font lacks one of its characters."""
+    """A name as one short line; the replacement, with a note once per name, if the font lacks one
+    of its characters.
+    """
     name = one_line(unicodedata.normalize("NFC", name)[:MAX_NAME_LENGTH])
     missing = bytes(FONT.getmask("\uffff"))
     if all(bytes(FONT.getmask(letter)) != missing for letter in name):
         return name
     say(
-        f"note: the font of pictures lacks characters of {name}: pictures say {replacement!r} instead"
+        f"note: the font of pictures lacks characters of {name}: pictures say {replacement!r} "
+        "instead"
     )
     return replacement
 
@@ -43,12 +48,16 @@ def few(shown, total, what):
 
 
 def evenly_spaced(count, most):
-    """At most `most` of the numbers 0 to count - 1, evenly spaced from the first to the last: (n,)."""
+    """At most `most` of the numbers 0 to count - 1, evenly spaced from the first to the last:
+    (n,).
+    """
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def enlarge(video, min_side=MIN_SIDE):
-    """Repeat the pixels of (..., H, W, 3) by the smallest integer factor that makes sides even and >= min_side px."""
+    """Repeat the pixels of (..., H, W, 3) by the smallest integer factor that makes sides even and
+    >= min_side px.
+    """
     H, W = video.shape[-3:-1]
     factor = max(1, -(-min_side // min(H, W)))
     if factor % 2 and (H % 2 or W % 2):  # H.264's 4:2:0 needs even sides
@@ -74,7 +83,9 @@ def text_line(text):
 
 
 def stack(*pictures):
-    """Pictures, or videos of one length, (..., h, w, 3) above each other; narrow ones get white at their right."""
+    """Pictures, or videos of one length, (..., h, w, 3) above each other; narrow ones get white at
+    their right.
+    """
     width = max(picture.shape[-2] for picture in pictures)
     sides = [
         [(0, 0)] * (picture.ndim - 2) + [(0, width - picture.shape[-2]), (0, 0)]
@@ -96,7 +107,9 @@ def add_notes(picture, notes):
 
 
 def draw_sheet(frames, names, marked, left=0, gap=GAP):
-    """A picture of rows of frames (N, n, h, w, 3) with N names at their left. Frames that are marked get a border."""
+    """A picture of rows of frames (N, n, h, w, 3) with N names at their left. Frames that are
+    marked get a border.
+    """
     N, n, h, w = frames.shape[:4]
     left = max(
         left, *(round(FONT.getlength(name)) + 2 * MARGIN if name else 0 for name in names)

@@ -1,8 +1,7 @@
 """Metadata and frames of one file: a video, or an image, which is a clip of one frame.
 
-Frames are upright and equally far apart in time: if the frame rate varies, frame k is the one whose time stamp is
-closest to k / fps. Any problem with a file raises UnreadableError.
-"""
+Frames are upright and equally far apart in time: if the frame rate varies, frame k is the one whose
+time stamp is closest to k / fps. Any problem with a file raises UnreadableError."""
 
 import os
 import re
@@ -46,11 +45,13 @@ EXIF_TRANSPOSES = dict(
 MAX_PIXELS = (
     2**27
 )  # per frame of a video: four times 8K; decoding a pixel takes ten bytes of memory or more
-SIGNATURE = re.compile(  # of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open the files in a playlist
+# of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open the files in a playlist
+SIGNATURE = re.compile(
     rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)",
     re.DOTALL,
 )
-NO_VIDEO = (  # decord, FFmpeg and Video raise these: not a video, cut short, a frame that can't be decoded
+# decord, FFmpeg and Video raise these: not a video, cut short, a frame that can't be decoded
+NO_VIDEO = (
     OSError,
     RuntimeError,
     AssertionError,
@@ -62,7 +63,8 @@ NO_VIDEO = (  # decord, FFmpeg and Video raise these: not a video, cut short, a 
     decord.DECORDError,
     decord.DECORDLimitReachedError,
 )
-# Not an image, truncated or missing; bad PNG or EXIF; bad header; far too many pixels; lost palette (the last two)
+# Not an image, truncated or missing; bad PNG or EXIF; bad header; far too many pixels; lost palette
+# (the last two)
 NO_IMAGE = OSError, SyntaxError, ValueError, Image.DecompressionBombError, AssertionError, TypeError
 
 decord.logging.set_level(decord.logging.QUIET)  # errors that matter become UnreadableError
@@ -108,7 +110,9 @@ def has_suffix(kind, path):
 
 
 def probe(root, class_name, path):
-    """The Video of a file. Reads the packets of a video and decodes one frame at most. Does not open an image."""
+    """The Video of a file. Reads the packets of a video and decodes one frame at most. Does not
+    open an image.
+    """
     if has_suffix("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
     place = os.path.join(root, path)
@@ -138,7 +142,9 @@ def why_unreadable(path):
 
 
 def _usable_keyframes(path, video, reader):
-    """The keyframes of a video; () if they are uncertain, or if PyAV and decord differ in the first frame."""
+    """The keyframes of a video; () if they are uncertain, or if PyAV and decord differ in the first
+    frame.
+    """
     with suppress(*NO_VIDEO):
         keyframes = find_keyframes(path, video.num_frames)
         pixels = next(decode_from(path, keyframes[0], video.height, video.width))()
@@ -168,9 +174,12 @@ def _errors_of(path):
 
 @contextmanager
 def _open_video(path):
-    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body."""
+    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError,
+    also in the body.
+    """
     with _errors_of(path):
-        # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no limit
+        # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no
+        # limit
         reader = decord.VideoReader(
             _safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6
         )
@@ -181,7 +190,9 @@ def _open_video(path):
 
 
 def _read_timing(reader):
-    """(number of frames, average frames per second, the number of the stored frame for each frame; None = the same)."""
+    """(number of frames, average frames per second, the number of the stored frame for each frame;
+    None = the same).
+    """
     num_frames = len(reader)
     fps = reader.get_avg_fps()
     times = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
@@ -199,13 +210,17 @@ def _read_timing(reader):
 
 
 def read_frames(root, video, frame_indices):
-    """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3). Raises UnreadableError."""
+    """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3). Raises
+    UnreadableError.
+    """
     (frames,) = _read_parts(root, video, [frame_indices])
     return frames
 
 
 def read_all_frames(root, video, chunk_size=16):
-    """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of 1080p exceeds memory."""
+    """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of
+    1080p exceeds memory.
+    """
     firsts = range(0, video.num_frames, chunk_size)
     return _read_parts(
         root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts]
@@ -214,8 +229,9 @@ def read_all_frames(root, video, chunk_size=16):
 
 def _read_parts(root, video, parts):
     """Yield the frames of each list of frame indices. Indices ascend over all lists."""
-    # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when
-    # it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues
+    # PyAV decodes from the last keyframe before them, decord from the first frame on: decord
+    # returns wrong frames when it seeks, also in get_batch, in AVIs and near keyframes of open
+    # GOPs. If the faster one fails, the other continues
     path = os.path.join(root, video.path)
     done = 0
     decoders = [_from_start]
@@ -266,7 +282,9 @@ def _stored(reader, parts):
 
 
 def _pick(decoded, first, parts):
-    """Yield the frames of each list of numbers. `decoded` yields a function per frame, from the number `first` on."""
+    """Yield the frames of each list of numbers. `decoded` yields a function per frame, from the
+    number `first` on.
+    """
     number = first - 1
     pixels = None
     for numbers in parts:
@@ -282,16 +300,18 @@ def _pick(decoded, first, parts):
 
 
 def _pixels(frame):
-    """A frame of decord as uint8 (H, W, 3), without the padding of its rows. If a padded row is a multiple of the width
-    (32, 48, 96, ...), decord mistakes the padding for more channels, and get_batch refuses the video.
-    """
+    """A frame of decord as uint8 (H, W, 3), without the padding of its rows. If a padded row is a
+    multiple of the width (32, 48, 96, ...), decord mistakes the padding for more channels, and
+    get_batch refuses the video."""
     height, width, channels = frame.shape
     rows = frame.asnumpy().reshape(height, width * channels)
     return rows[:, : 3 * width].reshape(height, width, 3)
 
 
 def _read_image(path):
-    """An image, or the first frame of an animation, without its alpha channel: uint8 (1, H, W, 3)."""
+    """An image, or the first frame of an animation, without its alpha channel: uint8 (1, H, W,
+    3).
+    """
     try:
         check_regular(path)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -307,7 +327,9 @@ def _read_image(path):
 
 
 def resize_and_crop(frames, image_size):
-    """Resize the short side and crop the center: uint8 (T, C, H, W) -> (T, C, image_size, image_size)."""
+    """Resize the short side and crop the center: uint8 (T, C, H, W) -> (T, C, image_size,
+    image_size).
+    """
     height, width = frames.shape[-2:]
     scale = image_size / min(height, width)
     size = max(image_size, round(height * scale)), max(image_size, round(width * scale))

@@ -1,7 +1,8 @@
-"""The files of a data folder: `ROOT/<Class>/<video>.mp4`, or images, which are clips of one frame. And their splits.
+"""The files of a data folder: `ROOT/<Class>/<video>.mp4`, or images, which are clips of one frame.
+And their splits.
 
-Files directly in ROOT form one class, "all". Code that treats videos and images alike says video for both.
-"""
+Files directly in ROOT form one class, "all". Code that treats videos and images alike says video
+for both."""
 
 import hashlib
 import json
@@ -26,7 +27,9 @@ SPARES = 100  # most training videos that may replace validation videos
 
 
 class CorruptDataError(UserError):
-    """Too many corrupt files: the input is wrong, so all scripts end with that status, also while they run."""
+    """Too many corrupt files: the input is wrong, so all scripts end with that status, also while
+    they run.
+    """
 
     status = 2
 
@@ -43,7 +46,9 @@ class Scan:
 
 
 def list_files(prefix, root):
-    """Paths of the visible files in root, then in its folders, sorted, relative to root. Raises UserError."""
+    """Paths of the visible files in root, then in its folders, sorted, relative to root. Raises
+    UserError.
+    """
 
     def names(folder, folders):
         try:
@@ -100,29 +105,39 @@ def find_files(root, images, report=False):
     classes = {path: os.path.dirname(path) or UNLABELLED for path in found}
     if "none" in classes.values():
         raise UserError(
-            f"{prefix}: the class none; --classes none asks for samples without a class; rename the folder"
+            f"{prefix}: the class none; --classes none asks for samples without a class; rename "
+            "the folder"
         )
     return classes
 
 
 def explain_missing(root, kind):
-    """Say where a folder has most of its files of a kind, if they are too deep in it, or which files it should have."""
+    """Say where a folder has most of its files of a kind, if they are too deep in it, or which
+    files it should have.
+    """
     paths = (path for depth in (3, 4) for path in Path(root).glob("/".join(["[!.]*"] * depth)))
     counts = Counter(path.parents[1] for path in paths if has_suffix(kind, path)).most_common()
     for place, count in counts[:1]:
         merge = "".join(
             f"merge it with {other.name}/ in one folder, or " for other, _ in counts[1:2]
         )
-        return f"no {kind}s in {root}/<class>; {place}/<class> has {plural(count, kind)}; {merge}pass {place} instead"
+        return (
+            f"no {kind}s in {root}/<class>; {place}/<class> has {plural(count, kind)}; "
+            f"{merge}pass {place} instead"
+        )
     advice = "to train on videos, add --video" if kind == "image" else "images need no --video"
-    return f"no {kind}s found; expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}; {advice}"
+    return (
+        f"no {kind}s found; expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}; "
+        f"{advice}"
+    )
 
 
 def scan_videos(root, index_folder=None, images=False):
-    """The Scan of a folder of videos or images. Opens every video that is not in the index, and no image.
+    """The Scan of a folder of videos or images. Opens every video that is not in the index, and no
+    image.
 
-    Only one rank should call this. Writes the index if its folder exists; else save_index will. Raises UserError.
-    """
+    Only one rank should call this. Writes the index if its folder exists; else save_index will.
+    Raises UserError."""
     found = find_files(root, images, report=True)
     classes = sorted(set(found.values()))
     if images:
@@ -142,7 +157,10 @@ def scan_videos(root, index_folder=None, images=False):
         except UnreadableError as error:
             errors[path] = error
     if not entries:
-        reason = f"{plural(len(found), 'file')}), the first is {errors[new[0]]}; convert them: ffmpeg -i FILE FILE.mp4"
+        reason = (
+            f"{plural(len(found), 'file')}), the first is {errors[new[0]]}; convert them: ffmpeg "
+            "-i FILE FILE.mp4"
+        )
         raise CorruptDataError(f"--data-path {root}: can't open any of its videos ({reason}")
     videos = [entries[path][1] for path in found if path in entries]
     scan = Scan(videos, classes, list(errors), stamps, is_saved=entries == known)
@@ -201,18 +219,20 @@ def read_index(place):
         return {}
 
 
-# The split into training and validation; videos that are too short or corrupt -----------------------------------------
+# The split into training and validation; videos that are too short or corrupt ---------------------
 
 
 def split_videos(root, videos, val_fraction):
-    """(training, validation) videos, at least one each. Raises UserError if there are fewer than two videos.
+    """(training, validation) videos, at least one each. Raises UserError if there are fewer than
+    two videos.
 
-    UCF-101's first list makes the split if it is in or beside ROOT and names some but not all of these videos. Without
-    it, a hash of Class/stem does: videos that are added, removed or converted do not move others to another part.
-    """
+    UCF-101's first list makes the split if it is in or beside ROOT and names some but not all of
+    these videos. Without it, a hash of Class/stem does: videos that are added, removed or converted
+    do not move others to another part."""
     if len(videos) < 2:
         raise UserError(
-            f"--data-path {root}: 1 usable file; expected at least 2, one to train and one to validate"
+            f"--data-path {root}: 1 usable file; expected at least 2, one to train and one to "
+            "validate"
         )
     _, train_keys = find_ucf_lists(root, videos)
     if train_keys:
@@ -231,7 +251,9 @@ def hash_fraction(video):
 
 
 def find_ucf_lists(root, videos):
-    """(folder of the UCF lists that split these videos into two parts, Class/stem of the first), or (None, set())."""
+    """(folder of the UCF lists that split these videos into two parts, Class/stem of the first), or
+    (None, set()).
+    """
     for folder in (Path(root, UCF_LISTS), Path(os.path.abspath(root)).parent / UCF_LISTS):
         if (file := folder / "trainlist01.txt").is_file():
             lines = file.read_text(
@@ -277,7 +299,9 @@ def long_enough(videos, num_frames, kind, flag):
 
 @dataclass(frozen=True)
 class Data:
-    """The videos to train and to validate on. train and val map num_frames to the videos with at least as many."""
+    """The videos to train and to validate on. train and val map num_frames to the videos with at
+    least as many.
+    """
 
     source: object  # see source.py
     train: dict
@@ -297,7 +321,9 @@ class Data:
 
 
 def find_data(source, val_fraction, lengths, val_lengths, flag):
-    """The Data of a source for clips of `lengths` frames, which `flag` sets, and of `val_lengths`. Raises UserError."""
+    """The Data of a source for clips of `lengths` frames, which `flag` sets, and of `val_lengths`.
+    Raises UserError.
+    """
     train, val = split_videos(source.root, source.videos(), val_fraction)
     of_train = {n: long_enough(train, n, "training", flag) for n in lengths}
     val_flags = dict.fromkeys(val_lengths, "--val-frames") | dict.fromkeys(lengths, flag)
@@ -325,7 +351,9 @@ class CorruptVideos:
         return f"corrupt so far: {len(self.paths)} of {self.total}"
 
     def add(self, paths):
-        """The paths that are new, each once. Raises CorruptDataError above max(1, max_fraction * total) videos."""
+        """The paths that are new, each once. Raises CorruptDataError above max(1, max_fraction *
+        total) videos.
+        """
         new = [path for path in dict.fromkeys(paths) if path not in self.paths]
         self.paths.update(dict.fromkeys(new))
         allowed = max(1, int(self.max_fraction * self.total))

@@ -38,7 +38,9 @@ class InputClip:
         return 1 + int((num_frames - 1) * seconds / seconds_per_frame + 1e-3)
 
     def read(self, frames, seconds_per_frame, image_size):
-        """The frames with these numbers, which ascend, at that rate: uint8 (3, n, size, size). Raises UserError."""
+        """The frames with these numbers, which ascend, at that rate: uint8 (3, n, size, size).
+        Raises UserError.
+        """
         num_frames, seconds, read = self.open()
         closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
         if closest[-1] >= num_frames:
@@ -50,7 +52,9 @@ class InputClip:
         return pixels[np.unique(closest, return_inverse=True)[1]].transpose(0, 1)
 
     def open(self):
-        """(number of frames, seconds between them, a function that reads frames (n, H, W, 3) by their numbers)."""
+        """(number of frames, seconds between them, a function that reads frames (n, H, W, 3) by
+        their numbers).
+        """
         if self.stored is None:
             video = self._decode(probe, "", "", self.path)
             self.stored = (
@@ -70,9 +74,9 @@ class InputClip:
 def find_clips(flag, path, kinds, cleared=None):
     """The clips in a file or folder that a flag such as "--given" names, sorted. Raises UserError.
 
-    A folder contains files of these kinds ("video", "image"), class folders of them, or samples of sample_gd.py. None
-    may be in the folder `cleared`, from which sample_gd.py removes earlier samples.
-    """
+    A folder contains files of these kinds ("video", "image"), class folders of them, or samples of
+    sample_gd.py. None may be in the folder `cleared`, from which sample_gd.py removes earlier
+    samples."""
     name = f"{flag} {path or repr('')}"
     path = str(path)
     samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")
@@ -94,11 +98,13 @@ def find_clips(flag, path, kinds, cleared=None):
     if not found:
         suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
         raise UserError(
-            f"{name}: no {' or '.join(kinds)}; expected one of {suffixes}, or a folder of sample_gd.py"
+            f"{name}: no {' or '.join(kinds)}; expected one of {suffixes}, or a folder of "
+            "sample_gd.py"
         )
     for clip in found if cleared else ():
         if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(cleared):
             raise UserError(
-                f"{name}: {clip.path} is in --folder {cleared}, which is cleared; name another folder"
+                f"{name}: {clip.path} is in --folder {cleared}, which is cleared; name another "
+                "folder"
             )
     return found

@@ -42,12 +42,16 @@ class ClipsByFrames(torch.utils.data.Dataset):
             self.files[worker.id].value = os.fsencode(path)[: PATH_BYTES - 1]
 
     def being_read(self):
-        """The names of the files that the loader processes are reading. A message has them if one hangs."""
+        """The names of the files that the loader processes are reading. A message has them if one
+        hangs.
+        """
         return ", ".join(os.fsdecode(file.value) for file in self.files if file.value) or "no file"
 
 
 def make_loader(clips, batches, num_workers, timeout, device):
-    """A DataLoader over `clips`, a dict num_frames -> Clips. `batches` yields lists of (num_frames, index)."""
+    """A DataLoader over `clips`, a dict num_frames -> Clips. `batches` yields lists of (num_frames,
+    index).
+    """
     settings = {
         "batch_sampler": batches,
         "collate_fn": collate,
@@ -59,7 +63,9 @@ def make_loader(clips, batches, num_workers, timeout, device):
 
 
 def worker_settings(num_workers, timeout=0):
-    """The settings of a DataLoader with num_workers processes; 0 = read in this process. timeout: seconds per batch."""
+    """The settings of a DataLoader with num_workers processes; 0 = read in this process. timeout:
+    seconds per batch.
+    """
     if not num_workers:
         return {}
     settings = {
@@ -83,7 +89,9 @@ def start_worker(_):
 
 @atexit.register
 def end_children():
-    """Kill the loader processes. They block SIGTERM, so Python would wait at exit for one that is busy or hangs."""
+    """Kill the loader processes. They block SIGTERM, so Python would wait at exit for one that is
+    busy or hangs.
+    """
     signal.signal(
         signal.SIGCHLD, signal.SIG_DFL
     )  # otherwise torch would report their end as an error
@@ -94,15 +102,16 @@ def end_children():
 def batches_of(loader):
     """An iterator over the batches of a DataLoader of Clips. This call starts the loader processes.
 
-    A UserError of a process is raised here without its traceback. A timeout becomes a UserError that names the files
-    being read. The processes are new ones ("spawn"): a fork could wait forever for a lock that a thread of gloo or
-    TensorBoard held at that moment. They inherit blocked signals, because torchrun, terminals and clusters signal the
-    whole process group, and the rank still needs the processes for the current step.
-    """
+    A UserError of a process is raised here without its traceback. A timeout becomes a UserError
+    that names the files being read. The processes are new ones ("spawn"): a fork could wait forever
+    for a lock that a thread of gloo or TensorBoard held at that moment. They inherit blocked
+    signals, because torchrun, terminals and clusters signal the whole process group, and the rank
+    still needs the processes for the current step."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are delivered afterwards
     try:
         if loader.num_workers:
-            resource_tracker.ensure_running()  # a helper of multiprocessing; its start unblocks some of the signals
+            # a helper of multiprocessing; its start unblocks some of the signals
+            resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         iterator = iter(loader)
     finally:
@@ -123,13 +132,18 @@ def _iterate(loader, iterator):
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
-        late = f"no batch for this many seconds; the loader processes are reading {loader.dataset.being_read()}"
+        late = (
+            "no batch for this many seconds; the loader processes are reading "
+            f"{loader.dataset.being_read()}"
+        )
         advice = "remove or repair the file that hangs, or raise the limit"
         raise UserError(f"--loader-timeout {loader.timeout:g}: {late}; {advice}") from error
 
 
 def on_device(batches, device):
-    """Yield the batches with their clips on the device. A GPU copies clips while it computes the previous step."""
+    """Yield the batches with their clips on the device. A GPU copies clips while it computes the
+    previous step.
+    """
     if device.type != "cuda":
         yield from batches
         return

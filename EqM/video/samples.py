@@ -68,7 +68,8 @@ def class_name(classes, label):
 
 
 def read_samples(here, folder):
-    """(content of samples.json, clips uint8 (N, T, H, W, 3) mapped into memory, labels (N,) int64) of a sample folder.
+    """(content of samples.json, clips uint8 (N, T, H, W, 3) mapped into memory, labels (N,) int64)
+    of a sample folder.
 
     Raises UserError with a text that begins with `here`.
     """
@@ -88,7 +89,10 @@ def read_samples(here, folder):
         if len(labels) != len(clips) or not NO_LABEL <= labels.min() <= labels.max() < len(
             about["classes"]
         ):
-            found = f"{plural(len(clips), 'clip')}, {plural(len(labels), 'label')} up to label {labels.max()}"
+            found = (
+                f"{plural(len(clips), 'clip')}, {plural(len(labels), 'label')} up to label "
+                f"{labels.max()}"
+            )
             raise ValueError(f"{found}, {plural(len(about['classes']), 'class')} in samples.json")
         if not about["time_scale"] > 0:
             raise ValueError(f"time_scale is {about['time_scale']}, expected seconds per frame")
@@ -109,7 +113,9 @@ def read_samples(here, folder):
 
 
 def map_npz(path, name):
-    """An array of a file of np.savez, mapped into memory. Raises OSError, BadZipFile, ValueError or KeyError."""
+    """An array of a file of np.savez, mapped into memory. Raises OSError, BadZipFile, ValueError or
+    KeyError.
+    """
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
         with archive.open(member) as file:

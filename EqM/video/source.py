@@ -56,22 +56,27 @@ class Source:
         return self.scan.videos
 
     def read(self, video, frame_indices, flipped=False):
-        """The frames at `frame_indices`, which ascend, in the form that training takes. Raises UnreadableError.
+        """The frames at `frame_indices`, which ascend, in the form that training takes. Raises
+        UnreadableError.
 
-        Pixels are uint8 (3, T, H, W). Latents are the posterior's mean and std, float16 (2, C, T, h, w).
-        """
+        Pixels are uint8 (3, T, H, W). Latents are the posterior's mean and std, float16 (2, C, T,
+        h, w)."""
         raise NotImplementedError
 
 
 def open_source(root, image_size, images=False, index_folder=None):
-    """The source of a data folder, for one rank. Its clips have image_size px, or that of a cache. Raises UserError."""
+    """The source of a data folder, for one rank. Its clips have image_size px, or that of a cache.
+    Raises UserError.
+    """
     if (settings := latents_settings(root, images)) is not None:
         return Cache(root, settings)
     return Files(root, scan_videos(root, index_folder, images), image_size)
 
 
 def check_data_path(root, images=False, cached=True):
-    """Check a data folder without opening a video. With cached=False, a cache is an error. Raises UserError."""
+    """Check a data folder without opening a video. With cached=False, a cache is an error. Raises
+    UserError.
+    """
     if latents_settings(root, images) is None:
         find_files(root, images)
     elif not cached:
@@ -94,11 +99,13 @@ class Files(Source):
         return resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self.image_size)
 
 
-# Caches: one file per video, mapped into memory that all processes share ----------------------------------------------
+# Caches: one file per video, mapped into memory that all processes share --------------------------
 
 
 def latents_settings(root, images=False):
-    """The content of a cache's latents.json; None if root is not a cache. Raises UserError if the cache is unusable."""
+    """The content of a cache's latents.json; None if root is not a cache. Raises UserError if the
+    cache is unusable.
+    """
     prefix = f"--data-path {root}"
     path = Path(root, LATENTS_FILE)
     if not os.path.exists(path):
@@ -130,7 +137,8 @@ class Cache(Source):
         for video in settings["videos"]:
             if not os.path.isfile(os.path.join(root, video.path)):
                 raise UserError(
-                    f"--data-path {root}: a cache without its {video.path}: run cache_latents.py again"
+                    f"--data-path {root}: a cache without its {video.path}: run cache_latents.py "
+                    "again"
                 )
         super().__init__(
             root, Scan(settings["videos"], settings["classes"], [])
@@ -148,7 +156,9 @@ class Cache(Source):
 
 
 def read_cache_file(path, names, shape, frame_indices):
-    """Frames (C, h, w) from the tensors `names` of a cache file: (len(names), C, T, h, w). Raises UnreadableError."""
+    """Frames (C, h, w) from the tensors `names` of a cache file: (len(names), C, T, h, w). Raises
+    UnreadableError.
+    """
     first = frame_indices[0]
     last = frame_indices[-1]
     offsets = torch.tensor(frame_indices) - first
@@ -159,7 +169,8 @@ def read_cache_file(path, names, shape, frame_indices):
             frames = torch.stack([span[offsets].transpose(0, 1) for span in spans])
         if frames.shape != (expected := (len(names), shape[0], len(frame_indices), *shape[1:])):
             raise OSError(f"got {list(frames.shape)}, expected {list(expected)}")
-    # No regular file; a truncated or different file, or one without flips; fewer frames than in latents.json.
+    # No regular file; a truncated or different file, or one without flips; fewer frames than in
+    # latents.json.
     except (OSError, SafetensorError, IndexError, RuntimeError) as error:
         raise UnreadableError(f"{path}: {error}") from error
     return frames
@@ -177,7 +188,9 @@ def cached_path(video):
 
 
 def cached_metadata(path):
-    """The metadata of a cache file, a dict of strings; None if the file is missing or damaged, or has no metadata."""
+    """The metadata of a cache file, a dict of strings; None if the file is missing or damaged, or
+    has no metadata.
+    """
     try:
         check_regular(path)
         with safe_open(path, "pt") as file:
@@ -187,7 +200,9 @@ def cached_metadata(path):
 
 
 def write_pixels(path, files, video, metadata):
-    """Decode a video of a Files into a cache file, a few frames at a time. Raises UnreadableError, OSError."""
+    """Decode a video of a Files into a cache file, a few frames at a time. Raises UnreadableError,
+    OSError.
+    """
     shape = video.num_frames, 3, files.image_size, files.image_size
     pixels = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
     header = json.dumps({"__metadata__": metadata, "pixels": pixels}).encode()
@@ -198,7 +213,9 @@ def write_pixels(path, files, video, metadata):
 
 
 def write_each(videos, write, threads):
-    """Call write(video) for each video, in threads. Yield (video, whether it is readable) in order."""
+    """Call write(video) for each video, in threads. Yield (video, whether it is readable) in
+    order.
+    """
 
     def attempt(video):
         with suppress(UnreadableError):
@@ -210,7 +227,9 @@ def write_each(videos, write, threads):
 
 
 def in_threads(function, items, threads):
-    """Yield function(item) for each item, in order. At most 2 * threads items run or wait for their turn."""
+    """Yield function(item) for each item, in order. At most 2 * threads items run or wait for their
+    turn.
+    """
     pool = ThreadPoolExecutor(threads)
     try:
         futures = (pool.submit(function, item) for item in items)
@@ -222,11 +241,13 @@ def in_threads(function, items, threads):
         pool.shutdown(cancel_futures=True)
 
 
-# --cache-frames: the pixels of Files, in the folder of the runs -------------------------------------------------------
+# --cache-frames: the pixels of Files, in the folder of the runs -----------------------------------
 
 
 class CachedFiles(Files):
-    """Files with a cache of their pixels, without corrupt videos: each read decodes their frames. Raises UserError."""
+    """Files with a cache of their pixels, without corrupt videos: each read decodes their frames.
+    Raises UserError.
+    """
 
     def __init__(self, files, results_dir, force=False):
         if not isinstance(files, Files):
@@ -238,7 +259,10 @@ class CachedFiles(Files):
             results_dir, f".pixels-{name_hash(os.path.realpath(files.root))}-{files.image_size}"
         )
         size = 3 * self.image_size**2 * sum(video.num_frames for video in self.videos())
-        found = f"--cache-frames: {len(self.videos()):,} videos take {size / 1e6:,.1f} MB in {self.folder}"
+        found = (
+            f"--cache-frames: {len(self.videos()):,} videos take {size / 1e6:,.1f} MB in "
+            f"{self.folder}"
+        )
         if size > LARGEST and not force:
             limit = f"expected at most {LARGEST // 10**9} GB"
             raise UserError(f"{found}; {limit}: add --cache-frames-force, or remove --cache-frames")
@@ -248,7 +272,9 @@ class CachedFiles(Files):
         return self.folder / (name_hash(video.path, 16) + SUFFIX)
 
     def fill(self):
-        """Decode new and changed videos, on the first rank of each machine; the others must wait. Raises UserError."""
+        """Decode new and changed videos, on the first rank of each machine; the others must wait.
+        Raises UserError.
+        """
         if local_rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

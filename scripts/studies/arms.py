@@ -1,4 +1,6 @@
-"""The arms (training recipes) of study.py, and how to train and sample them. Other studies use the recommended arm."""
+"""The arms (training recipes) of study.py, and how to train and sample them. Other studies use the
+recommended arm.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,8 +11,8 @@ from models import model_config
 lab.refuse_to_run(__name__, "scripts/studies/study.py")
 
 VERSION = 2  # of the arms and of the columns of study.csv; study.py refuses rows of other versions
-# {pace of the shapes: seconds of the videos, in which they travel the same distance}. "" moves by 0.51 patches per
-# temporal patch, and its videos are long enough for 32 frames.
+# {pace of the shapes: seconds of the videos, in which they travel the same distance}. "" moves by
+# 0.51 patches per temporal patch, and its videos are long enough for 32 frames.
 PACES = {"": 1.4, "slow": 2.8, "fast": 0.7}
 TOKENS = 2048  # per training step, for all arms
 PATH_LENGTH, GUIDANCE = 0.498, 1.5  # of sampling; path length = evaluations x step size
@@ -32,7 +34,9 @@ class Arm:
 
 ROTARY = "--use-rope --rope-theta 100"
 TABLE = ROTARY + " --position-table space"
-SPEEDS = {  # of the positions in space; 0 with the spatial frequencies of the others; 0.5 again, with more frames
+# of the positions in space; 0 with the spatial frequencies of the others; 0.5 again, with more
+# frames
+SPEEDS = {
     f"speed {speed}": f"{TABLE} --rope-speed {speed or '1e-9'}" for speed in (0, 0.25, 0.5, 1, 2)
 }
 MOVING = SPEEDS["speed 0.5"]
@@ -133,7 +137,8 @@ def plan(arm, share, size):
 
 
 def plan_phases(config, shares, mix, steps):
-    """As `plan`, from (num_frames, share of the compute) of each phase. With a mix, the FLOPs are their expected value.
+    """As `plan`, from (num_frames, share of the compute) of each phase. With a mix, the FLOPs are
+    their expected value.
 
     The compute is that of so many steps of the last phase.
     """

@@ -149,14 +149,26 @@ def markdown(content):
     lines = [
         "# Coverage of the 95% intervals",
         "",
-        "`scripts/studies/coverage.py` wrote these tables. A cell is the share (%) of simulated data",
-        "sets whose 95% interval holds the true value, so about 95 is right. Each unit (a video, or",
+        (
+            "`scripts/studies/coverage.py` wrote these tables. A cell is the share (%) of "
+            "simulated data"
+        ),
+        (
+            "sets whose 95% interval holds the true value, so about 95 is right. Each unit (a "
+            "video, or"
+        ),
         f"videos of one person) has {CLIPS} clips. Half of the variance is between units.",
         "",
         "## Means",
         "",
-        f"{content['repeats_of_means']:,} data sets each. *Bootstrap* and *1.96* are the intervals of",
-        "earlier versions: quantiles of a bootstrap of the units, and 1.96 standard errors that divide",
+        (
+            f"{content['repeats_of_means']:,} data sets each. *Bootstrap* and *1.96* are the "
+            "intervals of"
+        ),
+        (
+            "earlier versions: quantiles of a bootstrap of the units, and 1.96 standard errors "
+            "that divide"
+        ),
         "by n. Skewed values are exponential.",
         "",
     ]

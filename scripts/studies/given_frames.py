@@ -1,13 +1,14 @@
-"""Measure how well --forcing teaches a model to complete clips, and what it costs. Moving Shapes, several seeds.
+"""Measure how well --forcing teaches a model to complete clips, and what it costs. Moving Shapes,
+several seeds.
 
     python scripts/studies/given_frames.py --shares 0 0.75 --seeds 0 1 2     about 10 minutes of one core per model
     python scripts/studies/given_frames.py --shares 0.75 --objectives eqm flow
 
-The models follow the recommended curriculum of study.py, each with another share of forced clips. The test set has 288
-videos, made with another seed. evaluate.py scores completed clips with --metric prediction, and clips without given
-frames with --metric motion. The script writes results/given_frames.md and .json, with several objectives
-results/given_frames_objectives.md and .json. Models, samples and scores are in results/given-frames (see lab.py).
-"""
+The models follow the recommended curriculum of study.py, each with another share of forced clips.
+The test set has 288 videos, made with another seed. evaluate.py scores completed clips with
+--metric prediction, and clips without given frames with --metric motion. The script writes
+results/given_frames.md and .json, with several objectives results/given_frames_objectives.md and
+.json. Models, samples and scores are in results/given-frames (see lab.py)."""
 
 from pathlib import Path
 
@@ -97,9 +98,12 @@ def markdown(content):
     lines = [
         "# Given frames",
         "",
-        "`scripts/studies/given_frames.py` wrote these tables. It trains the study's 4-8-16 recipe with a share of "
-        f"forced clips (`--forcing`) and completes {content['videos']} test videos, with {seeds} seeds each. PSNR "
-        "gain is relative to repeating the last given frame. Cells hold the mean over seeds (lowest to highest).",
+        "`scripts/studies/given_frames.py` wrote these tables. It trains the study's 4-8-16 "
+        "recipe with a share of "
+        f"forced clips (`--forcing`) and completes {content['videos']} test videos, with {seeds} "
+        "seeds each. PSNR "
+        "gain is relative to repeating the last given frame. Cells hold the mean over seeds "
+        "(lowest to highest).",
         "",
     ]
     for share in dict.fromkeys(share for found in tasks.values() for share in found):

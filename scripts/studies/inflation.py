@@ -1,23 +1,24 @@
-"""Start video models from image models of their frames: which kernel starts best, and does the start pay?
+"""Start video models from image models of their frames: which kernel starts best, and does the
+start pay?
 
     python scripts/studies/inflation.py kernels --data-path datasets/sprites --latents results/sprites/latents
     python scripts/studies/inflation.py pay --data-path datasets/sprites --latents results/sprites/latents
 
-sprites.sh makes the videos and the latents; Moving Shapes are made here. An image model learns single frames. It has a
-position table, as published image models do.
+sprites.sh makes the videos and the latents; Moving Shapes are made here. An image model learns
+single frames. It has a position table, as published image models do.
 
-kernels: validation losses of clips whose frames have independent noise, for three ways to spread the kernel of the
-patch embedding over a temporal patch. "mean" and "one frame" are exact for equal frames. The mean of noisy frames has
-less noise, so the network takes the clip for a cleaner one. "1/sqrt(pt)" keeps the noise level. The script measures
-the start, and the model after some steps.
+kernels: validation losses of clips whose frames have independent noise, for three ways to spread
+the kernel of the patch embedding over a temporal patch. "mean" and "one frame" are exact for equal
+frames. The mean of noisy frames has less noise, so the network takes the clip for a cleaner one.
+"1/sqrt(pt)" keeps the noise level. The script measures the start, and the model after some steps.
 
-pay: Sprites with the recipe of sprites.sh and HOURS=0.5, from scratch or from an image model. Each share of the compute
-is a run of its own. The script reports the share at which the start makes as many valid samples as the longest run from
-scratch, without and with the cost of the image model.
+pay: Sprites with the recipe of sprites.sh and HOURS=0.5, from scratch or from an image model. Each
+share of the compute is a run of its own. The script reports the share at which the start makes as
+many valid samples as the longest run from scratch, without and with the cost of the image model.
 
-The script writes results/inflation_PART.md and .json. Runs whose scores are in the json are not run again. Models and
-samples are in results/inflation (see lab.py). A full run of clips takes about 35 minutes if two run at once on 2 cores.
-"""
+The script writes results/inflation_PART.md and .json. Runs whose scores are in the json are not run
+again. Models and samples are in results/inflation (see lab.py). A full run of clips takes about 35
+minutes if two run at once on 2 cores."""
 
 import itertools
 import math
@@ -124,11 +125,13 @@ class StartedRun(lab.JsonRun):
         return super().row() | losses
 
 
-# Which kernel? --------------------------------------------------------------------------------------------------------
+# Which kernel? ------------------------------------------------------------------------------------
 
 
 class KernelRun(StartedRun):
-    """A video model whose start has this spread, after so many steps; 1 step has a learning rate of almost zero."""
+    """A video model whose start has this spread, after so many steps; 1 step has a learning rate of
+    almost zero.
+    """
 
     def __init__(self, args, name, seed, patch, spread, steps):
         about = {"data": name, "seed": seed, "patch": patch, "spread": spread, "steps": steps}
@@ -165,9 +168,18 @@ class KernelRun(StartedRun):
 
 
 def kernels_markdown(rows):
-    about = "`scripts/studies/inflation.py kernels` wrote these tables: validation losses of clips whose frames "
-    about += "have independent noise. Cells hold the mean over seeds, and the range. `val_loss_rel` is relative to "
-    about += "predicting zero, `val_loss_gamma_0.2` covers gamma from 0.2 to 0.4. `--inflate` spreads by the mean."
+    about = (
+        "`scripts/studies/inflation.py kernels` wrote these tables: validation losses of clips "
+        "whose frames "
+    )
+    about += (
+        "have independent noise. Cells hold the mean over seeds, and the range. `val_loss_rel` is "
+        "relative to "
+    )
+    about += (
+        "predicting zero, `val_loss_gamma_0.2` covers gamma from 0.2 to 0.4. `--inflate` spreads "
+        "by the mean."
+    )
     lines = ["# Kernels of an inflated patch embedding", "", about, ""]
     groups = itertools.groupby(sorted(rows, key=group_of), key=group_of)
     for (name, patch, steps), group in groups:
@@ -202,11 +214,13 @@ def is_loss(name):
     return name in (LOSS, f"{LOSS}_rel") or name.startswith(f"{LOSS}_gamma")
 
 
-# Does it pay? ---------------------------------------------------------------------------------------------------------
+# Does it pay? -------------------------------------------------------------------------------------
 
 
 class PayRun(StartedRun):
-    """Clips of Sprites from scratch, or from an image model ("images"), with this share of the compute."""
+    """Clips of Sprites from scratch, or from an image model ("images"), with this share of the
+    compute.
+    """
 
     # score_all scores all samples at once
     is_done = PositionsRun.is_done
@@ -248,9 +262,18 @@ class PayRun(StartedRun):
 
 
 def pay_markdown(rows):
-    about = "`scripts/studies/inflation.py pay` wrote this table. Compute is relative to the longest run from scratch. "
-    about += "Cells hold the mean over seeds, and the range. The image model has learned frames of the same videos, "
-    about += "which is the best case, and the temporal patch is one frame. Only the runs from scratch have rotary "
+    about = (
+        "`scripts/studies/inflation.py pay` wrote this table. Compute is relative to the longest "
+        "run from scratch. "
+    )
+    about += (
+        "Cells hold the mean over seeds, and the range. The image model has learned frames of the "
+        "same videos, "
+    )
+    about += (
+        "which is the best case, and the temporal patch is one frame. Only the runs from scratch "
+        "have rotary "
+    )
     about += "positions in height and width, too."
     lines, values = (
         ["# Does a start from images pay?", "", about, ""],
@@ -282,7 +305,9 @@ def pay_markdown(rows):
 
 
 def compute_needed(goal, shares, valid, images):
-    """In words: the share of the compute to the goal, if the image model (its own share: images) is free or counted."""
+    """In words: the share of the compute to the goal, if the image model (its own share: images) is
+    free or counted.
+    """
     if valid[0] >= goal:
         return f"at most {shares[0]:.2f} free, {shares[0] + images:.2f} counted"
     free = compute_to(goal, shares, valid)
@@ -293,7 +318,7 @@ def compute_needed(goal, shares, valid, images):
     )
 
 
-# The command ----------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def parse_args():
@@ -312,7 +337,8 @@ def main():
         args.part == "pay" or args.data_path or args.latents
     ):
         fail(
-            "--data-path, --latents: expected the videos and the latent cache of Sprites; see scripts/sprites.sh"
+            "--data-path, --latents: expected the videos and the latent cache of Sprites; see "
+            "scripts/sprites.sh"
         )
     if args.part == "kernels":
         names = DATA if args.latents else ["shapes"]

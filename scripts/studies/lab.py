@@ -1,9 +1,9 @@
 """Shared code of the studies: restartable runs that several processes can share, and tables.
 
-A Run trains a model, samples from it and scores the samples with the project's own scripts, in its own folder. After an
-interruption, run the same command again to continue. Start it several times to share the runs: on 2 cores, two
-processes with OMP_NUM_THREADS=1 are much faster than one process with two threads.
-"""
+A Run trains a model, samples from it and scores the samples with the project's own scripts, in its
+own folder. After an interruption, run the same command again to continue. Start it several times to
+share the runs: on 2 cores, two processes with OMP_NUM_THREADS=1 are much faster than one process
+with two threads."""
 
 import fcntl
 import json
@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-# Waiting threads sleep instead of spinning, here and in child processes: on a busy machine, spinning makes a step many
-# times slower. Must be set before torch is imported.
+# Waiting threads sleep instead of spinning, here and in child processes: on a busy machine,
+# spinning makes a step many times slower. Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -50,7 +50,8 @@ from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.p
 
 refuse_to_run(__name__, "another script in scripts/studies/")
 
-# What --precision the studies train and sample with. On a CPU without AVX-512, bf16 takes ten times as long.
+# What --precision the studies train and sample with. On a CPU without AVX-512, bf16 takes ten times
+# as long.
 PRECISION = "bf16" if distributed.has_fast_bf16(torch.device("cpu")) else "fp32"
 SIGNIFICANT = 0.05  # the largest p value, adjusted by `holm`, of a significant difference
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
@@ -67,7 +68,9 @@ def out_parser(doc, what):
 
 
 def study_parser(doc, seeds=None, trains=True):
-    """A parser with the flags that all studies share. seeds: the default of --seeds; trains: add --compile."""
+    """A parser with the flags that all studies share. seeds: the default of --seeds; trains: add
+    --compile.
+    """
     parser = out_parser(doc, "the tables and the runs")
     add = parser.add_argument
     add("--miniature", action="store_true", help="use tiny models and few steps, to try the script")
@@ -89,12 +92,14 @@ def writable(folder):
     return folder
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def file_lock(path, wait=True):
-    """Lock a file until the context or this process ends. Yields whether this process has the lock."""
+    """Lock a file until the context or this process ends. Yields whether this process has the
+    lock.
+    """
     with open(path, "a") as file:
         is_locked = False
         with suppress(BlockingIOError):
@@ -117,7 +122,9 @@ class Run:
     metrics: dict = field(default_factory=dict)  # {metric: flags of evaluate.py}
 
     def path(self, task, name="samples.json"):
-        """The path of a file in the sample folder of a task, which also holds the scores, METRIC.json."""
+        """The path of a file in the sample folder of a task, which also holds the scores,
+        METRIC.json.
+        """
         return self.folder / task.replace(",", "").replace(" ", "-") / name
 
     def unscored(self, metric):
@@ -163,7 +170,9 @@ class Run:
         return next(self.folder.glob("*/checkpoints/latest.pt"), None) if is_trained else None
 
     def script(self, *words, **environment):
-        """Run a script of the repository with a log in this folder. It stops if this process dies. Raises UserError."""
+        """Run a script of the repository with a log in this folder. It stops if this process dies.
+        Raises UserError.
+        """
         log = self.folder / f"{Path(words[0]).stem}.log"
         command = [
             "bash" if words[0].endswith(".sh") else sys.executable,
@@ -238,7 +247,9 @@ class Run:
 
 @dataclass(eq=False)
 class JsonRun(Run):
-    """A Run that ends with a row in a json file, which holds its scores. A row with all tasks is not measured again."""
+    """A Run that ends with a row in a json file, which holds its scores. A row with all tasks is
+    not measured again.
+    """
 
     out: Path = None  # the json file
     about: dict = field(default_factory=dict)  # what tells this row from others
@@ -268,7 +279,8 @@ def read_rows(path):
 
 
 def add_rows(path, rows, replaces=None):
-    """Add rows, with what `made` says, to a json file, to which another process may add at the same time.
+    """Add rows, with what `made` says, to a json file, to which another process may add at the same
+    time.
 
     replaces: a dict; rows that contain it are removed.
     """
@@ -295,7 +307,8 @@ def run_all(runs, minutes=math.inf):
                 if is_mine and not run.is_done:
                     if time.monotonic() + run.estimate() >= end:
                         say(
-                            f"{run.folder.name} takes about {run.estimate() / 60:.1f} minutes; run again to continue"
+                            f"{run.folder.name} takes about {run.estimate() / 60:.1f} minutes; "
+                            "run again to continue"
                         )
                         return
                     say(f"{len(waiting)} runs to do; {run.folder.name}")
@@ -310,7 +323,9 @@ def run_all(runs, minutes=math.inf):
 
 
 def score(runs):
-    """Score the samples of runs that have the same metrics, all folders of a metric in one call. Raises UserError."""
+    """Score the samples of runs that have the same metrics, all folders of a metric in one call.
+    Raises UserError.
+    """
     for metric in runs[0].metrics if runs else ():
         if folders := [folder for run in runs for folder in run.unscored(metric)]:
             out = f"{metric}.json" if len(folders) > 1 else folders[0] / f"{metric}.json"
@@ -319,7 +334,9 @@ def score(runs):
 
 
 def data_sets(folder, count, test_count, *flags):
-    """The `data` of a Run: `count` videos per class in `folder`, and a test set with another seed in FOLDER-test."""
+    """The `data` of a Run: `count` videos per class in `folder`, and a test set with another seed
+    in FOLDER-test.
+    """
     flags = [*flags, "--videos-per-class"]
     return {
         folder: [*flags, count],
@@ -327,7 +344,7 @@ def data_sets(folder, count, test_count, *flags):
     }
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
 def mean_cell(values, digits):
@@ -348,7 +365,9 @@ def table(titles, rows):
 
 
 def collect(runs, task, columns):
-    """{title: values of the runs in units of the table}, for columns {title: (value of a manifest, factor, digits)}."""
+    """{title: values of the runs in units of the table}, for columns {title: (value of a manifest,
+    factor, digits)}.
+    """
     values = [run.values(task) for run in runs]
     return {
         title: [factor * own[name] for own in values if own.get(name) is not None]
@@ -375,7 +394,9 @@ def seed_table(rows, columns):
 
 @dataclass
 class Difference:
-    """A comparison of two arms: a line of text, the mean difference, and its p value if there are several seeds."""
+    """A comparison of two arms: a line of text, the mean difference, and its p value if there are
+    several seeds.
+    """
 
     text: str  # without the p value and what follows
     mean: float = 0.0
@@ -383,7 +404,9 @@ class Difference:
 
 
 def difference(first, second, what, values, others, digits=3):
-    """The Difference of two arms' {seed: value}, paired by seed, over the seeds with two finite values."""
+    """The Difference of two arms' {seed: value}, paired by seed, over the seeds with two finite
+    values.
+    """
     gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     gaps = [gap for gap in gaps if math.isfinite(gap)]
     mean, error = mean_and_error(gaps)
@@ -422,7 +445,9 @@ def holm(p_values):
 
 
 def difference_lines(differences):
-    """A line for each Difference of one table. Which of them are significant is decided by `holm` over all of them."""
+    """A line for each Difference of one table. Which of them are significant is decided by `holm`
+    over all of them.
+    """
     adjusted = iter(holm([one.p for one in differences if one.p is not None]))
     lines = []
     for one in differences:
@@ -449,13 +474,16 @@ def newest_metrics(name, kind):
 
 
 def read_settings(name):
-    """{variable: value}, as text, of a finished experiment of a shell script. Raises FileNotFoundError."""
+    """{variable: value}, as text, of a finished experiment of a shell script. Raises
+    FileNotFoundError.
+    """
     words = shlex.split(Path("results", name, "settings").read_text())
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def experiment_made(name, script, score):
-    """As `made`, with the whole command of an experiment, and the commit that wrote `score`, a manifest of its samples.
+    """As `made`, with the whole command of an experiment, and the commit that wrote `score`, a
+    manifest of its samples.
 
     Raises FileNotFoundError.
     """
@@ -468,11 +496,11 @@ def experiment_made(name, script, score):
 
 @dataclass
 class ExperimentTable:
-    """The command that adds the scores of finished experiments of a shell script to NAME.md and NAME.json.
+    """The command that adds the scores of finished experiments of a shell script to NAME.md and
+    NAME.json.
 
-    read_run(experiment) returns a plain dict with "hours" and perhaps "seed", rows_of(run) {row of the table: text}.
-    A run's "notes" are sentences about its column.
-    """
+    read_run(experiment) returns a plain dict with "hours" and perhaps "seed", rows_of(run) {row of
+    the table: text}. A run's "notes" are sentences about its column."""
 
     about: str  # docstring of the command
     name: str
@@ -491,7 +519,10 @@ class ExperimentTable:
 
     def markdown(self, runs):
         """The lines of NAME.md, with a column per run."""
-        about = f"`scripts/studies/{self.name}.py` wrote this table from runs of `scripts/{self.script}`. "
+        about = (
+            f"`scripts/studies/{self.name}.py` wrote this table from runs of "
+            f"`scripts/{self.script}`. "
+        )
         about += self.brackets
         notes = {}
         for run in runs:
@@ -536,7 +567,8 @@ class ExperimentTable:
 
 
 def write_results(out, name, lines, content=None):
-    """Write lines to NAME.md and their numbers (`content`) to NAME.json in the folder `out`. Print the tables.
+    """Write lines to NAME.md and their numbers (`content`) to NAME.json in the folder `out`. Print
+    the tables.
 
     A dict gets what `made` says as "made". The rows of a list have it already: see `add_rows`.
     """
@@ -556,7 +588,9 @@ def write_results(out, name, lines, content=None):
 
 
 def stamped(path, content):
-    """A dict of results with "made". If the file at `path` has the same numbers, they keep what it says there."""
+    """A dict of results with "made". If the file at `path` has the same numbers, they keep what it
+    says there.
+    """
     known = read_rows(path)
     own = known.pop("made", None) if known else None
     if own is None or json.dumps(known) != json.dumps(content):

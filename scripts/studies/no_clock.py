@@ -2,17 +2,17 @@
 
     python scripts/studies/no_clock.py         3 seeds; about 15 minutes of one core each, after objectives.py
 
-"noisy clips": samplers start from real clips x_gamma. eqm descends as usual. flow is told the true gamma (an upper
-bound), or an estimate, or treats the clip as clean and adds noise to a chosen gamma, as SDEdit does (arXiv 2108.01073).
-"noisy half": only the second half of the frames is noisy. eqm descends on all frames; flow has a level per temporal
-patch, true or estimated, and keeps clean patches; or it adds noise to all frames. The noisy clips, evaluations and
-guidance are the same. An estimate pools one patch of all clips, which favors flow. We use real clips, not samples of
-either model, which would favor its own objective.
+"noisy clips": samplers start from real clips x_gamma. eqm descends as usual. flow is told the true
+gamma (an upper bound), or an estimate, or treats the clip as clean and adds noise to a chosen
+gamma, as SDEdit does (arXiv 2108.01073). "noisy half": only the second half of the frames is noisy.
+eqm descends on all frames; flow has a level per temporal patch, true or estimated, and keeps clean
+patches; or it adds noise to all frames. The noisy clips, evaluations and guidance are the same. An
+estimate pools one patch of all clips, which favors flow. We use real clips, not samples of either
+model, which would favor its own objective.
 
-The models are those of objectives.py, for "noisy half" those with --forcing 0.75 of given_frames.py; missing ones are
-trained. The script writes results/no_clock.md and .json, and saves each cell when it is done. Several processes can
-share the cells.
-"""
+The models are those of objectives.py, for "noisy half" those with --forcing 0.75 of
+given_frames.py; missing ones are trained. The script writes results/no_clock.md and .json, and
+saves each cell when it is done. Several processes can share the cells."""
 
 from pathlib import Path
 
@@ -49,11 +49,11 @@ COLUMNS = {
 
 
 def estimate_gammas(x, patch):
-    """Estimate gamma of each temporal patch of clips x_gamma (B, C, T, H, W) from differences of neighboring pixels.
+    """Estimate gamma of each temporal patch of clips x_gamma (B, C, T, H, W) from differences of
+    neighboring pixels.
 
-    Most neighbors have the same color, so their difference is that of two noises of standard deviation 1 - gamma, and
-    its median absolute value 0.6745 sqrt(2) times that.
-    """
+    Most neighbors have the same color, so their difference is that of two noises of standard
+    deviation 1 - gamma, and its median absolute value 0.6745 sqrt(2) times that."""
     medians = [part.diff(dim=-1).abs().median().item() for part in x.split(patch, dim=2)]
     return [max(0.0, 1 - median / (0.6745 * 2**0.5)) for median in medians]
 
@@ -75,7 +75,9 @@ def start_of(method, x, level, is_clean, patch, seed):
 
 
 def run_method(method, model, x, is_clean, labels, time_scale, level, seed):
-    """Sample from x (B, C, T, H, W) by a method of METHODS. is_clean (T,): the frames without noise."""
+    """Sample from x (B, C, T, H, W) by a method of METHODS. is_clean (T,): the frames without
+    noise.
+    """
     setting = SETTINGS[model.config.objective]
     condition = Condition.of(labels, model.config)
     field = guided(model, condition, torch.full((len(x),), time_scale), GUIDANCE)
@@ -91,7 +93,9 @@ def run_method(method, model, x, is_clean, labels, time_scale, level, seed):
 
 
 def open_models(args, part, seed):
-    """{objective: (network, seconds per frame)} of a seed; trains what is missing, and makes the test videos."""
+    """{objective: (network, seconds per frame)} of a seed; trains what is missing, and makes the
+    test videos.
+    """
     found = {}
     for objective in ("eqm", "flow"):
         run = objectives.main_run(args, objective, seed)
@@ -134,7 +138,10 @@ def measure(method, model, time_scale, part, level, seed, clips, labels, expecte
 
 
 def markdown(rows):
-    about = "`scripts/studies/no_clock.py` wrote these tables. Cells hold the mean over seeds, and the range."
+    about = (
+        "`scripts/studies/no_clock.py` wrote these tables. Cells hold the mean over seeds, and "
+        "the range."
+    )
     lines = ["# Unknown noise levels", "", about, ""]
     for part, levels in PARTS.items():
         for name, (title, factor, digits) in COLUMNS.items():

@@ -1,14 +1,15 @@
-"""Compare the objectives eqm, flow and blind at equal compute, on Moving Shapes. Is EqM better than flow matching?
+"""Compare the objectives eqm, flow and blind at equal compute, on Moving Shapes. Is EqM better than
+flow matching?
 
     python scripts/studies/objectives.py --tune     seed 10: training shifts, with paths or solvers of each objective
     python scripts/studies/objectives.py            10 seeds of eqm and flow, 3 of blind, with the settings below
     python scripts/studies/objectives.py --few      other descents of eqm with few evaluations, with the same models
 
-All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core. The primary endpoint
-is the share of 16-frame clips whose direction and shape are both right after 15 evaluations with guidance, the scale of
-which an earlier study chose for eqm. The script writes results/objectives.md and .json, with --tune or --few
-results/objectives_tuning or objectives_few. Models, samples and scores are in results/objectives (see lab.py).
-"""
+All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core.
+The primary endpoint is the share of 16-frame clips whose direction and shape are both right after
+15 evaluations with guidance, the scale of which an earlier study chose for eqm. The script writes
+results/objectives.md and .json, with --tune or --few results/objectives_tuning or objectives_few.
+Models, samples and scores are in results/objectives (see lab.py)."""
 
 import json
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ SETTINGS = {
 
 
 def sampling(way, evaluations):
-    """Flags of sample_gd.py for so many evaluations. Heun's method takes an odd number, so Euler's does for others."""
+    """Flags of sample_gd.py for so many evaluations. Heun's method takes an odd number, so Euler's
+    does for others.
+    """
     way = "euler" if way == "heun" and evaluations % 2 == 0 else way
     points = (evaluations + 3) // 2 if way == "heun" else evaluations + 1
     flags = ["--sampler", way if isinstance(way, str) else "ngd", "--num-sampling-steps", points]
@@ -87,7 +90,9 @@ def make_task(
 
 
 def make_tasks(objective, setting, seed, clips, fewer):
-    """{name: (flags of sample_gd.py, metrics)} of a run; fewer: number of clips of the secondary tasks."""
+    """{name: (flags of sample_gd.py, metrics)} of a run; fewer: number of clips of the secondary
+    tasks.
+    """
 
     def task(evaluations, *more, count=fewer, **options):
         return make_task(setting.way, evaluations, count, *more, **options)
@@ -193,7 +198,10 @@ def num_clips(args):
 
 
 def tuning_markdown(rows):
-    about = f"`scripts/studies/objectives.py --tune` wrote these tables: seed {TUNING_SEED}, {USUAL} evaluations, "
+    about = (
+        f"`scripts/studies/objectives.py --tune` wrote these tables: seed {TUNING_SEED}, {USUAL} "
+        "evaluations, "
+    )
     about += f"guidance {GUIDANCE}. Cells: directions and shapes both right (%)."
     lines = ["# Tuning of the objectives", "", about, ""]
     for objective, ways in WAYS.items():
@@ -224,7 +232,10 @@ def tuning_markdown(rows):
 
 def few_markdown(main_rows, rows):
     """Markdown of IDEAS, between eqm and flow of the main study."""
-    about = "`scripts/studies/objectives.py --few` wrote this table: eqm with few evaluations, the models of "
+    about = (
+        "`scripts/studies/objectives.py --few` wrote this table: eqm with few evaluations, the "
+        "models of "
+    )
     about += f"[objectives.md](objectives.md). Cells: {BOTH}, the mean over seeds, and the range."
 
     def found(rows, objective, suffix=""):
@@ -266,8 +277,14 @@ def collect(rows, task, name, factor=1.0):
 
 
 def markdown(rows):
-    about = "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds (blind has fewer), and "
-    about += "the range. flow and blind take Heun steps for an odd number of evaluations, Euler steps for an even one."
+    about = (
+        "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds "
+        "(blind has fewer), and "
+    )
+    about += (
+        "the range. flow and blind take Heun steps for an odd number of evaluations, Euler steps "
+        "for an even one."
+    )
     lines = ["# Objectives", "", about, "", f"## {MAIN}", ""]
     found = {
         title: collect(rows, MAIN, name, factor) for title, (name, factor, _) in COLUMNS.items()
@@ -343,7 +360,8 @@ def main():
         ]
     if not runs:
         fail(
-            f"--seeds {args.seeds[0]}: expected some below {FEW if args.few else max(SEEDS.values())}"
+            f"--seeds {args.seeds[0]}: expected some below "
+            f"{FEW if args.few else max(SEEDS.values())}"
         )
     lab.run_all(runs)
     rows = lab.read_rows(runs[0].out)

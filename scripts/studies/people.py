@@ -98,7 +98,9 @@ def rows_of(run):
     return rows | {
         "classifier: real clips, one person held out": share(run["classifier_real"]),
         "classifier: samples that show the class that was asked for": share(samples),
-        "samples that move less than any real clip": f"{len(samples['static'])} of {samples['clips']}",
+        "samples that move less than any real clip": (
+            f"{len(samples['static'])} of {samples['clips']}"
+        ),
         "nearest training clip, RMSE: samples / held-out": cell(nearest, "rmse_ratio", 2),
         "samples nearer than 19 of 20 held-out clips": f"{nearest['nearer_than_95_percent']:.1%}",
     }

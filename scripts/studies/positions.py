@@ -1,19 +1,20 @@
-"""Compare positions on data that they were not tuned for: Sprites, real people, and shapes that bounce off the border.
+"""Compare positions on data that they were not tuned for: Sprites, real people, and shapes that
+bounce off the border.
 
     python scripts/studies/positions.py sprites --data-path datasets/sprites --latents results/sprites/latents
     python scripts/studies/positions.py people --data-path datasets/weizmann --latents results/weizmann/latents
     python scripts/studies/positions.py bouncing
 
-sprites.sh and weizmann.sh make the data and the latents, which all models of a data set share. The models of Sprites
-and people have the size and the recipe of these scripts, and a quarter of the compute. Those of bouncing shapes follow
-the recommended recipe of study.py, but train on 8 and 16 frames, with 1.6 times the compute, three of four clips
-forced. All models of a data set differ only in their positions (see arms.py). With fixed positions, they train on the
-final number of frames only, at equal compute. A run takes 10 (bouncing) to 35 minutes of one core.
+sprites.sh and weizmann.sh make the data and the latents, which all models of a data set share. The
+models of Sprites and people have the size and the recipe of these scripts, and a quarter of the
+compute. Those of bouncing shapes follow the recommended recipe of study.py, but train on 8 and 16
+frames, with 1.6 times the compute, three of four clips forced. All models of a data set differ only
+in their positions (see arms.py). With fixed positions, they train on the final number of frames
+only, at equal compute. A run takes 10 (bouncing) to 35 minutes of one core.
 
-When all runs are sampled, the script scores them and writes results/positions_NAME.md and .json, and a picture of their
-first samples, results/figures/positions-NAME.png. Runs whose scores are in the json are not run again. Models, samples
-and scores are in results/positions (see lab.py).
-"""
+When all runs are sampled, the script scores them and writes results/positions_NAME.md and .json,
+and a picture of their first samples, results/figures/positions-NAME.png. Runs whose scores are in
+the json are not run again. Models, samples and scores are in results/positions (see lab.py)."""
 
 import itertools
 import json
@@ -77,7 +78,8 @@ DATA_SETS = {
     "sprites": DataSet(
         "Sprites",
         model_config("EqM-S/4", **SIZE, in_channels=8, temporal_patch_size=1, num_classes=9),
-        f"{RECIPE} --model EqM-S/4 --temporal-patch-size 1 --no-flip --forcing 0.7 --lr-decay 0.8 --ema-decay 0.998 "
+        f"{RECIPE} --model EqM-S/4 --temporal-patch-size 1 --no-flip --forcing 0.7 --lr-decay 0.8 "
+        "--ema-decay 0.998 "
         "--cfg-scale 1",
         2750,
         ((4, 0.14), (8, 0.86)),
@@ -102,7 +104,8 @@ DATA_SETS = {
     "people": DataSet(
         "Real people",
         model_config("EqM-S/2", **SIZE, in_channels=4, temporal_patch_size=4, num_classes=4),
-        f"{RECIPE} --model EqM-S/2 --temporal-patch-size 4 --forcing 0.75 --lr-decay 0.4 --ema-decay 0.995 "
+        f"{RECIPE} --model EqM-S/2 --temporal-patch-size 4 --forcing 0.75 --lr-decay 0.4 "
+        "--ema-decay 0.995 "
         "--frame-interval 2 --cfg-scale 1.5",
         2750,
         ((4, 0.3), (8, 0.3), (16, 0.4)),
@@ -140,7 +143,10 @@ DATA_SETS = {
         0,
         {
             LONG: (
-                f"--num-frames 256 --window 16 --overlap 8 --num-samples 96 {' '.join(map(str, sampling_flags(FULL)))}",
+                (
+                    "--num-frames 256 --window 16 --overlap 8 --num-samples 96 "
+                    f"{' '.join(map(str, sampling_flags(FULL)))}"
+                ),
                 ("motion", "consistency"),
             )
         },
@@ -161,7 +167,9 @@ DATA_SETS = {
 
 
 class PositionsRun(lab.JsonRun):
-    """A model with these positions and this seed. It is done when it is sampled, or when the json has its scores."""
+    """A model with these positions and this seed. It is done when it is sampled, or when the json
+    has its scores.
+    """
 
     def __init__(self, args, positions, seed):
         own = DATA_SETS[args.data_set]
@@ -229,7 +237,9 @@ class PositionsRun(lab.JsonRun):
 
 
 def score_all(runs):
-    """Score the samples of all runs in one call, since it takes ten minutes to prepare a census. Add their rows."""
+    """Score the samples of all runs in one call, since it takes ten minutes to prepare a census.
+    Add their rows.
+    """
     with lab.file_lock(
         runs[0].folder.parent / "lock"
     ):  # another process may score at the same time
@@ -252,7 +262,9 @@ def keep_end(folder, num_frames):
 
 
 def markdown(name, rows):
-    """The lines of positions_NAME.md: scores of all positions, and differences from fixed and from rotary positions."""
+    """The lines of positions_NAME.md: scores of all positions, and differences from fixed and from
+    rotary positions.
+    """
     # found: {positions: {title: {seed: value}}}
     own = DATA_SETS[name]
     found = {}
@@ -261,7 +273,10 @@ def markdown(name, rows):
             values = found.setdefault(row["positions"], {}).setdefault(title, {})
             if (number := row["values"][task].get(value)) is not None:
                 values[row["seed"]] = factor * number
-    about = f"`scripts/studies/positions.py {name}` wrote this table. Cells hold the mean over seeds, and the range."
+    about = (
+        f"`scripts/studies/positions.py {name}` wrote this table. Cells hold the mean over seeds, "
+        "and the range."
+    )
     listed = {
         positions: {title: [*values.values()] for title, values in found[positions].items()}
         for positions in POSITIONS
@@ -280,7 +295,9 @@ def markdown(name, rows):
 
 
 def write_picture(path, runs):
-    """A sheet of samples of the first seed, if those of all positions are here: other machines may have made them."""
+    """A sheet of samples of the first seed, if those of all positions are here: other machines may
+    have made them.
+    """
     first = [run for run in runs if run.about["seed"] == runs[0].about["seed"]]
     files = [run.path(next(iter(run.tasks))) for run in first]
     if not all(file.exists() for file in files):

@@ -55,14 +55,15 @@ COMPARED = {
 }  # words: column of the csv
 GOAL = 0.9  # direction accuracy at which motion counts as learned
 
-# From rows to numbers -------------------------------------------------------------------------------------------------
+# From rows to numbers -----------------------------------------------------------------------------
 
 
 def values_of(rows, name, column="direction", share=1.0, frames=16):
-    """{seed: value of a column} of an arm, without missing values: of its samples, or "loss_16" of its training's end.
+    """{seed: value of a column} of an arm, without missing values: of its samples, or "loss_16" of
+    its training's end.
 
-    loss_16 is the validation loss at 16 frames; infinite if the run diverged. frames: of the samples.
-    """
+    loss_16 is the validation loss at 16 frames; infinite if the run diverged. frames: of the
+    samples."""
     kind = {"kind": "train"} if column == "loss_16" else {"kind": "sample", "frames": frames}
     asked = {"arm": name, "share": share} | kind
     own = [row for row in rows if asked.items() <= row.items() and row[column] is not None]
@@ -72,7 +73,9 @@ def values_of(rows, name, column="direction", share=1.0, frames=16):
 
 
 def compute_to(goal, shares, values):
-    """The share of the compute at which values first reach the goal, interpolated; NaN if the first or none does."""
+    """The share of the compute at which values first reach the goal, interpolated; NaN if the first
+    or none does.
+    """
     for (before, low), (after, high) in itertools.pairwise(zip(shares, values, strict=True)):
         if high >= goal > values[0]:
             return before + (after - before) * (goal - low) / (high - low)
@@ -84,14 +87,16 @@ def share_text(share):
 
 
 def curve(rows, name):
-    """(shares of the compute, {seed: direction accuracy at each share}), for seeds with a value at every share."""
+    """(shares of the compute, {seed: direction accuracy at each share}), for seeds with a value at
+    every share.
+    """
     shares = sorted((1.0, *BY_NAME[name].shares))
     found = [values_of(rows, name, share=share) for share in shares]
     seeds = [seed for seed in range(SHARE_SEEDS) if all(seed in values for values in found)]
     return shares, {seed: [values[seed] for values in found] for seed in seeds}
 
 
-# Tables and figures ---------------------------------------------------------------------------------------------------
+# Tables and figures -------------------------------------------------------------------------------
 
 
 def differences(rows, pairs):
@@ -103,11 +108,16 @@ def differences(rows, pairs):
 
 
 def ratio(first, second, what, ratios):
-    """A Difference with the geometric mean of two arms' ratios, one per seed; without significance for one seed."""
+    """A Difference with the geometric mean of two arms' ratios, one per seed; without significance
+    for one seed.
+    """
     logs = [math.log(value) for value in ratios]
     mean, error = mean_and_error(logs)
     each = "; ".join(f"{value:.2f}" for value in ratios)
-    text = f"- {what}, {first} / {second}: the geometric mean is {math.exp(mean):.2f} (each seed: {each}"
+    text = (
+        f"- {what}, {first} / {second}: the geometric mean is {math.exp(mean):.2f} (each seed: "
+        f"{each}"
+    )
     if error is None:
         return Difference(f"{text}).")
     half = student_half(logs)
@@ -116,7 +126,9 @@ def ratio(first, second, what, ratios):
 
 
 def spread_cell(values, digits=3, unit=1):
-    """Mean and standard error over seeds, and the value of each seed; "-" without values. unit: 100 for percent."""
+    """Mean and standard error over seeds, and the value of each seed; "-" without values. unit: 100
+    for percent.
+    """
     values = [unit * value for value in values.values()]
     each = ", ".join(f"{value:.{digits}f}" for value in values)
     mean, error = mean_and_error([value for value in values if value < math.inf])
@@ -127,7 +139,9 @@ def spread_cell(values, digits=3, unit=1):
 
 
 def arm_table(rows, runs):
-    """Lines of markdown: loss, direction accuracy and speed at 16 frames of each (arm, share of the compute)."""
+    """Lines of markdown: loss, direction accuracy and speed at 16 frames of each (arm, share of the
+    compute).
+    """
     cells = []
     for name, share in runs:
         loss, right, speed = (
@@ -148,7 +162,9 @@ def arm_table(rows, runs):
 
 
 def length_table(rows, names):
-    """Lines of markdown: direction accuracy, speed and seams of each arm's samples of 16, 24 and 32 frames."""
+    """Lines of markdown: direction accuracy, speed and seams of each arm's samples of 16, 24 and 32
+    frames.
+    """
     cells = []
     for name, frames in itertools.product(names, LENGTHS):
         right, speed, seam = (
@@ -175,7 +191,9 @@ def mean_of(values):
 
 @contextmanager
 def figure(study, letter, message, xlabel, lines):
-    """The axes of a figure of direction accuracy. Saves the figure and adds it to the lines of markdown."""
+    """The axes of a figure of direction accuracy. Saves the figure and adds it to the lines of
+    markdown.
+    """
     path = study.out / "figures" / f"study-{letter}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas, axes = plt.subplots(figsize=(9.5, 6.5))
@@ -188,7 +206,9 @@ def figure(study, letter, message, xlabel, lines):
 
 
 def draw_shares(axes, xs, by_x, label, number):
-    """Plot direction accuracy over x: the mean of {seed: accuracy} as a line, each seed as a dot."""
+    """Plot direction accuracy over x: the mean of {seed: accuracy} as a line, each seed as a
+    dot.
+    """
     points = [(x, values) for x, values in zip(xs, by_x, strict=True) if values]
     means = [100 * mean_of(values) for _, values in points]
     style = {"color": COLORS[number], "marker": MARKERS[number], "markersize": 9, "linewidth": 2}
@@ -198,7 +218,7 @@ def draw_shares(axes, xs, by_x, label, number):
         axes.scatter([x] * len(dots), dots, color=COLORS[number], alpha=0.45, s=30)
 
 
-# The questions. Each function returns lines of markdown; its docstring is the heading. --------------------------------
+# The questions. Each function returns lines of markdown; its docstring is the heading. ------------
 
 
 def answer_a(study, rows):
@@ -215,7 +235,10 @@ def answer_b(study, rows):
         name: mean_of(right) for name in CURRICULA if (right := values_of(rows, name, frames=24))
     }
     if CURRICULUM in longer:
-        message = f"24 frames, longer than in training: {longer.pop(CURRICULUM):.0%} direction accuracy\n({CURRICULUM})"
+        message = (
+            f"24 frames, longer than in training: {longer.pop(CURRICULUM):.0%} direction "
+            f"accuracy\n({CURRICULUM})"
+        )
         message += (
             f", {min(longer.values()):.0%} to {max(longer.values()):.0%} for the others"
             if longer
@@ -245,7 +268,8 @@ def answer_c(study, rows):
         found[name] = {seed: compute_to(GOAL, shares, points) for seed, points in values.items()}
         mean, *each = map(share_text, found[name].values())
         lines.append(
-            f"- {name}: the mean over seeds reaches {GOAL:.0%} direction accuracy at {mean} of the compute "
+            f"- {name}: the mean over seeds reaches {GOAL:.0%} direction accuracy at {mean} of "
+            "the compute "
             f"(each seed: {'; '.join(each)})."
         )
     compared = []
@@ -315,38 +339,56 @@ def write_report(study):
     lines = [
         "# Which positions are best, and does a frame curriculum pay?",
         "",
-        f"`{SCRIPT} --report` wrote this page from `study.csv` ({len(rows)} rows, version {VERSION}, size "
+        f"`{SCRIPT} --report` wrote this page from `study.csv` ({len(rows)} rows, version "
+        f"{VERSION}, size "
         f"{size.name}). `{SCRIPT}` measured the rows: {spent:.1f} hours of "
-        f"training{' with --compile' if all(row['compiled'] for row in rows) else ''} and sampling, on "
+        f"training{' with --compile' if all(row['compiled'] for row in rows) else ''} and "
+        "sampling, on "
         f"{', '.join(machines)}; code {', '.join(version[:10] for version in versions)}. "
-        "[study-first-edition.md](study-first-edition.md) answers other questions with earlier code.",
+        "[study-first-edition.md](study-first-edition.md) answers other questions with earlier "
+        "code.",
         "",
         "An *arm* is a training recipe.",
         "",
         "- **Data and model**: Moving Shapes, 16 x 16 px, 1.4 s. Depth "
-        f"{size.depth}, width {size.width}, {size.heads} heads, spatial patch 2, temporal patch 4, bf16.",
-        f"- **Compute**: every step has {TOKENS} tokens. 100% compute is {flops:.3g} TFLOP: {size.steps} steps of 8 "
+        f"{size.depth}, width {size.width}, {size.heads} heads, spatial patch 2, temporal patch "
+        "4, bf16.",
+        f"- **Compute**: every step has {TOKENS} tokens. 100% compute is {flops:.3g} TFLOP: "
+        f"{size.steps} steps of 8 "
         "clips of 16 frames. The learning rate decays to zero at the end of each run.",
         f"- **Flags of all arms**: `{' '.join(map(str, BASE))}`.",
-        "- **Positions**: *fixed* is the default. *rotary* adds `--use-rope --rope-theta 100`. *table* also adds "
-        "`--position-table space`. *moving* also adds `--rope-speed 0.5`, about the speed of all shapes (0.51 "
+        "- **Positions**: *fixed* is the default. *rotary* adds `--use-rope --rope-theta 100`. "
+        "*table* also adds "
+        "`--position-table space`. *moving* also adds `--rope-speed 0.5`, about the speed of all "
+        "shapes (0.51 "
         "patches per temporal patch). *4-8-16* without one of these words is rotary.",
-        "- **Frames**: *16* trains on 16 frames from the start. *4-8-16* gives a third of the compute to each of 4, "
-        "8 and 16 frames, and draws the frame interval from 1 to 2. With *mix*, a fifth of the later steps train on "
-        "earlier frames. *16 moving intervals* also draws the interval, so it differs from *4-8-16 moving* only in "
+        "- **Frames**: *16* trains on 16 frames from the start. *4-8-16* gives a third of the "
+        "compute to each of 4, "
+        "8 and 16 frames, and draws the frame interval from 1 to 2. With *mix*, a fifth of the "
+        "later steps train on "
+        "earlier frames. *16 moving intervals* also draws the interval, so it differs from "
+        "*4-8-16 moving* only in "
         "its number of frames.",
-        "- **Speeds**: *speed N* is *table* with `--rope-speed N`. *speed 0* has the spatial frequencies of the other "
-        "speeds. *speed 0.5* is *moving* again, by later code. Shapes move half as fast with *slow* and twice as fast "
+        "- **Speeds**: *speed N* is *table* with `--rope-speed N`. *speed 0* has the spatial "
+        "frequencies of the other "
+        "speeds. *speed 0.5* is *moving* again, by later code. Shapes move half as fast with "
+        "*slow* and twice as fast "
         "with *fast*.",
-        "- **Validation loss**: arms with frame intervals of 1 to 2 validate on such clips. Compare their losses "
+        "- **Validation loss**: arms with frame intervals of 1 to 2 validate on such clips. "
+        "Compare their losses "
         "with each other, not with those in A.",
-        f"- **Samples**: {size.clips} clips per run and length, 0.04 s per frame, `ngd`, {size.points - 1} "
+        f"- **Samples**: {size.clips} clips per run and length, 0.04 s per frame, `ngd`, "
+        f"{size.points - 1} "
         f"evaluations, guidance {GUIDANCE:g}, averaged weights of the last step.",
-        "- **Direction accuracy**: the share of samples with the motion of their class, measured by a tracker. "
+        "- **Direction accuracy**: the share of samples with the motion of their class, measured "
+        "by a tracker. "
         f"Chance is 25%; real clips reach at least {min(real, default=math.nan):.0%}.",
-        "- **Cells**: mean ± standard error over seeds, with each seed in brackets. A dash means that nothing was "
-        "run, or that no direction was correct, so there is no speed. Differences are paired by seed, with "
-        "Student's 95% interval and p value. A difference is significant if its p value, adjusted by Holm's method "
+        "- **Cells**: mean ± standard error over seeds, with each seed in brackets. A dash means "
+        "that nothing was "
+        "run, or that no direction was correct, so there is no speed. Differences are paired by "
+        "seed, with "
+        "Student's 95% interval and p value. A difference is significant if its p value, adjusted "
+        "by Holm's method "
         "for the comparisons that are listed above the same table, is at most 0.05.",
         "",
     ]

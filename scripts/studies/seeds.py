@@ -1,12 +1,12 @@
-"""Measure how much the quickstart depends on its seed: train it with several seeds and score each on a test set.
+"""Measure how much the quickstart depends on its seed: train it with several seeds and score each
+on a test set.
 
     python scripts/studies/seeds.py --seeds 0 1 2 3 4                 about 15 minutes of one core per seed
     GPUS=1 python scripts/studies/seeds.py & GPUS=1 python scripts/studies/seeds.py         two processes share the runs
 
-The script runs scripts/quickstart.sh with its default steps and batches. It samples 288 clips each of 4, 16 and 24
-frames and scores them against videos made with another seed. It writes results/seeds.md and .json. Models and scores
-are in results/seeds (see lab.py).
-"""
+The script runs scripts/quickstart.sh with its default steps and batches. It samples 288 clips each
+of 4, 16 and 24 frames and scores them against videos made with another seed. It writes
+results/seeds.md and .json. Models and scores are in results/seeds (see lab.py)."""
 
 import os
 import statistics
@@ -69,7 +69,10 @@ class QuickstartRun(lab.Run):
 
 
 def markdown(content):
-    about = f"`scripts/studies/seeds.py` wrote these tables. Each cell is the score of {content['clips']} clips."
+    about = (
+        "`scripts/studies/seeds.py` wrote these tables. Each cell is the score of "
+        f"{content['clips']} clips."
+    )
     lines, seeds = (
         ["# Seeds of the quickstart", "", about, ""],
         [f"seed {seed}" for seed in content["seeds"]],

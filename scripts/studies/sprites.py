@@ -4,8 +4,8 @@
     EXP=sprites-1 SEED=1 bash scripts/sprites.sh
     python scripts/studies/sprites.py sprites-half sprites-0 sprites-1 --out results
 
-It reads results/EXP and samples/EXP-*.json, and adds columns to sprites.md and sprites.json in --out.
-"""
+It reads results/EXP and samples/EXP-*.json, and adds columns to sprites.md and sprites.json in
+--out."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,9 @@ def read_run(name):
 
 
 def percent(result, name):
-    """A share and its interval, if it has one, in percent, as text; "-" in results of older code without the share."""
+    """A share and its interval, if it has one, in percent, as text; "-" in results of older code
+    without the share.
+    """
     if name not in result:
         return "-"
     text = f"{100 * result[name]:.1f}"
@@ -105,7 +107,9 @@ def rows_of(run):
             rows[f"classifier: {words} of {title}"] = f"{about[name]:.4f}"
     rows |= {f"census: {title}": percent(census, name) for name, title in SHARES.items()}
     return rows | {
-        "census: held-out characters expected without bias (%)": f"{100 * census['held_out_expected']:.1f}",
+        "census: held-out characters expected without bias (%)": (
+            f"{100 * census['held_out_expected']:.1f}"
+        ),
         "census: different characters among valid samples": f"{census['characters']}",
         "census: different characters expected": f"{census['characters_expected']:.0f}",
         "census: RMSE to the matched clip (gray levels)": lab.cell(census, "rmse", 2),

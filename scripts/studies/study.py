@@ -1,19 +1,21 @@
-"""Compare positions and frame curricula at equal compute, with several seeds, on motion with a known truth.
+"""Compare positions and frame curricula at equal compute, with several seeds, on motion with a
+known truth.
 
     python scripts/studies/study.py --list                  what is done, what is missing, and how long it takes
     python scripts/studies/study.py --minutes 150           run or continue; start no run that would end later
     python scripts/studies/study.py --only A B              some questions (A to D), or arms by name
     python scripts/studies/study.py --report                only write tables and figures, from the csv
 
-A: which positions are best: fixed, rotary, rotary with a table of height and width ("table"), or these with
---rope-speed ("moving")? B: which curriculum of 4, 8, then 16 frames? C: how much compute until the motion is correct?
+A: which positions are best: fixed, rotary, rotary with a table of height and width ("table"), or
+these with --rope-speed ("moving")? B: which curriculum of 4, 8, then 16 frames? C: how much compute
+until the motion is correct?
 D: which --rope-speed, for which motion?
 
-An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with the same share have
-the same counted FLOPs. The learning rate decays to zero at the end of each run, so 60% of the compute is a separate
-run. results/study.csv holds the finished results, and study.json the commands that made them. The folders in
-results/study matter only for interrupted runs: see lab.py.
-"""
+An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with
+the same share have the same counted FLOPs. The learning rate decays to zero at the end of each run,
+so 60% of the compute is a separate run. results/study.csv holds the finished results, and
+study.json the commands that made them. The folders in results/study matter only for interrupted
+runs: see lab.py."""
 
 import csv
 import hashlib
@@ -123,7 +125,9 @@ def key_of(row):
 
 
 class Study:
-    """The paths, csv rows and runs of a study. Raises UserError for rows of other arms, recipes or versions."""
+    """The paths, csv rows and runs of a study. Raises UserError for rows of other arms, recipes or
+    versions.
+    """
 
     def __init__(self, args):
         self.args = args
@@ -146,7 +150,8 @@ class Study:
                 raise UserError(
                     f"{self.csv}: {what}; expected version {VERSION}; move the file away"
                 )
-        # Expensive runs with little information come last: long runs at the very end, extra seeds before them
+        # Expensive runs with little information come last: long runs at the very end, extra seeds
+        # before them
         runs.sort(
             key=lambda run: (run.share > 1, run.seed >= SHARE_SEEDS, run.share != 1, run.seed)
         )
@@ -158,7 +163,9 @@ class Study:
         return read_rows(self.csv)
 
     def last_rows(self):
-        """The last training row of each run, and all sample rows. Their seconds add up to the time spent."""
+        """The last training row of each run, and all sample rows. Their seconds add up to the time
+        spent.
+        """
         rows = sorted(self.rows, key=lambda row: row["step"])
         last = {
             key_of(row): row
@@ -256,7 +263,9 @@ class StudyRun(lab.Run):
         return rows
 
     def sample_rows(self, seconds):
-        """A row of the csv for each length of the samples; seconds: the total time, split by FLOPs."""
+        """A row of the csv for each length of the samples; seconds: the total time, split by
+        FLOPs.
+        """
         rows = []
         flops = [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths]
         for task, num_frames, own in zip(self.tasks, self.lengths, flops, strict=True):
@@ -304,7 +313,8 @@ def print_status(study):
         own = [run for run in study.runs if run.arm == arm]
         hours = [left[run] for run in own if run in left]
         say(
-            f"{arm.name:<28} {arm.questions:<9} {len(own) - len(hours):>4} / {len(own):<2} {sum(hours):>10.2f}"
+            f"{arm.name:<28} {arm.questions:<9} {len(own) - len(hours):>4} / {len(own):<2} "
+            f"{sum(hours):>10.2f}"
         )
     say(f"{len(study.runs)} runs, {sum(left.values()):.1f} hours left")
 
@@ -333,7 +343,8 @@ def main():
         study = Study(args)
         if args.report and not study.rows:
             raise UserError(
-                f"--report: {study.csv} does not exist or is empty; run the study without --report first"
+                f"--report: {study.csv} does not exist or is empty; run the study without "
+                "--report first"
             )
     if args.list:
         print_status(study)

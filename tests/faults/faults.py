@@ -21,10 +21,10 @@ EVERY = 10  # steps from one checkpoint of a storm to the next
 def storm(training, hits, seed=0, from_step=1.5):
     """Start the run again and again, hit it at random moments, then let it finish.
 
-    hit(process, rng) does the damage and says what it was; half of the moments are anywhere within 6 seconds of the
-    start of the launcher, half within `from_step` seconds of the first new step. Returns what was seen, dicts of
-    hit, gone_s (seconds until all processes were gone), lost (steps that were logged and have to be done again).
-    """
+    hit(process, rng) does the damage and says what it was; half of the moments are anywhere within
+    6 seconds of the start of the launcher, half within `from_step` seconds of the first new step.
+    Returns what was seen, dicts of hit, gone_s (seconds until all processes were gone), lost (steps
+    that were logged and have to be done again)."""
     rng = random.Random(seed)
     seen = []
     step = 0
@@ -53,7 +53,8 @@ def storm(training, hits, seed=0, from_step=1.5):
         lost = max(0, step - max(saved, default=0))
         seen.append({"hit": name, "gone_s": gone, "lost": lost})
         print(
-            f"{len(seen)}/{len(hits)}: {name} at step {step}, {lost} to do again, gone in {gone:.1f} s",
+            f"{len(seen)}/{len(hits)}: {name} at step {step}, {lost} to do again, gone in "
+            f"{gone:.1f} s",
             flush=True,
         )
     training.run("--resume", timeout=1800)
@@ -93,7 +94,10 @@ def main():
     parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
     lines = [
-        "| event | hits | differences at the end | steps repeated, at most | all processes gone after, at most |"
+        (
+            "| event | hits | differences at the end | steps repeated, at most | all processes "
+            "gone after, at most |"
+        )
     ]
     lines += ["|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as root:

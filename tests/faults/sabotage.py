@@ -33,7 +33,9 @@ def killed_in_save(count=2):
 
 
 def killed_while_gathering():
-    """SIGKILL of the second rank in the middle of gathering the second checkpoint of a sharded run."""
+    """SIGKILL of the second rank in the middle of gathering the second checkpoint of a sharded
+    run.
+    """
     import checkpoint
 
     write = checkpoint.Writer.write
@@ -90,7 +92,9 @@ def killed_while_it_starts_a_loader():
 
 
 def change_loss(change):
-    """Replace the loss of a step by change(loss, number of the step), in which each rank has a loss of its own."""
+    """Replace the loss of a step by change(loss, number of the step), in which each rank has a loss
+    of its own.
+    """
     import transport
 
     losses = transport.losses

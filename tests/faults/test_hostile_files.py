@@ -1,8 +1,9 @@
-"""Damaged files of every kind are read or refused in one line, without a traceback, a crash, a hang or running code.
+"""Damaged files of every kind are read or refused in one line, without a traceback, a crash, a hang
+or running code.
 
-FILES=2000 SEED=7 pytest tests/faults/test_hostile_files.py -k videos: tries more files of some kinds. Each kind of file
-is read in its own process, so that crashes and hangs of a decoder are caught.
-"""
+FILES=2000 SEED=7 pytest tests/faults/test_hostile_files.py -k videos: tries more files of some
+kinds. Each kind of file is read in its own process, so that crashes and hangs of a decoder are
+caught."""
 
 import contextlib
 import json
@@ -177,7 +178,9 @@ def zero(data, rng):
 
 
 def blow_up(data, rng):
-    """Overwrite some bytes, often near the beginning, where headers are, by a number that is out of all bounds."""
+    """Overwrite some bytes, often near the beginning, where headers are, by a number that is out of
+    all bounds.
+    """
     value = rng.choice(HUGE)
     first = rng.randrange(rng.choice([len(data), min(len(data), 300)]))
     data[first : first + len(value)] = value

@@ -1,4 +1,6 @@
-"""Real processes that are stopped and killed for real: nothing is lost, nothing hangs, everything says one line."""
+"""Real processes that are stopped and killed for real: nothing is lost, nothing hangs, everything
+says one line.
+"""
 
 import functools
 import os
@@ -35,7 +37,9 @@ WORKERS = [*OFTEN, "--num-workers", 1]
 
 @pytest.fixture
 def make(shapes, tmp_path):
-    """A function that makes a Training of so many steps in a folder of its own; 10,000 steps never end."""
+    """A function that makes a Training of so many steps in a folder of its own; 10,000 steps never
+    end.
+    """
 
     def make(steps=10_000, launcher=PYTHON, flags=OFTEN, name="r", data=shapes):
         return Training(data, tmp_path / name, steps, launcher, flags)
@@ -69,7 +73,7 @@ def error_of(output):
     return line
 
 
-# Signals --------------------------------------------------------------------------------------------------------------
+# Signals ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -137,13 +141,14 @@ def test_a_signal_and_the_end_of_a_run_wait_for_the_save_under_way(make):
     assert compare(usual, training) == []
 
 
-# Kills ----------------------------------------------------------------------------------------------------------------
+# Kills --------------------------------------------------------------------------------------------
 
 
 def test_sigkills_and_sigterms_at_random_moments_change_nothing(undisturbed, tmp_path):
     usual = undisturbed()
     training = replace(usual, results=tmp_path / "r", flags=WORKERS)
-    # With this seed: SIGTERM of torchrun, SIGKILL of a rank, of all processes, and of a torchrun that starts
+    # With this seed: SIGTERM of torchrun, SIGKILL of a rank, of all processes, and of a torchrun
+    # that starts
     seen = storm(training, [stop_launcher, *3 * [kill_something]], seed=110, from_step=0.5)
     assert seen and seen[0]["lost"] == 0 and compare(usual, training) == [], (
         seen
@@ -282,7 +287,7 @@ def test_samples_on_a_full_disk_are_one_line(small_disk, places, capsys):
     assert f"samples.npz can't be written (No space left on device; the disk {disk}" in line
 
 
-# Data under fire ------------------------------------------------------------------------------------------------------
+# Data under fire ----------------------------------------------------------------------------------
 
 
 def test_a_killed_loader_process_is_one_line_about_memory(make):
@@ -336,7 +341,7 @@ def test_a_loss_that_is_not_finite_names_step_rank_files_and_norms(make, shapes)
     assert training.run("--skip-nonfinite", 2, status=1).count("is not finite") == 1
 
 
-# More than one machine ------------------------------------------------------------------------------------------------
+# More than one machine ----------------------------------------------------------------------------
 
 
 def agents(training, name="job"):

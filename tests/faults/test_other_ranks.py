@@ -1,4 +1,6 @@
-"""A run of real processes that is interrupted and continues with other numbers of workers and ranks."""
+"""A run of real processes that is interrupted and continues with other numbers of workers and
+ranks.
+"""
 
 import os
 import shutil

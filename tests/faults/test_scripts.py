@@ -1,4 +1,6 @@
-"""The shell scripts of whole runs, in real processes: what they run, and how they handle signals."""
+"""The shell scripts of whole runs, in real processes: what they run, and how they handle
+signals.
+"""
 
 import os
 import shutil
@@ -62,7 +64,9 @@ def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
 
 
 def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes, tree):
-    """With stand-ins: srun runs its command here, scancel signals that command, scontrol prints its arguments."""
+    """With stand-ins: srun runs its command here, scancel signals that command, scontrol prints its
+    arguments.
+    """
     tools = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ >srun.pid; exec "$@"',
         "scancel": '[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat srun.pid)"',

@@ -1,4 +1,6 @@
-"""The studies in real processes: some share the runs, one of them is killed, and the quickstart is a tiny one."""
+"""The studies in real processes: some share the runs, one of them is killed, and the quickstart is
+a tiny one.
+"""
 
 import signal
 import sys
