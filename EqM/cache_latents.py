@@ -68,8 +68,12 @@ def parse_args():
         metavar="DIR",
         help="the cache: a new folder, or a cache to continue or update",
     )
-    vae = "ema, mse or the directory of a diffusers AutoencoderKL; none: cache pixels"
-    add("--vae", default="ema", metavar="VAE", help=vae)
+    add(
+        "--vae",
+        default="ema",
+        metavar="VAE",
+        help="ema, mse or the directory of a diffusers AutoencoderKL; none: cache pixels",
+    )
     add(
         "--image-size",
         type=COUNT,

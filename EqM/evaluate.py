@@ -92,16 +92,22 @@ def parse_args(words=None):
         metavar="DIR",
         help="folder of the training videos or images, not a latent cache",
     )
-    detector = (
-        "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, or "
-        "inception-"
+    add(
+        "--detector",
+        metavar="FILE",
+        help=(
+            "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, "
+            "or "
+            "inception-"
+            "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file that you "
+            "trust"
+        ),
     )
-    detector += (
-        "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file that you trust"
+    add(
+        "--split",
+        choices=["train", "val", "all"],
+        help="real clips of motion and consistency (default: val), fvd and fid (default: train)",
     )
-    add("--detector", metavar="FILE", help=detector)
-    split = "real clips of motion and consistency (default: val), fvd and fid (default: train)"
-    add("--split", choices=["train", "val", "all"], help=split)
     add(
         "--val-fraction",
         type=SHARE,
@@ -109,11 +115,14 @@ def parse_args(words=None):
         help="fraction of the videos in val; use the value of training",
     )
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
-    counts = (
-        "number of real clips; census: of each split; prediction, classifier: all; default: "
-        f"{counts}"
+    add(
+        "--num-real",
+        type=number(int, least=2),
+        help=(
+            "number of real clips; census: of each split; prediction, classifier: all; default: "
+            f"{counts}"
+        ),
     )
-    add("--num-real", type=number(int, least=2), help=counts)
     add(
         "--keep-background",
         action="store_true",
@@ -144,11 +153,16 @@ def parse_args(words=None):
         metavar="DIR",
         help="census: new path of the VAE of the samples' model, if it was moved",
     )
-    resamples = (
-        "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 clips); 0 "
-        "= none"
+    add(
+        "--resamples",
+        type=NATURAL,
+        default=frechet.RESAMPLES,
+        help=(
+            "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 "
+            "clips); 0 "
+            "= none"
+        ),
     )
-    add("--resamples", type=NATURAL, default=frechet.RESAMPLES, help=resamples)
     add = parser.add_argument_group("run").add_argument
     add(
         "--out",

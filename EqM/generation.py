@@ -71,11 +71,15 @@ def add_sampling_flags(parser):
         choices=[*DESCENTS, *SOLVERS],
         help=text + ", or euler if --objective is not eqm",
     )
-    text = (
-        "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3"
-        + default["num_sampling_steps"]
+    add(
+        "--num-sampling-steps",
+        type=number(int, least=2),
+        metavar="N",
+        help=(
+            "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3"
+            + default["num_sampling_steps"]
+        ),
     )
-    add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=text)
     text = (
         "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations "
         "x step size"

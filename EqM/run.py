@@ -18,11 +18,15 @@ from video.loader import end_children
 
 def add_loading_flags(add, num_workers):
     """Add the flags that say which videos are read, and how."""
-    fraction = (
-        "fraction of the videos for validation, at least one video; split files in --data-path "
-        "replace it"
+    add(
+        "--val-fraction",
+        type=number(float, above=0, most=1),
+        default=0.05,
+        help=(
+            "fraction of the videos for validation, at least one video; split files in --data-path "
+            "replace it"
+        ),
     )
-    add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=fraction)
     add(
         "--max-bad-fraction",
         type=SHARE,
@@ -36,17 +40,26 @@ def add_loading_flags(add, num_workers):
         default=num_workers,
         help="loader processes per rank; 0 = in-process",
     )
-    cached = (
-        "decode each video once, into a folder in --results-dir that later runs reuse; for small "
-        "data sets"
+    add(
+        "--cache-frames",
+        action="store_true",
+        help=(
+            "decode each video once, into a folder in --results-dir that later runs reuse; for "
+            "small "
+            "data sets"
+        ),
     )
-    add("--cache-frames", action="store_true", help=cached)
     add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
-    timeout = (
-        "seconds for loader processes to start or load a batch; 0 = no limit, but ranks wait 600 "
-        "s at most"
+    add(
+        "--loader-timeout",
+        type=NON_NEGATIVE,
+        default=300.0,
+        help=(
+            "seconds for loader processes to start or load a batch; 0 = no limit, but ranks wait "
+            "600 "
+            "s at most"
+        ),
     )
-    add("--loader-timeout", type=NON_NEGATIVE, default=300.0, help=timeout)
 
 
 class Run:

@@ -93,16 +93,23 @@ def parse_args():
     )
     add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, help="number of samples")
     add("--seed", "--global-seed", type=NATURAL, default=0, help="seed of the noise")
-    beyond = (
-        "linear: fit longer videos into the time span of training; the motion is complete but "
-        "slower"
+    add(
+        "--rope-scale",
+        choices=["none", "linear"],
+        default="none",
+        help=(
+            "linear: fit longer videos into the time span of training; the motion is complete but "
+            "slower"
+        ),
     )
-    add("--rope-scale", choices=["none", "linear"], default="none", help=beyond)
-    weak = (
-        "autoguidance: --cfg-scale moves away from this weaker model, such as an earlier "
-        "checkpoint of the run"
+    add(
+        "--weak-ckpt",
+        metavar="FILE",
+        help=(
+            "autoguidance: --cfg-scale moves away from this weaker model, such as an earlier "
+            "checkpoint of the run"
+        ),
     )
-    add("--weak-ckpt", metavar="FILE", help=weak)
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
     add = parser.add_argument_group("clips to continue, or to start from").add_argument
@@ -135,11 +142,16 @@ def parse_args():
         metavar="S",
         help="samples that continue each clip of --given",
     )
-    background = (
-        "where nothing moves, restore detail of given frames that the VAE loses; scores need the "
-        "--no- form"
+    add(
+        "--keep-background",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=(
+            "where nothing moves, restore detail of given frames that the VAE loses; scores need "
+            "the "
+            "--no- form"
+        ),
     )
-    add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
     add(
         "--init",
         metavar="PATH",
@@ -153,8 +165,12 @@ def parse_args():
 
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
-    overwrite = "replace samples of another training run or model in --folder"
-    add("--overwrite", action=argparse.BooleanOptionalAction, default=True, help=overwrite)
+    add(
+        "--overwrite",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="replace samples of another training run or model in --folder",
+    )
     add(
         "--no-previews",
         action="store_true",

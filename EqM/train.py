@@ -63,12 +63,18 @@ def parse_args():
     add_model_and_data_flags(parser)
     add_optimization_flags(parser)
     add = add_speed_flags(parser)
-    less = (
-        "recompute activations in the backward pass to save memory: all (full, or no value), or "
-        "all but those of "
+    add(
+        "--grad-checkpoint",
+        nargs="?",
+        choices=GRAD_CHECKPOINTS,
+        const="full",
+        help=(
+            "recompute activations in the backward pass to save memory: all (full, or no value), "
+            "or "
+            "all but those of "
+            "attention and of most products (selective); default: off"
+        ),
     )
-    less += "attention and of most products (selective); default: off"
-    add("--grad-checkpoint", nargs="?", choices=GRAD_CHECKPOINTS, const="full", help=less)
     add(
         "--shard",
         action="store_true",
@@ -142,12 +148,16 @@ def add_model_and_data_flags(parser):
     add("--hidden-size", type=COUNT, help="width; default: from --ckpt, else from --model")
     add("--num-heads", type=COUNT, help="attention heads; default: from --ckpt, else from --model")
     add("--num-frames", type=COUNT, help="frames per clip; default: 16, images have 1")
-    schedule = (
-        "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the "
-        "phase ends, clips "
+    add(
+        "--frames-schedule",
+        type=parse_schedule,
+        metavar="F:STEP[:BATCH],...",
+        help=(
+            "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the "
+            "phase ends, clips "
+            "per step (default: as many tokens as in the first phase)"
+        ),
     )
-    schedule += "per step (default: as many tokens as in the first phase)"
-    add("--frames-schedule", type=parse_schedule, metavar="F:STEP[:BATCH],...", help=schedule)
     add(
         "--mix",
         type=SHARE,
@@ -169,21 +179,30 @@ def add_model_and_data_flags(parser):
         type=POSITIVE,
         help="base of the frequencies; default: from --ckpt, else 10000",
     )
-    split = (
-        "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, "
-        "else a third each"
+    add(
+        "--rope-split",
+        metavar="T,H,W",
+        help=(
+            "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, "
+            "else a third each"
+        ),
     )
-    add("--rope-split", metavar="T,H,W", help=split)
-    speed = (
-        "patches by which spatial positions move per temporal patch at 25 fps; default: from "
-        "--ckpt, else 0"
+    add(
+        "--rope-speed",
+        type=NON_NEGATIVE,
+        help=(
+            "patches by which spatial positions move per temporal patch at 25 fps; default: from "
+            "--ckpt, else 0"
+        ),
     )
-    add("--rope-speed", type=NON_NEGATIVE, help=speed)
-    table = (
-        "space: add fixed positions of height and width to rotary ones; default: from --ckpt, "
-        "else none"
+    add(
+        "--position-table",
+        choices=POSITION_TABLES,
+        help=(
+            "space: add fixed positions of height and width to rotary ones; default: from --ckpt, "
+            "else none"
+        ),
     )
-    add("--position-table", choices=POSITION_TABLES, help=table)
     add(
         "--qk-norm",
         action="store_true",
@@ -209,18 +228,34 @@ def add_model_and_data_flags(parser):
         metavar="DIR",
         help="folder of <class>/<video>, or a latent cache",
     )
-    size = "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
-    add("--image-size", type=COUNT, metavar="PX", help=size)
-    vae = (
-        "ema, mse, an AutoencoderKL's folder, none: pixels; default: as in the latent cache, else "
-        "--ckpt, else ema"
+    add(
+        "--image-size",
+        type=COUNT,
+        metavar="PX",
+        help=(
+            "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
+        ),
     )
-    add("--vae", metavar="VAE", help=vae)
-    interval = (
-        "video frames from one frame of a clip to the next; two numbers: a random one per clip; "
-        "default: 1"
+    add(
+        "--vae",
+        metavar="VAE",
+        help=(
+            "ema, mse, an AutoencoderKL's folder, none: pixels; default: as in the latent cache, "
+            "else "
+            "--ckpt, else ema"
+        ),
     )
-    add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)
+    add(
+        "--frame-interval",
+        type=COUNT,
+        nargs="+",
+        default=[1],
+        help=(
+            "video frames from one frame of a clip to the next; two numbers: a random one per "
+            "clip; "
+            "default: 1"
+        ),
+    )
     add(
         "--no-flip", action="store_true", help="never mirror clips; use it if left and right differ"
     )
@@ -251,27 +286,38 @@ def add_optimization_flags(parser):
         default=0.0,
         help="fraction of the steps, at the end, in which the rate falls to 0",
     )
-    end = (
-        "global step at which --lr-decay ends, if more phases follow this run; default: the end "
-        "of this run"
+    add(
+        "--lr-decay-end",
+        type=COUNT,
+        help=(
+            "global step at which --lr-decay ends, if more phases follow this run; default: the "
+            "end "
+            "of this run"
+        ),
     )
-    add("--lr-decay-end", type=COUNT, help=end)
     add(
         "--warmup-steps",
         type=NATURAL,
         default=0,
         help="steps up to the full learning rate; 0 = off",
     )
-    decay = (
-        f"decoupled weight decay; 0 = off; default: {optim.MUON_DECAY} with --optimizer muon, "
-        "else 0"
+    add(
+        "--weight-decay",
+        type=NON_NEGATIVE,
+        help=(
+            f"decoupled weight decay; 0 = off; default: {optim.MUON_DECAY} with --optimizer muon, "
+            "else 0"
+        ),
     )
-    add("--weight-decay", type=NON_NEGATIVE, help=decay)
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, help="largest norm of the gradient; 0 = off")
-    nonfinite = (
-        "steps in a row to skip if their gradient is not finite; 0: the first one ends the run"
+    add(
+        "--skip-nonfinite",
+        type=NATURAL,
+        default=0,
+        help=(
+            "steps in a row to skip if their gradient is not finite; 0: the first one ends the run"
+        ),
     )
-    add("--skip-nonfinite", type=NATURAL, default=0, help=nonfinite)
     add("--ema-decay", type=SHARE, default=0.9999, help="decay of the EMA weights; lower at first")
     add(
         "--gamma-shift",

@@ -66,11 +66,16 @@ def parse_args():
         help="pixels per latent value along each side",
     )
     add("--latent-channels", type=COUNT, default=4, help="channels of a latent")
-    widths = (
-        "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from "
-        "16 32 64 128"
+    add(
+        "--widths",
+        type=COUNT,
+        nargs="+",
+        help=(
+            "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: "
+            "from "
+            "16 32 64 128"
+        ),
     )
-    add("--widths", type=COUNT, nargs="+", help=widths)
 
     add = parser.add_argument_group("data").add_argument
     add(
@@ -105,15 +110,23 @@ def parse_args():
         default=50,
         help="steps up to the full learning rate; 0 = off",
     )
-    decay = "fraction of the steps, at the end, in which the learning rate falls to 0; 0 = off"
-    add("--lr-decay", type=SHARE, default=0.5, help=decay)
+    add(
+        "--lr-decay",
+        type=SHARE,
+        default=0.5,
+        help="fraction of the steps, at the end, in which the learning rate falls to 0; 0 = off",
+    )
     add("--ema-decay", type=SHARE, default=0.995, help="decay of the EMA weights; lower at first")
     add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
-    precision = (
-        "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU that "
-        "has it"
+    add(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        help=(
+            "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU "
+            "that "
+            "has it"
+        ),
     )
-    add("--precision", choices=["fp32", "tf32", "bf16"], help=precision)
 
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")

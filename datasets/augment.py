@@ -47,8 +47,12 @@ def parse_args():
         default=7,
         help="copies per training video, besides the original",
     )
-    fraction = "share of the videos that validate, without split files"
-    add("--val-fraction", type=cli.SHARE, default=0.05, help=fraction)
+    add(
+        "--val-fraction",
+        type=cli.SHARE,
+        default=0.05,
+        help="share of the videos that validate, without split files",
+    )
     add("--seed", type=cli.NATURAL, default=0, help="seed of every random draw")
     return parser.parse_args()
 

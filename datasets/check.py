@@ -82,8 +82,13 @@ def parse_args():
     add = parser.add_argument
     add("data_path", metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
     add("--num-frames", type=COUNT, default=16, help="frames per clip")
-    interval = "video frames from one frame of a clip to the next; default: 1"
-    add("--frame-interval", type=COUNT, nargs=1, default=[1], help=interval)
+    add(
+        "--frame-interval",
+        type=COUNT,
+        nargs=1,
+        default=[1],
+        help="video frames from one frame of a clip to the next; default: 1",
+    )
     add(
         "--image-size",
         type=COUNT,
@@ -110,8 +115,12 @@ def parse_args():
         type=COUNT,
         help="steps of the training; default: those of 1400 epochs, as in train.py",
     )
-    share = "share of the videos to validate on, at least one video"
-    add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=share)
+    add(
+        "--val-fraction",
+        type=number(float, above=0, most=1),
+        default=0.05,
+        help="share of the videos to validate on, at least one video",
+    )
     add(
         "--max-bad-fraction", type=SHARE, default=0.1, help="share of the files that may be corrupt"
     )

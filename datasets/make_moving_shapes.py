@@ -292,18 +292,33 @@ def parse_args(argv=None):
         help="videos per class; 12 classes, 6 with --bounce",
     )
     add("--size", type=pixels, default=64, help="height and width of a frame, px")
-    seconds = "length of a video, s; without --bounce, the shape crosses the frame once"
-    add("--seconds", type=number(float, least=2 / FPS, most=3600), default=1.0, help=seconds)
+    add(
+        "--seconds",
+        type=number(float, least=2 / FPS, most=3600),
+        default=1.0,
+        help="length of a video, s; without --bounce, the shape crosses the frame once",
+    )
     add(
         "--bounce",
         action="store_true",
         help="let shapes turn at the border; 6 classes, shape x axis",
     )
     add("--seed", type=int, default=0, help="seed of the random choices; default: 0")
-    radius = "range of the radius, as a fraction of --size; random per video"
-    add("--radius", type=float, nargs=2, default=[0.18, 0.18], metavar=("MIN", "MAX"), help=radius)
-    colors = "colors of the shapes; random per video"
-    add("--colors", nargs="+", choices=COLORS, default=["red", "green", "blue"], help=colors)
+    add(
+        "--radius",
+        type=float,
+        nargs=2,
+        default=[0.18, 0.18],
+        metavar=("MIN", "MAX"),
+        help="range of the radius, as a fraction of --size; random per video",
+    )
+    add(
+        "--colors",
+        nargs="+",
+        choices=COLORS,
+        default=["red", "green", "blue"],
+        help="colors of the shapes; random per video",
+    )
     add(
         "--backgrounds",
         nargs="+",

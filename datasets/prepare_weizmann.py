@@ -54,8 +54,13 @@ def parse_args():
         help="a clone of MoCoGAN's repository, or its folder of actions",
     )
     add("--out", default="datasets/weizmann", metavar="DIR", help="folder for the data set")
-    people = "numbers of the people who validate and never train; the first person is 1"
-    add("--hold-out", type=COUNT, nargs="+", default=[7, 8], help=people)
+    add(
+        "--hold-out",
+        type=COUNT,
+        nargs="+",
+        default=[7, 8],
+        help="numbers of the people who validate and never train; the first person is 1",
+    )
     return parser.parse_args()
 
 

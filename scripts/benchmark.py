@@ -67,8 +67,13 @@ def parse_args():
         description="Measure how close each part of training and sampling is to its limit."
     )
     add = parser.add_argument
-    parts = f"some of {', '.join(PARTS)}; default: all but sizes"
-    add("--only", nargs="+", choices=PARTS, metavar="PART", help=parts)
+    add(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"some of {', '.join(PARTS)}; default: all but sizes",
+    )
     add(
         "--model",
         choices=NAMES,

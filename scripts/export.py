@@ -83,8 +83,13 @@ def parse_args():
         help="precision of the weights; fp16 halves the size",
     )
     add("--vae", metavar="DIR", help="the model's own VAE, if its folder has moved")
-    scores = "manifests of evaluate.py for samples of this checkpoint; the card shows their values"
-    add("--scores", nargs="+", default=[], metavar="FILE", help=scores)
+    add(
+        "--scores",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="manifests of evaluate.py for samples of this checkpoint; the card shows their values",
+    )
     add(
         "--model",
         choices=NAMES,

@@ -54,16 +54,25 @@ def parse_args():
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="a sample folder of sample_gd.py")
-    real = (
-        "data set for real clips, from validation videos of the same classes; default: samples only"
+    add(
+        "--data-path",
+        metavar="DIR",
+        help=(
+            "data set for real clips, from validation videos of the same classes; default: "
+            "samples only"
+        ),
     )
-    add("--data-path", metavar="DIR", help=real)
     add("--out", metavar="FILE.html", help="the page; default: FOLDER/gallery.html")
     add("--num-samples", type=COUNT, default=64, help="show at most the first N samples")
-    split = (
-        "share of validation videos, the same as for train.py, if the data set has no split files"
+    add(
+        "--val-fraction",
+        type=SHARE,
+        default=0.05,
+        help=(
+            "share of validation videos, the same as for train.py, if the data set has no split "
+            "files"
+        ),
     )
-    add("--val-fraction", type=SHARE, default=0.05, help=split)
     return parser.parse_args()
 
 

@@ -40,10 +40,19 @@ def parse_args():
     parser = ArgumentParser(
         description="Check that a machine with GPUs trains correctly, and measure its speed."
     )
-    gpus = "GPUs for the checks with several ranks; default: all, or 2 processes without a GPU"
-    parser.add_argument("gpus", nargs="?", type=COUNT, metavar="GPUS", help=gpus)
-    out = "file for the tables; default: results/gpu.md, or none without a GPU"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
+    parser.add_argument(
+        "gpus",
+        nargs="?",
+        type=COUNT,
+        metavar="GPUS",
+        help="GPUs for the checks with several ranks; default: all, or 2 processes without a GPU",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file for the tables; default: results/gpu.md, or none without a GPU",
+    )
     return parser.parse_args()
 
 

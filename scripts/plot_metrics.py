@@ -58,11 +58,14 @@ def parse_args():
         help="a run folder of train.py, or a folder of run folders",
     )
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the figure")
-    share = (
-        "plot relative losses, which you can compare across data sets and frame counts: 1 is a "
-        "zero prediction's"
+    parser.add_argument(
+        "--relative",
+        action="store_true",
+        help=(
+            "plot relative losses, which you can compare across data sets and frame counts: 1 is a "
+            "zero prediction's"
+        ),
     )
-    parser.add_argument("--relative", action="store_true", help=share)
     return parser.parse_args()
 
 

@@ -162,14 +162,16 @@ SHARE = number(float, least=0, most=1)
 def add_speed_flags(parser):
     """Add the speed flags of training and sampling. Returns the add_argument of their group."""
     add = parser.add_argument_group("speed").add_argument
-    precision = (
-        "bf16 and fp16: mixed precision; tf32: matrix products are rounded; tf32 and fp16 need a "
-        "GPU; default: "
+    add(
+        "--precision",
+        choices=["fp32", "tf32", "bf16", "fp16"],
+        help=(
+            "bf16 and fp16: mixed precision; tf32: matrix products are rounded; tf32 and fp16 "
+            "need a "
+            "GPU; default: "
+            "bf16 on a GPU that has it, else fp32; fp32 with an energy; a resumed run keeps its own"
+        ),
     )
-    precision += (
-        "bf16 on a GPU that has it, else fp32; fp32 with an energy; a resumed run keeps its own"
-    )
-    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help=precision)
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
     return add
 

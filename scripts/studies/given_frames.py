@@ -130,11 +130,19 @@ def markdown(content):
 
 def parse_args():
     parser = lab.study_parser(__doc__, seeds=[0, 1, 2])
-    values = "values of --forcing, a model each"
-    parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.75], help=values)
-    objectives = "what the models are trained to predict, a model each"
     parser.add_argument(
-        "--objectives", choices=SETTINGS, nargs="+", default=["eqm"], help=objectives
+        "--shares",
+        type=SHARE,
+        nargs="+",
+        default=[0.0, 0.75],
+        help="values of --forcing, a model each",
+    )
+    parser.add_argument(
+        "--objectives",
+        choices=SETTINGS,
+        nargs="+",
+        default=["eqm"],
+        help="what the models are trained to predict, a model each",
     )
     return parser.parse_args()
 

@@ -323,16 +323,28 @@ def parse_args():
     parser = lab.study_parser(__doc__)
     add = parser.add_argument
     only_print = parser.add_mutually_exclusive_group().add_argument
-    only = "questions (A to D) or names of arms; default: all"
-    add("--only", nargs="+", choices=(*QUESTIONS, *BY_NAME), metavar="WHAT", help=only)
-    minutes = "start no run that would end after this many minutes; default: no limit"
-    add("--minutes", type=POSITIVE, default=math.inf, help=minutes)
+    add(
+        "--only",
+        nargs="+",
+        choices=(*QUESTIONS, *BY_NAME),
+        metavar="WHAT",
+        help="questions (A to D) or names of arms; default: all",
+    )
+    add(
+        "--minutes",
+        type=POSITIVE,
+        default=math.inf,
+        help="start no run that would end after this many minutes; default: no limit",
+    )
     only_print("--list", action="store_true", help="only print what is done and what is missing")
     only_print(
         "--report", action="store_true", help="only write tables and figures, from study.csv"
     )
-    data = "Moving Shapes, made if missing; default: study/moving-shapes in --out"
-    add("--data-path", metavar="DIR", help=data)
+    add(
+        "--data-path",
+        metavar="DIR",
+        help="Moving Shapes, made if missing; default: study/moving-shapes in --out",
+    )
     return parser.parse_args()
 
 
