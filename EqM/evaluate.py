@@ -226,15 +226,15 @@ def check_flags(args):
         )
         raise UserError(f"--detector: {args.detector} for --metric {args.metric}; {advice}")
     unused = args.vae and args.metric != "census"
-    cli.refuse_if(args, "vae", unused, f"--metric {args.metric} needs no VAE; remove the flag")
+    if unused:
+        raise UserError(f"--vae {args.vae}: --metric {args.metric} needs no VAE; remove the flag")
     for name in sorted(args.typed & CHOOSES.get(args.metric, set())):
         raise UserError(
             f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove "
             "the flag"
         )
-    cli.refuse_if(
-        args, "out", os.path.isdir(args.out), "a folder; expected the name of a JSON file"
-    )
+    if os.path.isdir(args.out):
+        raise UserError(f"--out {args.out}: a folder; expected the name of a JSON file")
     for folder in map(Path, args.samples):
         out = Path(folder if len(args.samples) > 1 else "", args.out)
         is_own = out.stem in OWN and out.parent.resolve() == folder.resolve()

@@ -21,7 +21,6 @@ from runtime.cli import (
     UserError,
     number,
     plural,
-    refuse_if,
     resolve_precision,
     say,
 )
@@ -123,7 +122,8 @@ def resolve_sampler(args, training, objective):
         f"a model of --objective {objective} has no equilibria to descend to; expected euler or "
         "heun"
     )
-    refuse_if(args, "sampler", endless, f"{why}; change or remove --sampler")
+    if endless:
+        raise UserError(f"--sampler {args.sampler}: {why}; change or remove --sampler")
     if values["sampler"] in SOLVERS:
         why = f"{values['sampler']} has a fixed number of steps"
         advice = (
@@ -131,7 +131,8 @@ def resolve_sampler(args, training, objective):
             if objective == "eqm"
             else "remove it"
         )
-        refuse_if(args, "stop_below", args.stop_below, f"{why}; {advice}")
+        if args.stop_below:
+            raise UserError(f"--stop-below {args.stop_below}: {why}; {advice}")
         values["stop_below"] = 0
     elif len(typed.keys() & path) == 1:
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
@@ -140,12 +141,8 @@ def resolve_sampler(args, training, objective):
                 f"a path of length {length:g} takes too many evaluations; expected fewer than "
                 f"{MOST_EVALUATIONS:,}"
             )
-            refuse_if(
-                args,
-                "stepsize",
-                args.stepsize * MOST_EVALUATIONS <= length,
-                f"{why}; take larger steps",
-            )
+            if args.stepsize * MOST_EVALUATIONS <= length:
+                raise UserError(f"--stepsize {args.stepsize}: {why}; take larger steps")
             values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
         else:
             values["stepsize"] = length / (args.num_sampling_steps - 1)
@@ -376,12 +373,10 @@ def open_vae(args, config, data):
             "its path"
         )
     check_same(vae, data.get("vae_sha256"), f"--ckpt {args.ckpt}")
-    refuse_if(
-        args,
-        "image_size",
-        args.image_size not in (None, size),
-        f"the checkpoint has {size}; remove the flag",
-    )
+    if args.image_size not in (None, size):
+        raise UserError(
+            f"--image-size {args.image_size}: the checkpoint has {size}; remove the flag"
+        )
     return vae
 
 
@@ -391,12 +386,10 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
     """
     if args.rope_scale == "none":
         return
-    refuse_if(
-        args,
-        "rope_scale",
-        not model.config.use_rope,
-        f"{args.ckpt} has fixed positions; remove the flag",
-    )
+    if not model.config.use_rope:
+        raise UserError(
+            f"--rope-scale {args.rope_scale}: {args.ckpt} has fixed positions; remove the flag"
+        )
     clips = (trained_frames, data["time_scale"]), (num_frames, time_scale)
     trained, sampled = (
         model.config.grid(frames)[0] * REFERENCE_FPS * seconds for frames, seconds in clips

@@ -17,7 +17,7 @@ from models import model_config, model_name, model_shape
 from optim import MUON_DECAY
 from published import is_published
 from runtime import cli, distributed
-from runtime.cli import UserError, flag_text, plural, refuse_if, say
+from runtime.cli import UserError, flag_text, plural, say
 from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
@@ -100,7 +100,8 @@ def check_run(args):
         step = start.progress.step
         last_step = phases[-1].last_step
         past = f"the checkpoint is at step {step}, these epochs end at step {last_step}; give more"
-        refuse_if(args, "epochs", args.epochs and step > last_step, past)
+        if args.epochs and step > last_step:
+            raise UserError(f"--epochs {args.epochs}: {past}")
     return args, start, vae, config, data, phases
 
 
@@ -155,22 +156,19 @@ def resolve_frames(args):
     if not args.video:
         for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
             several = getattr(args, name) not in (None, 1, [1])
-            refuse_if(
-                args,
-                name,
-                several,
-                "needs videos, because images have one frame; add --video, or remove it",
-            )
+            if several:
+                raise UserError(
+                    f"{flag_text(args, name)}: needs videos, because images have one frame; add "
+                    "--video, or remove it"
+                )
         return args.resolve(num_frames=1, temporal_patch_size=1)
     if not args.frames_schedule:
         return args.resolve(num_frames=args.num_frames or 16)
     for name in ("num_frames", "max_steps", "epochs"):
-        refuse_if(
-            args,
-            name,
-            getattr(args, name) is not None,
-            "contradicts --frames-schedule; remove one of them",
-        )
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"{flag_text(args, name)}: contradicts --frames-schedule; remove one of them"
+            )
     return args.resolve(
         num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step
     )
@@ -182,81 +180,83 @@ def check_flags(args):
     cli.check_speed_flags(args)
     check_optimizer_flags(args)
     cli.check_writable("--results-dir", args.results_dir)
-    refuse_if(
-        args,
-        "results_dir",
-        not is_text(args.results_dir),
-        "not UTF-8, which TensorBoard needs; name another",
-    )
+    if not is_text(args.results_dir):
+        raise UserError(
+            f"--results-dir {args.results_dir}: not UTF-8, which TensorBoard needs; name another"
+        )
     if args.wandb:
         import_wandb()
     schedule = args.frames_schedule
     batch = args.global_batch_size
     last = args.max_steps or math.inf
-    refuse_if(
-        args,
-        "mix",
-        args.mix and not schedule,
-        "needs earlier phases; add --frames-schedule, or remove it",
-    )
+    if args.mix and not schedule:
+        raise UserError(
+            f"--mix {args.mix}: needs earlier phases; add --frames-schedule, or remove it"
+        )
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
     for name in ("forcing", "forcing_regions"):
         still = getattr(args, name) and {*clip_lengths(args)} == {1}
-        refuse_if(args, name, still, "does not apply to clips of one frame; remove it")
-    refuse_if(args, "frame_interval", not ascends, "expected one number, or two in ascending order")
+        if still:
+            raise UserError(
+                f"{flag_text(args, name)}: does not apply to clips of one frame; remove it"
+            )
+    if not ascends:
+        raise UserError(
+            f"{flag_text(args, 'frame_interval')}: expected one number, or two in ascending order"
+        )
     unused = args.lr_decay_end is not None and not args.lr_decay
-    refuse_if(args, "lr_decay_end", unused, "applies to --lr-decay; add that, or remove it")
+    if unused:
+        raise UserError(
+            f"--lr-decay-end {args.lr_decay_end}: applies to --lr-decay; add that, or remove it"
+        )
     too_early = args.lr_decay_end and args.lr_decay_end < last
-    refuse_if(
-        args,
-        "lr_decay_end",
-        too_early,
-        "expected at least the last step of --max-steps or --frames-schedule",
-    )
+    if too_early:
+        raise UserError(
+            f"--lr-decay-end {args.lr_decay_end}: expected at least the last step of --max-steps "
+            "or --frames-schedule"
+        )
     for name in ("ckpt", "inflate"):
         empty = getattr(args, name) == ""
-        refuse_if(
-            args,
-            name,
-            empty,
-            "an empty name; name a checkpoint, or remove it to start from scratch",
-        )
+        if empty:
+            raise UserError(
+                f"{flag_text(args, name)}: an empty name; name a checkpoint, or remove it to "
+                "start from scratch"
+            )
     unknown = args.new_classes and not (args.ckpt or args.inflate)
-    refuse_if(
-        args, "new_classes", unknown, "needs a model of other classes; add --ckpt or --inflate"
-    )
-    refuse_if(
-        args,
-        "inflate",
-        args.inflate and args.ckpt,
-        "a run starts from one model; remove it, or remove --ckpt",
-    )
+    if unknown:
+        raise UserError("--new-classes: needs a model of other classes; add --ckpt or --inflate")
+    if args.inflate and args.ckpt:
+        raise UserError(
+            f"--inflate {args.inflate}: a run starts from one model; remove it, or remove --ckpt"
+        )
     fixed = args.inflate and not (args.video and args.use_rope)
-    refuse_if(
-        args,
-        "inflate",
-        fixed,
-        "starts a video model with rotary positions; add --video and --use-rope",
-    )
+    if fixed:
+        raise UserError(
+            f"--inflate {args.inflate}: starts a video model with rotary positions; add --video "
+            "and --use-rope"
+        )
     parts = world_size() * args.grad_accum
     ranks = f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
     uneven = batch % parts and not schedule
     alone = args.disp and batch == parts
-    refuse_if(
-        args, "global_batch_size", uneven, f"not a multiple of {ranks}; use a multiple of {parts}"
-    )
-    refuse_if(
-        args,
-        "disp",
-        alone,
-        "compares clips, but each rank has one at a time; raise --global-batch-size",
-    )
+    if uneven:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: not a multiple of {ranks}; use a "
+            f"multiple of {parts}"
+        )
+    if alone:
+        raise UserError(
+            "--disp: compares clips, but each rank has one at a time; raise --global-batch-size"
+        )
 
 
 def check_optimizer_flags(args):
     """Raise UserError for a --muon-lr that --optimizer does not use."""
     unused = "muon_lr" in args.typed and args.optimizer != "muon"
-    refuse_if(args, "muon_lr", unused, "applies to --optimizer muon; add that, or remove it")
+    if unused:
+        raise UserError(
+            f"--muon-lr {args.muon_lr}: applies to --optimizer muon; add that, or remove it"
+        )
 
 
 def resolve_latents(args, start):
@@ -268,15 +268,17 @@ def resolve_latents(args, start):
     owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
     if cache:
         differs = args.image_size not in (None, cache["image_size"])
-        refuse_if(
-            args,
-            "image_size",
-            differs,
-            f"the cache --data-path has {cache['image_size']}; remove it",
-        )
+        if differs:
+            raise UserError(
+                f"--image-size {args.image_size}: the cache --data-path has "
+                f"{cache['image_size']}; remove it"
+            )
         others = f"made with the VAE {cache.get('vae')}, {start.flag} with {kept.get('vae')}"
         differs = must_differ(cache.get("vae"), kept.get("vae"))
-        refuse_if(args, "data_path", differs, f"{others}; pass the videos, or a cache of that VAE")
+        if differs:
+            raise UserError(
+                f"--data-path {args.data_path}: {others}; pass the videos, or a cache of that VAE"
+            )
         if not (args.no_flip or cache["flips"]):
             say("note: the cache was made without --with-flips, so no clip is mirrored")
             args = args.resolve(no_flip=True)
@@ -287,12 +289,11 @@ def resolve_latents(args, start):
             getattr(vae, name) != cache[name]
             for name in ("channels", "downsample", "scale", "shift")
         )
-        refuse_if(
-            args,
-            "data_path",
-            differs,
-            f"its VAE differs from {vae.name}; pass its own VAE with --vae",
-        )
+        if differs:
+            raise UserError(
+                f"--data-path {args.data_path}: its VAE differs from {vae.name}; pass its own VAE "
+                "with --vae"
+            )
     check_same(vae, kept.get("vae_sha256"), start.flag)
     size = (
         args.image_size
@@ -310,9 +311,10 @@ def make_config(args, vae, start):
     size = args.image_size
     unit = vae.downsample * (1 if start.state else model_shape(model)["patch_size"])
     near = size // unit * unit or unit
-    refuse_if(
-        args, "image_size", size % unit, f"not a multiple of {unit} (VAE and patch); use {near}"
-    )
+    if size % unit:
+        raise UserError(
+            f"--image-size {args.image_size}: not a multiple of {unit} (VAE and patch); use {near}"
+        )
     names = [name for name in (*MODEL_FLAGS, "num_classes") if getattr(args, name) is not None]
     settings = {name: getattr(args, name) for name in ("num_frames", "use_rope", *names)}
     settings |= {"input_size": args.image_size // vae.downsample, "in_channels": vae.channels}
@@ -365,21 +367,16 @@ def resolve_settings(args, start, config):
     )
     has_energy = config.ebm != "none"
     in_fp16 = args.precision == "fp16"
-    refuse_if(
-        args,
-        "compile",
-        args.compile and has_energy,
-        f"no second derivative for --ebm {config.ebm}; remove it",
-    )
+    if args.compile and has_energy:
+        raise UserError(f"--compile: no second derivative for --ebm {config.ebm}; remove it")
     is_selective = args.grad_checkpoint == "selective"
     advice = f"no second derivative for --ebm {config.ebm}; use full, or remove the flag"
-    refuse_if(args, "grad_checkpoint", is_selective and has_energy, advice)
-    refuse_if(
-        args,
-        "skip_nonfinite",
-        args.skip_nonfinite and in_fp16,
-        "--precision fp16 already does that; remove it",
-    )
+    if is_selective and has_energy:
+        raise UserError(f"--grad-checkpoint {args.grad_checkpoint}: {advice}")
+    if args.skip_nonfinite and in_fp16:
+        raise UserError(
+            f"--skip-nonfinite {args.skip_nonfinite}: --precision fp16 already does that; remove it"
+        )
     for name, skill in (("forcing", "given frames"), ("forcing_regions", "how to heal regions")):
         before = 0 if start.resumes else trained.get(name)
         now = getattr(args, name)
@@ -395,9 +392,11 @@ def resolve_settings(args, start, config):
                 "not forced"
             )
     other = args.forcing_regions and config.objective != "eqm"
-    refuse_if(
-        args, "forcing_regions", other, f"needs --objective eqm, not {config.objective}; remove it"
-    )
+    if other:
+        raise UserError(
+            f"--forcing-regions {args.forcing_regions}: needs --objective eqm, not "
+            f"{config.objective}; remove it"
+        )
     return args
 
 
@@ -428,12 +427,10 @@ def fit_classes(args, config, start, classes):
     """The config with the classes of the data. Raises UserError if the checkpoint has others."""
     num_classes = args.num_classes or len(classes)
     before = start.config["data"].get("classes", classes)
-    refuse_if(
-        args,
-        "num_classes",
-        num_classes < len(classes),
-        f"expected at least the {len(classes)} of --data-path",
-    )
+    if num_classes < len(classes):
+        raise UserError(
+            f"--num-classes {args.num_classes}: expected at least the {len(classes)} of --data-path"
+        )
     if args.new_classes and not start.resumes:
         known = len(set(before) & set(classes))
         count = plural(len(classes), "class")
@@ -452,12 +449,11 @@ def fit_classes(args, config, start, classes):
         # A published model only numbers its classes, so it takes the names of the data
         is_unnamed = not start.inflates and is_published(start.config) and before == numbers
         differ = before != classes and not is_unnamed
-        refuse_if(
-            args,
-            "data_path",
-            differ,
-            f"has the classes {got}, {start.flag} has {expected}; {advice}",
-        )
+        if differ:
+            raise UserError(
+                f"--data-path {args.data_path}: has the classes {got}, {start.flag} has "
+                f"{expected}; {advice}"
+            )
         checkpoint.check(start.flag, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)
 
@@ -620,7 +616,8 @@ def resolve_sampling(args):
         check_plan(*found[-1])
     unused = args.overlap is not None and all(len(plan.window_starts) == 1 for _, plan in found)
     alone = f"applies to several windows, but the {found[0][1].num_frames} frames are made in one"
-    refuse_if(args, "overlap", unused, f"{alone}; add --window, or remove it")
+    if unused:
+        raise UserError(f"--overlap {args.overlap}: {alone}; add --window, or remove it")
     return found
 
 
@@ -629,12 +626,8 @@ def check_sampling(args):
     cli.check_devices()
     cli.check_speed_flags(args)
     for name in () if args.video else ("num_frames", "fps", "time_scale", "given"):
-        refuse_if(
-            args,
-            name,
-            getattr(args, name) not in (None, [1]),
-            "needs videos; add --video, or remove it",
-        )
+        if getattr(args, name) not in (None, [1]):
+            raise UserError(f"{flag_text(args, name)}: needs videos; add --video, or remove it")
     if args.given is None:
         off = {
             "given_frames": None,
@@ -643,26 +636,22 @@ def check_sampling(args):
             "keep_background": True,
         }
         for name, value in off.items():
-            refuse_if(
-                args,
-                name,
-                getattr(args, name) != value,
-                "applies to clips of --given; add that, or remove it",
-            )
+            if getattr(args, name) != value:
+                raise UserError(
+                    f"{flag_text(args, name)}: applies to clips of --given; add that, or remove it"
+                )
     both = None not in (args.given, args.init)
-    refuse_if(
-        args,
-        "given",
-        both,
-        "keeps its frames, but --init changes all of them; remove one of the two flags",
-    )
+    if both:
+        raise UserError(
+            f"{flag_text(args, 'given')}: keeps its frames, but --init changes all of them; "
+            "remove one of the two flags"
+        )
     no_init = args.init_gamma is not None and args.init is None
-    refuse_if(
-        args,
-        "init_gamma",
-        no_init,
-        "sets the share of --init in the initial latents; add --init, or remove it",
-    )
+    if no_init:
+        raise UserError(
+            f"--init-gamma {args.init_gamma}: sets the share of --init in the initial latents; "
+            "add --init, or remove it"
+        )
 
 
 def check_clips(args):
@@ -682,27 +671,22 @@ def check_plan(args, plan):
     windows.
     """
     ended = args.init_gamma == 1 and args.sampler in SOLVERS
-    refuse_if(
-        args,
-        "init_gamma",
-        ended,
-        f"--sampler {args.sampler} integrates from there to 1; use a lower value",
-    )
+    if ended:
+        raise UserError(
+            f"--init-gamma {args.init_gamma}: --sampler {args.sampler} integrates from there to "
+            "1; use a lower value"
+        )
     no_energy = args.report_energy and plan.model.config.ebm == "none"
-    refuse_if(
-        args,
-        "report_energy",
-        no_energy,
-        f"{args.ckpt} was trained without an energy (--ebm); remove it",
-    )
+    if no_energy:
+        raise UserError(
+            f"--report-energy: {args.ckpt} was trained without an energy (--ebm); remove it"
+        )
     for name in ("init", "report_energy") if len(plan.window_starts) > 1 else ():
         several = f"the {plan.num_frames} frames are made in windows of {plan.window}"
-        refuse_if(
-            args,
-            name,
-            getattr(args, name),
-            f"{several}; remove it, or add --window {plan.num_frames}",
-        )
+        if getattr(args, name):
+            raise UserError(
+                f"{flag_text(args, name)}: {several}; remove it, or add --window {plan.num_frames}"
+            )
 
 
 def check_folder(args):
@@ -724,12 +708,11 @@ def check_folder(args):
         own, others = (
             file.parents[1] if file.parent.name == "checkpoints" else file for file in files
         )
-        refuse_if(
-            args,
-            "folder",
-            own != others,
-            f"has samples of {other}; name another folder, or add --overwrite",
-        )
+        if own != others:
+            raise UserError(
+                f"--folder {args.folder}: has samples of {other}; name another folder, or add "
+                "--overwrite"
+            )
 
 
 # Training a VAE -----------------------------------------------------------------------------------
@@ -746,19 +729,17 @@ def check_vae_run(args):
     args = args.resolve(widths=args.widths or [16, 32, 64, 128][:count])
     unit = args.downsample
     ranks = world_size()
-    refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of --downsample {unit}")
-    refuse_if(
-        args,
-        "widths",
-        len(args.widths) != count,
-        f"expected {count} numbers for --downsample {unit}",
-    )
-    refuse_if(
-        args,
-        "global_batch_size",
-        args.global_batch_size % ranks,
-        f"not a multiple of {plural(ranks, 'rank')}",
-    )
+    if args.image_size % unit:
+        raise UserError(f"--image-size {args.image_size}: not a multiple of --downsample {unit}")
+    if len(args.widths) != count:
+        raise UserError(
+            f"{flag_text(args, 'widths')}: expected {count} numbers for --downsample {unit}"
+        )
+    if args.global_batch_size % ranks:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: not a multiple of "
+            f"{plural(ranks, 'rank')}"
+        )
     cli.check_writable("--results-dir", args.results_dir)
     check_data_path(args.data_path, cached=False)
     start = checkpoint.find_resumed(args, vae_run_name(args), read=checkpoint.read_file)

@@ -267,7 +267,8 @@ def write_data_set(out, settings, args):
 
 def check_flags(args):
     """Raise UserError for sizes that can't be drawn."""
-    cli.refuse_if(args, "size", args.size % 2, "an odd number; expected an even number of px")
+    if args.size % 2:
+        raise UserError(f"--size {args.size}: an odd number; expected an even number of px")
     small, large = args.radius
     most = math.floor(1000 * (1 - TRAVEL) / max(BASE, HEIGHT, 2)) / 1000
     if not 0.05 <= small <= large <= most:
