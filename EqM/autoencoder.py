@@ -1,6 +1,4 @@
-"""The small VAE of train_vae.py: its network, losses and PSNR, and the folder that you pass as
---vae DIR.
-"""
+"""The small VAE of train_vae.py: network, losses, PSNR, and the folder of --vae DIR."""
 
 import math
 import os
@@ -37,9 +35,8 @@ def make_autoencoder(widths, latent_channels, image_size):
         mid_block_add_attention=False,
         sample_size=image_size,
     )
-    for block in residual_blocks(
-        model
-    ):  # a deep network learns faster if its blocks change nothing at first
+    # a deep network learns faster if its blocks change nothing at first
+    for block in residual_blocks(model):
         nn.init.zeros_(block.conv2.weight)
         nn.init.zeros_(block.conv2.bias)
     nn.init.constant_(model.quant_conv.bias[latent_channels:], LOG_VARIANCE)
@@ -91,8 +88,9 @@ class Autoencoder(nn.Module):
 
 
 def draw_colors(random, most):
-    """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: random saturation from 0 to `most`,
-    gains, offsets.
+    """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: random saturation, gains, offsets.
+
+    The saturation is from 0 to `most`.
     """
     saturation = most * torch.rand((), generator=random)  # 0: gray
     gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
@@ -101,11 +99,11 @@ def draw_colors(random, most):
 
 
 def jitter_colors(x, seed, indices, share):
-    """Frames (B, 3, H, W) in [-1, 1], a share of them in other colors and with channels in any
-    order.
+    """Frames (B, 3, H, W) in [-1, 1], a share of them in other colors, with channels in any order.
 
     Few videos show few colors, and a VAE learns no others. The result depends on the seed and the
-    frames' indices only."""
+    frames' indices only.
+    """
     matrices = torch.eye(3).repeat(len(x), 1, 1)
     offsets = torch.zeros(len(x), 3, 1, 1)
     for matrix, offset, index in zip(matrices, offsets, indices, strict=True):
@@ -121,7 +119,8 @@ def jitter_colors(x, seed, indices, share):
 
 def losses_of(x, reconstruction, mean, logvar):
     """{name: loss}, for their sum: absolute errors of pixels and of their gradients, and KL
-    divergence per latent value (Kingma and Welling, arXiv 1312.6114, appendix B)."""
+    divergence per latent value (Kingma and Welling, arXiv 1312.6114, appendix B).
+    """
     error = reconstruction.float() - x
     gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
@@ -129,8 +128,9 @@ def losses_of(x, reconstruction, mean, logvar):
 
 
 def psnr(real, decoded):
-    """Peak signal-to-noise ratio of each of uint8 images (B, H, W, 3), in dB: (B,). Equal images
-    have 99.
+    """Peak signal-to-noise ratio of each of uint8 images (B, H, W, 3), in dB: (B,).
+
+    Equal images have 99.
     """
     error = (real.double() - decoded.double()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 / 10**9.9))
@@ -138,11 +138,11 @@ def psnr(real, decoded):
 
 @torch.no_grad()
 def measure(model, loader, device):
-    """({"psnr", "latent_mean", "latent_std"}, this rank's corrupt videos) for the frames of the
-    ranks' loaders.
+    """({"psnr", "latent_mean", "latent_std"}, this rank's corrupt videos) for frames of loaders.
 
     psnr is the mean in dB over the frames, decoded from their mean latents. The statistics are over
-    all latent values. The results are the same on all ranks and for any number of ranks."""
+    all latent values. The results are the same on all ranks and for any number of ranks.
+    """
     rows = []
     corrupt = []
     vae = VAE("measured", model)
@@ -168,8 +168,9 @@ def measure(model, loader, device):
 
 
 def export(model, folder, statistics):
-    """Write an AutoencoderKL as a folder for --vae DIR. A kill may leave no folder, but never half
-    of one.
+    """Write an AutoencoderKL as a folder for --vae DIR.
+
+    A kill may leave no folder, but never half of one.
     """
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))

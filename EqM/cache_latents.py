@@ -1,17 +1,18 @@
 """Decode and encode every video once, so that training steps don't have to: videos -> a cache.
 
-    torchrun --nproc_per_node=8 EqM/cache_latents.py --data-path datasets/ucf-101 --vae ema --image-size 256 \
-        --out datasets/ucf-101-latents
+    torchrun --nproc_per_node=8 EqM/cache_latents.py --data-path datasets/ucf-101 --vae ema \
+        --image-size 256 --out datasets/ucf-101-latents
 
 Then train with --data-path datasets/ucf-101-latents. The same command continues after an
 interruption. It also updates the cache after you add, remove or change videos. The bytes do not
 depend on interruptions or the number of ranks. On the CPU, the last bits of latents depend on the
 number of threads (OMP_NUM_THREADS).
 
-    OUT/<Class>/<stem>.safetensors   posterior mean and std of every frame, float16 (T, C, h, w); with --with-flips
-                                     also mean_flipped and std_flipped; with --vae none only pixels,
-                                     uint8 (T, 3, H, W)
-    OUT/latents.json                 settings and videos, written last: a cache with this file is complete
+    OUT/<Class>/<stem>.safetensors   posterior mean and std of every frame, float16 (T, C, h, w);
+                                     with --with-flips also mean_flipped and std_flipped; with
+                                     --vae none only pixels, uint8 (T, 3, H, W)
+    OUT/latents.json                 settings and videos, written last: a cache with this file is
+                                     complete
     OUT/latents.partial.json         settings of a cache that is not complete
 """
 
@@ -96,8 +97,9 @@ def parse_args():
 
 
 def cache_settings(args, vae):
-    """The settings in latents.json, which all videos share. Raises UserError if --image-size does
-    not fit the VAE.
+    """The settings in latents.json, which all videos share.
+
+    Raises UserError if --image-size does not fit the VAE.
     """
     if args.image_size % vae.downsample:
         raise UserError(
@@ -111,9 +113,7 @@ def cache_settings(args, vae):
 
 
 def check_out(out, settings):
-    """Raise UserError unless `out` is new, empty, or a cache with these settings, complete or
-    not.
-    """
+    """Raise UserError unless `out` is new, empty, or a cache of these settings, maybe partial."""
     names = os.listdir(out) if os.path.exists(out) else []
     if present := [name for name in (LATENTS_FILE, PARTIAL_FILE) if name in names]:
         try:
@@ -135,35 +135,32 @@ def check_out(out, settings):
 
 
 def plan_encoding(args):
-    """(source, videos that still need encoding, CorruptVideos so far), on one rank. Raises
-    UserError.
+    """(source, videos that still need encoding, CorruptVideos so far), on one rank.
+
+    Raises UserError.
     """
     files = source.open_source(args.data_path, args.image_size, index_folder=args.out)
     bad_videos = index.CorruptVideos(files.scan, args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is skipped")
     for video in files.videos():
-        if (
-            excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255
-        ) > 0:  # .tmp: while it is written
+        # .tmp: while it is written
+        if (excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255) > 0:
             name = f"the name of {video.path[:60]}... is too long for a file of the cache"
             raise UserError(
                 f"--data-path {args.data_path}: {name}; shorten it by {plural(excess, 'byte')}"
             )
     todo = find_changed(args.out, files)
-    return (
-        files,
-        sorted(todo, key=lambda video: -video.num_frames),
-        bad_videos,
-    )  # ranks get similar numbers of frames
+    # ranks get similar numbers of frames
+    return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos
 
 
 def find_changed(out, files):
-    """The videos of a Files that are new or have changed since their files in the cache `out` were
-    written.
+    """The videos of a Files that are new or have changed since their files in `out` were written.
 
     Files of earlier versions record no time of change. They stay valid while their video has the
-    recorded size and is not newer than they are: encoding a whole cache again may take days."""
+    recorded size and is not newer than they are: encoding a whole cache again may take days.
+    """
     changed = []
     num_untimed = 0
     for video in files.videos():
@@ -225,9 +222,7 @@ def main():
 
 
 def begin_cache(args, settings, files):
-    """Mark --out as an unfinished cache unless it is complete, and remove temporary files of a
-    crash.
-    """
+    """Mark --out as unfinished unless it is complete, and remove temporary files of a crash."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / LATENTS_FILE).exists():
@@ -237,8 +232,9 @@ def begin_cache(args, settings, files):
 
 
 def encode_videos(args, vae, device, files, todo, bad_videos):
-    """Write the cache files of the videos in `todo`. Raises CorruptDataError if too many are
-    corrupt.
+    """Write the cache files of the videos in `todo`.
+
+    Raises CorruptDataError if too many are corrupt.
     """
 
     def cache(video):
@@ -251,9 +247,8 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
             tensors = encode_video(vae, device, files, video, args.with_flips)
             write_file(path, safetensors.torch.save(tensors, metadata))
 
-    threads = (
-        source.THREADS if args.vae == "none" else 1
-    )  # a thread keeps all latents of its video in memory
+    # a thread keeps all latents of its video in memory
+    threads = source.THREADS if args.vae == "none" else 1
     size = ROUND * world_size()
     hidden = rank() != 0 or not todo
     with Bar(
@@ -289,8 +284,9 @@ def encode_video(vae, device, files, video, with_flips):
 
 
 def finish_cache(args, settings, files, bad_videos):
-    """Write latents.json, which completes the cache. Raises CorruptDataError if no video could be
-    decoded.
+    """Write latents.json, which completes the cache.
+
+    Raises CorruptDataError if no video could be decoded.
     """
     videos = [
         replace(video, path=cached_path(video))

@@ -4,14 +4,16 @@
 For all three, `load` returns this dict of tensors and plain Python values. Only files of train.py
 have a "run":
     version    format of the file
-    config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": all flags, "typed": the
-               names of the flags that the user typed}
+    config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": all
+               flags, "typed": the names of the flags that the user typed}
     model, ema flat state dicts
-    optimizer  {"kind": "adamw" or "muon", "states": [state dicts], "scaler": state dict}; None in other files
+    optimizer  {"kind": "adamw" or "muon", "states": [state dicts], "scaler": state dict}; None in
+               other files
     step       global step, over all phases
     phase      the other fields of Progress
     best_loss  lowest validation loss of the phase
-    run        {"window": averages of steps that are not logged yet, or None, "bad_videos": paths of corrupt videos}
+    run        {"window": averages of steps that are not logged yet, or None, "bad_videos": paths of
+               corrupt videos}
 """
 
 import hashlib
@@ -53,8 +55,9 @@ SETTINGS = {  # names that every config has
 
 @dataclass
 class Progress:
-    """The progress of a run. Steps are global: a phase that starts from a checkpoint continues the
-    count.
+    """The progress of a run.
+
+    Steps are global: a phase that starts from a checkpoint continues the count.
     """
 
     step: int = 0
@@ -85,6 +88,7 @@ class Progress:
 
 def save(path, state):
     """Write a checkpoint to `path`, which has its old or its complete new content at any time.
+
     Raises UserError.
     """
     needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
@@ -115,11 +119,11 @@ def run_state(config, model, ema, optimizers, scaler, progress):
 
 
 class Writer:
-    """Write the checkpoints of a run in a thread of rank 0. Training pauses only while the tensors
-    are copied.
+    """Write the checkpoints of a run in a thread of rank 0.
 
-    The next call of a method raises the thread's error. All ranks gather the full tensors of a
-    sharded state."""
+    Training pauses only while the tensors are copied. The next call of a method raises the thread's
+    error. All ranks gather the full tensors of a sharded state.
+    """
 
     def __init__(self, folder):
         self.path = Path(folder, "checkpoints", "latest.pt")
@@ -129,8 +133,9 @@ class Writer:
         self.writing = None
 
     def write(self, state, names, before, after):
-        """Save a state as latest.pt and under `names`, between before() and after(). All ranks call
-        this.
+        """Save a state as latest.pt and under `names`, between before() and after().
+
+        All ranks call this.
         """
         self.wait()
         self.check_memory(state)
@@ -156,9 +161,7 @@ class Writer:
         self.writing = self.thread.submit(run)
 
     def copy(self, place, value):
-        """A copy of a value in the state on the CPU, in the memory of the previous copy if the
-        shapes agree.
-        """
+        """A copy of a value on the CPU, in the memory of the previous copy if the shapes agree."""
         if not isinstance(value, torch.Tensor):
             return value
         value = full_tensor(value)
@@ -169,9 +172,7 @@ class Writer:
         return self.copies[place].copy_(value, non_blocking=True)
 
     def check_memory(self, state):
-        """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's
-        host memory.
-        """
+        """Raise UserError, on all ranks, if the copy of a sharded state exceeds rank 0's memory."""
         if not any(map(is_sharded, state["model"].values())):
             return
         tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
@@ -211,11 +212,11 @@ def complete_names(start, phases, every):
 
 
 def load(path, parts=PARTS, model=None, ebm=None):
-    """The dict of a checkpoint. model, ebm: --model and --ebm, for published files. Raises
-    UserError.
+    """The dict of a checkpoint. model, ebm: --model and --ebm, for published files.
 
-    The tensors stay in the file, so no rank needs its own copy. Only those of `parts` are checked
-    for damage."""
+    Raises UserError. The tensors stay in the file, so no rank needs its own copy. Only those of
+    `parts` are checked for damage.
+    """
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
     elif published := published_parts(state := read_file(path, parts)):
@@ -232,15 +233,15 @@ def load(path, parts=PARTS, model=None, ebm=None):
         part for part, names in SETTINGS.items() if not names <= state["config"][part].keys()
     ]
     if lacking or not isinstance(state["step"], int):
-        raise UserError(
-            f"--ckpt {path}: lacks settings; commit f311e33 reads older files"
-        )  # the last one to
+        # the last commit that reads them
+        raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")
     return state
 
 
 def load_inflated(args):
-    """The dict of a checkpoint that --inflate makes of an image model's EMA weights. Raises
-    UserError.
+    """The dict of a checkpoint that --inflate makes of an image model's EMA weights.
+
+    Raises UserError.
     """
     path = args.inflate
     flag = f"--inflate {args.inflate}"
@@ -266,10 +267,8 @@ def load_inflated(args):
         raise UserError(
             f"{flag}: {error}; change --temporal-patch-size, the clips' length or the model"
         ) from error
-    training = state["config"]["training"] | {
-        "num_frames": 1,
-        "video": True,
-    }  # with the settings of its sampler
+    # with the settings of its sampler
+    training = state["config"]["training"] | {"num_frames": 1, "video": True}
     return from_elsewhere(
         {"model": asdict(config), "data": data, "training": training}, weights, weights, 0
     )
@@ -312,10 +311,9 @@ def from_elsewhere(config, model, ema, step, version=VERSION):
 
 
 def load_model(path, use_ema=True, model=None, video=None, **checks):
-    """(network in eval mode on the CPU, config of the file, step) of a checkpoint. Raises
-    UserError.
+    """(network in eval mode on the CPU, config of the file, step) of a checkpoint.
 
-    model, video, checks: see `config_of`.
+    Raises UserError. model, video, checks: see `config_of`.
     """
     part = "ema" if use_ema else "model"
     flag = f"--ckpt {path}"
@@ -362,15 +360,15 @@ def load_run(start, model, ema, optimizers, scaler):
         )
     if state["optimizer"]:  # exported and published models have none
         load_optimizers(optimizers, state["optimizer"]["states"])
-        if (
-            scaler.is_enabled() and state["optimizer"]["scaler"]
-        ):  # the last phase may have been in bf16
+        # the last phase may have been in bf16
+        if scaler.is_enabled() and state["optimizer"]["scaler"]:
             scaler.load_state_dict(state["optimizer"]["scaler"])
 
 
 def load_optimizers(optimizers, saved):
-    """Restore the optimizers' state of each weight; settings such as the learning rate come from
-    the flags.
+    """Restore the optimizers' state of each weight.
+
+    Settings such as the learning rate come from the flags.
     """
     for optimizer, state in zip(optimizers, saved, strict=True):
         weights = optimizer.param_groups[0]["params"]
@@ -389,11 +387,11 @@ def load_optimizers(optimizers, saved):
 
 
 def config_of(flag, state, model=None, video=None, **asked):
-    """The EqMConfig of a loaded checkpoint. Raises UserError if it is invalid or does not match the
-    weights.
+    """The EqMConfig of a loaded checkpoint.
 
-    model, video, asked: the --model, the --video and the fields that it must have; None is not
-    checked."""
+    Raises UserError if it is invalid or does not match the weights. model, video, asked: the
+    --model, the --video and the fields that it must have; None is not checked.
+    """
     training = state["config"]["training"]
     if model not in (None, training["model"]):
         raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
@@ -425,8 +423,9 @@ def config_of(flag, state, model=None, video=None, **asked):
 
 
 def check(flag, saved, **asked):
-    """Raise UserError, beginning with `flag`, unless an EqMConfig has the values of `asked`; None
-    is not checked.
+    """Raise UserError, beginning with `flag`, unless an EqMConfig has the values of `asked`.
+
+    None is not checked.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked.pop("use_rope", saved.use_rope) != saved.use_rope:
@@ -460,9 +459,7 @@ def check(flag, saved, **asked):
 
 @dataclass
 class Start:
-    """Where training starts: from scratch, from --ckpt or --inflate, or at the last checkpoint of a
-    run.
-    """
+    """Where training starts: from scratch, --ckpt or --inflate, or at a run's last checkpoint."""
 
     progress: Progress
     path: Path | None = None  # of the checkpoint
@@ -507,7 +504,8 @@ def find_start(args, name):
     --inflate, else scratch.
 
     A new phase takes model, EMA, optimizer and step from --ckpt. From --inflate it takes the EMA
-    weights, at step 0. Raises UserError."""
+    weights, at step 0. Raises UserError.
+    """
     ckpt = args.ckpt or args.inflate
     start = find_resumed(args, name, ckpt)
     if start.resumes and ckpt and not start.restarts and distributed.rank() == 0:
@@ -540,8 +538,9 @@ def check_optimizer(start, args):
 
 
 def find_resumed(args, name, ckpt=None, read=load):
-    """The Start at the newest run of that name, locked, if --resume or a restart asks for it; else
-    from scratch.
+    """The Start at the newest run of that name, locked, if --resume or a restart asks for it.
+
+    Else from scratch.
     """
     folder = newest_run(args.results_dir, name)
     start = Start(Progress())
@@ -563,9 +562,8 @@ def find_resumed(args, name, ckpt=None, read=load):
     if state := start.state:
         start.resumes = True
         start.bad_videos = state["run"]["bad_videos"]
-        start.unlogged = deepcopy(
-            state["run"]["window"]
-        )  # or the file would stay open during the run
+        # or the file would stay open during the run
+        start.unlogged = deepcopy(state["run"]["window"])
         check_optimizer(start, args)
         check_last_step(args, state["step"], least=state["step"])
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
@@ -613,8 +611,9 @@ def start_weights(args, model):
 
 
 def check_not_deleted(folder):
-    """Raise UserError if the run has saved checkpoints and all are gone. A run killed before it
-    saved starts over.
+    """Raise UserError if the run has saved checkpoints and all are gone.
+
+    A run killed before it saved starts over.
     """
     place = Path(folder, "checkpoints")
     metrics = Path(folder, "metrics.jsonl")
@@ -632,6 +631,7 @@ def check_not_deleted(folder):
 
 def newest_checkpoint(folder, read=load):
     """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one.
+
     Names damaged ones.
     """
     intact = []

@@ -1,7 +1,7 @@
-"""Score folders of samples against real clips, and write the values with all that they depend on to
-a manifest.
+"""Score folders of samples against real clips; write values and all they depend on to a manifest.
 
-    python EqM/evaluate.py --metric motion --samples samples --data-path datasets/moving-shapes --out motion.json
+    python EqM/evaluate.py --metric motion --samples samples --data-path datasets/moving-shapes \
+        --out motion.json
     python EqM/evaluate.py --manifest motion.json --out again.json
 
 docs/evaluation.md lists the metrics. The modules of scoring/ say how each is measured.
@@ -61,13 +61,8 @@ FREE_FLAGS = {
     "num_workers",
     "tolerance",
 }
-OWN = {
-    "samples",
-    "sheet",
-    "grid",
-    "evaluations",
-    "energy",
-}  # file names that sample_gd.py uses in its folders
+# file names that sample_gd.py uses in its folders
+OWN = {"samples", "sheet", "grid", "evaluations", "energy"}
 CHOOSES = {
     "nearest": {"split"},
     "prediction": {"split", "num_real"},
@@ -248,8 +243,9 @@ def check_flags(args):
 
 
 def find_real(args, samples, detector):
-    """(Clips of the real videos, training videos, Truth, the manifest without its values). Raises
-    UserError.
+    """(Clips of the real videos, training videos, Truth, the manifest without its values).
+
+    Raises UserError.
     """
     metric = args.metric
     T = samples.num_frames
@@ -300,8 +296,9 @@ def find_real(args, samples, detector):
 
 
 def score(args, samples, out, clips, training, truth, new, detector, device, corrupt):
-    """(values, result, lines to print) on rank 0. Adds paths of real videos that can't be decoded
-    to `corrupt`.
+    """(values, result, lines to print) on rank 0.
+
+    Adds paths of real videos that can't be decoded to `corrupt`.
     """
     count = new["real"]["num_clips"]  # None: classifier reads entire videos instead
     real = sources.real_stream(clips, distributed.own_indices(count or 0), args, corrupt)
@@ -325,8 +322,9 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
 
 
 def run(args, samples, real, detector, old, device):
-    """Score samples and write the manifest. Returns a line if the values differ from the manifest
-    `old`, else None.
+    """Score samples and write the manifest.
+
+    Returns a line if the values differ from the manifest `old`, else None.
     """
     out = Path(args.out if len(args.samples) == 1 else samples.folder / args.out)
     *real, new = distributed.broadcast(real)
@@ -367,17 +365,15 @@ def main():
         for folder in dict.fromkeys(args.samples):
             samples = sources.Samples(folder)
             samples.check(args.metric, args.keep_background)
-            real = (
-                find_real(args, samples, detector) if distributed.rank() == 0 else None
-            )  # the others wait in start()
+            # the others wait in start()
+            real = find_real(args, samples, detector) if distributed.rank() == 0 else None
             if old and real:
                 manifest.check_same(old, real[-1])
             jobs.append((samples, real))
     with one_line_errors(ValueError):  # features that are not finite
         device = distributed.start()
-        distributed.set_precision(
-            "fp32"
-        )  # no TF32, which changes features and the exact sums of nearest
+        # no TF32, which changes features and the exact sums of nearest
+        distributed.set_precision("fp32")
         differences = [run(args, *job, detector, old, device) for job in jobs]
     distributed.stop()
     if any(differences):

@@ -1,6 +1,4 @@
-"""Generate clips from a checkpoint: sampler settings, what to sample, and the loop over batches and
-windows.
-"""
+"""Generate clips from a checkpoint: sampler settings, what to sample, batches and windows."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -105,16 +103,16 @@ def add_sampling_flags(parser):
 
 
 def resolve_sampler(args, training, objective):
-    """Return {flag: value} from the command line, else config["training"], else SAMPLER. Raises
-    UserError.
+    """Return {flag: value} from the command line, else config["training"], else SAMPLER.
+
+    Raises UserError.
     """
     usual = SAMPLER | ({} if objective == "eqm" else {"sampler": "euler"})
     kept = {name: training.get(name, value) for name, value in usual.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     path = ("num_sampling_steps", "stepsize")
-    if (
-        kept["sampler"] in SOLVERS and args.sampler in DESCENTS
-    ):  # solvers have no path length to keep
+    # solvers have no path length to keep
+    if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:
         kept |= {name: SAMPLER[name] for name in path}
     values = kept | typed
     endless = objective != "eqm" and values["sampler"] in DESCENTS
@@ -215,24 +213,23 @@ def cast_products(model, precision):
     Outputs under autocast are bit-equal.
     """
     for module in model.modules() if precision in distributed.MIXED else ():
-        if isinstance(
-            module, nn.Linear | nn.Conv3d
-        ):  # PatchEmbed's convolution is a matrix product, too
+        # PatchEmbed's convolution is a matrix product, too
+        if isinstance(module, nn.Linear | nn.Conv3d):
             module.to(distributed.MIXED[precision])
 
 
 def open_checkpoint(args):
-    """Check what needs no GPU. Returns ({name: value} of flags that follow from --ckpt, Plan).
-    Raises UserError.
+    """Check what needs no GPU.
+
+    Returns ({name: value} of flags that follow from --ckpt, Plan). Raises UserError.
     """
     names = ("model", "video", "use_rope", "ebm", "objective", "temporal_patch_size", "num_classes")
     checks = {name: getattr(args, name) for name in names}
     model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
     data = config["data"]
     training = config["training"]
-    # published models: none
     trained = training["num_frames"]
-    forcing = training.get("forcing", 0.0)
+    forcing = training.get("forcing", 0.0)  # published models: none
     if trained <= model.config.temporal_patch_size:
         forcing = 0.0  # training never forces clips of one temporal patch
     num_frames = args.num_frames or trained
@@ -273,8 +270,9 @@ def open_checkpoint(args):
 
 
 def open_weak(args, strong, data, window):
-    """The model of --weak-ckpt, or None. Raises UserError unless it has the classes and latents of
-    --ckpt.
+    """The model of --weak-ckpt, or None.
+
+    Raises UserError unless it has the classes and latents of --ckpt.
     """
     if args.weak_ckpt is None:
         return None
@@ -317,19 +315,18 @@ def say_plan(args, plan):
 
 
 def choose_windows(args, config, num_frames, trained, data, time_scale, forcing):
-    """Return (frames per window, overlap of two windows) for videos of num_frames frames. Raises
-    UserError.
+    """Return (frames per window, overlap of two windows) for videos of num_frames frames.
 
-    By default a window has at least the frames and the duration of the longest training clip.
-    Without forcing, or with --rope-scale, which squeezes all frames into the trained span, one
-    window covers the video."""
+    Raises UserError. By default a window has at least the frames and the duration of the longest
+    training clip. Without forcing, or with --rope-scale, which squeezes all frames into the trained
+    span, one window covers the video.
+    """
     usual = num_frames
     patch = config.temporal_patch_size
     if forcing and args.rope_scale == "none":
         stretch = data["longest_time_scale"] / time_scale if config.use_rope else 1
-        usual = max(
-            trained, math.floor(trained * stretch / patch + 1e-6) * patch
-        )  # whole temporal patches
+        # whole temporal patches
+        usual = max(trained, math.floor(trained * stretch / patch + 1e-6) * patch)
     window = min(num_frames, args.window or usual)
     if window < num_frames and not args.window:
         window = config.whole_levels(window)
@@ -362,8 +359,9 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
 
 
 def open_vae(args, config, data):
-    """Load the VAE of a checkpoint, from --vae or else from where it was in training. Raises
-    UserError.
+    """Load the VAE of a checkpoint, from --vae or else from where it was in training.
+
+    Raises UserError.
     """
     vae = load_vae(args.vae, data["vae"], "the checkpoint")
     size = config.input_size * vae.downsample
@@ -382,6 +380,7 @@ def open_vae(args, config, data):
 
 def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
     """Squeeze the rotary time positions of longer clips into the trained span for --rope-scale.
+
     Raises UserError.
     """
     if args.rope_scale == "none":
@@ -398,8 +397,9 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
 
 
 def choose_labels(args, names):
-    """Return the class of each sample, (num_samples,) int64: --classes in turn. Raises
-    UserError.
+    """Return the class of each sample, (num_samples,) int64: --classes in turn.
+
+    Raises UserError.
     """
     known = {str(label): label for label in range(len(names))} | {
         name: label for label, name in enumerate(names)
@@ -460,8 +460,7 @@ def generate(
     strict=True,
     before_evaluation=lambda: None,
 ):
-    """Generate the samples `indices` of a Plan, batch by batch and window by window, with one
-    progress bar.
+    """Generate the samples `indices` of a Plan by batch and window, with one progress bar.
 
     The noise of a sample depends only on seed, index and window. Each window starts with the last
     frames of the previous one. A batch without any condition has no guidance by class.
@@ -478,7 +477,8 @@ def generate(
 
     Yields for each window of each batch: the samples' indices, the number of the first new frame,
     the new frames uint8 (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without
-    `energy`."""
+    `energy`.
+    """
     starts = plan.window_starts
     most = count_evaluations(settings)
     settings = settings | {"start_gamma": init_gamma}
@@ -523,12 +523,13 @@ def generate(
 
 
 def sample_window(plan, x, condition, time_scale, masked, settings, energy, strict, step):
-    """Follow the guided field of a Plan from x (B, C, T, H, W). Returns (samples, evaluations (B,),
-    energies or None).
+    """Follow the guided field of a Plan from x (B, C, T, H, W).
 
-    Samples are float32; settings["precision"] applies to the network only. masked: from
-    `masked_part`. step(number of running samples) is called before each evaluation. Energies are
-    (B, num_steps), NaN after a sample has stopped."""
+    Returns (samples, evaluations (B,), energies or None). Samples are float32;
+    settings["precision"] applies to the network only. masked: from `masked_part`. step(number of
+    running samples) is called before each evaluation. Energies are (B, num_steps), NaN after a
+    sample has stopped.
+    """
     if masked and masked["mask"].all():  # nothing to sample
         return masked["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
     settings = dict(settings)
@@ -565,20 +566,19 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
 
 
 def masked_part(plan, x, start, clips, mask, tail):
-    """Return the arguments `given` and `mask` of `samplers.sample` for the window x that begins at
-    frame `start`.
+    """Return the arguments `given` and `mask` of `samplers.sample` for the window x from `start`.
 
     They hold the given frames, where mask (n, T) of clips uint8 (n, 3, T, H, W) is true, and
-    `tail`, the last latents of the previous window. Returns {} if both are None."""
+    `tail`, the last latents of the previous window. Returns {} if both are None.
+    """
     if mask is None and tail is None:
         return {}
     latents = torch.zeros_like(x)
     masked = torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
     if mask is not None:
         masked[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
-        if len(
-            used := masked.any(dim=0).nonzero()[:, 0]
-        ):  # encoding takes long, so only given frames
+        # encoding takes long, so only given frames
+        if len(used := masked.any(dim=0).nonzero()[:, 0]):
             latents[:, :, used] = plan.vae.encode(clips[:, :, start + used])
     if tail is not None:
         latents[:, :, : plan.overlap] = tail

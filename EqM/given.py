@@ -22,23 +22,21 @@ class ClipReader:
     clip the first again.
 
     frames holds the frame numbers to read from each clip. The constructor reads the clips of the
-    samples `indices` once, so it raises UserError if one can't be read."""
+    samples `indices` once, so it raises UserError if one can't be read.
+    """
 
     def __init__(self, plan, clips, frames, indices, per_clip=1):
         self.plan = plan
         self.clips = clips
         self.frames = frames
-        self.numbers = [
-            index // per_clip % len(clips) for index in range(len(plan.labels))
-        ]  # each sample's clip
+        # each sample's clip
+        self.numbers = [index // per_clip % len(clips) for index in range(len(plan.labels))]
         self.read = lru_cache(KEPT_CLIPS)(self.read_clip)
         for number in sorted({self.numbers[index] for index in indices}):
             self.read(number)
 
     def read_clip(self, number):
-        """Return the frames to read, uint8 (3, T, H, W) with the others black, and a mask (T,) of
-        them.
-        """
+        """Return the frames to read, uint8 (3, T, H, W), others black, and a mask (T,) of them."""
         T = self.plan.num_frames
         size = self.plan.image_size
         frames = list(self.frames[number])
@@ -69,10 +67,10 @@ class ClipReader:
 
 def open_given(args, plan, clips, indices):
     """Return the ClipReader of --given, and set the classes and frame rates of the plan's samples.
-    Raises UserError.
 
-    The class of a sample is the folder of its clip if the model has this class, else from
-    --classes, else none. With --classes none, no sample has a class."""
+    Raises UserError. The class of a sample is the folder of its clip if the model has this class,
+    else from --classes, else none. With --classes none, no sample has a class.
+    """
     clips = clips[: math.ceil(len(plan.labels) / args.samples_per_clip)]
     frames = [choose_frames(args, plan, clip) for clip in clips]
     given = ClipReader(plan, clips, frames, indices, args.samples_per_clip)
@@ -97,8 +95,9 @@ def open_given(args, plan, clips, indices):
 
 
 def choose_frames(args, plan, clip):
-    """Return the numbers of the given frames, which are the same in the clip and the sample. Raises
-    UserError.
+    """Return the numbers of the given frames, which are the same in the clip and the sample.
+
+    Raises UserError.
     """
     T = plan.num_frames
     config = plan.model.config
@@ -128,8 +127,9 @@ def choose_frames(args, plan, clip):
 
 
 class DrawnClip:
-    """A clip of a data folder, drawn from a Clips as in evaluate.py. Has the interface of
-    video.inputs.InputClip.
+    """A clip of a data folder, drawn from a Clips as in evaluate.py.
+
+    Has the interface of video.inputs.InputClip.
     """
 
     def __init__(self, flag, clips, index):
@@ -147,8 +147,9 @@ class DrawnClip:
         return self.clips.num_frames
 
     def read(self, frames, seconds_per_frame, image_size):
-        """Return frames by their numbers, uint8 (3, n, image_size, image_size). Raises
-        UserError.
+        """Return frames by their numbers, uint8 (3, n, image_size, image_size).
+
+        Raises UserError.
         """
         sample = self.clips[self.index]
         if sample["corrupt"]:
@@ -163,19 +164,20 @@ class Details:
     A VAE blurs, so a static background would jump after the last given frame. What the VAE lost in
     that frame is added to later frames, wherever they equal its decoded version. Frames before all
     given ones use the first given frame. clips are uint8 (n, 3, T, H, W); mask (n, T) is true for
-    given frames."""
+    given frames.
+    """
 
     def __init__(self, clips, mask, keep_background=True):
         self.real = clips.permute(0, 2, 3, 4, 1)
         self.mask = mask
         self.keep_background = keep_background
-        # The last given frame so far: (decoded, as read, whether it is given), (n, 1, ...); empty
-        # at first.
+        # The last given frame so far: (decoded, as read, is it given?), (n, 1, ...), or empty.
         self.before = self.real[:, :0], self.real[:, :0], mask[:, :0]
 
     def add(self, videos, first):
-        """Return decoded frames uint8 (n, k, H, W, 3) with detail. Call it in order; `first` is the
-        first frame.
+        """Return decoded frames uint8 (n, k, H, W, 3) with detail.
+
+        Call it in order; `first` is the first frame.
         """
         part = slice(first, first + videos.shape[1])
         own = videos, self.real[:, part], self.mask[:, part]
@@ -193,9 +195,8 @@ class Details:
             before = decoded[place].float()
             frame = decoded[:, t].float()
             change = (frame - before).abs().amax(dim=-1, keepdim=True)
-            static = (
-                torch.exp(-((change / STATIC) ** 2)) * mask[place][:, None, None, None]
-            )  # 0 without given frames
+            # 0 without given frames
+            static = torch.exp(-((change / STATIC) ** 2)) * mask[place][:, None, None, None]
             detailed.append(
                 (frame + static * (real[place].float() - before)).round().clamp(0, 255).byte()
             )
@@ -205,8 +206,9 @@ class Details:
 
 
 def nearest_given(mask):
-    """Return (n, T): the last given frame up to each frame, or else the first. mask (n, T) is true
-    for given frames.
+    """Return (n, T): the last given frame up to each frame, or else the first.
+
+    mask (n, T) is true for given frames.
     """
     last = (
         torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(dim=1).values
@@ -215,8 +217,9 @@ def nearest_given(mask):
 
 
 def frame_ranges(text):
-    """Return (0, 1, 2, 3, 12, 13) for "0-3,12-13". A `type=` for argparse: raises
-    ArgumentTypeError.
+    """Return (0, 1, 2, 3, 12, 13) for "0-3,12-13".
+
+    A `type=` for argparse: raises ArgumentTypeError.
     """
     frames = set()
     for part in text.split(","):

@@ -9,8 +9,9 @@ approximation.
 - The output layer is repeated for each frame.
 - The first temporal patch is at time 0, where rotary positions turn nothing. Height and width keep
   the image model's positions, rotary or a fixed table.
-- The embedding of the frame rate starts as the image model's, for all frame rates. Training can
-change that."""
+- The embedding of the frame rate starts as the image model's, for all frame rates. Training
+  can change that.
+"""
 
 from dataclasses import replace
 
@@ -28,13 +29,13 @@ def inflate(
     rope_theta=None,
     time_scale=1 / REFERENCE_FPS,
 ):
-    """Return the state dict and the EqMConfig of a video model for num_frames, from those of an
-    image model.
+    """Return state dict and EqMConfig of a video model for num_frames, from an image model's.
 
     temporal_patch_size: frames per patch, default: the spatial size. rope_theta: base of the
     frequencies of time for a model with fixed positions; others keep their own. time_scale: seconds
     per frame in the image model's training. Raises ValueError if the model or num_frames don't fit
-    rotary time or the temporal patch."""
+    rotary time or the temporal patch.
+    """
     pt = temporal_patch_size or config.patch_size
     time = {}
     if not config.use_rope:
@@ -52,9 +53,8 @@ def inflate(
         weights[name].float()
         for name in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias")
     )
-    features = number_features(
-        torch.log2(torch.tensor(REFERENCE_FPS * time_scale))
-    )  # of the image model's frame rate
+    # of the image model's frame rate
+    features = number_features(torch.log2(torch.tensor(REFERENCE_FPS * time_scale)))
     output = [f"final_layer.linear.{name}" for name in ("weight", "bias")]
     return weights | {
         "x_embedder.proj.weight": kernel.expand(-1, -1, pt, -1, -1) / pt,  # (D, C, pt, p, p)

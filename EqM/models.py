@@ -1,9 +1,9 @@
-"""The network: a DiT (arXiv 2212.09748) with 3D patches, which is not told the noise level unless
-it learns "flow".
+"""The network: a DiT (arXiv 2212.09748) with 3D patches. Only "flow" is told the noise level.
 
 Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding of queries and keys
 (rope.py). With `ebm` the field is minus the gradient of a scalar energy (EqM-E). Parameters have
-the names of the published image models."""
+the names of the published image models.
+"""
 
 import logging
 import math
@@ -29,10 +29,8 @@ from transport import OBJECTIVES
 
 EBMS = ("none", "dot", "l2")
 POSITION_TABLES = ("none", "space")
-GRAD_CHECKPOINTS = (
-    "full",
-    "selective",
-)  # recompute all of a block, or all but what `keep_expensive` keeps
+# recompute all of a block, or all but what `keep_expensive` keeps
+GRAD_CHECKPOINTS = "full", "selective"
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 PLAIN_TOKENS = 512  # see attend
 FEATURES = 256  # sinusoidal features of a number, see NumberEmbedder
@@ -43,8 +41,9 @@ MOST_WEIGHTS = 2**36
 
 @dataclass(frozen=True)
 class EqMConfig:
-    """Everything that determines the parameters of a network and their meaning. Raises ValueError
-    if inconsistent.
+    """Everything that determines the parameters of a network and their meaning.
+
+    Raises ValueError if inconsistent.
     """
 
     input_size: int  # height and width of the latents, or without a VAE of the pixels
@@ -58,25 +57,19 @@ class EqMConfig:
     num_frames: int = 1  # of the fixed positions; with use_rope only a record of the training
     use_rope: bool = False
     rope_theta: float = 10_000.0
-    rope_split: str = (
-        ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
-    )
-    rope_speed: float = (
-        0.0  # patches per unit of time by which positions of height and width move (rope.py)
-    )
-    position_table: str = (
-        "none"  # with use_rope: "space" adds the fixed positions of height and width to the tokens
-    )
+    # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
+    rope_split: str = ""
+    # patches per unit of time by which positions of height and width move (rope.py)
+    rope_speed: float = 0.0
+    # with use_rope: "space" adds the fixed positions of height and width to the tokens
+    position_table: str = "none"
     qk_norm: bool = False
-    ebm: str = (
-        "none"  # "dot" or "l2": the field is the negative gradient of this energy (see EqM.energy)
-    )
-    class_dropout_prob: float = (
-        0.1  # probability that training replaces a label by the null label, num_classes
-    )
-    objective: str = (
-        "eqm"  # what the field is (transport.py); "flow" models are told the noise level
-    )
+    # "dot" or "l2": the field is the negative gradient of this energy (see EqM.energy)
+    ebm: str = "none"
+    # probability that training replaces a label by the null label, num_classes
+    class_dropout_prob: float = 0.1
+    # what the field is (transport.py); "flow" models are told the noise level
+    objective: str = "eqm"
 
     def __post_init__(self):
         for name in (field.name for field in fields(self) if field.type is int):
@@ -143,9 +136,7 @@ class EqMConfig:
         return self.temporal_patch_size if self.objective == "flow" else 1
 
     def whole_levels(self, num_frames):
-        """Round a number of frames down to a multiple of `level_frames`, but to one multiple at
-        least.
-        """
+        """Round a number of frames down to a multiple of `level_frames`, at least to one."""
         return max(num_frames // self.level_frames, 1) * self.level_frames
 
     @property
@@ -168,9 +159,7 @@ class EqMConfig:
         return RotaryEmbedding3D(self.head_dim, self.rope_theta, self.rope_split, self.rope_speed)
 
     def check_num_frames(self, num_frames):
-        """Raise ValueError unless a clip of this many frames fits the temporal patch and the fixed
-        positions.
-        """
+        """Raise ValueError unless a clip of num_frames fits temporal patch and fixed positions."""
         if num_frames < self.temporal_patch_size:
             raise ValueError(
                 f"a temporal patch needs at least {self.temporal_patch_size} frames, got "
@@ -185,21 +174,22 @@ class EqMConfig:
             )
 
     def grid(self, num_frames):
-        """Return the number of patches of a clip in (time, height, width). The last temporal patch
-        may be padded.
+        """Return the number of patches of a clip in (time, height, width).
+
+        The last temporal patch may be padded.
         """
         side = self.input_size // self.patch_size
         return math.ceil(num_frames / self.temporal_patch_size), side, side
 
     def flops(self, num_frames):
-        """Count the FLOPs of one forward pass of one clip: matrix products and attention, 2 per
-        multiply-add.
+        """Count the FLOPs of a forward pass of one clip, 2 per multiply-add.
+
+        Only matrix products and attention count.
         """
         N = math.prod(self.grid(num_frames))
         D = self.hidden_size
-        levels = (
-            self.grid(num_frames)[0] if self.objective == "flow" else 1
-        )  # each is told, if frames differ
+        # each is told, if frames differ
+        levels = self.grid(num_frames)[0] if self.objective == "flow" else 1
         embedders = 2 * (FEATURES * D + D * D) * (1 + levels * (self.objective == "flow"))
         ends = 2 * N * D * self.values_per_token * 2  # patches in and out
         ada_ln = 2 * levels * D * (6 * self.depth + 2) * D
@@ -207,8 +197,9 @@ class EqMConfig:
         return embedders + ends + ada_ln + self.depth * block
 
     def training_flops(self, num_frames, grad_checkpoint=None):
-        """Count the FLOPs of a training step of one clip: backward is twice forward, and an energy
-        doubles both.
+        """Count the FLOPs of a training step of one clip.
+
+        Backward is twice forward, and an energy doubles both.
         """
         once = self.flops(num_frames)
         fc1 = 8 * math.prod(self.grid(num_frames)) * self.hidden_size**2
@@ -218,10 +209,10 @@ class EqMConfig:
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition of a batch of samples, here their classes. Only this module, the data and the
-    flags look inside.
+    """The condition of a batch of samples, here their classes.
 
-    y (B,) int64 is the input of `EqM.forward`; the value null_y means "no condition".
+    Only this module, the data and the flags look inside. y (B,) int64 is the input of
+    `EqM.forward`; the value null_y means "no condition".
     """
 
     y: torch.Tensor
@@ -229,8 +220,9 @@ class Condition:
 
     @classmethod
     def of(cls, classes, config):
-        """Return the condition of samples with these classes, (B,) int64; negative numbers mean no
-        class.
+        """Return the condition of samples with these classes, (B,) int64.
+
+        Negative numbers mean no class.
         """
         return cls(classes.masked_fill(classes < 0, config.num_classes), config.num_classes)
 
@@ -254,15 +246,13 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        # A convolution only for its parameters, which published models have: one matrix product is
-        # faster.
+        # A convolution only for its parameters, as in published models: a matrix product is faster.
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, x):
         pt, p, _ = self.proj.kernel_size
-        x = rearrange(
-            x, "b c (t pt) (h p) (w q) -> b (t h w) (c pt p q)", pt=pt, p=p, q=p
-        )  # (B, N, C*pt*p*p)
+        # (B, N, C*pt*p*p)
+        x = rearrange(x, "b c (t pt) (h p) (w q) -> b (t h w) (c pt p q)", pt=pt, p=p, q=p)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
 
 
@@ -285,8 +275,9 @@ class NumberEmbedder(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input: torch is slow if the weight has another dtype, as under
-    autocast.
+    """RMSNorm in the dtype of its input.
+
+    With weights of another dtype, as under autocast, torch is slow.
     """
 
     def forward(self, x):
@@ -333,9 +324,7 @@ class Attention(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Scale and shift tokens x (B, N, D) by (B, K, D): each row applies to N / K adjacent
-    tokens.
-    """
+    """Scale and shift tokens x (B, N, D) by (B, K, D): a row applies to N / K adjacent tokens."""
     x = x.unflatten(1, (shift.shape[1], -1))  # (B, K, N / K, D)
     return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]).flatten(1, 2)
 
@@ -354,13 +343,12 @@ def keep_expensive(context, operation, *args, **_):
 
     fc1, whose output takes the most memory (4 N D values), and adaLN_modulation, which is cheap,
     are computed again. So are the scores of the plain attention of CPUs if they are wide, see
-    `attend`."""
-    is_narrow = (
-        operation in PRODUCTS and args[-1].shape[-1] <= 3 * args[-1].shape[-2]
-    )  # of (inner, outer)
-    keep = (
-        is_narrow or "scaled_dot_product" in operation.name()
-    )  # each kind of device has its own kernels
+    `attend`.
+    """
+    # of (inner, outer)
+    is_narrow = operation in PRODUCTS and args[-1].shape[-1] <= 3 * args[-1].shape[-2]
+    # each kind of device has its own kernels
+    keep = is_narrow or "scaled_dot_product" in operation.name()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -424,9 +412,8 @@ class EqM(nn.Module):
         self.grad_checkpoint = None  # or one of GRAD_CHECKPOINTS
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = NumberEmbedder(config.hidden_size)
-        table = nn.Embedding(
-            config.num_classes + 1, config.hidden_size
-        )  # the last row is for no class
+        # the last row is for no class
+        table = nn.Embedding(config.num_classes + 1, config.hidden_size)
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -472,7 +459,8 @@ class EqM(nn.Module):
         temporal patch, the noise levels; only objective "flow" takes them. If T does not fill the
         last temporal patch, x is padded with its last frame and f is cropped. With `ebm`, f is
         minus the gradient of the energy in x, also under torch.no_grad. Raises ValueError as
-        `EqMConfig.check_num_frames` does."""
+        `EqMConfig.check_num_frames` does.
+        """
         if self.config.ebm == "none":
             f, features = self.predict(x, y, time_scale, gamma)
         else:
@@ -489,7 +477,8 @@ class EqM(nn.Module):
         """Return the energy E (B,) of the field f = -dE/dx; arguments as in `forward`.
 
         With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2: EqM-E of arXiv
-        2510.02300, with the sign of the published code. Raises ValueError if ebm is "none"."""
+        2510.02300, with the sign of the published code. Raises ValueError if ebm is "none".
+        """
         if self.config.ebm == "none":
             raise ValueError("the model has no energy: it was made with ebm='none'")
         g, features = self.predict(x, y, time_scale)
@@ -499,9 +488,7 @@ class EqM(nn.Module):
         return (energy, features) if return_features else energy
 
     def predict(self, x, y, time_scale, gamma=None):
-        """Return the network's output (B, C, T, H, W) and the last block's activations (B, N,
-        D).
-        """
+        """Return the output (B, C, T, H, W) and the last block's activations (B, N, D)."""
         config = self.config
         T = x.shape[2]
         config.check_num_frames(T)
@@ -520,9 +507,8 @@ class EqM(nn.Module):
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
         condition = (self.t_embedder(s) + self.y_embedder.embedding_table(y))[:, None]  # (B, 1, D)
         if gamma is not None:
-            levels = gamma.float().reshape(len(x), -1)[
-                :, :: config.temporal_patch_size
-            ]  # (B, 1), or one per patch
+            # (B, 1), or one per patch
+            levels = gamma.float().reshape(len(x), -1)[:, :: config.temporal_patch_size]
             condition = condition + self.gamma_embedder(1000 * levels)
         rotary = self.rope(grid, time_scale) if config.use_rope else None
         if config.has_table:  # a table of space alone serves every temporal patch
@@ -532,9 +518,8 @@ class EqM(nn.Module):
         if self.is_compiled:
             tokens = tokens.clone()  # a view would need a separate graph for the first block
         for block in self.blocks:
-            if (
-                self.is_compiled
-            ):  # batch size and number of tokens vary; each new size would be compiled again
+            # batch size and number of tokens vary; each new size would be compiled again
+            if self.is_compiled:
                 levels = (0, 1) if condition.shape[1] > 1 else 0
                 sizes = (
                     (tokens, (0, 1)),
@@ -545,9 +530,8 @@ class EqM(nn.Module):
                     torch._dynamo.maybe_mark_dynamic(part, axes)
             recompute = self.grad_checkpoint if torch.is_grad_enabled() else None
             if recompute == "full":
-                function = (
-                    block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)
-                )  # also when run again
+                # also when run again
+                function = block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)
                 tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, rotary, recompute == "selective")
@@ -559,34 +543,32 @@ class EqM(nn.Module):
         return f[:, :, :T], tokens
 
     def compile_blocks(self):
-        """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and
-        numbers of tokens.
+        """Compile the blocks with torch.compile.
+
+        One graph serves all blocks, batch sizes and numbers of tokens.
         """
         self.is_compiled = True
-        torch._dynamo.config.optimize_ddp = (
-            False  # otherwise DDP splits the graphs of blocks at its buckets
-        )
-        # It warns that selective checkpointing must not contain operations in place. A Block has
-        # none.
+        # otherwise DDP splits the graphs of blocks at its buckets
+        torch._dynamo.config.optimize_ddp = False
+        # It warns that selective checkpointing must not have operations in place: a Block has none.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self.blocks:
             block.compile()
 
 
 def position_table(config):
-    """Return the fixed positions, (1, N, D) float32: of the training grid, or with use_rope of one
-    temporal patch.
+    """Return the fixed positions, (1, N, D) float32: of the training grid, or of one patch in time.
 
-    Videos have 2 * floor(D / 6) channels each for time, height and width, sines first, then zeros.
-    Images, and videos with use_rope, have the 2D table of MAE and the published models: the first
-    half of the channels is for the width."""
+    Those of one temporal patch are for use_rope. Videos have 2 * floor(D / 6) channels each for
+    time, height and width, sines first, then zeros. Images, and videos with use_rope, have the 2D
+    table of MAE and the published models: the first half of the channels is for the width.
+    """
     (time, *space) = config.grid(config.num_frames)
     D = config.hidden_size
     is_flat = config.use_rope or config.num_frames == config.temporal_patch_size == 1
     sizes, channels = (space, D // 2) if is_flat else ((time, *space), 2 * (D // 6))
-    places = torch.cartesian_prod(
-        *(torch.arange(n, dtype=torch.float64) for n in sizes)
-    )  # (N, axes)
+    # (N, axes)
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in sizes))
     places = places.flip(1) if is_flat else places
     frequencies = 10_000.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
     angles = places[:, :, None] * frequencies
@@ -601,12 +583,8 @@ SIZES = {  # depth, hidden_size, num_heads
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
-SHAPE = (
-    "depth",
-    "hidden_size",
-    "num_heads",
-    "patch_size",
-)  # the fields of EqMConfig that --model decides
+# the fields of EqMConfig that --model decides
+SHAPE = "depth", "hidden_size", "num_heads", "patch_size"
 
 
 def model_shape(name):
@@ -620,8 +598,9 @@ def model_shape(name):
 
 
 def model_config(name, **overrides):
-    """Return the EqMConfig of a named model. Its temporal_patch_size is its patch_size unless
-    overridden.
+    """Return the EqMConfig of a named model.
+
+    Its temporal_patch_size is its patch_size unless overridden.
     """
     settings = {"input_size": 32, "in_channels": 4, "num_classes": 1000} | model_shape(name)
     settings = settings | {"temporal_patch_size": settings["patch_size"]} | overrides
@@ -637,8 +616,9 @@ EqM_models = {name: partial(build_model, name) for name in NAMES}
 
 
 def model_name(depth, hidden_size, num_heads, patch_size, **_):
-    """Return the name of a model with these fields of EqMConfig, such as "EqM-S/4"; other fields
-    are ignored.
+    """Return the name of a model with these fields of EqMConfig, such as "EqM-S/4".
+
+    Other fields are ignored.
     """
     names = {shape: name for name, shape in SIZES.items()}
     unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"

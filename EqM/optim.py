@@ -1,6 +1,4 @@
-"""Optimizers, learning rates, the check for gradients that are not finite, and the EMA of the
-weights.
-"""
+"""Optimizers, learning rates, the check for gradients that are not finite, and the EMA."""
 
 import math
 import operator
@@ -21,8 +19,9 @@ def block_matrices(model):
 
 
 def make_optimizers(model, args, matrices_of=block_matrices):
-    """Return [AdamW], or with --optimizer muon [AdamW, Muon]; Muon gets the weights
-    matrices_of(model).
+    """Return [AdamW], or with --optimizer muon [AdamW, Muon].
+
+    Muon gets the weights matrices_of(model).
     """
     matrices = matrices_of(model) if args.optimizer == "muon" else []
     by_muon = set(map(id, matrices))
@@ -34,12 +33,13 @@ def make_optimizers(model, args, matrices_of=block_matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Step along orthogonalized momenta of matrices (Jordan et al.,
-    kellerjordan.github.io/posts/muon, 2024).
+    """Step along orthogonalized momenta of matrices (Muon).
 
-    One rank orthogonalizes each matrix and sends the result to the others. Weights and momenta are
-    full tensors or sharded. A convolution's weight (out, in, h, w) is a matrix (out, in h w). lr
-    and weight_decay mean the same as in torch.optim.Muon."""
+    From Jordan et al., kellerjordan.github.io/posts/muon, 2024. One rank orthogonalizes each matrix
+    and sends the result to the others. Weights and momenta are full tensors or sharded. A
+    convolution's weight (out, in, h, w) is a matrix (out, in h w). lr and weight_decay mean the
+    same as in torch.optim.Muon.
+    """
 
     momentum = 0.95  # of Nesterov's method
 
@@ -68,9 +68,7 @@ class Muon(torch.optim.Optimizer):
             weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
 
     def broadcast(self, step_of, weights):
-        """Yield (index, orthogonalized step_of(index)) of each matrix, where all ranks hold full
-        weights.
-        """
+        """Yield (index, orthogonalized step_of(index)) of each matrix; ranks hold full weights."""
         results = []
         transfers = []
         for owner, indices in self.batches:
@@ -92,8 +90,9 @@ class Muon(torch.optim.Optimizer):
                 yield index, direction.view(weights[index].shape)
 
     def scattered(self, step_of, weights):
-        """Yield the same for sharded weights: gather one matrix at a time; only its owner keeps the
-        full tensor.
+        """Yield the same for sharded weights: gather one matrix at a time.
+
+        Only its owner keeps the full tensor.
         """
         gathered = []
         own = {}
@@ -124,11 +123,11 @@ def assign(shapes, ranks):
 
 
 def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
-    """Approximate U V^T for each matrix U S V^T of x (k, rows, columns), as bfloat16 of the same
-    shape.
+    """Approximate U V^T for each matrix U S V^T of x (k, rows, columns), as bfloat16 of its shape.
 
     Newton-Schulz steps (Jordan et al.) map each singular value s to a s + b s^3 + c s^5. They end
-    between 0.7 and 1.2, except where s was close to zero."""
+    between 0.7 and 1.2, except where s was close to zero.
+    """
     is_tall = x.shape[1] > x.shape[2]
     x = x.bfloat16()
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
@@ -146,7 +145,8 @@ def set_learning_rates(optimizers, args, step, last_step):
     """Set the learning rates for a global step of a run that ends at last_step.
 
     They rise over the first --warmup-steps and fall linearly to zero over the last share --lr-decay
-    of all steps."""
+    of all steps.
+    """
     factor = min(1, step / max(args.warmup_steps, 1))
     if args.lr_decay:
         factor *= min(1, (last_step - step + 1) / (args.lr_decay * last_step))
@@ -161,21 +161,19 @@ def learning_rates(optimizers):
 
 
 def check_gradient(grad_norm, losses, scaler):
-    """Return (whether to skip a step whose gradient is not finite, 1.0 if the skip is no error,
-    else 0.0).
+    """Return (whether to skip a step with a gradient that is not finite, 1.0 or 0.0).
 
-    In fp16 it is an error only if a loss is not finite either: gradients overflow now and then, and
-    the scaler then lowers its scale. In other precisions --skip-nonfinite decides. All ranks have
-    the same gradient, so they agree."""
+    The number is 1.0 if the skip is no error. In fp16 it is an error only if a loss is not finite
+    either: gradients overflow now and then, and the scaler then lowers its scale. In other
+    precisions --skip-nonfinite decides. All ranks have the same gradient, so they agree.
+    """
     skip = not grad_norm.isfinite()
     tolerated = skip and (not scaler.is_enabled() or all(loss.isfinite() for loss in losses))
     return skip, torch.full((), float(tolerated), device=grad_norm.device)
 
 
 def ema_decay(args, steps):
-    """Return --ema-decay, or less in the first steps of an average, so that it soon forgets its
-    initial weights.
-    """
+    """Return --ema-decay, or less in the first steps, to forget the initial weights soon."""
     return min(args.ema_decay, (1 + steps) / (10 + steps))
 
 

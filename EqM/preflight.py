@@ -1,6 +1,4 @@
-"""Resolves all flags once, and checks everything a user can get wrong before a GPU is used or a
-folder is made.
-"""
+"""Resolves all flags once, and checks what a user can get wrong before a GPU or folder is used."""
 
 import json
 import math
@@ -70,8 +68,9 @@ UNREPORTED = {
 
 
 def check_run(args):
-    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises
-    UserError.
+    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags.
+
+    Raises UserError.
     """
     cli.check_devices()
     if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
@@ -91,9 +90,8 @@ def check_run(args):
         phases = fill_batches(
             phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts
         )
-    if (
-        rank() == 0
-    ):  # only rank 0 opens the data, so only it knows Data, phases and the number of classes
+    # only rank 0 opens the data, so only it knows Data, phases and the number of classes
+    if rank() == 0:
         data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
         phases = phases or [only_phase(args, start.progress, data)]
@@ -106,8 +104,9 @@ def check_run(args):
 
 
 def share_run(run):
-    """What `check_run` found on rank 0, on all ranks. Raises UserError if machines have other
-    checkpoints or GPUs.
+    """What `check_run` found on rank 0, on all ranks.
+
+    Raises UserError if machines have other checkpoints or GPUs.
     """
     args, start, vae, config, data, phases = run or [None] * 6
     check_same_start(start)
@@ -127,8 +126,9 @@ def share_run(run):
 
 
 def check_same_start(start):
-    """Raise UserError on all ranks unless they have the same Start. Ranks that have None do not
-    count.
+    """Raise UserError on all ranks unless they have the same Start.
+
+    Ranks that have None do not count.
     """
     starts = distributed.gather(start and (str(start.path), start.progress.step, str(start.folder)))
     if len(different := sorted(set(starts) - {None})) > 1:
@@ -150,8 +150,9 @@ def frames_flag(args):
 
 
 def resolve_frames(args):
-    """Flags with --num-frames: 1 for images, else 16 by default. A schedule sets --num-frames and
-    --max-steps.
+    """Flags with --num-frames: 1 for images, else 16 by default.
+
+    A schedule sets --num-frames and --max-steps.
     """
     if not args.video:
         for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
@@ -260,8 +261,9 @@ def check_optimizer_flags(args):
 
 
 def resolve_latents(args, start):
-    """(flags with --vae, --image-size and --no-flip, the VAE). The latent cache or the checkpoint
-    gives defaults.
+    """(flags with --vae, --image-size and --no-flip, the VAE).
+
+    The latent cache or the checkpoint gives defaults.
     """
     cache = latents_settings(args.data_path, images=not args.video)
     kept = start.config["data"]
@@ -342,8 +344,9 @@ def make_config(args, vae, start):
 
 
 def resolve_settings(args, start, config):
-    """Flags with the values that depend on the checkpoint, the model and the machine. Raises
-    UserError.
+    """Flags with the values that depend on the checkpoint, the model and the machine.
+
+    Raises UserError.
     """
     trained = start.config["training"]
     usual = MUON_DECAY if args.optimizer == "muon" else 0.0
@@ -401,8 +404,9 @@ def resolve_settings(args, start, config):
 
 
 def open_data(args, start, lengths, val_lengths, flag):
-    """The Data of --data-path, as in `find_data`. With --cache-frames, its source caches pixels.
-    Raises UserError.
+    """The Data of --data-path, as in `find_data`.
+
+    With --cache-frames, its source caches pixels. Raises UserError.
     """
     source = open_source(args.data_path, args.image_size, not args.video, args.results_dir)
     CorruptVideos(source.scan, args.max_bad_fraction, start.bad_videos).add(source.scan.unreadable)
@@ -413,8 +417,9 @@ def open_data(args, start, lengths, val_lengths, flag):
 
 
 def only_phase(args, progress, data):
-    """The only phase of a run without --frames-schedule. It ends at --max-steps or --epochs,
-    whichever comes first.
+    """The only phase of a run without --frames-schedule.
+
+    It ends at --max-steps or --epochs, whichever comes first.
     """
     last_step = args.max_steps or math.inf
     if args.epochs or not args.max_steps:
@@ -459,12 +464,12 @@ def fit_classes(args, config, start, classes):
 
 
 def with_new_classes(state, classes, num_classes):
-    """The dict of a checkpoint with other classes, for --new-classes. The optimizer starts from
-    scratch.
+    """The dict of a checkpoint with other classes, for --new-classes.
+
+    The optimizer starts from scratch.
     """
-    # its last row: no class
     before = state["config"]["data"]["classes"]
-    table = "y_embedder.embedding_table.weight"
+    table = "y_embedder.embedding_table.weight"  # its last row: no class
     rows = [before.index(name) if name in before else -1 for name in classes] + [-1] * (
         num_classes + 1 - len(classes)
     )
@@ -476,8 +481,9 @@ def with_new_classes(state, classes, num_classes):
 
 
 def run_name(args):
-    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule. A glob pattern if the model is not
-    known yet.
+    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule.
+
+    A glob pattern if the model is not known yet.
     """
     positions = "-rope" if args.use_rope else ""
     return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, clip_lengths(args)))}{positions}".replace(
@@ -513,8 +519,9 @@ def make_run_config(args, config, phase, data, vae):
 
 
 def note_changes(start, run_config, run):
-    """Log the typed flags that changed in a resumed run, also to the metrics, and keep its previous
-    config.
+    """Log the typed flags that changed in a resumed run, and keep its previous config.
+
+    The metrics get them, too.
     """
     before = start.config["training"]
     now = run_config["training"]
@@ -560,8 +567,9 @@ def log_skipped(log, data):
 
 
 def log_data(log, args, data):
-    """Log the number of training files, the validation files, and notes. datasets/check.py prints
-    the same.
+    """Log the number of training files, the validation files, and notes.
+
+    datasets/check.py prints the same.
     """
     most = max(data.train)
     interval = args.frame_interval[-1]
@@ -593,6 +601,7 @@ def log_data(log, args, data):
 
 def resolve_sampling(args):
     """[(flags, Plan)] of sample_gd.py: one per value of --num-frames, each with its own folder.
+
     Raises UserError.
     """
     check_sampling(args)
@@ -667,9 +676,7 @@ def check_clips(args):
 
 
 def check_plan(args, plan):
-    """Raise UserError for flags of sample_gd.py that do not work with this model or these
-    windows.
-    """
+    """Raise UserError for flags of sample_gd.py that don't fit this model or these windows."""
     ended = args.init_gamma == 1 and args.sampler in SOLVERS
     if ended:
         raise UserError(
@@ -719,8 +726,9 @@ def check_folder(args):
 
 
 def check_vae_run(args):
-    """(flags, Start, Data) of a run of train_vae.py with these flags. Only rank 0 knows the Data.
-    Raises UserError.
+    """(flags, Start, Data) of a run of train_vae.py with these flags.
+
+    Only rank 0 knows the Data. Raises UserError.
     """
     cli.check_devices()
     check_job()

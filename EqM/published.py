@@ -1,6 +1,4 @@
-"""Models from elsewhere: exported folders and files of the published image models; checkpoint.py
-makes them its own.
-"""
+"""Models from elsewhere: exported folders and published image models, for checkpoint.py."""
 
 import argparse
 import json
@@ -21,13 +19,8 @@ from runtime.untrusted import read_json
 EXPORT = ("model.safetensors", "config.json")
 CARD, VAE_FOLDER = "README.md", "vae"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-LOCAL_FLAGS = {
-    "data_path",
-    "results_dir",
-    "ckpt",
-    "inflate",
-    "vae",
-}  # mean nothing on another machine
+# mean nothing on another machine
+LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "inflate", "vae"}
 
 # Exported folders: the EMA weights and their configuration, to share ------------------------------
 
@@ -66,6 +59,7 @@ def write_export(folder, state, dtype, card, vae=None):
 
 def read_export(folder):
     """(config, float32 weights, the same weights, step, format version) of an exported folder.
+
     Raises UserError.
     """
     flag = f"--ckpt {folder}"
@@ -154,8 +148,9 @@ def is_published(config):
 
 
 def published_config(state, name, ebm):
-    """The EqMConfig of published weights of the model `name`. Raises ValueError if they are of
-    another model.
+    """The EqMConfig of published weights of the model `name`.
+
+    Raises ValueError if they are of another model.
     """
     if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
@@ -176,8 +171,9 @@ def published_config(state, name, ebm):
 
 
 def convert_published(state, config):
-    """A new state dict with our names and shapes, from published weights. Raises ValueError if they
-    don't fit.
+    """A new state dict with our names and shapes, from published weights.
+
+    Raises ValueError if they don't fit.
     """
     state = dict(state)
     table = position_table(config)
@@ -188,15 +184,12 @@ def convert_published(state, config):
         raise ValueError(
             f"its pos_embed is not our table for {side}; a model with other positions can't be used"
         )
-    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(
-        2
-    )  # (D, C, 1, p, p)
+    # (D, C, 1, p, p)
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)
     values = config.values_per_token
     C = config.in_channels
-    for name in (
-        "final_layer.linear.weight",
-        "final_layer.linear.bias",
-    ):  # without their unused second half, sigma
+    # without their unused second half, sigma
+    for name in "final_layer.linear.weight", "final_layer.linear.bias":
         if name in state and len(state[name]) == 2 * values:
             state[name] = state[name].unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)
     return state

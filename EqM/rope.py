@@ -8,7 +8,8 @@ weights work for any number of frames.
 A score is then a sum of one term for each of the distances in time, height and width. Such a sum
 cannot favor tokens whose distance in space grows with their distance in time, as for a moving
 object. A `speed` lets positions in space move with time: of three channel pairs, one moves forwards
-and one backwards."""
+and one backwards.
+"""
 
 import re
 
@@ -31,7 +32,8 @@ class RotaryEmbedding3D(nn.Module):
     fps.
 
     Raises ValueError as `split_head` does, or if height and width have too few channels for a
-    speed."""
+    speed.
+    """
 
     def __init__(self, head_dim, theta=10_000.0, split="", speed=0.0):
         super().__init__()
@@ -55,7 +57,8 @@ class RotaryEmbedding3D(nn.Module):
 
         grid: number of patches in (time, height, width), (T, H, W); N = T * H * W, width fastest.
         time_scale: (B,) seconds per frame. The position in time is patch index * 25 * time_scale;
-        positions in height and width are patch indices."""
+        positions in height and width are patch indices.
+        """
         # Computed anew in each call: model.to(bfloat16) would convert a buffer, and bfloat16 lacks
         # integers above 256.
         B = len(time_scale)
@@ -63,9 +66,8 @@ class RotaryEmbedding3D(nn.Module):
         device = time_scale.device
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
-        time = time[
-            :, :, None, None, None
-        ]  # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
+        # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
+        time = time[:, :, None, None, None]
         angles = [time * self.pairs(0, device)[0]]  # (B, T, 1, 1, n/2)
         for axis, index in ((1, height[:, None, None]), (2, width[:, None])):
             frequencies, speeds = self.pairs(axis, device)
@@ -77,8 +79,9 @@ class RotaryEmbedding3D(nn.Module):
         return angles.cos(), angles.sin()
 
     def pairs(self, axis, device):
-        """Return the frequencies and the speeds of the channel pairs of an axis, (n/2,) each. Time
-        (0) has no speed.
+        """Return the frequencies and the speeds of the channel pairs of an axis, (n/2,) each.
+
+        Time (0) has no speed.
         """
         count = self.split[axis] // 2
         index = torch.arange(count, device=device)
@@ -91,12 +94,12 @@ class RotaryEmbedding3D(nn.Module):
 
 
 def split_head(head_dim, split=""):
-    """Return the number of channels of a head for (time, height, width), from a split such as
-    "16,8,8".
+    """Return a head's numbers of channels for (time, height, width), from a split like "16,8,8".
 
     "" means 2 * floor(head_dim / 6) each. Height and width may have none. Raises ValueError if
     head_dim is odd or below 6, or if the split is not three even numbers, the first above 0, whose
-    sum is at most head_dim."""
+    sum is at most head_dim.
+    """
     if head_dim < 6 or head_dim % 2:
         raise ValueError(f"use_rope needs an even head_dim of at least 6, got {head_dim}")
     if not split:
@@ -123,16 +126,14 @@ def apply_rotary(x, cos, sin):
     """Rotate the adjacent channel pairs (2j, 2j + 1) of queries or keys by their angles.
 
     x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. Computed in float32 or better, returned in
-    the dtype of x."""
-    precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(
-        -1, (-1, 2)
-    )  # (B, h, N, d/2, 2)
-    if (
-        torch.compiler.is_compiling()
-    ):  # no support for complex numbers, but these operations are fused
+    the dtype of x.
+    """
+    # (B, h, N, d/2, 2)
+    precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    # no support for complex numbers, but these operations are fused
+    if torch.compiler.is_compiling():
         a, b = precise.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(
-        precise
-    )  # (B, h, N, d/2); one product is a single pass over memory
+    # (B, h, N, d/2); one product is a single pass over memory
+    pairs = torch.view_as_complex(precise)
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

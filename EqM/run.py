@@ -1,6 +1,4 @@
-"""The run folder of train.py and train_vae.py: what they write and how they end. Each has its own
-loop.
-"""
+"""The run folder of train.py and train_vae.py: what they write and how they end."""
 
 import functools
 import json
@@ -63,8 +61,9 @@ def add_loading_flags(add, num_workers):
 
 
 class Run:
-    """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0
-    writes.
+    """The folder of a run with its log, metrics and checkpoints.
+
+    All ranks have one, and rank 0 writes.
     """
 
     def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
@@ -92,8 +91,9 @@ class Run:
                 (self.folder / "config.json").write_text(json.dumps(run_config, indent=2))
 
     def report_corrupt(self, paths, step):
-        """Name each corrupt video that a rank has found once. Raises UserError, on all ranks, if
-        there are too many.
+        """Name each corrupt video that a rank has found once.
+
+        Raises UserError, on all ranks, if there are too many.
         """
         for path in self.bad_videos.add(
             [path for part in distributed.gather(paths) for path in part]
@@ -122,9 +122,8 @@ class Run:
             save()
         self.writer.wait()
         where = f"and saved at step {step}" if step else "before the first step"
-        advice = os.environ.get(
-            "EQM_ADVICE", "run the same command with --resume"
-        )  # a shell script adds the flag
+        # a shell script adds the flag
+        advice = os.environ.get("EQM_ADVICE", "run the same command with --resume")
         self.log(
             f"stopped by {self.stop.name or 'a signal to another rank'} {where}: to continue, "
             f"{advice}"

@@ -1,14 +1,16 @@
 """Sample videos or images from a checkpoint by gradient descent.
 
     torchrun --nproc_per_node=1 EqM/sample_gd.py --video --num-frames 16 \
-        --ckpt results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt --num-samples 16 --folder samples
+        --ckpt results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt --num-samples 16 \
+        --folder samples
     python EqM/sample_gd.py --video --num-frames 16 --ckpt FILE --given clip.mp4 --given-frames 0-7
-    python EqM/sample_gd.py --video --ckpt FILE --given datasets/ucf-101 --given-split val --given-frames 0-7 \
-        --num-samples 2048 --samples-per-clip 8 --no-keep-background
+    python EqM/sample_gd.py --video --ckpt FILE --given datasets/ucf-101 --given-split val \
+        --given-frames 0-7 --num-samples 2048 --samples-per-clip 8 --no-keep-background
 
 Architecture, latents, classes, frame rate and sampler settings come from the checkpoint.
 Architecture flags are checked against it; sampler flags replace its settings. Published image
-models need --model. """
+models need --model.
+"""
 
 import uncaught  # noqa: F401
 import argparse
@@ -218,14 +220,14 @@ def main():
     except UserError as error:  # find_real names the flags of evaluate.py
         fail(str(error).replace("--data-path ", "--given ").replace("--split ", "--given-split "))
     while runs:
-        sample_run(
-            *runs.pop(0), *clips.pop(0), device
-        )  # a model is freed before the next is moved to the device
+        # a model is freed before the next is moved to the device
+        sample_run(*runs.pop(0), *clips.pop(0), device)
     distributed.stop()
 
 
 def open_split(args, plan):
     """(Clips of --given-split, their description for samples.json) on rank 0, None elsewhere.
+
     Raises UserError.
     """
     if rank() != 0:  # the others wait for rank 0 in start()
@@ -237,8 +239,9 @@ def open_split(args, plan):
 
 
 def open_clips(args, plan, split=None):
-    """(this rank's indices, ClipReader of --given, of --init, description of a split). Raises
-    UserError.
+    """(this rank's indices, ClipReader of --given, of --init, description of a split).
+
+    Raises UserError.
     """
     indices = own_indices(args.num_samples, block=args.batch_size)
     given = None
@@ -295,8 +298,9 @@ def sample_run(args, plan, indices, given, init, real, device):
 
 
 def in_order(made, rounds):
-    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call
-    this.
+    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU.
+
+    All ranks call this.
     """
     for _ in range(rounds):
         part = next(made, None)
@@ -323,9 +327,8 @@ def write_folder(args, plan, parts, given, real):
             yield list(indices), first, videos.numpy()
 
     videos = videos_of(parts)
-    videos = itertools.chain(
-        [next(videos)], videos
-    )  # if this fails, the samples of an earlier call stay
+    # if this fails, the samples of an earlier call stay
+    videos = itertools.chain([next(videos)], videos)
     begin_folder(folder)
     marked = given and [given.frames[number] for number in given.numbers]
     write_samples(
@@ -366,8 +369,9 @@ def begin_folder(folder):
 
 
 def write_reports(args, names, evaluations, energies, windows):
-    """Write tables and plots of each sample's evaluations (--stop-below) and energies
-    (--report-energy).
+    """Write tables and plots of samples' evaluations (--stop-below) and energies.
+
+    Energies need --report-energy.
     """
     from scoring import plots  # matplotlib loads slowly
 

@@ -1,5 +1,4 @@
-"""Samplers: gradient descent along the learned field (arXiv 2510.02300, section 3.3), or the ODE of
-a flow.
+"""Samplers: gradient descent on the field (arXiv 2510.02300, section 3.3), or a flow's ODE.
 
 They take the network as a callable, so tests can use fields with known solutions.
 """
@@ -27,8 +26,9 @@ def sample(
     objective="eqm",
     shift=1.0,
 ):
-    """Follow a field from x (B, ...). Returns the final x and the evaluations of the field per
-    sample, (B,) int64.
+    """Follow a field from x (B, ...).
+
+    Returns the final x and the evaluations of the field per sample, (B,) int64.
 
     Args:
         field: field(x, keep) returns the field of the samples that still run, (b, ...); keep (b,)
@@ -65,7 +65,8 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
 
     With stop_below, a sample stops before its next step once the root mean square of its f is below
     stop_below. The mean is over the unmasked part, a share `moving` (B,) of the sample. Returns as
-    `sample` does."""
+    `sample` does.
+    """
     x, last_f = x.clone(), torch.zeros_like(x)
     keep = torch.arange(len(x), device=x.device)
     evaluations = torch.zeros_like(keep)
@@ -93,7 +94,8 @@ def integrate(field, x, method, num_steps, start_gamma, observe, objective="eqm"
     assumes that x at time gamma is as noisy as x_gamma in training. Nothing enforces that if the
     network does not see gamma: gradient descent removes an error in x like noise; here the error
     leads to a wrong c. At gamma = 1 the velocity of "eqm" is 0 / 0, so the last step of Heun's
-    method is an Euler step. Returns as `sample` does."""
+    method is an Euler step. Returns as `sample` does.
+    """
     start = start_gamma * shift / (1 + start_gamma * (shift - 1))  # u of start_gamma
     gammas = torch.linspace(start, 1, num_steps, dtype=torch.float64)
     if shift != 1:
@@ -118,16 +120,16 @@ def integrate(field, x, method, num_steps, start_gamma, observe, objective="eqm"
 
 
 def guided(function, condition, time_scale, guidance, weak=None):
-    """Return a field with classifier-free guidance, f_null + guidance (f_condition - f_null), on
-    all channels.
+    """Return a field with classifier-free guidance, f_null + guidance (f_condition - f_null).
 
-    function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,), whose result is
-    the guided energy. condition: a models.Condition of B samples; time_scale: (B,) seconds per
-    frame. Both terms are evaluated in one batch; guidance 1 evaluates only f_condition. The result
-    is float32. The gamma of the field, if any, is passed on.
+    All channels are guided. function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy,
+    (B,), whose result is the guided energy. condition: a models.Condition of B samples; time_scale:
+    (B,) seconds per frame. Both terms are evaluated in one batch; guidance 1 evaluates only
+    f_condition. The result is float32. The gamma of the field, if any, is passed on.
 
     weak: a function that makes the same errors as `function`, but larger ones. Its f_condition
-    replaces f_null, so guidance reduces these errors (autoguidance, arXiv 2406.02507)."""
+    replaces f_null, so guidance reduces these errors (autoguidance, arXiv 2406.02507).
+    """
     null = condition.null()
 
     def field(x, keep, gamma=None):

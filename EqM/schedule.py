@@ -1,6 +1,4 @@
-"""The phases of a run: how many frames a clip has, at which global step the phase ends, and clips
-per step.
-"""
+"""The phases of a run: frames per clip, the global step at the end, and clips per step."""
 
 import argparse
 import re
@@ -16,9 +14,8 @@ PHASE = "[1-9][0-9]{0,10}(:[1-9][0-9]{0,10}){1,2}"
 class Phase:
     num_frames: int
     last_step: int  # global
-    batch_size: (
-        int | None
-    )  # clips per step, over all ranks; None = as many tokens per step as in the first phase
+    # clips per step, over all ranks; None = as many tokens per step as in the first phase
+    batch_size: int | None
 
     def __str__(self):
         return f"{self.num_frames}:{self.last_step}:{self.batch_size}"
@@ -49,7 +46,8 @@ def fill_batches(phases, batch_size, tokens, parts):
     the first phase.
 
     The first phase defaults to batch_size. tokens(num_frames) is the number of tokens of a clip.
-    Raises UserError unless each batch is a multiple of `parts` (ranks x micro-batches)."""
+    Raises UserError unless each batch is a multiple of `parts` (ranks x micro-batches).
+    """
     per_step = (phases[0].batch_size or batch_size) * tokens(phases[0].num_frames)
     filled = []
     for phase in phases:
@@ -68,8 +66,9 @@ def fill_batches(phases, batch_size, tokens, parts):
 
 
 def is_due(step, last_step, *periods):
-    """Return whether a step is the last step of a phase or a multiple of one of the periods. Period
-    0 means never.
+    """Return whether a step is the last step of a phase or a multiple of one of the periods.
+
+    Period 0 means never.
     """
     return step >= last_step or any(period and step % period == 0 for period in periods)
 
@@ -80,11 +79,11 @@ def current_phase(phases, first_step):
 
 
 def frames_of_steps(phases, phase, step, first_step, mix, seed):
-    """Return the frames per clip of each step from step + 1 to the end of a phase that began at
-    first_step.
+    """Return the frames per clip of each step from step + 1 to the end of a phase from first_step.
 
     A share `mix` of the steps uses the frames of an earlier phase. The choice depends only on seed,
-    phase and step."""
+    phase and step.
+    """
     steps = range(step + 1, phase.last_step + 1)
     earlier = [one.num_frames for one in phases if one.last_step <= first_step]
     if not (mix and earlier):

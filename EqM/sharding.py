@@ -1,10 +1,10 @@
-"""Models larger than a GPU (--shard): FSDP2 spreads weights, gradients, optimizer states and EMA
-over the ranks.
+"""Models larger than a GPU (--shard): FSDP2 spreads weights, gradients, optimizer states and EMA.
 
 Each rank holds a share of the rows of every tensor, as a DTensor. The ranks gather one block at a
 time to compute with it, so all ranks must make the same forward passes in the same order. Functions
 import torch's modules for this themselves, because the import takes a third as long as torch
-itself."""
+itself.
+"""
 
 import warnings
 from copy import deepcopy
@@ -18,27 +18,25 @@ from runtime.distributed import MIXED, world_size
 
 
 def make_networks(config, device, shard, precision="fp32"):
-    """Return (model, its EMA without gradients). The weights are the same whether `shard` is set or
-    not.
+    """Return (model, its EMA without gradients).
 
-    precision: of --precision. If it is mixed, call sharded networks only under autocast, see
-    `empty_network`."""
+    The weights are the same whether `shard` is set or not. precision: of --precision. If it is
+    mixed, call sharded networks only under autocast, see `empty_network`.
+    """
     if not shard:
         model = EqM(config).to(device)
         return model, deepcopy(model).eval().requires_grad_(False)
     from torch.distributed.device_mesh import init_device_mesh
 
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module .* returned a view"
-    )  # no code changes it in place
+    # no code changes it in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (world_size(),))
     with FullDraws():
         model = empty_network(config, mesh, device, precision)
         model.initialize_weights()
     ema = empty_network(config, mesh, device, precision).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    # A sample stops when its field is small. If rounding made ranks disagree on that, some would
-    # wait forever.
+    # A sample stops when its field is small: if rounding made ranks disagree, some would hang.
     ema.register_forward_hook(of_first_rank)
     return model, ema
 
@@ -48,19 +46,18 @@ def empty_network(config, mesh, device, precision):
 
     In mixed precision, the ranks gather rounded weights, half as many bytes. The results are the
     same bit for bit, because autocast would round the weights of products, too. So call the network
-    only under autocast."""
+    only under autocast.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with torch.device("meta"):
         network = EqM(config)
-    # With an energy only the root is sharded: with sharded blocks the double backward pass fails
-    # (torch 2.13)
+    # With an energy only the root: with sharded blocks, double backward fails (torch 2.13)
     splits = config.ebm == "none"
     table = network.y_embedder.embedding_table
     for part in (table, *network.blocks, network) if splits else (network,):
-        rounded = (
-            MIXED.get(precision) if splits and part is not table else None
-        )  # the table is in no product
+        # the table is in no product
+        rounded = MIXED.get(precision) if splits and part is not table else None
         policy = MixedPrecisionPolicy(
             rounded, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -82,9 +79,8 @@ class FullDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         target, *rest = args
         drawn = func(torch.empty(target.shape, device="cpu"), *rest, **kwargs)
-        return (
-            target.copy_(shard_like(drawn, target)) if is_sharded(target) else target
-        )  # meta: no values
+        # meta: no values
+        return target.copy_(shard_like(drawn, target)) if is_sharded(target) else target
 
 
 def is_sharded(tensor):
@@ -92,8 +88,9 @@ def is_sharded(tensor):
 
 
 def shard_like(full, tensor, sender=None):
-    """Return this rank's rows of a full tensor if `tensor` is a DTensor. Rank `sender` has it;
-    None: all ranks do.
+    """Return this rank's rows of a full tensor if `tensor` is a DTensor.
+
+    Rank `sender` has it; None: all ranks do.
     """
     if not is_sharded(tensor):
         return full
@@ -105,21 +102,22 @@ def shard_like(full, tensor, sender=None):
 
 
 def full_tensor(tensor):
-    """Return a DTensor as a full tensor on every rank (all ranks must call this), and any other
-    tensor unchanged.
+    """Return a DTensor as a full tensor on every rank, and any other tensor unchanged.
+
+    All ranks must call this.
     """
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def scatter(full, like, owner):
-    """Shard a full bfloat16 tensor of rank `owner` in the same way as `like`. The other ranks pass
-    None.
+    """Shard a full bfloat16 tensor of rank `owner` in the same way as `like`.
+
+    The other ranks pass None.
     """
     if full is None:
         full = torch.empty(like.shape, dtype=torch.bfloat16, device=like.device)
-    return shard_like(full.view(torch.uint8), like, owner).view(
-        torch.bfloat16
-    )  # not every backend has bfloat16
+    # not every backend has bfloat16
+    return shard_like(full.view(torch.uint8), like, owner).view(torch.bfloat16)
 
 
 def of_first_rank(network, inputs, output):

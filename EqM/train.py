@@ -5,11 +5,12 @@ A first phase on 4 frames, then one that continues with 8; steps are counted ove
     torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 4 --use-rope --model "EqM-S/4" \
         --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 50000
     torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 8 --use-rope --model "EqM-S/4" \
-        --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 100000 --global-batch-size 128 \
-        --ckpt results/EXP/*/checkpoints/0050000.pt
+        --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 100000 \
+        --global-batch-size 128 --ckpt results/EXP/*/checkpoints/0050000.pt
 
 All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an interruption: the same
-command and --resume. """
+command and --resume.
+"""
 
 import uncaught  # noqa: F401
 import functools
@@ -375,9 +376,8 @@ def main():
         model.compile_blocks()
         ema.compile_blocks()
     optimizers = make_optimizers(model, args)
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=args.precision == "fp16"
-    )  # changes nothing unless enabled
+    # changes nothing unless enabled
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if start.state is not None:
         checkpoint.load_run(start, model, ema, optimizers, scaler)
     vae.to(device)
@@ -493,8 +493,7 @@ def main():
 
                 # One optimization step
                 run.writer.check()
-                # About once per second all ranks vote whether to stop or to save; resolve() reads
-                # the result.
+                # All ranks vote about once per second to stop or to save; resolve() reads it.
                 stop.vote(save=run.wants_to_save(args.save_minutes))
                 set_learning_rates(optimizers, args, progress.step + 1, lr_end)
                 sums = Counter()
@@ -502,9 +501,8 @@ def main():
                 for micro_batch in range(1, args.grad_accum + 1):
                     batch = run.stats.next_batch(batches)
                     files += batch["videos"]
-                    sync = (
-                        micro_batch == args.grad_accum or network is model
-                    )  # only DDP can delay it
+                    # only DDP can delay it
+                    sync = micro_batch == args.grad_accum or network is model
                     with nullcontext() if sync else network.no_sync():
                         losses, target_square = training_losses(
                             network, vae, batch, config, args, stream, device
@@ -519,9 +517,8 @@ def main():
                 sums["grad_norm"] = full_tensor(
                     clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
                 )
-                if (
-                    scaler.is_enabled() or args.skip_nonfinite
-                ):  # this makes the CPU wait for the GPU
+                # this makes the CPU wait for the GPU
+                if scaler.is_enabled() or args.skip_nonfinite:
                     skip, sums["skipped"] = check_gradient(sums["grad_norm"], loss_values, scaler)
                 progress.skipped = progress.skipped + 1 if skip and not scaler.is_enabled() else 0
                 for optimizer in optimizers:
@@ -529,9 +526,8 @@ def main():
                         scaler.step(optimizer)
                     optimizer.zero_grad()
                 scaler.update()
-                num_frames = batch["clips"].shape[
-                    -3
-                ]  # of the phase or, with --mix, of an earlier one
+                # of the phase or, with --mix, of an earlier one
+                num_frames = batch["clips"].shape[-3]
                 progress.count_step(
                     phase.batch_size, config.training_flops(num_frames, args.grad_checkpoint)
                 )
@@ -559,9 +555,8 @@ def training_losses(network, vae, batch, config, args, stream, device):
     """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero)."""
     seed = args.global_seed
     indices = batch["indices"].tolist()
-    x = vae.latents_of(
-        batch["clips"].to(device, non_blocking=True), seed, stream, indices
-    )  # (B, C, T, H, W)
+    # (B, C, T, H, W)
+    x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
     frames = x.shape[2], config.temporal_patch_size
     levels = (
@@ -571,9 +566,8 @@ def training_losses(network, vae, batch, config, args, stream, device):
         args.forcing_regions,
         config.input_size,
     )
-    gamma = transport.draw_gammas(
-        seed, stream, indices, *frames, *levels
-    )  # (B,), (B, T) or (B, T, H, W)
+    # (B,), (B, T) or (B, T, H, W)
+    gamma = transport.draw_gammas(seed, stream, indices, *frames, *levels)
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
     condition = Condition.of(batch["y"], config).null(dropped).to(device)
@@ -622,8 +616,9 @@ def start_phase(args, data, phases, phase, progress, device):
 
 
 def sample_ema(plan, args, device, stop):
-    """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all. Raises
-    Interrupted.
+    """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all.
+
+    Raises Interrupted.
     """
     indices = (
         list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples)
@@ -644,8 +639,9 @@ def sample_ema(plan, args, device, stop):
 
 
 def write_previews(folder, step, metrics, plan, videos):
-    """Write samples uint8 (N, T, H, W, 3) as a sheet, mp4 and GIF, also to TensorBoard. Raises
-    UserError.
+    """Write samples uint8 (N, T, H, W, 3) as a sheet, mp4 and GIF, also to TensorBoard.
+
+    Raises UserError.
     """
     path = folder / "samples" / f"{step:07d}"
     fps = 1 / plan.time_scale

@@ -1,14 +1,17 @@
-"""Train a small VAE on the frames of a data folder, where the published VAEs do not fit or can't be
-downloaded.
+"""Train a small VAE on the frames of a data folder.
 
-    torchrun --nproc_per_node=2 EqM/train_vae.py --data-path datasets/weizmann --image-size 64 --downsample 4 \
-        --global-batch-size 16 --max-steps 4000 --results-dir results/EXP
+Use it where the published VAEs do not fit or can't be downloaded:
 
-    RUN/vae/        the EMA weights as a diffusers AutoencoderKL, for --vae RUN/vae of cache_latents.py and train.py
+    torchrun --nproc_per_node=2 EqM/train_vae.py --data-path datasets/weizmann --image-size 64 \
+        --downsample 4 --global-batch-size 16 --max-steps 4000 --results-dir results/EXP
+
+    RUN/vae/        the EMA weights as a diffusers AutoencoderKL, for --vae RUN/vae of
+                    cache_latents.py and train.py
     RUN/samples/    sheets: frames of validation videos above their reconstructions
 
 Its scale and shift give latents of the training frames mean 0 and standard deviation 1. After an
-interruption, run the same command with --resume: the result is the same bit for bit. """
+interruption, run the same command with --resume: the result is the same bit for bit.
+"""
 
 import uncaught  # noqa: F401
 import copy
@@ -257,9 +260,7 @@ def main():
 
 
 def make_loaders(args, data, progress, device):
-    """(iterator over this rank's batches, loader of its validation frames, loader of its frames for
-    statistics).
-    """
+    """(iterator over this rank's batches, loaders of its validation and its statistics frames)."""
     shared = {"source": data.source, "classes": data.scan.classes, "num_frames": 1}
     train = Clips(
         videos=data.train[1], flip=not args.no_flip, seed=args.global_seed, stream=0, **shared
@@ -277,8 +278,9 @@ def make_loaders(args, data, progress, device):
 
 
 def training_losses(network, batch, args, device):
-    """{name: loss} of a batch, to be added up. The latents' noise depends only on the seed and each
-    frame's index.
+    """{name: loss} of a batch, to be added up.
+
+    The latents' noise depends only on the seed and each frame's index.
     """
     indices = batch["indices"].tolist()
     side = args.image_size // args.downsample
@@ -291,19 +293,18 @@ def training_losses(network, batch, args, device):
 
 
 def validate(args, ema, val_loader, train_loader, folder, step, device):
-    """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos). Writes a sheet and
-    the VAE's folder.
+    """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos).
+
+    Writes a sheet and the VAE's folder.
     """
     values, corrupt = autoencoder.measure(ema, val_loader, device)
     statistics, more = autoencoder.measure(ema, train_loader, device)
     if rank() == 0:
-        # (N, 3, 1, H, W)
         vae = VAE("shown", ema)
-        frames = next(batches_of(val_loader))["clips"][:8]
+        frames = next(batches_of(val_loader))["clips"][:8]  # (N, 3, 1, H, W)
         decoded = vae.decode(vae.encode(frames.to(device))).cpu()
-        rows = torch.cat(
-            [frames.permute(2, 0, 3, 4, 1), decoded.transpose(0, 1)]
-        )  # (2, N, H, W, 3)
+        # (2, N, H, W, 3)
+        rows = torch.cat([frames.permute(2, 0, 3, 4, 1), decoded.transpose(0, 1)])
         sheet = folder / "samples" / f"{step:07d}.png"
         with cli.writing(sheet):
             sheet.parent.mkdir(exist_ok=True)

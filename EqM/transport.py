@@ -14,7 +14,8 @@ others are not. The network thus learns to complete clips, as in Diffusion Forci
 Two other objectives serve as controls. "flow" is flow matching (arXiv 2210.02747): the target is x
 - eps without c, and the network is told gamma. "blind" has the same target, but the network is not
 told (arXiv 2502.13129). Their field does not vanish at the data, so a solver must follow it from
-gamma = 0 to 1."""
+gamma = 0 to 1.
+"""
 
 import math
 
@@ -27,14 +28,12 @@ DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly 
 FIELD_SCALE = 4.0  # lambda
 # share of the forced clips with one level per temporal patch; the other clips have given frames
 OWN_LEVELS = 0.5
-MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (
-    DECAY_START + (1 - DECAY_START) / 3
-)  # E[c^2], gamma uniform: 13.867
+# E[c^2], gamma uniform: 13.867
+MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (DECAY_START + (1 - DECAY_START) / 3)
 
 
 def decay(gamma, objective="eqm"):
-    """Return the truncated decay c(gamma) = lambda min(1, (1 - gamma) / (1 - a)), in the shape of
-    gamma.
+    """Return the truncated decay c(gamma) = lambda min(1, (1 - gamma) / (1 - a)), shaped as gamma.
 
     For the other objectives it is 1.
     """
@@ -55,24 +54,22 @@ def target(x, noise, gamma, objective="eqm"):
 
 
 def velocity(f, gamma, objective="eqm"):
-    """Return dx/dgamma along the path of `interpolate`: f / c(gamma) for the field f at gamma, a
-    float.
-    """
+    """Return dx/dgamma along the path of `interpolate`: f / c(gamma) for f at a float gamma."""
     return f / decay(gamma, objective).item()
 
 
 def losses(
     network, x, noise, gamma, y, time_scale, first=0, return_features=False, objective="eqm"
 ):
-    """Compare a network with the target at x_gamma. Returns (errors, mean square of the target,
-    features).
+    """Compare a network with the target at x_gamma.
 
-    errors: (B,) float32, the mean squared error of each clip over its frames from `first` on. The
-    mean square covers all frames, so for first = 0 it is the loss of a network that predicts zero.
-    features: (B, N, D) or None.
+    Returns (errors, mean square of the target, features). errors: (B,) float32, the mean squared
+    error of each clip over its frames from `first` on. The mean square covers all frames, so for
+    first = 0 it is the loss of a network that predicts zero. features: (B, N, D) or None.
 
     The other objectives leave out clean frames (gamma = 1): their target is noise that x_gamma does
-    not show."""
+    not show.
+    """
     told = {"gamma": gamma} if objective == "flow" else {}
     output = network(
         interpolate(x, noise, gamma), y, time_scale, return_features=return_features, **told
@@ -88,19 +85,17 @@ def losses(
 
 
 def zero_loss(mean_square, objective="eqm"):
-    """Return the expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 +
-    E[x^2]).
-    """
+    """Return the expected loss of a zero prediction for uniform gamma: E[c^2] (1 + E[x^2])."""
     return (MEAN_SQUARED_DECAY if objective == "eqm" else 1.0) * (1 + mean_square)
 
 
 def dispersive_loss(features):
-    """Return 0.5 log mean exp(-||z_i - z_j||^2 / dim) over all pairs of a batch, including i = j: a
-    float32 scalar.
+    """Return 0.5 log mean exp(-||z_i - z_j||^2 / dim) over all pairs of a batch, also i = j.
 
-    features: (B, ...) activations, flattened to dim values each. The loss is 0 if all samples are
-    equal and falls to -0.5 log B as they disperse (the l2 loss of "Diffuse and Disperse", arXiv
-    2506.09027)."""
+    The result is a float32 scalar. features: (B, ...) activations, flattened to dim values each.
+    The loss is 0 if all samples are equal and falls to -0.5 log B as they disperse (the l2 loss of
+    "Diffuse and Disperse", arXiv 2506.09027).
+    """
     z = features.float().flatten(1)
     B, dim = z.shape
     z = z - z.mean(dim=0).detach()  # keeps the distances, but avoids differences of large squares
@@ -117,8 +112,9 @@ def _mean_of_noisy(squares, gamma):
 
 
 def _broadcast(gamma):
-    """Reshape gamma (B,), (B, T) or (B, T, H, W) to broadcast over clips: (B, 1, 1 or T, 1 or H, 1
-    or W).
+    """Reshape gamma (B,), (B, T) or (B, T, H, W) to broadcast over clips.
+
+    The result is (B, 1, 1 or T, 1 or H, 1 or W).
     """
     return gamma.reshape(len(gamma), 1, -1, *(gamma.shape[2:] or (1, 1)))
 
@@ -127,11 +123,12 @@ def _broadcast(gamma):
 
 
 def shift_gamma(u, shift):
-    """Return gamma = u / (u + shift (1 - u)) for uniform u. shift = 1 keeps it uniform, shift > 1
-    favors noise.
+    """Return gamma = u / (u + shift (1 - u)) for uniform u.
 
-    This is the timestep shift of Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2): the more
-    values a sample has, the more noise it takes to hide its layout."""
+    shift = 1 keeps it uniform, shift > 1 favors noise. This is the timestep shift of Stable
+    Diffusion 3 (arXiv 2403.03206, section 5.3.2): the more values a sample has, the more noise it
+    takes to hide its layout.
+    """
     return u / (u + shift * (1 - u))
 
 
@@ -157,7 +154,8 @@ def draw_gammas(
     the phase. A clip that is not forced keeps its gamma, whatever the share. A clip of one temporal
     patch (`patch` frames) is never forced and has no region: its frames share all tokens, so given
     ones would show most of the others. shift: see `shift_gamma`. Given frames come in groups of
-    `level_frames`, 1 or `patch`."""
+    `level_frames`, 1 or `patch`.
+    """
     gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
     if share == region_share == 0 or num_frames <= patch:
         return gamma
@@ -189,9 +187,7 @@ def draw_gammas(
 
 
 def noisy_region(u_top, u_left, u_height, u_width, size):
-    """Choose a rectangle from four uniform draws in [0, 1): slices of 2 to size - 1 rows and
-    columns.
-    """
+    """Choose a rectangle from four uniform draws in [0, 1): slices of 2 to size - 1 pixels."""
     height, width = (2 + int(u * (size - 2)) for u in (u_height, u_width))
     top = int(u_top * (size - height + 1))
     left = int(u_left * (size - width + 1))
@@ -199,12 +195,12 @@ def noisy_region(u_top, u_left, u_height, u_width, size):
 
 
 def clean_frames(u_kind, u_first, u_last, num_frames):
-    """Choose the given frames of a clip from three uniform draws in [0, 1). Returns a set, neither
-    empty nor full.
+    """Choose the given frames of a clip from three uniform draws in [0, 1).
 
-    1/2 of the draws choose the first frames, 1/4 the first and the last, 1/8 the last, 1/8 a single
-    frame. Few first frames are likelier than many, since a picture is one frame. The frames may
-    split a temporal patch."""
+    Returns a set, neither empty nor full. 1/2 of the draws choose the first frames, 1/4 the first
+    and the last, 1/8 the last, 1/8 a single frame. Few first frames are likelier than many, since a
+    picture is one frame. The frames may split a temporal patch.
+    """
     if u_kind < 1 / 2:
         return set(range(1 + int(u_first**2 * (num_frames - 1))))
     if u_kind < 3 / 4 and num_frames > 2:
@@ -222,7 +218,8 @@ def condition_dropout(gamma, usual):
 
     It is max(`usual`, sqrt(c / T)) for a clip with c of T frames clean, because clean frames tell
     part of the condition. One frame of 16 does not tell how the clip continues, so three of four
-    such clips keep their condition. For regions, it is the same with areas."""
+    such clips keep their condition. For regions, it is the same with areas.
+    """
     if gamma.dim() == 1:
         return torch.full_like(gamma, usual)
     return (gamma == 1).float().flatten(1).mean(dim=1).sqrt().clamp(min=usual)

@@ -1,8 +1,8 @@
-"""One line instead of a traceback if Ctrl+C or a package that is not installed ends a script while
-it imports.
+"""One line, no traceback, if Ctrl+C or a missing package ends a script while it imports.
 
 Scripts import this module before all packages; it needs the standard library only. EQM_TRACEBACK=1
-shows the traceback."""
+shows the traceback.
+"""
 
 import multiprocessing
 import os

@@ -2,7 +2,8 @@
 
 --vae none means pixels in [-1, 1]; ema and mse are Stability AI's fine-tuned VAEs of Stable
 Diffusion; a directory holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time
-is not compressed."""
+is not compressed.
+"""
 
 import hashlib
 import os
@@ -22,11 +23,11 @@ CHUNK = 8  # frames per call of the model; 64 frames of 256 px at once would not
 
 
 class VAE(nn.Module):
-    """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H /
-    downsample.
+    """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w).
 
-    name is none, ema, mse or a directory's absolute path; sha256 is that of the weights. Without a
-    model, latents are pixels."""
+    h = H / downsample. name is none, ema, mse or a directory's absolute path; sha256 is that of the
+    weights. Without a model, latents are pixels.
+    """
 
     channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
 
@@ -43,8 +44,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def posterior(self, clips):
-        """(mean, std) of the latents of uint8 (B, 3, T, H, W), unscaled; the std of pixels is
-        None.
+        """(mean, std) of the latents of uint8 (B, 3, T, H, W), unscaled.
+
+        The std of pixels is None.
         """
         if self.model is None:
             return clips.float() / 127.5 - 1, None
@@ -64,7 +66,8 @@ class VAE(nn.Module):
         seed, stream and index.
 
         clips: uint8 (B, 3, T, H, W), or mean and std from a latent cache, float16 (B, 2, C, T, h,
-        w)."""
+        w).
+        """
         latents, std = (
             self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
         )
@@ -76,9 +79,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents):
-        """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the range of
-        pixels.
-        """
+        """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the pixels' range."""
 
         def decode(frames):
             pixels = frames if self.model is None else self.model.decode(frames).sample
@@ -92,8 +93,9 @@ class VAE(nn.Module):
 
 
 def must_differ(name, made):
-    """Whether two names of VAEs are certainly of different ones. The name of a directory says
-    nothing.
+    """Whether two names of VAEs are certainly of different ones.
+
+    The name of a directory says nothing.
     """
     return (
         bool(made)
@@ -103,8 +105,9 @@ def must_differ(name, made):
 
 
 def load_vae(typed, made=None, owner=None):
-    """The frozen VAE of --vae or, if `typed` is None, the VAE `made` of an `owner` such as the
-    checkpoint.
+    """The frozen VAE of --vae or, if `typed` is None, the VAE `made` of an `owner`.
+
+    An owner is for example the checkpoint.
     """
     name = (made or "ema") if typed is None else typed
     if must_differ(name, made):
@@ -144,8 +147,9 @@ def load_vae(typed, made=None, owner=None):
 
 
 def check_same(vae, sha256, place):
-    """Raise UserError unless a VAE's weights have this SHA-256; None, as in older files, is not
-    checked.
+    """Raise UserError unless a VAE's weights have this SHA-256.
+
+    None, as in older files, is not checked.
     """
     if sha256 not in (None, vae.sha256):
         hashes = (
@@ -156,8 +160,9 @@ def check_same(vae, sha256, place):
 
 
 def _download(name):
-    """The local directory of a published VAE, downloaded unless Hugging Face's cache has it. Raises
-    UserError.
+    """The local directory of a published VAE, downloaded unless Hugging Face's cache has it.
+
+    Raises UserError.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError

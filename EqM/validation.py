@@ -1,6 +1,4 @@
-"""Validation on the same clips, noise and gammas each time, so that the losses depend only on the
-weights.
-"""
+"""Validation on the same clips, noise and gammas each time: losses depend only on the weights."""
 
 import math
 from contextlib import suppress
@@ -22,8 +20,9 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def validation_chunks(val, lengths, num_clips):
-    """Lists of at most CHUNK pairs (num_frames, index), one pair per validation clip. A rank takes
-    every n-th list.
+    """Lists of at most CHUNK pairs (num_frames, index), one pair per validation clip.
+
+    A rank takes every n-th list.
     """
     keys = [
         [(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))]
@@ -34,13 +33,13 @@ def validation_chunks(val, lengths, num_clips):
 
 @torch.no_grad()
 def validate(ema, model, vae, loader, num_frames, precision, device, stop, given=False):
-    """({name: loss of the EMA or the raw weights}, the same on all ranks; this rank's corrupt
-    videos).
+    """({name: loss of the EMA or the raw weights}, equal on all ranks; this rank's corrupt videos).
 
     The loader yields this rank's chunks. If the ranks must stay together, it yields all chunks, and
     the losses of rank 0 count. Gammas are multiples of the golden ratio modulo 1, so they are
     uniform. With `given`, the EMA is measured a second time with the first half of the frames
-    clean, if clips have several temporal patches. Raises Interrupted."""
+    clean, if clips have several temporal patches. Raises Interrupted.
+    """
     rows = []
     corrupt = []
     batches = batches_of(loader)
@@ -59,9 +58,8 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
                 transport.losses, x=x, noise=noise, y=y, time_scale=time_scale, objective=objective
             )
             with distributed.autocast(device, precision):
-                with torch.compiler.set_stance(
-                    "force_eager"
-                ):  # a graph of these shapes would serve nothing else
+                # a graph of these shapes would serve nothing else
+                with torch.compiler.set_stance("force_eager"):
                     raw = losses(model, gamma=gamma)[0]
                 columns = [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
                 if given and ema.config.temporal_patch_size < T:
@@ -76,9 +74,8 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             corrupt += batch["corrupt"]
     stop.resolve()
     parts = distributed.gather(rows)
-    rows = sorted(
-        chain(*(parts[:1] if stop.together else parts))
-    )  # in the order of frames and indices
+    # in the order of frames and indices
+    rows = sorted(chain(*(parts[:1] if stop.together else parts)))
     return summarize(
         torch.tensor(rows, dtype=torch.float64), num_frames, ema.config.objective
     ), corrupt

@@ -6,7 +6,8 @@ A model that has seen only six people in front of six walls fails on a seventh p
 lossless videos, <Class>/<stem>-copy1.mkv and so on, with the size and frame rate of the original.
 All frames of a copy are changed in the same way. OUT also holds the original videos, and their
 split in OUT/ucfTrainTestlist. Validation videos have no copies. The script is safe to run again: it
-only makes missing files. A new OUT is .OUT.partial until it is complete."""
+only makes missing files. A new OUT is .OUT.partial until it is complete.
+"""
 
 import os
 from layout import missing_videos, write_lists
@@ -78,9 +79,7 @@ def changed_frames(root, video, random):
 
 
 def plan_copies(args):
-    """({file in --out: (video, number of the copy; 0: the original)}, lists of training and of
-    validation videos).
-    """
+    """({file in --out: (video, copy number; 0: original)}, training videos, validation videos)."""
     check_data_path(args.data_path, cached=False)
     parts = split_videos(args.data_path, scan_videos(args.data_path).videos, args.val_fraction)
     train, val = ({video.path: (video, 0) for video in part} for part in parts)

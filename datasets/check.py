@@ -1,7 +1,7 @@
 """Look at a folder of videos before you train on it.
 
-    python datasets/check.py datasets/my-videos --num-frames 16 --image-size 64 --vae none --model EqM-S/4 \
-        --max-steps 20000
+    python datasets/check.py datasets/my-videos --num-frames 16 --image-size 64 --vae none \
+        --model EqM-S/4 --max-steps 20000
 
 Prints the number of videos, their lengths, frame rates and sizes; every file that training would
 skip, and why; the videos that validate; the memory, the seconds a step and the hours of training,
@@ -58,9 +58,8 @@ from video.samples import is_sample_folder
 from video.source import THREADS, check_data_path, latents_settings, open_source, write_each
 from video.writers import MAX_ROWS, write_sheet
 
-PUBLISHED_VAE = SimpleNamespace(
-    channels=4, downsample=8
-)  # what --vae ema and mse have, without a download
+# what --vae ema and mse have, without a download
+PUBLISHED_VAE = SimpleNamespace(channels=4, downsample=8)
 CLIPS_TIMED = 4  # most clips of a step that is timed
 SLOW = 10  # seconds; one clip that takes longer is enough to time
 BYTES = 16 + 4  # per parameter: float32 weight, gradient and AdamW's two averages; the EMA weight
@@ -271,9 +270,7 @@ def describe_skipped(args, scan, corrupt):
 
 
 def write_clips(args, data, out):
-    """Write a sheet with a clip of some training videos, from the first to the last, and print
-    their files.
-    """
+    """Write a sheet with clips of some training videos, first to last, and print their files."""
     videos = data.train[args.num_frames]
     shown = [videos[index] for index in evenly_spaced(len(videos), MAX_ROWS)]
     clips = Clips(
@@ -358,8 +355,9 @@ def in_words(hours):
 
 
 def suggest(args, config, hours):
-    """Print how to shorten a training of so many hours; another model's hours are in proportion to
-    its FLOPs.
+    """Print how to shorten a training of so many hours.
+
+    Another model's hours are in proportion to its FLOPs.
     """
     smaller = {}  # hours of the smaller models whose width fits what a token holds
     for name in NAMES:
@@ -462,10 +460,8 @@ def train_words(flags, is_sided):
     words += ["--global-batch-size", flags.global_batch_size, "--max-steps", flags.max_steps]
     if flags.max_steps <= 10_000:  # train.py would make its first samples there
         words += ["--val-every", max(100, flags.max_steps // 4)]
-        words += [
-            "--sample-every",
-            max(100, flags.max_steps // 2),
-        ]  # they take longer than a few steps
+        # they take longer than a few steps
+        words += ["--sample-every", max(100, flags.max_steps // 2)]
     for typed in sorted(flags.typed & {"frame_interval", "val_fraction", "max_bad_fraction"}):
         words += cli.flag_text(flags, typed).split()
     return [str(word) for word in [*words, *["--no-flip"] * is_sided]]

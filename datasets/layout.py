@@ -1,6 +1,4 @@
-"""Shared code of the scripts beside this module: the path of EqM/, UCF-101's lists of a split,
-missing videos.
-"""
+"""Shared code of the scripts beside this module: path of EqM/, UCF-101's lists, missing videos."""
 
 import sys
 from pathlib import Path

@@ -7,7 +7,8 @@ There are 12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so th
 generated clip can be scored. --bounce makes videos of any length in 6 classes, shape x axis
 (`CircleHorizontal` ... `TriangleVertical`). In them, the shape turns where it touches the border.
 The same flags give the same bytes (with the same FFmpeg build). Positions are (x, y) in px from the
-top left corner of the frame; y grows downwards, and pixel centers are at + 0.5."""
+top left corner of the frame; y grows downwards, and pixel centers are at + 0.5.
+"""
 
 import json
 import math
@@ -31,9 +32,8 @@ from video.writers import encode
 VERSION = 1  # of the drawing code and of shapes.json
 FPS = 25
 TRAVEL = 9 / 16  # distance in a video, as a fraction of the frame's width
-GROUPS = (
-    8  # per class; group 1 is the test list, because UCF-101's lists consist of complete groups
-)
+# per class; group 1 is the test list, because UCF-101's lists consist of complete groups
+GROUPS = 8
 SUBROWS = 8  # scan lines per pixel row
 
 SHAPES = ("Circle", "Square", "Triangle")
@@ -80,14 +80,14 @@ def coverage(shape, center, radius, size):
 
     Each pixel row is clipped to the shape's height and sampled on SUBROWS lines. The overlap of a
     line with each pixel is exact. So squares are exact and other shapes almost exact, even for
-    centers at fractions of a pixel."""
+    centers at fractions of a pixel.
+    """
     x, y = center
     _, up, _, down = EXTENTS[shape]
     edges = np.clip(np.arange(size + 1), y - up * radius, y + down * radius)
     heights = np.diff(edges)  # (H,)
-    lines = (
-        edges[:-1, None] + heights[:, None] * (np.arange(SUBROWS) + 0.5) / SUBROWS
-    )  # (H, SUBROWS)
+    # (H, SUBROWS)
+    lines = edges[:-1, None] + heights[:, None] * (np.arange(SUBROWS) + 0.5) / SUBROWS
     half = radius * HALF_WIDTHS[shape]((lines - y) / radius)[..., None]
     columns = np.clip(np.arange(size + 1), x - half, x + half)  # (H, SUBROWS, W + 1)
     return np.diff(columns).mean(1) * heights[:, None]
@@ -116,8 +116,9 @@ def draw_clip(video, size, frames):
 
 
 def plan_video(shape, kind, index, args):
-    """The entry of a video in shapes.json, with all its random choices. kind: a direction; with
-    --bounce an axis.
+    """The entry of a video in shapes.json, with all its random choices.
+
+    kind: a direction; with --bounce an axis.
     """
     rng = generator(
         args.seed, "bouncing-shapes" if args.bounce else "moving-shapes", shape, kind, index
@@ -147,8 +148,9 @@ def plan_video(shape, kind, index, args):
 
 
 def cross(direction, ends, u_x, u_y, _, args):
-    """(fields of a motion across the frame, {}), from uniform numbers. ends: lowest and highest
-    position per axis.
+    """(fields of a motion across the frame, {}), from uniform numbers.
+
+    ends: lowest and highest position per axis.
     """
     speed = TRAVEL * args.size * FPS / args.frames
     start = []
@@ -161,8 +163,9 @@ def cross(direction, ends, u_x, u_y, _, args):
 
 
 def bounce(axis, ends, u_x, u_y, turn, args):
-    """As `cross`, for a motion that turns at the ends. The path: the centroid on the axis in each
-    frame, px.
+    """As `cross`, for a motion that turns at the ends.
+
+    The path: the centroid on the axis in each frame, px.
     """
     start = [
         low + (high - low) * place for place, (low, high) in zip((u_x, u_y), ends, strict=True)
@@ -172,9 +175,8 @@ def bounce(axis, ends, u_x, u_y, turn, args):
     forwards = turn < 0.5
     low, high = ends[along]
     position = start[along] + (1 if forwards else -1) * speed / FPS * np.arange(args.frames)
-    path = low + np.abs(
-        (position - high) % (2 * (high - low)) - (high - low)
-    )  # reflected at both ends
+    # reflected at both ends
+    path = low + np.abs((position - high) % (2 * (high - low)) - (high - low))
     start = [round(value, 6) for value in start]
     motion = {
         "axis": axis,
@@ -201,22 +203,20 @@ def plan_videos(args):
 
 
 def write_video(path, frames):
-    """Write frames, uint8 (T, H, W, 3), as an almost lossless MPEG-4 part 2 AVI, without date or
-    encoder version.
+    """Write frames, uint8 (T, H, W, 3), as an almost lossless MPEG-4 part 2 AVI.
+
+    It has no date or encoder version.
     """
-    options = {
-        "flags": "+bitexact+qscale",
-        "qmin": "1",
-        "qmax": "1",
-        "threads": "1",
-    }  # constant best quality
+    # constant best quality
+    options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1", "threads": "1"}
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as file:
         encode(file, frames, FPS, "mpeg4", "yuv420p", options)
 
 
 def is_made(out, settings):
-    """True if `out` holds a data set with these settings, False if it is new or empty. Raises
-    UserError otherwise.
+    """True if `out` holds a data set with these settings, False if it is new or empty.
+
+    Raises UserError otherwise.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -233,9 +233,7 @@ def is_made(out, settings):
 
 
 def write_data_set(out, settings, args):
-    """Write the data set to a temporary folder beside `out`, and rename the folder when it is
-    complete.
-    """
+    """Write the data set to a temporary folder beside `out`, and rename it when it is complete."""
     videos = plan_videos(args)
     train, test = (
         [f"{key}.avi" for key in videos if ("_g01_" in key) == tests] for tests in (False, True)

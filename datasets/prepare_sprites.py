@@ -1,5 +1,4 @@
-"""Compose the Sprites benchmark: 1,296 characters that walk, cast spells and slash, 8 frames of 64
-x 64 px each.
+"""Compose the Sprites benchmark: 1,296 characters walk, cast spells and slash, 8 frames of 64 px.
 
     git clone https://github.com/YingzhenLi/Sprites datasets/sprites-sheets
     python datasets/prepare_sprites.py --source datasets/sprites-sheets --out datasets/sprites
@@ -9,8 +8,8 @@ The benchmark is from Li and Mandt: Disentangled Sequential Autoencoder, ICML 20
 hair. A sheet holds one value's tiles for all poses. The art is by the contributors of the Liberated
 Pixel Cup, under CC-BY-SA 3.0 and GPL 3.0: name them with your pictures.
 
-    OUT/<Class>/characterNNNN.mkv     lossless (FFV1), 8 fps; NNNN are the four attributes, 0 to 5 each
-    OUT/ucfTrainTestlist/*.txt        the published split: 1,000 characters train, the other 296 validate
+    OUT/<Class>/characterNNNN.mkv   lossless (FFV1), 8 fps; NNNN are the four attributes, 0 to 5
+    OUT/ucfTrainTestlist/*.txt      the published split: 1,000 characters train, 296 validate
 
 The script is safe to run again: it only makes missing videos, and writes the split again.
 """
@@ -26,12 +25,8 @@ from runtime.cli import ArgumentParser, UserError, check_writable, one_line_erro
 
 SIZE, FPS, COLUMNS, ROWS = 64, 8, 13, 21  # of a tile in px; of a video; of tiles in a sheet
 VALUES = range(6)  # of an attribute
-ATTRIBUTES = (
-    "body",
-    "bottomwear",
-    "topwear",
-    "hair",
-)  # from the lowest layer to the highest; shoes come last
+# from the lowest layer to the highest; shoes come last
+ATTRIBUTES = "body", "bottomwear", "topwear", "hair"
 SHOES = "shoes", 1
 ORDER = {
     "Walk": (7, 0, 1, 2, 3, 4, 5, 6),

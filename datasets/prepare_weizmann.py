@@ -1,5 +1,4 @@
-"""Convert four actions of the Weizmann data set (people who wave, jump and bend) to videos of 64 x
-64 px.
+"""Convert four actions of the Weizmann data set (people who wave, jump, bend) to 64 px videos.
 
     git clone https://github.com/sergeytulyakov/mocogan
     python datasets/prepare_weizmann.py --source mocogan --out datasets/weizmann
@@ -10,8 +9,8 @@ strips, data/actions/C/NNNNNNNN.jpg. A strip shows all frames of a clip side by 
 action, and N // 8 is the person. Odd N are mirrored copies, which the script skips. This is
 research data: read its terms before you share videos, or models trained on them.
 
-    OUT/<Class>/personN.mkv           lossless (FFV1), 25 fps, so a jumping jack takes about a second
-    OUT/ucfTrainTestlist/*.txt        the split: the test list holds all clips of --hold-out
+    OUT/<Class>/personN.mkv         lossless (FFV1), 25 fps, so a jumping jack takes about a second
+    OUT/ucfTrainTestlist/*.txt      the split: the test list holds all clips of --hold-out
 
 The script is safe to run again: it only makes missing videos, and writes the split again.
 """
@@ -33,12 +32,8 @@ from runtime.cli import (
     wrong_input,
 )
 
-CLASSES = {
-    0: "OneHandWave",
-    1: "TwoHandWave",
-    3: "JumpingJack",
-    4: "Bend",
-}  # number of the folder: class
+# number of the folder: class
+CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}
 SIZE, FPS = 64, 25
 
 
@@ -65,8 +60,9 @@ def parse_args():
 
 
 def find_strips(source):
-    """{(class, person): path of the strip}, without opening files. Raises UserError if a person
-    lacks a class.
+    """{(class, person): path of the strip}, without opening files.
+
+    Raises UserError if a person lacks a class.
     """
     advice = "expected a complete clone of MoCoGAN's repository; clone it again"
     places = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
@@ -115,9 +111,8 @@ def main():
             f"{name}/person{person}.mkv": (person, path)
             for (name, person), path in sorted(strips.items())
         }
-        clips = {
-            name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)
-        }  # 30 MB
+        # 30 MB of memory
+        clips = {name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)}
     train, test = (
         [name for name in videos if (videos[name][0] in held_out) == tests]
         for tests in (False, True)

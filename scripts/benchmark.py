@@ -1,14 +1,17 @@
-"""Measure how close each part of training and sampling is to its own limit, as ratios with their
-spread.
+"""Measure how close each part of training and sampling is to its own limit, as ratios with spread.
 
-    python scripts/benchmark.py                      all ratios, up to 10 minutes on 2 cores; writes results/benchmark.*
+    python scripts/benchmark.py                      all ratios, up to 10 minutes on 2 cores;
+                                                     writes results/benchmark.*
     python scripts/benchmark.py --only step growth   some parts (see PARTS), printed only
-    python scripts/benchmark.py --only sizes --precision bf16 --compile   no ratios: clips/s and MFU of some models
-    python scripts/benchmark.py --model EqM-XL/2 --batch-size 8 --precision bf16 --compile --only step
+    python scripts/benchmark.py --only sizes \
+        --precision bf16 --compile                   no ratios: clips/s and MFU of some models
+    python scripts/benchmark.py --model EqM-XL/2 --batch-size 8 --precision bf16 --compile \
+        --only step
 
 Absolute times on a shared machine are unreliable. So the two sides of a ratio run in turns in one
 process, and each pair of calls gives one ratio. The matrix-product floor of a training step is the
-time of its FLOPs at this machine's speed for matrix products of the same shapes."""
+time of its FLOPs at this machine's speed for matrix products of the same shapes.
+"""
 
 import argparse
 import datetime
@@ -110,8 +113,9 @@ def seconds_of(function):
 
 
 def measure_ratios(a, b, pairs):
-    """Ratios (pairs,) of a's seconds to b's, and the median seconds of each. a and b take turns in
-    going first.
+    """Ratios (pairs,) of a's seconds to b's, and the median seconds of each.
+
+    a and b take turns in going first.
     """
     for _ in range(WARM_UP):
         a(), b()
@@ -180,9 +184,8 @@ class Step:
         } | settings
         self.model = EqM_models[args.model](**settings).to(self.device)
         with torch.no_grad():
-            for (
-                parameter
-            ) in self.model.parameters():  # some layers start at zero, which may be faster
+            # some layers start at zero, which may be faster
+            for parameter in self.model.parameters():
                 parameter.normal_(std=0.02)
         self.ema = deepcopy(self.model).requires_grad_(False)
         if args.compile:
@@ -221,8 +224,9 @@ class Step:
         self.model.zero_grad()
 
     def products(self):
-        """(FLOPs, function that runs them) of one block's matrix products, forward and backward, as
-        in F.linear.
+        """(FLOPs, function that runs them) of one block's matrix products, as in F.linear.
+
+        Both forward and backward.
         """
         D = self.model.config.hidden_size
         N = len(self.x) * math.prod(self.model.config.grid(self.x.shape[2]))
@@ -276,8 +280,9 @@ def measure_step(args, report):
 
 
 def compare_steps(rows, args, report):
-    """Measure steps with some settings against others. torch.compile can't differentiate EqM-E
-    twice.
+    """Measure steps with some settings against others.
+
+    torch.compile can't differentiate EqM-E twice.
     """
     for name, settings, others, goal in rows:
         own = changed(args, compile=args.compile and "ebm" not in settings)
@@ -405,8 +410,9 @@ def measure_sizes(args, report):
 
 
 def time_step(args):
-    """The cells [clips, seconds, clips/s, TFLOP/s, MFU, peak memory] of a training step; "-" if
-    unknown.
+    """The cells [clips, seconds, clips/s, TFLOP/s, MFU, peak memory] of a training step.
+
+    "-" if unknown.
     """
     torch.compiler.reset()  # torch limits how many models it compiles a function for
     step = Step(args)
@@ -493,9 +499,7 @@ def machine():
 
 
 def made():
-    """How the result of this process can be repeated: {"code": commit, "command", "date" in UTC,
-    "machine"}.
-    """
+    """How to repeat this process's work: {"code": commit, "command", "date" in UTC, "machine"}."""
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(ROOT):
         script = script.relative_to(ROOT)

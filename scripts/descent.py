@@ -1,8 +1,8 @@
-"""Make one HTML file in which a model's field rolls clips downhill. It needs no other file or
-network.
+"""Make one HTML file in which a model's field rolls clips downhill. It needs no file or network.
 
 export.py --html calls `make_page`. The template is descent.html, the network descent.js, and its
-kernel descent.wat."""
+kernel descent.wat.
+"""
 
 import base64
 import json
@@ -41,8 +41,10 @@ def check_runnable(flag, state, config):
     highest = max(value.abs().max().item() for value in state["ema"].values())
     flops = config.flops(frames(config, state["config"]["training"])["usual"])
     why = {
-        f"needs the VAE {vae if vae in REPOSITORIES else 'in its folder'}, which has no JavaScript": vae
-        != "none",
+        (
+            f"needs the VAE {vae if vae in REPOSITORIES else 'in its folder'}, "
+            "which has no JavaScript"
+        ): vae != "none",
         f"has {config.in_channels} channels; expected 1 or 3 (pixels)": config.in_channels
         not in (1, 3),
         f"has an energy (ebm {config.ebm}), whose gradient has no JavaScript": config.ebm != "none",
@@ -50,8 +52,9 @@ def check_runnable(flag, state, config):
         != "eqm",
         f"has {size / 1e6:.1f} M weights; expected at most {MOST_WEIGHTS / 1e6:g} M": size
         > MOST_WEIGHTS,
-        f"needs {flops / 1e9:.0f} GFLOP per evaluation; expected at most {MOST_FLOPS / 1e9:g}": flops
-        > MOST_FLOPS,
+        (
+            f"needs {flops / 1e9:.0f} GFLOP per evaluation; expected at most {MOST_FLOPS / 1e9:g}"
+        ): flops > MOST_FLOPS,
         f"has weights up to {highest:.3g}; expected at most {LARGEST} (fp16)": not highest
         <= LARGEST,
     }
@@ -112,9 +115,7 @@ def frames(config, training):
 
 
 def sampler(training):
-    """Return the first values of the sliders: the checkpoint's sampler, along a path of few
-    evaluations.
-    """
+    """Return the first values of the sliders: the checkpoint's sampler with few evaluations."""
     kept = generation.SAMPLER | {
         key: training[key] for key in generation.SAMPLER if key in training
     }

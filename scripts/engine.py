@@ -1,6 +1,4 @@
-"""Puts EqM/ on the path of the scripts beside this module, and has it report errors of their
-imports in one line.
-"""
+"""Puts EqM/ on the path of the scripts beside this module; import errors take one line."""
 
 import os
 import sys
@@ -13,8 +11,9 @@ import uncaught  # noqa: E402, F401
 
 
 def refuse_to_run(name, instead):
-    """End with one line and status 2 if Python runs a library as a script. name: the library's
-    __name__.
+    """End with one line and status 2 if Python runs a library as a script.
+
+    name: the library's __name__.
     """
     if name == "__main__":
         script = os.path.basename(sys.argv[0])

@@ -1,13 +1,13 @@
-"""Export a checkpoint to a folder to share: its EMA weights, configuration, own VAE, and a model
-card (README.md).
+"""Export a checkpoint to a folder to share: EMA weights, config, own VAE and card (README.md).
 
-    python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported --dtype fp16 \
-        --scores motion.json
+    python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported \
+        --dtype fp16 --scores motion.json
     python scripts/export.py results/demo --html descent.html
 
 Pass the folder to sample_gd.py and train.py as --ckpt. An fp32 export gives the same samples as its
 checkpoint, bit for bit. A VAE that was a folder is copied to `vae/`, so you can move the export to
-another machine. --html writes a page that rolls clips downhill in a browser (docs/descent.md). """
+another machine. --html writes a page that rolls clips downhill in a browser (docs/descent.md).
+"""
 
 import engine  # noqa: F401
 import math
@@ -43,7 +43,8 @@ TRAINED_WITH = {
 CARD = """# {name}
 
 Trained with {trained_with}. `config.json` holds all settings. Sampling uses the sampler below
-unless you pass other flags. Replace `FOLDER` by this folder, and `DATA` by a folder of videos or images of the same
+unless you pass other flags. Replace `FOLDER` by this folder, and `DATA` by a folder of videos or \
+images of the same
 classes.
 
 | | |
@@ -173,8 +174,9 @@ def make_card(args, state, vae, scores):
 
 
 def own_vae(place, flag, data):
-    """The VAE of a checkpoint if it is a folder, at `place` if it has moved; None for pixels and
-    downloads.
+    """The VAE of a checkpoint if it is a folder, at `place` if it has moved.
+
+    None for pixels and downloads.
     """
     if place is None and data["vae"] in ("none", *REPOSITORIES):
         return None
@@ -216,8 +218,9 @@ def facts(state, dtype, vae):
 
 
 def score_table(ckpt, sha256, path):
-    """The values of a manifest as a table in Markdown. Raises UserError unless its weights have
-    this SHA-256.
+    """The values of a manifest as a table in Markdown.
+
+    Raises UserError unless its weights have this SHA-256.
     """
     scores = manifest.read_manifest(path)
     if scores["generated"]["source"].get("weights_sha256") != sha256:

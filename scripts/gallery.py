@@ -1,10 +1,10 @@
-"""Make an HTML page of a sample folder, with real clips beside the samples. The page needs no other
-file or network.
+"""Make an HTML page of a sample folder, with real clips beside; it needs no other file or network.
 
     python scripts/gallery.py samples --data-path datasets/ucf-101
 
 This writes samples/gallery.html. All videos play in step; you can pause, step by frame, and filter
-by class. The template is gallery.html beside this script."""
+by class. The template is gallery.html beside this script.
+"""
 
 import engine  # noqa: F401
 import base64
@@ -38,14 +38,8 @@ from video.writers import write_videos
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL = 128  # px; the page does not smooth smaller samples
 WORDS = {"None": "none", "False": "off", "True": "on"}  # for values of flags
-NEEDED = {
-    "ckpt",
-    "video",
-    "sampler",
-    "cfg_scale",
-    "seed",
-    "mean_evaluations",
-}  # keys of samples.json or its flags
+# keys of samples.json or its flags
+NEEDED = {"ckpt", "video", "sampler", "cfg_scale", "seed", "mean_evaluations"}
 
 
 def parse_args():
@@ -104,9 +98,7 @@ def open_real(root, samples, count, val_fraction):
 
 
 def real_clips(source, videos, title, num_frames, fps):
-    """Yield (clip uint8 (T, H, W, 3), its title) from videos, at the frame rate of the samples if
-    possible.
-    """
+    """Yield (clip uint8 (T, H, W, 3), its title) from videos, if possible at the samples' rate."""
     interval = max(1, round(statistics.median(video.fps for video in videos) / fps))
     clips = Clips(
         source,
@@ -118,9 +110,8 @@ def real_clips(source, videos, title, num_frames, fps):
         stream="real",
     )
     for item in map(clips.__getitem__, itertools.count()):
-        same = (
-            num_frames == 1 or abs(item["time_scale"] * fps - 1) <= 0.05
-        )  # else the video has too few frames
+        # else the video has too few frames
+        same = num_frames == 1 or abs(item["time_scale"] * fps - 1) <= 0.05
         yield (
             item["clip"].permute(1, 2, 3, 0).numpy(),
             title + ("" if same else f", {1 / item['time_scale']:.3g} fps"),
@@ -160,9 +151,7 @@ def make_page(samples, count, real):
 
 
 def summary_line(samples, count):
-    """A line of text: number, kind, size and frame rate of the samples, and how they were
-    sampled.
-    """
+    """A line of text: number, kind, size and frame rate of the samples, and their sampler."""
     T = samples.num_frames
     size = samples.image_size
     total = len(samples)
@@ -196,13 +185,19 @@ def make_card(samples, index, real):
         tag = f'<img {size} alt="{label}" src="data:image/png;base64,{text}">'
         if not is_image:
             source = f'data-src="data:video/mp4;base64,{text}"'
-            tag = f'<video {size} muted playsinline preload="auto" aria-label="{label}" {source}></video>'
+            tag = (
+                f'<video {size} muted playsinline preload="auto" '
+                f'aria-label="{label}" {source}></video>'
+            )
         media += f"<div>{tag}<span>{escape(title)}</span></div>"
     origin = f"sample {index}, seed {samples.about['flags']['seed']}"
     if samples.given[index]:
         given = samples.about["given"][index]
         origin += f"; frames {given['frames']} given: {Path(given['source']).name}"
-    marks = f'data-label="{samples.labels[index]}" data-given="{" ".join(map(str, samples.given[index]))}"'
+    marks = (
+        f'data-label="{samples.labels[index]}" '
+        f'data-given="{" ".join(map(str, samples.given[index]))}"'
+    )
     caption = f"<figcaption>{escape(name)}<span>{escape(origin)}</span></figcaption>"
     return f'<figure class="card" {marks}><div class="pair">{media}</div>{caption}</figure>'
 

@@ -1,6 +1,4 @@
-"""Run tests/gpu_checks.py and measure the speed of some models, for scripts/gpu_check.sh. Writes
-results/gpu.md.
-"""
+"""Run tests/gpu_checks.py and time some models, for scripts/gpu_check.sh, into results/gpu.md."""
 
 import json
 import os
@@ -57,9 +55,7 @@ def parse_args():
 
 
 class Rows:
-    """A pytest plugin that collects the rows of gpu_checks.py, grouped by the docstring of their
-    test.
-    """
+    """A pytest plugin that collects the rows of gpu_checks.py, grouped by a test's docstring."""
 
     def __init__(self):
         self.lines = []

@@ -1,5 +1,4 @@
-"""Count the memory of training on GPUs, without one. Writes results/memory.json and
-results/memory.md.
+"""Count the memory of training on GPUs, without one. Writes results/memory.json and memory.md.
 
     python scripts/memory.py        about a minute
 
@@ -7,7 +6,8 @@ Steps run on tensors without values (torch's fake tensors), and a counter follow
 alive. Two depths give the bytes per block, two batches those per clip. The peak grows a little
 slower in small batches than in large ones, so between these two the script counts slightly too
 much. What fits on a GPU is then calculated, and what a copy of a checkpoint takes on the host:
-there, torch rounds the memory of each tensor up to a power of two."""
+there, torch rounds the memory of each tensor up to a power of two.
+"""
 
 import itertools
 import json
@@ -41,12 +41,10 @@ COUNTED = 16
 FRAMES = (4, 8, 16, 32)
 BATCHES = 1, 256  # that are counted
 STATES = 20  # bytes per weight: weight, gradient, two of AdamW, EMA
-# bytes per weight of a block, with --shard: two blocks, each with bf16 weights, bf16 and fp32
-# gradients
+# bytes per weight of a block, with --shard: two blocks' bf16 weights, bf16 and fp32 gradients
 GATHERED = 16
-SAVED = (
-    4  # tensors of a weight in a checkpoint: weight, EMA, two of AdamW; each has 4 bytes per value
-)
+# tensors of a weight in a checkpoint: weight, EMA, two of AdamW; each has 4 bytes per value
+SAVED = 4
 SETTINGS = {"num_classes": 101, "use_rope": True}
 
 
@@ -57,9 +55,7 @@ def parse_args():
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that something holds, besides the given ones: `now`, and at the
-    `peak`.
-    """
+    """Counts the bytes of tensors that something holds, but the given ones: `now` and at `peak`."""
 
     def __init__(self, given):
         super().__init__()
@@ -84,8 +80,7 @@ class Alive(TorchDispatchMode):
 
 
 def count_step(name, flag, clips, depth):
-    """(bytes kept for the backward pass, bytes at the peak) of a bf16 step, without weights and
-    gradients.
+    """(bytes kept for backward, bytes at the peak) of a bf16 step, without weights and gradients.
 
     As on a GPU, one kernel computes attention, and autocast has addcmul compute in float32.
     """
@@ -105,9 +100,8 @@ def count_step(name, flag, clips, depth):
             with distributed.autocast(x.device, "bf16"):
                 f = model(x, y)
             kept = alive.now
-            batches = torch.empty(
-                2, 2, *x.shape, dtype=torch.half
-            )  # this and the next: means, deviations
+            # this and the next: means, deviations
+            batches = torch.empty(2, 2, *x.shape, dtype=torch.half)
             f.float().square().mean().backward()
     del batches
     return kept, alive.peak
@@ -121,9 +115,8 @@ def measure(name, flag):
         model = EqM_models[f"EqM-{name}"](**SETTINGS)
     weights, block = (sum(map(torch.numel, part.parameters())) for part in (model, model.blocks[0]))
     pinned = SAVED * sum(pinned_bytes(weight.nbytes) for weight in model.parameters())
-    steps = {
-        at: np.array(count_step(name, flag, *at)) for at in itertools.product(BATCHES, (1, 2))
-    }  # depth: 1, 2
+    # depth: 1, 2
+    steps = {at: np.array(count_step(name, flag, *at)) for at in itertools.product(BATCHES, (1, 2))}
     few, many = (
         steps[clips, 1] + (len(model.blocks) - 1) * (steps[clips, 2] - steps[clips, 1])
         for clips in BATCHES
@@ -152,9 +145,8 @@ def read_rows():
 
 def fitting_clips(row, frames, gb, ranks):
     """How many clips of so many frames a GPU of so many GB can train on at once."""
-    once = (
-        GATHERED * row["block"] if ranks > 1 else 1e6 * row["peak_once_mb"]
-    )  # --shard gathers rounded weights
+    # --shard gathers rounded weights
+    once = GATHERED * row["block"] if ranks > 1 else 1e6 * row["peak_once_mb"]
     free = USABLE * 1e9 * gb - STATES * row["weights"] / ranks - once
     return max(0, math.floor(free / (1e6 * row["peak_mb"] * frames / COUNTED)))
 

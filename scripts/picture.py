@@ -1,10 +1,10 @@
-"""Draw samples of one or several folders as one PNG with labels: a row per sample, a column per
-frame.
+"""Draw samples of folders as one PNG with labels: a row per sample, a column per frame.
 
     python scripts/picture.py samples/demo-f7 samples/demo-f16 samples/continued --out picture.png
 
 A row shows at most COLUMNS frames, evenly spaced from the first to the last. Given frames have an
-orange border."""
+orange border.
+"""
 
 import engine  # noqa: F401
 from pathlib import Path

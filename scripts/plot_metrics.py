@@ -6,7 +6,8 @@
 A run folder holds one phase, or the phases of its --frames-schedule. A run that started from a
 checkpoint of another given run continues that run's curve: steps are global, and its FLOPs and
 seconds are added. Losses of clips of different lengths can't be compared, so validation then shows
-the relative loss: 1 is the loss of a zero prediction."""
+the relative loss: 1 is the loss of a zero prediction.
+"""
 
 import engine  # noqa: F401
 import itertools
@@ -75,9 +76,8 @@ def parse_args():
 @dataclass
 class Curve:
     label: str
-    phases: (
-        list  # (frames, rows up to the start of the next phase); FLOPs and seconds count all phases
-    )
+    # (frames, rows up to the start of the next phase); FLOPs and seconds count all phases
+    phases: list
 
     @property
     def rows(self):
@@ -85,8 +85,9 @@ class Curve:
 
 
 def load_runs(places):
-    """{run folder: its rows of metrics.jsonl, at least one} of all runs in these places. Raises
-    UserError.
+    """{run folder: its rows of metrics.jsonl, at least one} of all runs in these places.
+
+    Raises UserError.
     """
     runs = {}
     for place in map(Path, places):
@@ -116,8 +117,9 @@ def make_curves(runs):
 
 
 def find_start(folder, runs):
-    """(step of the checkpoint that a run started from, folder of that run); None if the folder is
-    not in `runs`.
+    """(step of the checkpoint that a run started from, folder of that run).
+
+    None if the folder is not in `runs`.
     """
     first = runs[folder][0]["step"]
     config = json.loads((folder / "config.json").read_text())
@@ -132,9 +134,8 @@ def find_start(folder, runs):
         if other.parts[-len(run) :] == run and rows[0]["step"] <= step
     ]
     if run and found:
-        return step, min(
-            found, key=lambda other: other.parent != folder.parent
-        )  # its own experiment first
+        # its own experiment first
+        return step, min(found, key=lambda other: other.parent != folder.parent)
     say(
         f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count from "
         "there"
@@ -165,9 +166,7 @@ def make_curve(folder, runs, starts):
 
 
 def plot_curves(curves, relative=False):
-    """The figure: rows for training and validation losses, a column for each of X_AXES that all
-    curves have.
-    """
+    """The figure: rows for training and validation losses, columns for X_AXES of all curves."""
     rows = [row for curve in curves for row in curve.rows]
     longest = max(len(curve.rows) for curve in curves)
     # window: lines that a thick curve averages
@@ -203,9 +202,7 @@ def plot_curves(curves, relative=False):
 
 
 def validation_loss(rows, relative):
-    """Which validation loss to plot: the relative one where clip lengths differ, if it was
-    logged.
-    """
+    """Which validation loss to plot: the relative one if clip lengths differ and it was logged."""
     rows = [row for row in rows if "val_loss" in row]
     lengths = {row.get("num_frames") for row in rows}
     is_logged = all("val_loss_rel" in row for row in rows)
@@ -213,8 +210,9 @@ def validation_loss(rows, relative):
 
 
 def plot_column(panels, axis, curves, losses, window):
-    """Training and, if there is a second panel, validation losses against one of X_AXES. losses:
-    their names.
+    """Training and, if there is a second panel, validation losses against one of X_AXES.
+
+    losses: their names.
     """
     (name, units) = X_AXES[axis]
     longest = max(curve.rows[-1][axis] for curve in curves)
@@ -236,8 +234,9 @@ def plot_column(panels, axis, curves, losses, window):
 
 
 def points(curve, axis, size, name, window=1):
-    """x and y (n,) of the rows that have a `name`; y is smoothed within each phase, and NaN where
-    it is not finite.
+    """x and y (n,) of the rows that have a `name`.
+
+    y is smoothed within each phase, and NaN where it is not finite.
     """
     parts = []
     for _, rows in curve.phases:
@@ -248,9 +247,7 @@ def points(curve, axis, size, name, window=1):
 
 
 def smooth(y, window):
-    """Mean over the `window` values around each value of y (n,), fewer at both ends, without
-    NaNs.
-    """
+    """Mean over `window` values around each value of y (n,), fewer at both ends, without NaNs."""
     first = np.arange(len(y)) - window // 2
     first, last = first.clip(0), (first + window).clip(max=len(y))
     sums, counts = (np.cumsum([0, *part]) for part in (np.nan_to_num(y), np.isfinite(y)))
@@ -259,9 +256,7 @@ def smooth(y, window):
 
 
 def mark_phases(panels, curves, axis, size):
-    """Gray bands and names for the phases of the first curve, dotted lines at the phase borders of
-    the others.
-    """
+    """Gray bands and names for the first curve's phases, dotted lines at borders of the others'."""
     ends = [[rows[-1][axis] / size for _, rows in curve.phases] for curve in curves]
     borders = [curves[0].rows[0][axis] / size, *ends[0]]
     place = panels[0].get_xaxis_transform()

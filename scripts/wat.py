@@ -1,8 +1,8 @@
-"""Translate WebAssembly's text format to bytes: folded instructions of one file, with the few
-opcodes that it uses.
+"""Translate WebAssembly's text format to bytes: folded instructions, with few opcodes.
 
 The text and binary formats are those of https://webassembly.github.io/spec/core. Unknown words
-raise KeyError."""
+raise KeyError.
+"""
 
 import re
 import struct
@@ -65,9 +65,8 @@ def translate(text):
         if part[0] == "export"
     ]
     memory = b"".join(map(name, place)) + b"\2\0" + unsigned(int(pages))
-    indices = [
-        unsigned(number) for number in range(len(functions))
-    ]  # each function has its own type
+    # each function has its own type
+    indices = [unsigned(number) for number in range(len(functions))]
     parts = {
         1: [signature(own) for own in functions],
         2: [memory],
@@ -114,8 +113,9 @@ def code(function, functions):
 
 
 def instruction(folded, scope, labels):
-    """Return the bytes of a folded instruction, after those of its operands. labels: of the loops
-    around it.
+    """Return the bytes of a folded instruction, after those of its operands.
+
+    labels: of the loops around it.
     """
     opcode = folded[0]
     rest = folded[1:]

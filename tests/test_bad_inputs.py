@@ -61,22 +61,27 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
 # values of the flags.
 CASES = {
     "train": """
-        --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000 | --model EqM-Q/4
-        --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5 | --val-fraction=-0.1
-        --forcing-regions 2
-        --val-fraction 0 | --rope-speed=-1 | --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
-        --position-table time | --frame-interval 4 2 | --num-frames 3 | --rope-split 8,8 | --num-heads 7
-        --depth 10000000 | --val-frames 4 2 | --mix 0.2 | --num-classes 1
-        --global-batch-size 6 --grad-accum 4 | --data-path '' | --data-path no/such | --data-path pipe
+        --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000
+        --model EqM-Q/4 | --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5
+        --val-fraction=-0.1 | --forcing-regions 2 | --val-fraction 0 | --rope-speed=-1
+        --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
+        --position-table time | --frame-interval 4 2 | --num-frames 3 | --rope-split 8,8
+        --num-heads 7 | --depth 10000000 | --val-frames 4 2 | --mix 0.2 | --num-classes 1
+        --global-batch-size 6 --grad-accum 4 | --data-path ''
+        --data-path no/such | --data-path pipe
         --data-path one => 1 usable file; expected at least 2
         --data-path broken => can't open any of its videos (2 files), the first is; a.avi: ; ffmpeg
         --vae no/such/vae | --vae empty
-        --max-bad-fraction 0.2 --data-path bad => 0.2: 2 of 6 files are corrupt; A/x.avi, B/y.mp4; or raise this limit
-        --results-dir file | --results-dir nowhere | --results-dir /proc/x | --results-dir file --resume
+        --max-bad-fraction 0.2 --data-path bad \
+            => 0.2: 2 of 6 files are corrupt; A/x.avi, B/y.mp4; or raise this limit
+        --results-dir file | --results-dir nowhere | --results-dir /proc/x
+        --results-dir file --resume
         --results-dir no/such/../../file => is not a writable folder
-        --ckpt no/such.pt | --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
+        --ckpt no/such.pt | --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero
+        --ckpt loop | --ckpt empty
         --data-path -videos => --data-path
-        --global-seed 1000000000000000000000000000000 | --num-workers 1000000 | --num-frames 1000000000000 => at most
+        --global-seed 1000000000000000000000000000000 | --num-workers 1000000 => at most
+        --num-frames 1000000000000 => at most
         --num-frames 8 --image-size 1000000000 => input_size; 1000000000
         --image-size 100000 => 1250000000 tokens per clip
         --image-size 18 => --image-size 18: not a multiple of 4 (VAE and patch); use 16
@@ -93,17 +98,21 @@ CASES = {
         --compile => g++
         --compile --ebm dot | --grad-checkpoint selective --ebm dot => --ebm dot
         --grad-checkpoint half => full
-        --forcing-regions 0.5 --objective flow | --forcing-regions 0.5 --objective blind => 0.5: needs --objective eqm
+        --forcing-regions 0.5 --objective flow => 0.5: needs --objective eqm
+        --forcing-regions 0.5 --objective blind => 0.5: needs --objective eqm
         --disp --grad-accum 4 => --global-batch-size
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
         --data-path file => a file; expected a folder with <class>/<video>
-        --data-path empty => no videos found; one of .avi .m4v .mkv .mov .mp4 .webm; images need no --video
+        --data-path empty \
+            => no videos found; one of .avi .m4v .mkv .mov .mp4 .webm; images need no --video
         --data-path twins => twins: A/x.avi and A/x.m4v differ only in their suffix
         --data-path mixed => some videos are in class folders (A/x.avi), others are not (y.avi)
         --data-path sampled => holds only samples of sample_gd.py, in sampled/shown; name a folder
-        --data-path nameless => the class none; --classes none asks for samples without a class; rename
-        --data-path deep => deep/train/<class> has 2 videos; merge it with test/ in one folder; pass deep/train
+        --data-path nameless \
+            => the class none; --classes none asks for samples without a class; rename
+        --data-path deep \
+            => deep/train/<class> has 2 videos; merge it with test/ in one folder; pass deep/train
         --data-path images => --video
         --results-dir '' | --ckpt '' => empty
         --results-dir x\udcff => UTF-8
@@ -117,9 +126,11 @@ CASES = {
         --ckpt odd.pt => depth 2
         --model EqM-S/4 --ckpt rope.pt => EqM-S/4
         --vae vae --ckpt rope.pt | --vae ema --ckpt rope.pt => made with none; remove --vae
-        --image-size 32 --ckpt rope.pt => --image-size gives 32: they must agree; change or remove --image-size
+        --image-size 32 --ckpt rope.pt \
+            => --image-size gives 32: they must agree; change or remove --image-size
         --temporal-patch-size 2 --ckpt rope.pt | --ebm dot --ckpt rope.pt => must agree
-        --position-table none --ckpt table.pt | --rope-speed 1 --ckpt rope.pt | --num-classes 7 --ckpt rope.pt => must
+        --position-table none --ckpt table.pt | --rope-speed 1 --ckpt rope.pt => must
+        --num-classes 7 --ckpt rope.pt => must
         --optimizer muon --ckpt rope.pt => --optimizer adamw
         --max-steps 10 --ckpt rope.pt => --max-steps 10
         --data-path long --ckpt rope.pt => classes A (1), --ckpt rope.pt has A, B (2); --new-classes
@@ -129,8 +140,10 @@ CASES = {
         --inflate image.pt --ckpt rope.pt => remove --ckpt
         --inflate rope.pt => --inflate rope.pt: holds a video model, expected an image model
         --inflate energy.pt => --inflate energy.pt: trained with --ebm dot; does not support
-        --inflate image.pt --num-frames 3 => a temporal patch needs at least 4; change --temporal-patch-size
-        --inflate image.pt --image-size 32 => --image-size gives 32: they must agree; change or remove --image-size
+        --inflate image.pt --num-frames 3 \
+            => a temporal patch needs at least 4; change --temporal-patch-size
+        --inflate image.pt --image-size 32 \
+            => --image-size gives 32: they must agree; change or remove --image-size
         --vae vae --inflate image.pt => made with none; remove --vae
         --model EqM-Ti/2 --inflate image.pt => --inflate image.pt has EqM-Ti/4; remove the flag
         --hidden-size 96 --inflate image.pt => --inflate image.pt: holds EqM-Ti/4
@@ -138,7 +151,8 @@ CASES = {
         --inflate plain.pt --rope-split 8,8,8 => has rope split 20,0,0
         --data-path long --inflate image.pt => --inflate image.pt has A, B (2); --new-classes""",
     "train fixed": """
-        --rope-split 8,8,8 | --rope-speed 0.5 | --rope-theta 100 | --position-table space => needs use_rope
+        --rope-split 8,8,8 | --rope-speed 0.5 | --rope-theta 100 => needs use_rope
+        --position-table space => needs use_rope
         --val-frames 4 | --num-frames 4 --ckpt fixed.pt => tied
         --ckpt rope.pt => trained with --use-rope
         --inflate image.pt => add --video and --use-rope""",
@@ -146,8 +160,10 @@ CASES = {
         --inflate image.pt => add --video and --use-rope
         --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
         --data-path cache => add --video
-        --data-path videos => no images found; <class>/<image> with one of .jpeg .jpg .png .webp; add --video
-        --data-path deep => no images in deep/<class>; deep/train/x/<class> has 1 image; pass deep/train/x
+        --data-path videos \
+            => no images found; <class>/<image> with one of .jpeg .jpg .png .webp; add --video
+        --data-path deep \
+            => no images in deep/<class>; deep/train/x/<class> has 1 image; pass deep/train/x
         --forcing 0.5 => --forcing 0.5: does not apply to clips of one frame
         --forcing-regions 0.5 => --forcing-regions 0.5: does not apply to clips of one frame
         --ckpt rope.pt --use-rope => holds a video model: add --video""",
@@ -158,7 +174,8 @@ CASES = {
         --frames-schedule 4:10,400:20:4 => --frames-schedule 400; 10
         --frames-schedule 4:10,12:20 --global-batch-size 4 => 12 frames; --global-batch-size
         --num-frames 4 --frames-schedule 4:10 => contradicts --frames-schedule
-        --lr-decay-end 9 --lr-decay 1 --num-frames 8 --max-steps 10 => --lr-decay-end 9; --max-steps""",
+        --lr-decay-end 9 --lr-decay 1 --num-frames 8 --max-steps 10 \
+            => --lr-decay-end 9; --max-steps""",
     "schedule fixed": "--frames-schedule 4:10,8:20 => tied to num_frames 4",
     "train latents": """
         --image-size 32 | --vae mse | --vae none
@@ -172,10 +189,11 @@ CASES = {
         --data-path lost --vae vae => run cache_latents.py again
         --inflate image.pt => --data-path cache: made with the VAE; --inflate image.pt with none""",
     "sample": """
-        --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4 | --init no/such.mp4
-        --num-frames 3 | --num-classes 101 | --image-size 32 | --classes 2 | --classes A Kayaking | --given ''
-        --given x --folder x | --init-gamma 0.5 | --ckpt pipe | --ckpt cut-export | --ckpt code.pt
-        --ckpt wide-export | --ckpt stepless-export | --weak-ckpt no/such.pt | --overlap 0
+        --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4
+        --init no/such.mp4 | --num-frames 3 | --num-classes 101 | --image-size 32 | --classes 2
+        --classes A Kayaking | --given '' | --given x --folder x | --init-gamma 0.5 | --ckpt pipe
+        --ckpt cut-export | --ckpt code.pt | --ckpt wide-export | --ckpt stepless-export
+        --weak-ckpt no/such.pt | --overlap 0
         --ckpt later-export => format version 2
         --folder=a b --video => b: unexpected argument
         --num-samples 2000000000 | --num-frames 1000000000 | --fps 1e300 => at most
@@ -199,10 +217,13 @@ CASES = {
         --no-keep-background => applies to clips of --given
         --window 3 --num-frames 20 => --window 3: a temporal patch
         --overlap 8 --window 8 --num-frames 20 => --overlap 8: leaves no new frame
-        --overlap 8 --num-frames 20 => --overlap 8: applies to several windows, but the 20 frames are made in one
-        --overlap 4 --window 8 --num-frames 4 8 => --overlap 4: applies to several windows; add --window, or remove it
+        --overlap 8 --num-frames 20 \
+            => --overlap 8: applies to several windows, but the 20 frames are made in one
+        --overlap 4 --window 8 --num-frames 4 8 \
+            => --overlap 4: applies to several windows; add --window, or remove it
         --init videos --window 8 --num-frames 20 => windows of 8; remove it
-        --given-frames 20 --given videos --num-frames 20 => 20: samples have the frames 0 to 19; expected
+        --given-frames 20 --given videos --num-frames 20 \
+            => 20: samples have the frames 0 to 19; expected
         --given-frames 0-19 --given videos --num-frames 20 => 0-19: samples have the frames 0 to 19
         --given videos --given-frames 0-12 --num-frames 20 => a.avi has 10 frames of 0.04 s
         --given videos --init videos => but --init changes all
@@ -221,7 +242,8 @@ CASES = {
         --init-gamma 1.5 --init x.mp4 => at most 1
         --init-gamma 1 --init videos --sampler heun => --init-gamma 1; heun
         --given cache --given-split val | --given empty --given-split val => error: --given
-        --given videos --given-split val --num-frames 100 => --given videos: the longest video of --given-split val""",
+        --given videos --given-split val --num-frames 100 \
+            => --given videos: the longest video of --given-split val""",
     "sample images": """
         --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
         --init videos/A/a.avi => no image
@@ -246,14 +268,19 @@ CASES = {
         --detector x => for --metric motion; remove
         --num-real 1 => at least 2
         --metric prediction --num-real 3 => --num-real; prediction chooses its real clips
-        --metric nearest --split val | --metric census --split val => --split; chooses its real clips
-        --samples other-class --metric classifier => has class C, --data-path videos has A, B; pass the data
+        --metric nearest --split val => --split; chooses its real clips
+        --metric census --split val => --split; chooses its real clips
+        --samples other-class --metric classifier \
+            => has class C, --data-path videos has A, B; pass the data
         --samples unlabeled --metric classifier => has samples without a class
-        --data-path long --metric classifier => 1 class, 2 groups (file stems) in A; expected at least 2 of both
+        --data-path long --metric classifier \
+            => 1 class, 2 groups (file stems) in A; expected at least 2 of both
         --data-path listed --metric classifier => no training video of class B; lower --val-fraction
-        --data-path listed --metric classifier --classifier-test val => no validation video of class A
+        --data-path listed --metric classifier --classifier-test val \
+            => no validation video of class A
         --metric nearest --vae v => needs no VAE
-        --out file/a.json | --out no/such/../../file/a.json | --cache file/a => is not a writable folder
+        --out file/a.json | --out no/such/../../file/a.json => is not a writable folder
+        --cache file/a => is not a writable folder
         --out empty => a folder
         --data-path empty => no videos found
         --data-path cache => a latent cache; name the folder of its videos
@@ -285,8 +312,9 @@ CASES = {
         rope.pt --html file/x.html => --html file: ; not a writable folder
         rope.pt --html new.html --dtype fp16 => --dtype: has no effect""",
     "shapes": """
-        --size big | --out file | --seconds inf | --seconds 0 | --videos-per-class 1000000000000 | --size 8 | --size 63
-        --radius nan nan | --radius 0.2 0.1 | --radius 0.1 0.3 | --colors mauve | --videos-per-class 1
+        --size big | --out file | --seconds inf | --seconds 0 | --videos-per-class 1000000000000
+        --size 8 | --size 63 | --radius nan nan | --radius 0.2 0.1 | --radius 0.1 0.3
+        --colors mauve | --videos-per-class 1
         --out videos => --out videos; not Moving Shapes""",
     "train_vae": """
         --downsample 2 | --data-path no/such
@@ -307,7 +335,8 @@ CASES = {
         --out larger --copies 1 => a-copy2.mkv, which does not belong to this data set""",
     "study": """
         --minutes 0
-        --only A E => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', 'D', '16 fixed',
+        --only A E \
+            => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', 'D', '16 fixed',
         --list --report => not allowed with
         --report => does not exist
         --out file --report => --out file:""",

@@ -136,8 +136,7 @@ def test_accuracy_intervals_and_confusion_equal_their_definitions():
 
 
 def test_inception_score_and_entropies_equal_their_closed_forms():
-    # one window per clip
-    sure = 1e4 * torch.eye(4)[:, None]
+    sure = 1e4 * torch.eye(4)[:, None]  # one window per clip
     doubt = torch.zeros(3, 1, 4)
     log4 = math.log(4)
     likely = torch.eye(4)[:, None] * math.log(7)  # 0.7 for one class, 0.1 for each other

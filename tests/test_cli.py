@@ -217,7 +217,10 @@ def test_a_full_disk_is_named_with_the_checkpoints_to_delete(error, tmp_path):
         (folder / f"{step:07d}.pt").write_bytes(bytes(2000))
     link(folder / "0000003.pt", "latest.pt")
     disk = next(place for place in folder.parents if place.is_mount())
-    words = rf"\(No space left on device; the disk {disk} .*B free\); .* delete 0000001.pt to 0000002.pt \(0.004 MB"
+    words = (
+        rf"\(No space left on device; the disk {disk} .*B free\); "
+        r".* delete 0000001.pt to 0000002.pt \(0.004 MB"
+    )
     with (
         pytest.raises(UserError, match=f"latest.pt can't be written {words}"),
         cli.writing(folder / "latest.pt"),

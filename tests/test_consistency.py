@@ -153,10 +153,9 @@ def test_drifts_have_the_intervals_of_a_difference_of_two_means():
 
 @pytest.mark.parametrize("borders", [[], [*range(1, 8)], [4]])
 def test_without_borders_or_motion_there_is_no_seam_score(borders):
-    # not at frame 4
     moves = random(3, 7)
     stands = torch.zeros(3, 7)
-    hardly = torch.eye(7)[:3]
+    hardly = torch.eye(7)[:3]  # not at frame 4
     for generated, real in (
         [(stands, moves), (moves, stands), (moves, hardly)] if borders == [4] else [(moves, moves)]
     ):

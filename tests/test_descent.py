@@ -95,9 +95,10 @@ def test_numbers_are_encoded_as_in_the_specification_and_the_kernel_is_a_module(
     )  # examples of LEB128
     assert (wat.signed(63), wat.signed(64), wat.signed(-64)) == (b"\x3f", b"\xc0\x00", b"\x40")
     content = wat.translate(
-        '(module (import "env" "memory" (memory 1)) (func $f (export "f") (param $x i32) (result i32) (local $y i32)'
-        " (loop $again (br_if $again (local.tee $y (local.get $x)))) (i32.add (call $f (i32.const "
-        "7)) (local.get $y))))"
+        '(module (import "env" "memory" (memory 1))'
+        ' (func $f (export "f") (param $x i32) (result i32) (local $y i32)'
+        " (loop $again (br_if $again (local.tee $y (local.get $x))))"
+        " (i32.add (call $f (i32.const 7)) (local.get $y))))"
     )
     body = "01 01 7f 03 40 20 00 22 01 0d 00 0b 41 07 10 00 20 01 6a 0b"
     assert content[:8] == b"\0asm\1\0\0\0" and content.endswith(bytes.fromhex(body))

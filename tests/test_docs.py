@@ -88,8 +88,7 @@ def test_the_readme_links_every_page_and_the_design_names_every_module():
         ), path.name
 
 
-# Commands and flags
-# ---------------------------------------------------------------------------------------------------
+# Commands and flags -------------------------------------------------------------------------------
 # Restricted bash (-r: no files are written) with functions in place of programs. Each writes the
 # names of the variables that are set for it and its words, a line each, and an empty line; other
 # programs are not found.
@@ -240,12 +239,11 @@ def test_flags_that_the_pages_mention_exist(monkeypatch, capsys):
         )  # that names removed ones
 
 
-# Numbers
-# --------------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 # A comment before a table, a paragraph or a list says which files of results/ have its numbers:
-# "rows of": those of each row are in the rows of the file that have the same first cell "numbers
-# of": those with a decimal point, in percent, points or MB are in the files A number is in a file
-# if one there, or one of its numbers in percent, rounds to it.
+# "rows of": those of each row are in the rows of the file that have the same first cell
+# "numbers of": those with a decimal point, in percent, points or MB are in the files
+# A number is in a file if one there, or one of its numbers in percent, rounds to it.
 NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?"
 
 

@@ -141,8 +141,7 @@ def test_samples_show_given_frames_exactly_as_read(places, sample, model):
 
 
 def test_given_latents_stay_bit_for_bit_and_only_background_is_added(places, sample, monkeypatch):
-    # (latents, decoded) of each window
-    seen = []
+    seen = []  # (latents, decoded) of each window
     decode = VAE.decode
     path = places / "B/b.mp4"
     monkeypatch.setattr(

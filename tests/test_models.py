@@ -148,12 +148,10 @@ def test_the_position_table_equals_a_naive_one_and_has_distinct_rows(size, side,
     config = model_config(f"EqM-{size}/4", input_size=4 * side, in_channels=3, **kind)
     table = position_table(config)
     D = config.hidden_size
-    if (
-        kind is VIDEO
-    ):  # a third of the channels for each axis, the rest zero: 1024 channels are no multiple of 6
-        # 10 frames: 3 patches
+    if kind is VIDEO:
+        # a third of the channels for each axis, the rest zero: 1024 channels are no multiple of 6
         third = 2 * (D // 6)
-        places = itertools.product(range(3), range(side), range(side))
+        places = itertools.product(range(3), range(side), range(side))  # 10 frames: 3 patches
         naive = [
             sum((naive_axis(p, third) for p in place), []) + [0] * (D - 3 * third)
             for place in places

@@ -147,8 +147,7 @@ def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(
 ):
     clips, labels, classes = read_clips(shapes, "train", 6, interval=3)
     held_out, _, _ = read_clips(shapes, "val", 1, interval=3)
-    # five are mirrored copies
-    clips = np.concatenate([clips[:5, :, :, ::-1], held_out])
+    clips = np.concatenate([clips[:5, :, :, ::-1], held_out])  # five are mirrored copies
     sheets = []
     monkeypatch.setattr(nearest, "write_sheet", lambda *args, notes: sheets.append((*args, notes)))
     folder = write_samples(tmp_path / "copies", clips, labels, classes, time_scale=3 / 25)

@@ -28,11 +28,11 @@ from tiny_videos import write_equal_videos
 from training import differences, error_of, refused, run_main
 
 with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
-    TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - inputs and results, not a dict
+    # inputs and results; the file is not a dict
+    TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     SETTINGS = json.loads(file.metadata()["config"])  # of the model
 STATE = {name.removeprefix("state."): value for name, value in TENSORS.items() if "state." in name}
-# images of one frame
-X = TENSORS["x"].unsqueeze(2)
+X = TENSORS["x"].unsqueeze(2)  # images of one frame
 Y = TENSORS["y"]
 KNOWN = {field.name for field in fields(EqMConfig)}
 CONFIG = EqMConfig(

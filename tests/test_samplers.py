@@ -115,11 +115,8 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
     path = data - noise
     start = noise + start_gamma * path
 
-    def field(
-        x,
-        keep,
-        # of one data point and a known noise: the position of x on the line between them gives gamma
-    ):
+    # of one data point and a known noise: the position of x on the line between them gives gamma
+    def field(x, keep):
         gamma = ((x - noise) * path).sum(dim=1) / path.square().sum(dim=1)
         return transport.decay(gamma)[:, None] * path
 

@@ -207,8 +207,10 @@ IS_CHECK = "[[ $* == *--dry-run* ]]"  # of all phases, in one process that knows
         ),
         (
             "weizmann.sh",
-            r"HOLD_OUT=7\ 8 VAE_STEPS=7 STEPS_1=1200 STEPS_2=2400 STEPS_3=4000 SAMPLES=96 LONG=16 REAL=64 "
-            "CLASSIFIER_STEPS=250",
+            (
+                r"HOLD_OUT=7\ 8 VAE_STEPS=7 STEPS_1=1200 STEPS_2=2400 STEPS_3=4000 SAMPLES=96 "
+                "LONG=16 REAL=64 CLASSIFIER_STEPS=250"
+            ),
         ),
     ],
 )

@@ -57,9 +57,8 @@ SCRIPTS = {
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     """The commands of the studies, run in this process. A quickstart only trains a tiny model."""
-    # made: data sets by their flags
     seen = []
-    made = {}
+    made = {}  # data sets by their flags
 
     def script(run, *words, **variables):
         seen.append([str(word) for word in words])
@@ -523,10 +522,10 @@ def test_the_committed_report_matches_the_committed_rows(tmp_path):
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "study.csv").read_bytes()
 
 
+# The first one, differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30; t = 16
+# with two degrees of freedom
 @pytest.mark.parametrize(
     ("values", "others", "text"),
-    # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30; t = 16 with two
-    # degrees of freedom
     [
         (
             [1.0, 2.0, 3.1],
@@ -631,7 +630,10 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
         run.is_done
         and "| 16 moving | 100 | 0.331 ± 0.003 (0.333, 0.321, 0.336, 0.333, inf) |" in text
     )
-    words = r"Loss: 16 moving minus 16 fixed is -0.0\d\d \(95% -0.\d+ to -0.\d+, 4 seeds; p .*, by Holm .*\): lower"
+    words = (
+        r"Loss: 16 moving minus 16 fixed is -0.0\d\d \(95% -0.\d+ to -0.\d+, 4 seeds; "
+        r"p .*, by Holm .*\): lower"
+    )
     assert re.search(words, text)
     assert "Direction accuracy (0 to 1), 16 rotary minus 16 fixed: not run yet." in text
     assert "| 4-8-16 | 100 | - | - | - |" in text and "4-8-16 moving: not run yet." in text

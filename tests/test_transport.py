@@ -13,9 +13,8 @@ import transport
 from runtime.rng import uniform
 from transport import clean_frames, condition_dropout, draw_gammas, first_given, shift_gamma
 
-# and c(GAMMA)
 GAMMA = torch.tensor([0.0, 0.5, 0.9, 1.0])
-DECAY = [4.0, 4.0, 2.0, 0.0]
+DECAY = [4.0, 4.0, 2.0, 0.0]  # c(GAMMA)
 MANY = range(2000)
 
 
@@ -182,9 +181,8 @@ def test_some_clips_are_clean_except_for_a_rectangle_of_their_gamma():
     assert is_other.float().mean().item() == pytest.approx(0.75, abs=0.04)  # 4 standard errors
     noisy = levels[~is_other] < 1
     sides = Counter()
-    # (B, 6)
-    rows = noisy[:, 0].any(dim=2)
-    columns = noisy[:, 0].any(dim=1)
+    rows = noisy[:, 0].any(dim=2)  # (B, 6)
+    columns = noisy[:, 0].any(dim=1)  # (B, 6)
     assert torch.equal(noisy, (rows[:, :, None] & columns[:, None])[:, None].expand_as(noisy))
     for mask in [*rows, *columns]:
         first, *_, last = mask.nonzero().flatten().tolist()

@@ -66,8 +66,7 @@ LONG = {
 def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(
     tmp_path, monkeypatch, name
 ):
-    # an item for each frame that PyAV decodes
-    seen = []
+    seen = []  # an item for each frame that PyAV decodes
     decode_from = files.decode_from
     monkeypatch.setattr(
         files,
@@ -249,8 +248,7 @@ def test_a_video_is_read_upright_however_the_phone_was_held(tmp_path):
     for turn, (a, b, c, d) in turns.items():
         write_video(tmp_path / f"{turn}.mp4", codec="libx264")
         data = bytearray((tmp_path / f"{turn}.mp4").read_bytes())
-        # in the track's header
-        matrix = data.index(b"tkhd") + 44
+        matrix = data.index(b"tkhd") + 44  # in the track's header
         one = 0x10000
         data[matrix : matrix + 36] = struct.pack(
             ">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 0x40000000

@@ -1,3 +1,1 @@
-"""Shared by all scripts: flags and errors, ranks, random draws, signals, run folders, metrics,
-files.
-"""
+"""Shared by all scripts: flags, errors, ranks, random draws, signals, runs, metrics, files."""

@@ -1,6 +1,4 @@
-"""Files that are written completely or not at all, even across a kill or a power cut, and why a
-write failed.
-"""
+"""Files written completely or not at all, even across a kill or power cut; why a write failed."""
 
 import errno
 import os
@@ -13,8 +11,9 @@ FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 
 @contextmanager
 def atomic_write(path):
-    """Open a binary file for writing. `path` keeps its old content until the new content is
-    complete and on disk.
+    """Open a binary file for writing.
+
+    `path` keeps its old content until the new content is complete and on disk.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -40,13 +39,13 @@ def write_file(path, data):
 
 
 def link(path, name):
-    """Give a file a second name in the same folder. It replaces an older file of that name in one
-    step.
+    """Give a file a second name in the same folder.
+
+    It replaces an older file of that name in one step.
     """
     path = Path(path)
-    if path.with_name(name).exists() and path.samefile(
-        path.with_name(name)
-    ):  # renaming would leave both
+    # renaming would leave both
+    if path.with_name(name).exists() and path.samefile(path.with_name(name)):
         return
     temporary = path.with_name(name + ".tmp")
     temporary.unlink(missing_ok=True)

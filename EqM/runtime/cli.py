@@ -26,22 +26,28 @@ from runtime.distributed import local_rank, rank
 LINE_SECONDS = 60  # between two lines of a Bar in a file
 LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}"
 UNTYPED = object()  # the value of a flag until it is parsed
-RANK_0_SPEAKS_FIRST = (
-    10  # seconds that the other ranks give rank 0 to report an error that all ranks have
-)
+# seconds that the other ranks give rank 0 to report an error that all ranks have
+RANK_0_SPEAKS_FIRST = 10
 LOST = {  # pattern of an error's text -> its meaning
-    r"DataLoader worker \(pid": "a loader process has ended, perhaps for lack of memory: lower --num-workers",
+    r"DataLoader worker \(pid": (
+        "a loader process has ended, perhaps for lack of memory: lower --num-workers"
+    ),
     r"can't allocate memory": "too little memory",  # not a torch.OutOfMemoryError, as on a GPU
-    r"Connection (closed|reset) by peer|Broken pipe|remote process exited": "another rank has ended: see its error",
-    r"^Dist\w*Error|gloo": "the ranks can't reach each other: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited": (
+        "another rank has ended: see its error"
+    ),
+    r"^Dist\w*Error|gloo": (
+        "the ranks can't reach each other: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    ),
 }
 
 _unlogged = []  # lines of warnings from before there was a log
 
 
 class UserError(Exception):
-    """An error that the user can fix. Its text is one line: what is wrong, what was expected, how
-    to fix it.
+    """An error that the user can fix.
+
+    Its text is one line: what is wrong, what was expected, how to fix it.
     """
 
 
@@ -78,9 +84,7 @@ class Flags(argparse.Namespace):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that returns Flags and reports an error in one line, without usage, and once under
-    torchrun.
-    """
+    """argparse that returns Flags and reports errors in one line, and once under torchrun."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
@@ -102,9 +106,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def explain(self, word, found):
-        """Say why a word of the command line is wrong: a mistyped flag or an unexpected
-        argument.
-        """
+        """Say why a word of the command line is wrong: a mistyped flag, an unexpected argument."""
         if not word.startswith("-"):
             got = [
                 f", {one.metavar} is {getattr(found, one.dest)}"
@@ -192,9 +194,8 @@ def precisions():
         return ["fp32", "bf16"]
     with torch.cuda.device(local_rank()):  # or every rank would use memory of the first GPU
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        ["bf16", "fp32", "tf32", "fp16"] if has_bf16 else ["fp32", "fp16"]
-    )  # the same GPUs have bf16 and tf32
+    # the same GPUs have bf16 and tf32
+    return ["bf16", "fp32", "tf32", "fp16"] if has_bf16 else ["fp32", "fp16"]
 
 
 def check_precision(precision):
@@ -212,11 +213,11 @@ def check_precision(precision):
 
 def resolve_precision(precision, energy, kept=None):
     """The --precision of the flag, else of the resumed run (`kept`), else the best for this model.
+
     Raises UserError.
     """
-    precision = (
-        precision or kept or ("fp32" if energy else None)
-    )  # the gradient of an energy is the field
+    # the gradient of an energy is the field
+    precision = precision or kept or ("fp32" if energy else None)
     if precision is None and "bf16" not in precisions():
         say(
             "note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less "
@@ -227,9 +228,7 @@ def resolve_precision(precision, energy, kept=None):
 
 
 def check_devices():
-    """Raise UserError if torchrun started more processes than this machine has GPUs, if it has
-    any.
-    """
+    """Raise UserError if torchrun started more processes than this machine has GPUs (if any)."""
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         found = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
         raise UserError(
@@ -263,8 +262,9 @@ def check_writable(flag, folder):
 
 
 def one_line(text, encoding="utf-8"):
-    """Escape line breaks, escape sequences and what this encoding lacks; file names may contain all
-    of them.
+    """Escape line breaks, escape sequences and what this encoding lacks.
+
+    File names may contain all of them.
     """
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return line.encode(encoding, "backslashreplace").decode(encoding)
@@ -276,8 +276,9 @@ def plural(count, noun):
 
 
 def say(message, log=None):
-    """Print a line on rank 0 without breaking a progress bar, and add it to the file `log`. Raises
-    UserError.
+    """Print a line on rank 0 without breaking a progress bar, and add it to the file `log`.
+
+    Raises UserError.
     """
     message = one_line(message)
     if rank() == 0:
@@ -294,17 +295,15 @@ def append(path, lines):
 
 @contextmanager
 def writing(path, needed=None):
-    """Turn the error of a write to `path` into a UserError that says what is wrong with its folder
-    or disk.
+    """Turn the error of a write to `path` into a UserError that says what is wrong on its disk.
 
     needed: the size of the file in bytes, if it is known.
     """
     try:
         yield
     except Exception as error:
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # as torch reports a full disk
+        # as torch reports a full disk
+        cause = error if isinstance(error, OSError) else error.__context__
         if number := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors reports one
             cause = OSError(int(number[1]), os.strerror(int(number[1])))
         if not isinstance(cause, OSError) or isinstance(error, UserError):
@@ -327,8 +326,9 @@ def warnings_as_lines(log=None):
 
 
 class Bar(tqdm):
-    """A progress bar of rank 0 on a terminal; in a file or a pipe, one line per minute without
-    escape codes.
+    """A progress bar of rank 0 on a terminal.
+
+    In a file or a pipe, one line per minute without escape codes.
     """
 
     def __init__(self, *args, **kwargs):
@@ -347,17 +347,16 @@ class Bar(tqdm):
 
 
 def fail(message, status=2, wait=True):
-    """End this process with one line on stderr. Status 2: wrong input; status 1: a failure while
-    running.
+    """End this process with one line on stderr.
 
-    torchrun kills all ranks as soon as one exits. With `wait`, the others give rank 0 time to report, and report only
-    if they still run then (an error on one machine). A script that starts torchrun names a file in
-    EQM_ERROR_FILE and shows the line after torchrun's own report. EQM_TRACEBACK=1 adds the
-    traceback."""
+    Status 2: wrong input; status 1: a failure while running. torchrun kills all ranks as soon as
+    one exits. With `wait`, the others give rank 0 time to report, and report only if they still run
+    then (an error on one machine). A script that starts torchrun names a file in EQM_ERROR_FILE and
+    shows the line after torchrun's own report. EQM_TRACEBACK=1 adds the traceback.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it reports
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # torch's handler would raise again when the next loader process ends
+    # torch's handler would raise again when the next loader process ends
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if wait and rank() != 0:
         time.sleep(RANK_0_SPEAKS_FIRST)
     text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
@@ -383,8 +382,9 @@ def wrong_input():
 
 
 def thread_failed(details):
-    """A threading.excepthook that leaves an OSError to the main thread, where TensorBoard raises it
-    again.
+    """A threading.excepthook that leaves an OSError to the main thread.
+
+    There, TensorBoard raises it again.
     """
     if not isinstance(details.exc_value, OSError):
         threading.__excepthook__(details)
@@ -392,9 +392,7 @@ def thread_failed(details):
 
 @contextmanager
 def one_line_errors(*others):
-    """Report a UserError, `others`, and a lack of disk, memory or processes in one line, with
-    status 1.
-    """
+    """Report a UserError, `others`, or a lack of disk, memory or processes in a line, status 1."""
     threading.excepthook = thread_failed
     try:
         with warnings.catch_warnings():
@@ -405,8 +403,7 @@ def one_line_errors(*others):
             sys.exit(130)  # rank 0 reports
         fail("stopped by SIGINT: run the same command again", status=130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, *others) as error:
-        # a rank has its own
-        status = getattr(error, "status", 1)
+        status = getattr(error, "status", 1)  # a rank has its own
         wait = not isinstance(error, ConnectionError)
         is_full = getattr(error, "errno", None) in FULL and error.filename
         fail(why_unwritable(error.filename, error) if is_full else error, status, wait)

@@ -1,7 +1,8 @@
 """Ranks and their devices: start and stop, precision, communication.
 
 The scripts run under torchrun (one process per device) or under plain `python` (one process, no
-process group). Nothing here touches the process group or a GPU before `start()`."""
+process group). Nothing here touches the process group or a GPU before `start()`.
+"""
 
 import ctypes
 import gc
@@ -19,9 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-SHARE_TIME = timedelta(
-    hours=1
-)  # timeout while one rank has more to do: it opens all videos, samples a last batch
+# timeout while one rank has more to do: it opens all videos, samples a last batch
+SHARE_TIME = timedelta(hours=1)
 STEP_TIME = timedelta(minutes=10)  # timeout in training, where all ranks do the same
 STORE_TIME = 30  # seconds for torchrun to answer
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # values of --precision that use autocast
@@ -45,15 +45,15 @@ def die_with_parent(number):
         ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
 
 
-if (
-    "TORCHELASTIC_RUN_ID" in os.environ
-):  # ranks have their own sessions and would outlive a killed torchrun
+# ranks have their own sessions and would outlive a killed torchrun
+if "TORCHELASTIC_RUN_ID" in os.environ:
     die_with_parent(signal.SIGTERM)
 
 
 def start(timeout=SHARE_TIME):
-    """Join the process group, if torchrun started this process. Returns this rank's device.
-    timeout: of collectives.
+    """Join the process group, if torchrun started this process.
+
+    Returns this rank's device. timeout: of collectives.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -62,17 +62,17 @@ def start(timeout=SHARE_TIME):
     else:
         keep_freed_memory()
     if "RANK" in os.environ:
-        backend = (
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        )  # Python values need no GPU
+        # Python values need no GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         ranks = {"rank": rank(), "world_size": world_size()}
         dist.init_process_group(backend, store=rendezvous_store(), timeout=timeout, **ranks)
     return device
 
 
 def keep_freed_memory():
-    """Let the C library (glibc) keep freed memory: on the CPU, new pages would cost a tenth of each
-    step's time.
+    """Let the C library (glibc) keep freed memory.
+
+    On the CPU, new pages would cost a tenth of each step's time.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
@@ -81,12 +81,12 @@ def keep_freed_memory():
 
 
 def rendezvous_store():
-    """The store through which the ranks find each other, under a prefix that only the ranks of this
-    attempt know.
+    """The store through which the ranks of this attempt find each other.
+
+    Only they know its prefix.
     """
-    if (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    ):  # torchrun started it before this process
+    # torchrun started it before this process
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             socket.create_connection(place, STORE_TIME).close()
@@ -123,21 +123,22 @@ def stop():
 
 
 def set_precision(precision):
-    """Switch TF32 for float32 products and convolutions on or off: the part of --precision besides
-    autocast.
+    """Switch TF32 for float32 products and convolutions on or off.
+
+    This is the part of --precision besides autocast.
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = (
-        precision != "fp32"
-    )  # in mixed precision the VAE's convolutions are float32
+    # in mixed precision the VAE's convolutions are float32
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def autocast(device, precision):
-    """The context in which a network runs with that --precision: mixed for bf16 and fp16, else
-    unchanged.
+    """The context in which a network runs with that --precision.
+
+    It is mixed for bf16 and fp16, else unchanged.
     """
-    # Casts are not cached: no weight is used twice, and the cache of a sharded network would hold
-    # all weights
+    # Casts are not cached: no weight is used twice, and the cache of a sharded network would
+    # hold all weights
     return torch.autocast(
         device.type, MIXED.get(precision), enabled=precision in MIXED, cache_enabled=False
     )
@@ -151,15 +152,15 @@ def has_fast_bf16(device):
 
 
 def parallel(model):
-    """Wrap the model in DDP, which averages gradients over the ranks; in a single process return
-    the model.
+    """Wrap the model in DDP, which averages gradients over the ranks.
+
+    In a single process return the model.
     """
     if not dist.is_initialized():
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # torch 2.9 does not know the new name of torch 2.13
+        # torch 2.9 does not know the new name of torch 2.13
+        warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -173,9 +174,7 @@ def broadcast(value):
 
 
 def gather(value, on_all=True):
-    """Return the Python values of all ranks, in the order of the ranks, on every rank or on rank 0
-    alone.
-    """
+    """Return the Python values of all ranks, in their order, on every rank or on rank 0 alone."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -187,8 +186,9 @@ def gather(value, on_all=True):
 
 
 def gather_in_order(rows):
-    """Return the rows (index, ...) of all ranks, sorted by index, as columns without the index, on
-    every rank.
+    """Return the rows (index, ...) of all ranks, sorted by index, as columns without the index.
+
+    Every rank gets them.
     """
     rows = sorted(itertools.chain(*gather(rows)), key=lambda row: row[0])
     return list(zip(*rows, strict=True))[1:]
@@ -211,8 +211,9 @@ def average(tensor):
 
 
 def own_indices(count, block=1):
-    """This rank's share of the indices 0 ... count - 1; the ranks take blocks of that size in
-    turn.
+    """This rank's share of the indices 0 ... count - 1.
+
+    The ranks take blocks of that size in turn.
     """
     return [index for index in range(count) if index // block % world_size() == rank()]
 
@@ -224,7 +225,6 @@ def collect(indices, items):
     parts = gather((indices, items.cpu()), on_all=False)
     if rank() != 0:
         return None
-    indices, items = zip(
-        *(part for part in parts if part[0]), strict=True
-    )  # a rank without indices passes any tensor
+    # a rank without indices passes any tensor
+    indices, items = zip(*(part for part in parts if part[0]), strict=True)
     return torch.cat(items)[torch.tensor(list(itertools.chain(*indices))).argsort()]

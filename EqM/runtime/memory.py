@@ -9,15 +9,14 @@ CGROUP = Path("/sys/fs/cgroup")  # of a container (cgroup v2); job limits in sub
 
 
 def pinned_bytes(num_bytes):
-    """Return the bytes that torch takes for a pinned tensor of num_bytes: it rounds up to a power
-    of two.
-    """
+    """Return the bytes that torch takes for a pinned tensor of num_bytes: a power of two."""
     return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
 
 
 def free_bytes():
-    """Bytes of memory that are free on the machine and in its container; infinite if unknown (not
-    Linux).
+    """Bytes of memory that are free on the machine and in its container.
+
+    Infinite if unknown (not Linux).
     """
     if sys.platform != "linux":
         return math.inf

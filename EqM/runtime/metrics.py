@@ -14,8 +14,7 @@ from runtime import distributed
 from runtime.atomic import atomic_write, sync
 from runtime.cli import UserError, append, writing
 
-# dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first match
-# counts
+# dense rate of bf16 matrix products (V100, T4: fp16), from data sheets; the first match counts
 PEAK_TFLOPS = {
     "B200": 2250,
     "GB200": 2500,
@@ -50,13 +49,13 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(name, precision):
-    """The peak rate of a GPU in TFLOP/s, by its name in torch; None if unknown, as in fp32, which
-    uses other units.
+    """The peak rate of a GPU in TFLOP/s, by its name in torch.
+
+    None if unknown, as in fp32, which uses other units.
     """
     rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name))
-    rate = (
-        None if "Laptop" in name else next(rates, None)
-    )  # laptop chips have the names of faster ones
+    # laptop chips have the names of faster ones
+    rate = None if "Laptop" in name else next(rates, None)
     return rate and {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
 
 
@@ -111,19 +110,18 @@ def import_wandb():
 
 
 class Metrics:
-    """Log metrics in a run folder, on rank 0; on other ranks the methods do nothing. They raise
-    UserError.
+    """Log metrics in a run folder, on rank 0; on other ranks the methods do nothing.
 
-    resume_step: the step from which a run continues; it logs later steps again. wandb: log there,
-    too, with `config`."""
+    They raise UserError. resume_step: the step from which a run continues; it logs later steps
+    again. wandb: log there, too, with `config`.
+    """
 
     def __init__(self, folder, resume_step=0, wandb=False, config=None):
         self.board = self.wandb = None
         if distributed.rank() != 0:
             return
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # takes a second to load; needed on rank 0 only
+        # takes a second to load; needed on rank 0 only
+        from torch.utils.tensorboard import SummaryWriter
 
         self.path = Path(folder, "metrics.jsonl")
         if self.path.exists():
@@ -137,8 +135,9 @@ class Metrics:
         self.path.touch()
 
     def log(self, step, **scalars):
-        """Append one line {"step": step, name: value, ...}; NaN and infinity, which JSON lacks,
-        become null.
+        """Append one line {"step": step, name: value, ...}.
+
+        NaN and infinity, which JSON lacks, become null.
         """
         if self.board is None:
             return
@@ -162,10 +161,10 @@ class Metrics:
                 sync(self.path)
 
     def video(self, step, name, clips, gif=None, mp4=None):
-        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images
-        (T = 1) in one row.
+        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame.
 
-        gif (bytes) goes to TensorBoard, and mp4 (a path) to wandb, as name_moving.
+        Images (T = 1) in one row. gif (bytes) goes to TensorBoard, and mp4 (a path) to wandb, as
+        name_moving.
         """
         if self.board is None:
             return
@@ -211,7 +210,8 @@ class StepStats:
     """Statistics of the training steps since the last line of metrics.
 
     They stay on the device until that line is due, so no step waits for the device. earlier: the
-    result of `averaged` from before an interruption, for steps that were not logged."""
+    result of `averaged` from before an interruption, for steps that were not logged.
+    """
 
     def __init__(self, earlier=None):
         self.names = earlier["names"] if earlier else []
@@ -233,7 +233,8 @@ class StepStats:
         names at each step).
 
         Other values of a step with "skipped" = 1, which changed no weights, are ignored and may be
-        infinite or NaN."""
+        infinite or NaN.
+        """
         self.flops += flops
         self.rows.append(torch.stack(list(scalars.values())).float())
         self.files.append(files)
@@ -252,7 +253,8 @@ class StepStats:
         on the CPU}.
 
         step: of the last row. All ranks call this. Raises UserError if a value is not finite,
-        except in skipped steps."""
+        except in skipped steps.
+        """
         if not self.rows:
             return {"names": self.names, "rows": self.earlier}
         rows = self.averages()
@@ -270,8 +272,9 @@ class StepStats:
         return distributed.average(torch.stack(self.rows)).cpu()
 
     def raise_nonfinite(self, step, index):
-        """Raise UserError, on all ranks, for a value of row `index` that is not finite; `step` is
-        of the last row.
+        """Raise UserError, on all ranks, for a value of row `index` that is not finite.
+
+        `step` is of the last row.
         """
         rows = self.averages()
         norm = self.names.index("grad_norm")
@@ -294,8 +297,9 @@ class StepStats:
         )
 
     def summary(self, step, global_batch):
-        """{name: mean over the steps and all ranks}, number of skipped steps, clips_per_s,
-        tflops_per_s, wait_frac.
+        """{name: mean over the steps and all ranks}, with the number of skipped steps and speeds.
+
+        The speeds are clips_per_s, tflops_per_s and wait_frac.
         """
         columns = dict(zip(self.names, self.averaged(step)["rows"].double().unbind(1), strict=True))
         skipped = columns.pop("skipped", None)

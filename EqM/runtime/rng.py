@@ -13,7 +13,8 @@ def generator(seed, purpose, *key, device="cpu"):
 
     `purpose` is a word ("noise", "flip"), `key` says which draw: the stream (first step of the
     phase) and the index of the sample in it. torch's CPU generator keeps 32 bits of the seed: two
-    of 65,000 samples may share their noise."""
+    of 65,000 samples may share their noise.
+    """
     words = " ".join(str(part) for part in (seed, purpose, *key))
     digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

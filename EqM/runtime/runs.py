@@ -1,6 +1,4 @@
-"""Run folders: names, the lock that allows one writer, and the run to which a restarted process
-belongs.
-"""
+"""Run folders: names, the lock that allows one writer, and the run of a restarted process."""
 
 import fcntl
 import json
@@ -14,9 +12,8 @@ from pathlib import Path
 
 from runtime.cli import UserError, say, writing
 
-RUN_NAME = re.compile(
-    r"[0-9]+-(?P<model>EqM-.+?)-f(?P<num_frames>[0-9-]+)(?P<use_rope>-rope)?"
-)  # of train.py
+# a run of train.py
+RUN_NAME = re.compile(r"[0-9]+-(?P<model>EqM-.+?)-f(?P<num_frames>[0-9-]+)(?P<use_rope>-rope)?")
 LOCK_TIMEOUT = 10  # seconds in which the processes of a killed run end
 
 _locks = []  # open files; a lock lasts as long as its file is open
@@ -49,8 +46,9 @@ def newest_run(results_dir, name):
 
 
 def name_similar(results_dir, name):
-    """Name the newest run of train.py that differs from a missing run in one flag; "" if there is
-    none.
+    """Name the newest run of train.py that differs from a missing run in one flag.
+
+    "" if there is none.
     """
     asked = RUN_NAME.fullmatch(f"0-{name}")
     for folder in sorted(Path(results_dir).glob("[0-9]*-EqM-*"), key=run_number, reverse=True):
@@ -69,8 +67,9 @@ def name_similar(results_dir, name):
 
 
 def results_of(ckpt):
-    """The results folder of a run's checkpoint; None for any other file and for a value that is not
-    a path.
+    """The results folder of a run's checkpoint.
+
+    None for any other file and for a value that is not a path.
     """
     place = Path(ckpt).parent if isinstance(ckpt, str) else Path()
     return place.parent.parent if place.name == "checkpoints" and place.is_dir() else None
@@ -84,9 +83,7 @@ def remove_temporary_files(folder):
 
 
 def keep_last(folder, count, always=()):
-    """Remove a run's numbered checkpoints except the last `count` (None: all) and those of the
-    steps `always`.
-    """
+    """Remove a run's numbered checkpoints but the last `count` (None: all) and steps `always`."""
     steps = {
         int(path.stem): path
         for path in Path(folder, "checkpoints").glob("*.pt")
@@ -98,9 +95,7 @@ def keep_last(folder, count, always=()):
 
 
 def job_name():
-    """The name of the user's job: the same for all its processes, including those that torchrun
-    restarts.
-    """
+    """The name of the user's job, the same for all its processes, also for restarted ones."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"{socket.gethostname()}/{os.getppid()}" if run_id == "none" else run_id
 
@@ -115,8 +110,9 @@ def check_job():
 
 
 def lock(folder):
-    """Lock a run folder for the lifetime of this process. Raises UserError if another process holds
-    the lock.
+    """Lock a run folder for the lifetime of this process.
+
+    Raises UserError if another process holds the lock.
     """
     try:
         file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)

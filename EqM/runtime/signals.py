@@ -1,6 +1,4 @@
-"""Votes of the ranks, about once per second: after a signal all stop at one step, and all save at
-one step.
-"""
+"""Votes of the ranks, about once per second: all stop, and all save, at the same step."""
 
 import math
 import signal
@@ -26,7 +24,8 @@ class StopSignal:
     rank waits. Rank 0 measures how many steps it makes per second, and each vote carries that
     number, so all ranks skip the same steps. If steps suddenly take N times as long, one vote comes
     up to N seconds late. A second SIGINT ends the process at once. together: no rank may leave
-    before the others know, as a sharded network needs all."""
+    before the others know, as a sharded network needs all.
+    """
 
     def __init__(self, together=False):
         self.name = None
@@ -55,8 +54,9 @@ class StopSignal:
             raise Interrupted
 
     def wait(self, batches):
-        """The next batch of an iterator, None at its end. Raises Interrupted at once; other ranks
-        may not know.
+        """The next batch of an iterator, None at its end.
+
+        Raises Interrupted at once; other ranks may not know.
         """
         batch, self.is_waiting = None, True  # for seconds, while loader processes start
         try:
@@ -85,8 +85,9 @@ class StopSignal:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
     def resolve(self):
-        """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to
-        save.
+        """Raise Interrupted, on all ranks, if any voted to stop.
+
+        Returns whether any voted to save.
         """
         if not self.in_step:  # all ranks call this, so all vote
             self._start()
@@ -100,15 +101,15 @@ class StopSignal:
         # At most double: after a pause, a GPU accepts steps faster than it computes them
         self.flags = None
         self.period = min(math.ceil(pace), 2 * self.period + 1)
-        if stop or (
-            self.group is None and self.name is not None
-        ):  # a single process, after the vote
+        # a single process, after the vote
+        if stop or (self.group is None and self.name is not None):
             raise Interrupted
         return save > 0
 
     def check(self):
-        """Raise Interrupted if this rank received a signal; others may not know, unless `together`:
-        see `resolve`.
+        """Raise Interrupted if this rank received a signal.
+
+        Others may not know, unless `together`: see `resolve`.
         """
         if self.together:
             self.resolve()
@@ -116,8 +117,6 @@ class StopSignal:
             raise Interrupted
 
     def barrier(self):
-        """Wait for all ranks, longer than a step does: one may be writing a large file to a slow
-        disk.
-        """
+        """Wait for all ranks, longer than a step does: one may write a large file to slow disk."""
         if self.group is not None:
             dist.barrier(group=self.group)

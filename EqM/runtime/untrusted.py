@@ -1,5 +1,6 @@
-"""Read files from untrusted sources: run no code, refuse corrupt ones with the reason (callers add
-the file's name).
+"""Read files from untrusted sources: run no code, and refuse corrupt ones with the reason.
+
+Callers add the file's name.
 """
 
 import argparse
@@ -56,12 +57,12 @@ def read_torch(path, names=()):
     each machine compares their tensors with the file's CRCs; nothing reads the other tensors.
     Raises pickle.UnpicklingError if the file is of another kind or holds code, OSError if it can't
     be read, and any other Exception if it is corrupt. If someone shortens a mapped file, its reader
-    dies of SIGBUS; our own files are replaced by renaming."""
+    dies of SIGBUS; our own files are replaced by renaming.
+    """
     check_regular(path)
     with open(path, "rb") as file:
-        if (
-            file.read(4) != b"PK\3\4"
-        ):  # a zip archive; before torch 1.6 the file was a single pickle
+        # a zip archive; before torch 1.6 the file was a single pickle
+        if file.read(4) != b"PK\3\4":
             raise pickle.UnpicklingError("not an archive")
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -70,13 +71,10 @@ def read_torch(path, names=()):
                     if member.filename.endswith("data.pkl"):
                         part.read()  # raises an error if its CRC is wrong
     is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    with (
-        warnings.catch_warnings(),
-        torch.serialization.safe_globals([argparse.Namespace]),
-    ):  # in published files
-        warnings.simplefilter(
-            "ignore"
-        )  # torch's warnings on foreign pickles; the error says enough
+    # in published files
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        # torch's warnings on foreign pickles; the error says enough
+        warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
     if local_rank() == 0:
         parts = (
@@ -89,8 +87,9 @@ def read_torch(path, names=()):
 
 
 def check_tensors(value, sums):
-    """Raise ValueError unless each tensor in `value` is a member of an archive with these `sums`,
-    (size, CRC-32).
+    """Raise ValueError unless each tensor in `value` is a member of an archive with these `sums`.
+
+    A sum is (size, CRC-32).
     """
     storages = [
         leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)
@@ -98,8 +97,6 @@ def check_tensors(value, sums):
     places = {(storage.data_ptr(), len(storage)): storage for storage in storages}
     for _, storage in sorted(places.items()):  # in the order of the file, as a disk reads ahead
         data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        if (
-            data.nbytes,
-            zlib.crc32(data),
-        ) not in sums:  # torch does not tell which member became which tensor
+        # torch does not tell which member became which tensor
+        if (data.nbytes, zlib.crc32(data)) not in sums:
             raise ValueError("a tensor is damaged")

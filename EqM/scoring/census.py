@@ -1,5 +1,4 @@
-"""Census: is a generated clip of the Sprites data set right, new and complete? All clips of this
-world are known.
+"""Census: is a clip of the Sprites data set, whose clips are all known, right, new and complete?
 
 Each sample is matched with the closest of all clips (least squared error), and each of its frames
 is decoded: it shows the attributes of the nearest frame, among the matched frame and the same frame
@@ -45,8 +44,7 @@ PERCENTS = 10, 25, 40, 50  # of another value of an attribute, blended into all 
 BLENDED = 4  # one in so many validation clips is blended, as there are 16 kinds of blends
 GOAL = 40, 0.05  # at 40 percent, at most this share of the controls should be accepted
 SHIFT = 2  # px
-# gray levels: frames with a smaller RMSE are the same; Slash and Spellcast begin alike for many
-# characters
+# gray levels: frames with a smaller RMSE are the same; Slash and Spellcast often begin alike
 SAME = 3
 CHUNK = 2048  # clips that are matched at a time
 # what folders of one call share: {(VAE, data, count, seed): (World, limits, result of real clips)}
@@ -72,16 +70,16 @@ TITLES = {  # of the values
     "frames_swapped": "controls accepted: frames swapped",
     "frame_shifted": f"controls accepted: a frame shifted by {SHIFT} px",
     **{
-        f"{name}_blended_{percent}": f"controls accepted: {percent}% of another {name} in all frames"
+        f"{name}_blended_{percent}": (
+            f"controls accepted: {percent}% of another {name} in all frames"
+        )
         for name, percent in product(ATTRIBUTES, PERCENTS)
     },
 }
 
 
 def check(samples, clips, place):
-    """Raise UserError unless the videos of Clips are a complete grid of clips like those of
-    Samples.
-    """
+    """Raise UserError unless the videos of Clips are a complete grid like those of Samples."""
     samples.check_classes(clips.classes, place)
     videos = {video.key: video for video in clips.videos}
     values = values_of(clips)
@@ -117,9 +115,7 @@ def values_of(clips):
 
 
 def places_of(classes, values):
-    """{Class/characterABCD: its place, the numbers of its class and of its character} of all clips,
-    in order.
-    """
+    """{Class/characterABCD: place, numbers of its class and character} of all clips, in order."""
     characters = [*product(*values)]
     pairs = product(enumerate(classes), enumerate(characters))
     return {f"{name}/character{''.join(map(str, who))}": (c, k) for (c, name), (k, who) in pairs}
@@ -139,8 +135,10 @@ def find_vae(samples, typed):
 
 
 class World:
-    """All clips. A choice is an attribute and a value; there are M. It leads from a character to
-    another, or itself.
+    """All clips.
+
+    A choice is an attribute and a value; there are M. It leads from a character to another, or
+    itself.
     """
 
     def __init__(self, classes, values, frames, device="cpu"):
@@ -149,9 +147,8 @@ class World:
         self.places = places_of(classes, values)
         self.clips = frames
         self.frames = frames.flatten(3).to(device)  # (classes, characters, T, P)
-        self.seen = torch.stack(
-            [(own != 0).any(dim=0) for own in self.frames]
-        )  # (classes, T, P): not black in all
+        # (classes, T, P): not black in all
+        self.seen = torch.stack([(own != 0).any(dim=0) for own in self.frames])
         self.seen_once = self.seen.flatten(0, 1).any(dim=0)  # (P,)
         self.cropped = self.frames[..., self.seen_once]
         self.same = SAME**2 * self.frames.shape[-1]
@@ -162,12 +159,10 @@ class World:
         changed = [
             [every.index((*who[:a], value, *who[a + 1 :])) for a, value in choices] for who in every
         ]
+        # (characters, attributes); (M, 2); (characters, M): the character's number after a choice
         self.characters, self.choices, self.changed = map(torch.tensor, (every, choices, changed))
-        # (characters, attributes); (M, 2); (characters, M): the number of the character after a
-        # choice
-        self.choices_of = [
-            self.choices[:, 0] == a for a in range(len(values))
-        ]  # each attribute: bool (M,)
+        # each attribute: bool (M,)
+        self.choices_of = [self.choices[:, 0] == a for a in range(len(values))]
 
 
 def read_world(clips, args, device):
@@ -195,8 +190,9 @@ def read_world(clips, args, device):
 
 
 def match(world, clips):
-    """The places (n, 2) of the closest clips to clips uint8 (n, T, P): the least |other|^2 - 2
-    clip.other.
+    """The places (n, 2) of the closest clips to clips uint8 (n, T, P).
+
+    They have the least |other|^2 - 2 clip.other.
     """
     errors = world.squares.sum(dim=-1).repeat(len(clips), 1, 1)  # (n, classes, characters)
     for name, (frames, seen) in enumerate(zip(world.frames, world.seen, strict=True)):
@@ -236,7 +232,8 @@ def decode(world, place, clip):
 
     Returns its MARGINS, the values of the attributes (T, attributes) and the RMSE (T,) of its
     frames. A frame that is closer to another pose than to another attribute shows the attributes
-    that it has in that pose."""
+    that it has in that pose.
+    """
     (name, who) = place
     T = len(clip)
     clip = clip.double()
@@ -275,16 +272,16 @@ def decode(world, place, clip):
     smallest += [margins(*poses).min()]
     smallest += [of_clip[choices].min() for choices in world.choices_of]
     rmse = (clip - world.frames[name, who]).square().mean(dim=-1).sqrt()
-    smallest = torch.stack(smallest).nan_to_num(
-        posinf=1.0
-    )  # of what no frame shows, for example hidden hair
+    # of what no frame shows, for example hidden hair
+    smallest = torch.stack(smallest).nan_to_num(posinf=1.0)
     return smallest.numpy(), world.characters[shown].numpy(), rmse.cpu().numpy()
 
 
 def measure(world, clips, title):
     """A dict of arrays about clips uint8 (n, T, H, W, 3): place (n, 2) of the matched clip; margins
     (n, MARGINS), decoded (n, T, attributes) and rmse (n, T) of `decode`; worst_rmse and clip_rmse
-    (n,)."""
+    (n,).
+    """
 
     def rows():
         for first in range(0, len(clips), CHUNK):
@@ -314,13 +311,13 @@ def find_limits(found):
 
     All are the same quantile of their column, the strictest that lets a share PASS of the clips
     pass all. Each is halfway between the values of two clips: the last that fails and the first
-    that passes."""
+    that passes.
+    """
     values = limited(found)
     ordered = np.sort(values, axis=0)
     ranks = [np.searchsorted(*columns) for columns in zip(ordered.T, values.T, strict=True)]
-    worst_ranks = np.sort(
-        np.min(ranks, axis=0)
-    )  # of each clip: so few others are worse in a column
+    # of each clip: so few others are worse in a column
+    worst_ranks = np.sort(np.min(ranks, axis=0))
     failing = worst_ranks[math.floor((1 - PASS) * len(values))]  # clips, in each column
     return (ordered[max(0, failing - 1)] + ordered[failing]) / 2
 
@@ -342,19 +339,14 @@ def differences(world, name, who):
 
 
 def make_controls(world, places, made, through, seed):
-    """Yield (name, wrong clips like `made`): made are the clips at places after through(), which is
-    a VAE.
+    """Yield (name, wrong clips like `made`); made: the clips at places after through(), a VAE.
 
     A change is drawn from those that the true frames show.
     """
     (_, T, H, W, _) = made.shape
     drawn = []
-    moves = (
-        (0, SHIFT),
-        (2 * SHIFT, SHIFT),
-        (SHIFT, 0),
-        (SHIFT, 2 * SHIFT),
-    )  # in a frame with a border of SHIFT
+    # in a frame with a border of SHIFT
+    moves = (0, SHIFT), (2 * SHIFT, SHIFT), (SHIFT, 0), (SHIFT, 2 * SHIFT)
     for index, (name, who) in enumerate(places.tolist()):
         true = world.cropped[name, who].int()
         pairs = ((true[:, None] - true).square().sum(dim=-1) > world.same).nonzero().cpu()

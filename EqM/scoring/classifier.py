@@ -1,21 +1,22 @@
-"""Which class does a clip show? A small network learns it from real clips and classifies generated
-clips.
+"""Which class does a clip show? A small network learns it from real clips.
 
 It runs on the CPU and sees gray windows of at most 16 frames of 32 px, with the time between frames
 of the samples. A longer clip gets the class of its windows' mean logits. A network trained on the
 training split classifies the samples. --classifier-test says how the classifier's own accuracy is
 measured:
 
-groups  For few videos, whose file stem names a group, such as the person: <Class>/person3.mkv. A network trained on the
-        other groups classifies the videos of each group. Training windows are mirrored at random,
-        so classes that differ only by left and right look the same.
-val     For thousands of videos, as in the literature on Sprites (C-DSVAE, arXiv 2110.12091): the network for the
-        samples classifies the validation split. Windows are not changed at random, labels are not
-        smoothed, and IS, H(y|x) and H(y) are reported too. Such a network may be certain of poor
-        samples, so H(y|x) is not calibrated: compare it with the H(y|x) of real clips.
+groups  For few videos, whose file stem names a group, such as the person: <Class>/person3.mkv. A
+        network trained on the other groups classifies the videos of each group. Training windows
+        are mirrored at random, so classes that differ only by left and right look the same.
+val     For thousands of videos, as in the literature on Sprites (C-DSVAE, arXiv 2110.12091): the
+        network for the samples classifies the validation split. Windows are not changed at random,
+        labels are not smoothed, and IS, H(y|x) and H(y) are reported too. Such a network may be
+        certain of poor samples, so H(y|x) is not calibrated: compare it with the H(y|x) of real
+        clips.
 
 No class stands for "does not move", so static samples, which move less than any real clip of their
-class, are counted."""
+class, are counted.
+"""
 
 import itertools
 import math
@@ -36,8 +37,7 @@ from video.source import in_threads
 
 SIZE, MOST_FRAMES = 32, 16  # px and most frames of a window
 PURPOSE = "judge"  # names its random draws; another word would change published scores
-# of 255 levels: a pixel moves if its gray changes by more in a window; the flicker of a VAE is
-# weaker
+# of 255 levels: a pixel moves if its gray changes by more in a window; a VAE flickers less
 MOVES = 40
 # accuracy on real validation clips below which errors of samples may be errors of the classifier
 ENOUGH = 0.999
@@ -51,14 +51,14 @@ RECIPES = {
     ),
     "val": Namespace(**COMMON, steps=1000, smoothing=0.0),
 }
-Real = namedtuple(
-    "Real", "windows label group video"
-)  # of a clip: `every_window`, number of its class, group, Video
+# of a clip: `every_window`, number of its class, group, Video
+Real = namedtuple("Real", "windows label group video")
 
 
 def check(samples, clips, training, place, test):
-    """Raise UserError unless a network can learn the classes of Samples from Clips; test:
-    --classifier-test.
+    """Raise UserError unless a network can learn the classes of Samples from Clips.
+
+    test: --classifier-test.
     """
     samples.check_classes(clips.classes, place)
     tested = {video.class_name for video in set(clips.videos) - set(training)}
@@ -83,7 +83,8 @@ def check(samples, clips, training, place, test):
 
 
 def score_classifier(samples, clips, training, args, corrupt):
-    """Classify Samples with networks trained on the videos of Clips, in windows of their length;
+    """Classify Samples with networks trained on the videos of Clips, in windows of their length.
+
     training: a part.
     """
     by_split = args.classifier_test == "val"
@@ -151,8 +152,9 @@ def score_classifier(samples, clips, training, args, corrupt):
 
 
 def read_real(clips, args, size, corrupt):
-    """The Real of the videos of Clips in the order of paths; adds the paths of corrupt videos to
-    the list `corrupt`.
+    """The Real of the videos of Clips in the order of paths.
+
+    Adds the paths of corrupt videos to the list `corrupt`.
     """
 
     def read(video):
@@ -172,8 +174,9 @@ def read_real(clips, args, size, corrupt):
 
 
 class Classifier(nn.Module):
-    """Logits (B, classes) of windows (B, T, SIZE, SIZE), values from 0 to 1. It sees gray levels
-    and their changes.
+    """Logits (B, classes) of windows (B, T, SIZE, SIZE), values from 0 to 1.
+
+    It sees gray levels and their changes.
     """
 
     def __init__(self, num_classes):
@@ -194,16 +197,13 @@ class Classifier(nn.Module):
     def forward(self, x):
         gray = x - x.mean(dim=(1, 2, 3), keepdim=True)
         change = x.diff(dim=1, prepend=x[:, :1])
-        features = self.layers(
-            torch.stack([2 * gray, 8 * change], dim=1)
-        )  # (B, 48, T / 8, SIZE / 8, SIZE / 8)
+        # (B, 48, T / 8, SIZE / 8, SIZE / 8)
+        features = self.layers(torch.stack([2 * gray, 8 * change], dim=1))
         return self.head(features.mean(dim=2).flatten(1))
 
 
 def prepare(frames, image_size):
-    """uint8 frames (T, H, W, 3) -> a gray clip (T, SIZE, SIZE), by way of image_size, which the
-    model samples.
-    """
+    """uint8 frames (T, H, W, 3) -> a gray clip (T, SIZE, SIZE), by way of a model's image_size."""
     frames = resize_and_crop(
         resize_and_crop(torch.tensor(frames).permute(0, 3, 1, 2), image_size), SIZE
     )
@@ -220,10 +220,9 @@ def every_window(clip, window, interval):
 
 
 def windows_of(every, span):
-    """Some of `every_window` of a clip, from its first to its last frame; each overlaps the next by
-    half or more.
+    """Some of `every_window` of a clip, from its first to its last frame.
 
-    span: the frames from the start of a window to its end.
+    Each overlaps the next by half or more. span: the frames from the start of a window to its end.
     """
     rest = len(every) - 1
     return every[torch.linspace(0, rest, 1 + math.ceil(2 * rest / span)).round().long()]
@@ -237,9 +236,7 @@ def least_motion(windows):
 
 
 def find_static(samples, asked, real):
-    """Indices of samples, given by `every_window`, with one that moves less than all of the Real of
-    their label.
-    """
+    """Indices of samples with a window, of `every_window`, that moves less than all their Real."""
     least = {
         label: min(least_motion(one.windows) for one in real if one.label == label)
         for label in set(asked)
@@ -249,13 +246,13 @@ def find_static(samples, asked, real):
 
 
 def random_windows(of_class, random, batch):
-    """Windows (batch, window, SIZE, SIZE) from 0 to 1 and labels (batch,). of_class: {label:
-    windows of each clip}.
+    """Windows (batch, window, SIZE, SIZE) from 0 to 1 and labels (batch,).
+
+    of_class: {label: windows of each clip}.
     """
     windows = []
-    y = torch.tensor(list(of_class))[
-        torch.randint(len(of_class), (batch,), generator=random)
-    ]  # classes equally often
+    # classes equally often
+    y = torch.tensor(list(of_class))[torch.randint(len(of_class), (batch,), generator=random)]
     for label, (which, when) in zip(
         y.tolist(), torch.rand(batch, 2, generator=random).tolist(), strict=True
     ):
@@ -265,8 +262,9 @@ def random_windows(of_class, random, batch):
 
 
 def change(x, recipe, random):
-    """Windows (B, T, SIZE, SIZE) in another place, size, contrast and light; half of them
-    mirrored.
+    """Windows (B, T, SIZE, SIZE) in another place, size, contrast and light.
+
+    Half of them mirrored.
     """
     zoom, right, down, contrast, light = 2 * torch.rand(5, B := len(x), generator=random) - 1
     mirror = 1 - 2 * torch.randint(2, (B,), generator=random)
@@ -275,9 +273,8 @@ def change(x, recipe, random):
     right = 2 * recipe.shift * right
     down = 2 * recipe.shift * down
     matrix = torch.stack([mirror * zoom, zero, right, zero, zoom, down], dim=1).view(B, 2, 3)
-    grid = F.affine_grid(
-        matrix, x.shape, align_corners=False
-    )  # the same for all frames of a window
+    # the same for all frames of a window
+    grid = F.affine_grid(matrix, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     contrast = (1 + recipe.contrast * contrast).view(B, 1, 1, 1)
     light = (recipe.light * light).view(B, 1, 1, 1)
@@ -285,8 +282,9 @@ def change(x, recipe, random):
 
 
 def train(real, name, num_classes, steps, seed, recipe):
-    """A Classifier trained on some Real. All draws are functions of the seed, its name and the
-    step.
+    """A Classifier trained on some Real.
+
+    All draws are functions of the seed, its name and the step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, PURPOSE, name).initial_seed())
@@ -315,10 +313,9 @@ def logits_of(network, every, span):
 
 
 def leave_one_out(real, span, settings):
-    """The logits (n, classes) of each Real's windows, by a network trained on the other groups;
-    equal on all ranks.
+    """The logits (n, classes) of each Real's windows, by a network trained on the other groups.
 
-    settings: arguments of `train`. The ranks share the groups.
+    Equal on all ranks. settings: arguments of `train`. The ranks share the groups.
     """
     names = sorted({one.group for one in real})
     found = []
@@ -333,11 +330,10 @@ def leave_one_out(real, span, settings):
 
 
 def summarize(logits, labels, classes, videos=()):
-    """The share of clips that are classified as their label, a plain dict. logits: (n, classes) of
-    each clip's windows.
+    """The share of clips that are classified as their label, a plain dict.
 
-    videos: those of the clips. windows: the same share of single windows. confusion: a row per
-    label, a column per class that the clips got.
+    logits: (n, classes) of each clip's windows. videos: those of the clips. windows: the same share
+    of single windows. confusion: a row per label, a column per class that the clips got.
     """
     found = [own.mean(dim=0).argmax().item() for own in logits]
     counts = Counter(zip(labels, found, strict=True))
@@ -363,12 +359,12 @@ def summarize(logits, labels, classes, videos=()):
 
 
 def sharpness(logits):
-    """The inception score and the entropies in nats of clips, from the logits (n, classes) of each
-    clip's windows.
+    """The inception score and the entropies in nats of clips, from logits (n, classes) of windows.
 
     p(y|x) is the softmax of a clip's mean logits, p(y) its mean over the clips. IS = exp(E
     KL(p(y|x) || p(y))), which equals exp(H(y) - H(y|x)): at most the number of classes, if they are
-    equally frequent."""
+    equally frequent.
+    """
     p = torch.stack([own.mean(dim=0) for own in logits]).double().softmax(dim=1)
     given, overall = (
         torch.special.entr(q).sum(dim=1).mean().item() for q in (p, p.mean(dim=0, keepdim=True))

@@ -1,5 +1,4 @@
-"""Consistency over a clip: statistics of its frames by position in the clip, generated against
-real.
+"""Consistency over a clip: statistics of its frames by position, generated against real.
 
 They need no labels, so they fit any data. Two faults appear when a model samples more frames than
 it was trained on:
@@ -38,8 +37,9 @@ TITLES = {  # of the values
 
 
 def score_consistency(generated, real, source):
-    """Score two streams of at least two clips each. source: how samples were made, from
-    samples.json.
+    """Score two streams of at least two clips each.
+
+    source: how samples were made, from samples.json.
     """
     both = [
         gather(stream, lambda clip, *_: measure(torch.from_numpy(clip)))
@@ -65,7 +65,8 @@ def measure(clip):
     """(STATISTICS (T, 7), change (T - 1,)), float64 in gray levels, of a clip uint8 (T, H, W, 3).
 
     Contrast: standard deviation of a channel. Sharpness and change: RMS difference of neighbor
-    pixels and of frames."""
+    pixels and of frames.
+    """
     frames = clip.permute(0, 3, 1, 2).double()  # (T, C, H, W)
     mean = frames.mean(dim=(2, 3))
     contrast = frames.std(dim=(2, 3), correction=0)
@@ -75,14 +76,11 @@ def measure(clip):
 
 
 def borders(num_frames, temporal_patch_size, window=None, overlap=0):
-    """Two lists of frames: where temporal patches begin and where windows begin, without the clip's
-    first frame.
-    """
+    """Two lists of frames but the first: where temporal patches begin, and where windows begin."""
     window = window or num_frames
     starts = window_starts(num_frames, window, overlap)
-    new = [
-        start + overlap for start in starts[1:]
-    ]  # the first frame that the window before does not have
+    # the first frame that the window before does not have
+    new = [start + overlap for start in starts[1:]]
     patches = []
     for start, first, end in zip(starts, [0, *new], [*new, num_frames], strict=True):
         patches += [
@@ -98,12 +96,13 @@ def seam_score(generated, real, borders, videos=((), ())):
     numbers of frames.
 
     Both are None without borders, without frames between, or if nothing moves. videos: those of the
-    clips, two lists."""
+    clips, two lists.
+    """
+    # (T - 1,)
     at_border = torch.isin(
         torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64)
-    )  # (T - 1,)
-    # mean change of each clip at the borders and elsewhere, so clips count in proportion to their
-    # motion
+    )
+    # mean change of each clip at the borders and elsewhere: clips count by how much they move
     both = [
         torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1)
         for part in (generated, real)
@@ -119,9 +118,7 @@ def seam_score(generated, real, borders, videos=((), ())):
 
 
 def rises(statistics):
-    """Rise of each statistic (N, T, 7) from the first frame to the last, on a least-squares line:
-    (N, 7).
-    """
+    """Rise of each statistic (N, T, 7) over the clip, on a least-squares line: (N, 7)."""
     T = statistics.shape[1]
     time = torch.arange(T, dtype=torch.float64) - (T - 1) / 2
     return torch.einsum("t,nts->ns", time, statistics) / time.square().sum() * (T - 1)
@@ -150,10 +147,10 @@ def drifts(generated, real, videos=((), ())):
 
 
 def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
-    """All results, a plain dict for JSON; both are (statistics, change, videos) of at least two
-    clips.
+    """All results, a plain dict for JSON.
 
-    window, overlap: in frames; None: all frames were sampled at once.
+    Both are (statistics, change, videos) of at least two clips. window, overlap: in frames; None:
+    all frames were sampled at once.
     """
     statistics, changes, videos = zip(generated, real, strict=True)
     patches, windows = borders(statistics[0].shape[1], temporal_patch_size, window, overlap)

@@ -4,12 +4,14 @@ Sources: FID, Heusel et al. (arXiv 1706.08500); FVD, Unterthiner et al. (1812.01
 protocol of StyleGAN-V (Skorokhodov et al., 2112.14683). You provide the feature network
 ("detector") as a TorchScript file:
 
-fvd  i3d_torchscript.pt of StyleGAN-V, which most PyTorch code for FVD uses: 400 features of x (B, 3, T, H, W)
+fvd  i3d_torchscript.pt of StyleGAN-V, which most PyTorch code for FVD uses: 400 features of x
+     (B, 3, T, H, W)
 fid  inception-2015-12-05.pt of StyleGAN2-ADA: 2048 features of x (B, 3, H, W)
 
 CALLS says how they are called. x is float32 from 0 to 255, RGB; both rescale and resize it
 themselves (224 and 299 px). Any other TorchScript works that takes the same call and returns
-features (B, D)."""
+features (B, D).
+"""
 
 import itertools
 import os
@@ -37,8 +39,9 @@ CACHE_FORMAT = 2  # of files of moments
 
 
 def score_frechet(generated, real, args, detector, about, clips, folder, device):
-    """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the
-    manifest.
+    """Score two streams of clips with --metric fvd or fid.
+
+    clips: the Clips of `real`; about: the manifest.
     """
     detector = detector.to(device)
     times = [
@@ -113,43 +116,39 @@ def read_moments(path):
 
 
 def moments_of(features):
-    """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet
-    distance needs.
+    """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D).
+
+    A Fréchet distance needs no more.
     """
-    # float64 takes twice the memory
     count = features.shape[:2].numel()
-    parts = features.flatten(0, 1).split(4096)
+    parts = features.flatten(0, 1).split(4096)  # float64 takes twice the memory
     mean = sum(part.double().sum(dim=0) for part in parts) / count
     scatter = sum(part.T @ part for part in (part.double() - mean for part in parts))
-    return {
-        "count": torch.tensor(count),
-        "mean": mean,
-        "cov": scatter / (count - 1),
-    }  # as the first FID and FVD code
+    # as the first FID and FVD code
+    return {"count": torch.tensor(count), "mean": mean, "cov": scatter / (count - 1)}
 
 
 def square_root(matrix):
-    """The symmetric square root of a positive semidefinite matrix (D, D); negative eigenvalues
-    (rounding) are 0.
+    """The symmetric square root of a positive semidefinite matrix (D, D).
+
+    Negative eigenvalues (rounding) are 0.
     """
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * without_rounding(values).sqrt()) @ vectors.T
 
 
 def without_rounding(values):
-    """Eigenvalues (D,), with rounding errors set to zero: square roots would magnify them 10^8
-    times.
-    """
+    """Eigenvalues (D,), with rounding errors set to zero: roots would magnify them 10^8 times."""
     rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     return torch.where(values > rounding, values, 0.0)
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b, root_a=None):
-    """The squared Fréchet (2-Wasserstein) distance of two normal distributions, a float. root_a:
-    square_root(cov_a).
+    """The squared Fréchet (2-Wasserstein) distance of two normal distributions, a float.
 
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)): means (D,), covariances (D, D),
-    maybe singular."""
+    root_a: square_root(cov_a). |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)):
+    means (D,), covariances (D, D), maybe singular.
+    """
     root_a = square_root(cov_a) if root_a is None else root_a
     product = root_a @ cov_b @ root_a  # symmetric, with the eigenvalues of cov_a cov_b
     cross = without_rounding(torch.linalg.eigvalsh((product + product.T) / 2)).sqrt().sum()
@@ -167,23 +166,22 @@ def bootstrap_error(mean_a, cov_a, features, resamples, seed):
     root = square_root(cov_a)
     distances = []
     for resample in range(resamples):
-        clips = torch.randint(
-            N, (N,), generator=generator(seed, "bootstrap", resample)
-        )  # their frames are correlated
+        # their frames are correlated
+        clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))
         own = moments_of(features[clips])
         distances.append(frechet_distance(mean_a, cov_a, own["mean"], own["cov"], root))
     return torch.tensor(distances, dtype=torch.float64).std().item()
 
 
 def load_detector(path):
-    """The network of a TorchScript file, on the CPU. Raises UserError. Such a file is a program:
-    trust its source.
+    """The network of a TorchScript file, on the CPU.
+
+    Raises UserError. Such a file is a program: trust its source.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # TorchScript is deprecated, but the field's detectors use it
+            # TorchScript is deprecated, but the field's detectors use it
+            warnings.simplefilter("ignore")
             return torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         got = "no such file" if isinstance(error, ValueError) else "not a TorchScript file"
@@ -195,8 +193,9 @@ def load_detector(path):
 
 
 def check_detector(path, detector, metric, num_frames, size):
-    """A detector's record in a manifest, after a try on black clips. Raises UserError without
-    features (B, D).
+    """A detector's record in a manifest, after a try on black clips.
+
+    Raises UserError without features (B, D).
     """
     clips = torch.zeros(2, num_frames if metric == "fvd" else 1, size, size, 3, dtype=torch.uint8)
     try:
@@ -225,9 +224,8 @@ def extract(detector, clips, metric, batch_size):
         clips.permute(0, 4, 1, 2, 3)[:, None] if metric == "fvd" else clips.permute(0, 1, 4, 2, 3)
     )
     parts = inputs.flatten(0, 1).split(batch_size)  # of (3, T, H, W) or (3, H, W)
-    features = [
-        detector(part.float().contiguous(), **CALLS[metric]) for part in parts
-    ]  # TorchScript may use view()
+    # TorchScript may use view()
+    features = [detector(part.float().contiguous(), **CALLS[metric]) for part in parts]
     if any(
         own.shape != (len(part), *features[0].shape[-1:])
         for own, part in zip(features, parts, strict=True)

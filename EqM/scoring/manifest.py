@@ -1,9 +1,9 @@
-"""Manifests: the JSON files of evaluate.py. They hold values and all that these depend on, so you
-can repeat a scoring.
+"""Manifests: JSON files of evaluate.py with values and all that they depend on, to repeat them.
 
 values: {name: number or None}; result: intervals and tables; generated: the sample folder, the
 SHA-256 of samples.npz, and how the samples were made; flags: those of the command; repeats: which
-manifest was repeated, with what result."""
+manifest was repeated, with what result.
+"""
 
 import json
 import math
@@ -17,23 +17,16 @@ from runtime.untrusted import read_json
 
 FORMAT = 2
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
-OUTPUT = {
-    "folder",
-    "overwrite",
-    "no_previews",
-    "report_energy",
-}  # flags of sample_gd.py that don't change samples
-SPLITS = {
-    "fvd": "train",
-    "fid": "train",
-    "classifier": "all",
-    "census": "all",
-}  # default of --split; of others: val
+# flags of sample_gd.py that don't change samples
+OUTPUT = {"folder", "overwrite", "no_previews", "report_energy"}
+# default of --split; of others: val
+SPLITS = {"fvd": "train", "fid": "train", "classifier": "all", "census": "all"}
 
 
 def protocol(metric, samples, split, num_real):
-    """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid),
-    other choices.
+    """A name such as fvd2048_16f_cfg1: metric, number of clips, frames and other choices.
+
+    fvd and fid name the guidance.
     """
     N = len(samples)
     kind = f"_{samples.num_frames}f"
@@ -43,7 +36,10 @@ def protocol(metric, samples, split, num_real):
     if metric == "prediction":
         best = "" if num_real == N else f"_best{N // num_real}"
         given = f"_{len(samples.given[0])}of{samples.num_frames}f"
-        return f"prediction{num_real}{best}{split}{given}{'_background' * bool(samples.source.get('keep_background'))}"
+        return (
+            f"prediction{num_real}{best}{split}{given}"
+            f"{'_background' * bool(samples.source.get('keep_background'))}"
+        )
     real = "" if num_real == N else f"_real{num_real}"
     guidance = (
         f"_{'auto' if samples.weak else 'cfg'}{samples.guidance:g}"
@@ -82,12 +78,8 @@ def read_manifest(path):
     try:
         manifest = read_json(path)
         got = manifest["format"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # no such file; not JSON; not a manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # no such file; not JSON; not a manifest
         raise UserError(
             f"--manifest {path}: can't be read ({error!r}); expected a file of evaluate.py"
         ) from error
@@ -113,46 +105,39 @@ def as_words(flags):
         if isinstance(value, list):
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
-            words.append(
-                flag if value is True else f"{flag}={value}"
-            )  # = as a value may begin with a dash
+            # with =, as a value may begin with a dash
+            words.append(flag if value is True else f"{flag}={value}")
     return words
 
 
 def sampling_words(path):
-    """The flags of sample_gd.py that make the samples of a manifest again, as words. Raises
-    UserError.
+    """The flags of sample_gd.py that make the samples of a manifest again, as words.
+
+    Raises UserError.
     """
     if not (flags := read_manifest(path).get("generated", {}).get("flags")):
         raise UserError(
             f"--manifest {path}: lacks the flags of its samples; expected a file of this code: "
             "score again"
         )
-    for name in (
-        *OUTPUT,
-        "guidance_chosen",
-        *([] if flags.get("init") else ["init_gamma"]),
-    ):  # older files lack some
+    # older files lack some
+    for name in *OUTPUT, "guidance_chosen", *([] if flags.get("init") else ["init_gamma"]):
         flags.pop(name, None)
     flags["no_keep_background"] = not flags.pop("keep_background", True)
-    return as_words(
-        flags | {"stop_below": flags.get("stop_below") or 0}
-    )  # 0: off; not given, it is the checkpoint's
+    # 0: off; not given, it is the checkpoint's
+    return as_words(flags | {"stop_below": flags.get("stop_below") or 0})
 
 
 def check_same(old, new):
-    """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old
-    one.
-    """
+    """Raise UserError, naming the flag, unless two manifests depend on the same files."""
     expected, got = (
         {
             "--samples: weights_sha256": manifest["generated"]["source"].get("weights_sha256"),
             "--samples: weak_sha256": manifest["generated"]["source"].get("weak_sha256"),
             "--detector: sha256": (manifest["detector"] or {}).get("sha256"),
             "--data-path: videos_sha256": manifest["real"]["videos_sha256"],
-            "--data-path: training_sha256": manifest["real"].get(
-                "training_sha256"
-            ),  # of nearest, census
+            # of nearest, census
+            "--data-path: training_sha256": manifest["real"].get("training_sha256"),
             "--vae: sha256": manifest["real"].get("vae_sha256"),
         }
         for manifest in (old, new)
@@ -169,7 +154,8 @@ def compare(path, old, new, tolerance):
     """(how the values of a new manifest compare with the old one's at `path`, the same as a line).
 
     Numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code
-    lacked don't count."""
+    lacked don't count.
+    """
     pairs = {name: (new["values"].get(name), value) for name, value in old["values"].items()}
     differences = {name: a - b for name, (a, b) in pairs.items() if None not in (a, b)}
     unequal = [(a, b) for a, b in pairs.values() if a != b]
@@ -203,8 +189,9 @@ def compare(path, old, new, tolerance):
 
 
 def code_commit():
-    """The git commit of this code, with a "+" if files of the code have changed since; None outside
-    git.
+    """The git commit of this code, with a "+" if files of the code have changed since.
+
+    None outside git.
     """
     here = Path(__file__).resolve().parent
     code = here, ":/EqM", ":/datasets", ":/scripts"
@@ -215,9 +202,8 @@ def code_commit():
         ).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # fails if the repository is not ours
+        # fails if the repository is not ours
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None

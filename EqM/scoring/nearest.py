@@ -8,7 +8,8 @@ which distance is normal. Blurred clips are near to everything, so look at the s
 
 A squared distance is |a|^2 + |b|^2 - 2 a.b, so the search is made of matrix products. They are
 exact: with levels from -128 to 127, sums of 1024 products are integers up to 2^24, which float32
-can hold. All else is float64."""
+can hold. All else is float64.
+"""
 
 import functools
 import itertools
@@ -43,12 +44,12 @@ TITLES = {  # of the values
 
 
 def score_nearest(samples, real, args, videos, sheet, device):
-    """Score Samples and a stream of real clips against training videos; write the nearest pairs to
-    `sheet`.
+    """Score Samples and a stream of real clips against training videos.
+
+    Write the nearest pairs to `sheet`.
     """
     others, held_out = gather(real, lambda clip, *_: (clip,))
-    # (all, T, H, W, 3)
-    clips = torch.from_numpy(np.concatenate([samples.clips, others]))
+    clips = torch.from_numpy(np.concatenate([samples.clips, others]))  # (all, T, H, W, 3)
     N = len(samples)
     windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], samples.time_scale)
     (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
@@ -95,7 +96,8 @@ class TrainingWindows(IterableDataset):
 
     Parts overlap, so every window is in one part. None instead of frames: the rest of the video
     can't be decoded. Frames are time_scale apart or, in short videos, as far as fits. Loader
-    processes share the videos."""
+    processes share the videos.
+    """
 
     def __init__(self, root, videos, T, size, time_scale):
         self.root = root
@@ -131,9 +133,7 @@ class TrainingWindows(IterableDataset):
 
 
 def blocks(frames):
-    """Frames uint8 (n, H, W, 3) minus GRAY, float32 (n, BLOCK) each: sums of their products are
-    exact.
-    """
+    """Frames uint8 (n, H, W, 3) minus GRAY, float32 (n, BLOCK) each: their products sum exactly."""
     return [part.float() - GRAY for part in frames.flatten(1).split(BLOCK, dim=1)]
 
 
@@ -142,7 +142,8 @@ def search(clips, windows, num_workers):
     videos) of all ranks.
 
     clips: uint8 (N, T, H, W, 3), kept as float32; windows: TrainingWindows. Without a window,
-    distances are infinite."""
+    distances are infinite.
+    """
     (N, T) = clips.shape[:2]
     device = clips.device
     own = blocks(clips.flatten(0, 1))  # (N * T, BLOCK) each
@@ -168,9 +169,8 @@ def search(clips, windows, num_workers):
         pairs = zip(
             own, blocks(torch.stack([frames, frames.flip(2)], dim=1).flatten(0, 1)), strict=True
         )
-        terms = sum(
-            b.square().sum(dim=1).double() - 2 * (a @ b.T).double() for a, b in pairs
-        )  # |b|^2 - 2 a.b
+        # |b|^2 - 2 a.b
+        terms = sum(b.square().sum(dim=1).double() - 2 * (a @ b.T).double() for a, b in pairs)
         terms = terms.view(N, T, len(frames), 2)
         sums = sum(terms[:, t, t * interval : t * interval + count] for t in range(T)).flatten(1)
         least = sums.argmin(dim=1)  # (N,), number of the window * 2 + mirrored
@@ -181,8 +181,9 @@ def search(clips, windows, num_workers):
 
 
 def nearer(one, other):
-    """The nearer of two windows for each clip: (squared distances (N,), places (N, 3)); of equals
-    the first video.
+    """The nearer of two windows for each clip: (squared distances (N,), places (N, 3)).
+
+    Of equals the first video.
     """
     (a, place_a) = one
     (b, place_b) = other
@@ -191,8 +192,9 @@ def nearer(one, other):
 
 
 def summarize(generated, real, videos=((), ())):
-    """A plain dict for JSON, from RMSE arrays of generated (N,) and of real clips (M,); videos:
-    those of both.
+    """A plain dict for JSON, from RMSE arrays of generated (N,) and of real clips (M,).
+
+    videos: those of both.
     """
     result = {"rmse_ratio": None, "rmse_ratio_interval95": None}
     if real.any():
@@ -207,8 +209,9 @@ def summarize(generated, real, videos=((), ())):
 
 
 def write_pairs(path, windows, samples, pairs):
-    """A sheet of pairs, two rows each: a generated clip above its nearest training clip, with their
-    classes.
+    """A sheet of pairs, two rows each: a generated clip above its nearest training clip.
+
+    Rows name the classes.
     """
     shown = evenly_spaced(samples.num_frames, COLUMNS)
     rows = []

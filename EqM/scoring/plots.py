@@ -1,6 +1,4 @@
-"""Plots: PNG files, readable at half size. The set-up of all figures, and figures of samples and
-their scores.
-"""
+"""Plots: PNG files, readable at half size: the set-up of all figures, and figures of samples."""
 
 import itertools
 
@@ -12,14 +10,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"figure.figsize": (8, 5), "figure.constrained_layout.use": True})
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#000000",
-    "#56B4E9",
-)  # Okabe and Ito: safe for color blindness
+# Okabe and Ito: safe for color blindness
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9")
 MARKERS = "o", "s", "^", "D", "v", "P", "X"
 MAX_LINES = 32  # most samples with a line of their own
 
@@ -43,8 +35,9 @@ def plot_evaluations(path, evaluations, budget):
 
 
 def plot_energies(path, energies, sampler):
-    """Energies (N, num_steps), NaN after a sample stops: a line per sample (at most MAX_LINES) and
-    their mean.
+    """Energies (N, num_steps), NaN after a sample stops: a line per sample, and their mean.
+
+    There are at most MAX_LINES lines of samples.
     """
     figure, axes = plt.subplots()
     axes.plot(energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
@@ -61,8 +54,9 @@ def plot_energies(path, energies, sampler):
 
 
 def plot_prediction(path, result, num_frames, titles):
-    """PSNR and SSIM by frame, with intervals, from a result of prediction.compare. titles: those of
-    its kinds.
+    """PSNR and SSIM by frame, with intervals, from a result of prediction.compare.
+
+    titles: those of its kinds.
     """
     figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
     count = result["samples_per_clip"]
@@ -73,9 +67,8 @@ def plot_prediction(path, result, num_frames, titles):
     ):
         for (kind, title), color in zip(titles.items(), itertools.cycle(COLORS)):
             if by_frame := result.get(f"{name}{kind}_by_frame"):
-                mean, half = np.full(
-                    (2, num_frames), np.nan
-                )  # a line has gaps where frames are given
+                # a line has gaps where frames are given
+                mean, half = np.full((2, num_frames), np.nan)
                 mean[frames] = by_frame["mean"]
                 half[frames] = by_frame["half95"]
                 axes.plot(mean, color=color, marker="o", markersize=4, label=title.format(count))

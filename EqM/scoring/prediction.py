@@ -1,12 +1,12 @@
-"""Prediction: a model completes real clips from some given frames, and the result is compared with
-the real frames.
+"""Prediction: a model completes real clips from given frames, and is compared with the real ones.
 
 It measures PSNR and SSIM (of scikit-image) of each predicted frame, compared with repeating the
 last given frame. Where little moves, most of a frame is background. So it also measures PSNR of the
 moving pixels alone, where the real frame differs from that given frame. Several samples of a clip
 give a mean, a best one (by its mean over the frames, as in MCVD, arXiv 2205.09853), and an average
 picture. Even a perfect model's sample is one of many futures: its squared error is twice the error
-of their average. For Moving Shapes, the tracker of shapes.py also scores the motion."""
+of their average. For Moving Shapes, the tracker of shapes.py also scores the motion.
+"""
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from video.writers import write_sheet
 
 SHOWN = 8  # clips on the sheet
 MOVING = 8  # gray levels: a pixel moves if a channel differs from the given frame by more
+# name: (title, digits)
 METRICS = {
     "psnr": ("PSNR in dB, 95%", 2),
     "ssim": ("SSIM, 95%", 4),
     "psnr_moving": ("of moving pixels", 2),
-}  # digits
+}
 KINDS = {
     "": "mean of {}",
     "_best": "best of {}",
@@ -34,12 +35,12 @@ KINDS = {
 
 
 def score_prediction(samples, real, clips, out, truth):
-    """Score Samples against `real`, a stream of the Clips that they continue; write a plot and a
-    sheet beside `out`.
+    """Score Samples against `real`, a stream of the Clips that they continue.
+
+    Write a plot and a sheet beside `out`.
     """
-    # the same for all
     S = samples.about["real"]["samples_per_clip"]
-    given = samples.given[0]
+    given = samples.given[0]  # the same for all
 
     def measure(clip, name, time_scale, index):
         predicted = samples.clips[S * index : S * (index + 1)]
@@ -78,7 +79,8 @@ def score_clip(real, samples, given):
     """(scores (3, S, F), {baseline: scores (3, F)}) of the F predicted frames; 3: the METRICS.
 
     real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8. Baselines: "repeated", the last given
-    frame before (else the first after); "average", of several samples."""
+    frame before (else the first after); "average", of several samples.
+    """
     others = [frame for frame in range(len(real)) if frame not in given]
     nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in others]
     moving = (np.abs(real[others].astype(int) - real[nearest]) > MOVING).any(axis=-1)  # (F, H, W)
@@ -99,8 +101,7 @@ def frame_scores(frame, real, moving):
     """
     from skimage.metrics import structural_similarity  # takes a second to load
 
-    # As published (Wang et al. 2004): Gaussian windows of sigma 1.5; the mean over the color
-    # channels
+    # As published (Wang et al. 2004): Gaussian windows of sigma 1.5, the mean over the colors
     settings = {
         "gaussian_weights": True,
         "sigma": 1.5,
@@ -116,8 +117,9 @@ def frame_scores(frame, real, moving):
 
 
 def compare(scores, baselines, videos=()):
-    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}. videos:
-    those of the clips.
+    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}.
+
+    videos: those of the clips.
     """
     moves = ~np.isnan(scores[:, -1, 0]).all(axis=1)
     result = {
@@ -196,9 +198,7 @@ def result_lines(result):
 
 
 def write_pairs(path, samples, clips, given):
-    """A sheet of the first clips, two rows each: given (marked) and predicted frames, then the true
-    ones.
-    """
+    """A sheet of clips, two rows each: given (marked) and predicted frames, then the true ones."""
     S = samples.about["real"]["samples_per_clip"]
     rows = []
     names = []

@@ -1,5 +1,4 @@
-"""Moving Shapes, where the truth is known: a strict tracker of one object, for straight and for
-bouncing motion.
+"""Moving Shapes: a strict tracker of one object, for straight and for bouncing motion.
 
 A lax tracker follows local motion and finds a direction even in a clip of five objects. Here a clip
 has a direction only if *every* frame shows the same single compact object of one color, and its
@@ -9,7 +8,8 @@ the end, how fast is it, does it turn at the borders only?
 
 The truth is the shapes.json of the data set, scaled to the clip, never the tracker's own
 measurement. Scores of real clips show the ceiling. At 16 px it is: all directions and shapes right,
-speed ratio 1.00, area ratio 1.02."""
+speed ratio 1.00, area ratio 1.02.
+"""
 
 import itertools
 import math
@@ -37,9 +37,8 @@ from scoring.stats import (
 # Lengths are in px of a frame 16 px high, and scale with it. Shares are of the object's brightness
 # or area. They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and
 # no more.
-MIN_CONTRAST = (
-    60  # gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
-)
+# gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
+MIN_CONTRAST = 60
 FLOOR = 0.2  # of full brightness, about 50 gray levels: weaker pixels are noise, not an object
 # of the brightness may be outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
 MAX_STRAY = 0.1
@@ -49,16 +48,13 @@ MAX_SPREAD = 1.7
 MIN_MATCH = 0.9
 # degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
 MAX_ANGLE = 10
-MAX_OFF_COLOR = (
-    0.25  # of the brightness may differ by more than twice that angle, as colors bleed at edges
-)
-MAX_AREA_FACTOR = (
-    1.5  # between a frame's area and the median: objects that fade, split or merge exceed it
-)
+# of the brightness may differ by more than twice that angle, as colors bleed at edges
+MAX_OFF_COLOR = 0.25
+# between a frame's area and the median: objects that fade, split or merge exceed it
+MAX_AREA_FACTOR = 1.5
 MIN_TRAVEL = 0.25  # px from the first frame to the last; 2 frames at 25 fps still exceed it
-MAX_OFF_LINE = (
-    0.5  # px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
-)
+# px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
+MAX_OFF_LINE = 0.5
 MAX_SLANT = 0.25  # motion across the direction over motion along it: 14 degrees
 WINDOW = 16  # frames of a bouncing object that are tracked together
 # px between a turn and the border's turning point; also the shortest way back that counts as a turn
@@ -122,8 +118,9 @@ def result_lines(result, titles):
 
 
 class Track(NamedTuple):
-    """What a clip shows, or should show. None: not found; `reason` says why there is no
-    direction.
+    """What a clip shows, or should show.
+
+    None: not found; `reason` says why there is no direction.
     """
 
     direction: str | None = None
@@ -161,9 +158,7 @@ class Truth:
             ) from error
 
     def __call__(self, class_name, height, time_scale):
-        """What clips of a class, of this height in px, should show: a Track or, if objects bounce,
-        a Bounce.
-        """
+        """What clips of a class, of this height in px, should show: a Track, or a Bounce."""
         videos = [video for video in self.videos if video["class"] == class_name]
         scale = height / self.size
         if not videos:
@@ -188,7 +183,8 @@ def find_truth(metric, data_path, samples, classes):
     """The Truth for --metric motion, and for prediction if the motion is straight; else None.
 
     Raises UserError if Samples are too short, or if a class has no truth (for prediction: one of
-    all `classes`)."""
+    all `classes`).
+    """
     exists = Path(data_path, "shapes.json").exists()
     if metric == "motion" and not exists:
         got = f"--data-path {data_path} has no shapes.json"
@@ -226,11 +222,11 @@ def track(clip):
 
 
 def look(clip):
-    """(centroids (T, 2) as x, y, area, shape, color (3,)) of the one object of a clip, uint8 (T, H,
-    H, 3).
+    """(centroids (T, 2) as x, y, area, shape, color (3,)) of the object of a clip (T, H, H, 3).
 
     Averages large clips down to 16 ... 31 px: thresholds then fit, and colors that a codec smeared
-    meet in one pixel. Raises ValueError with the reason if there is no such object."""
+    meet in one pixel. Raises ValueError with the reason if there is no such object.
+    """
     height = clip.shape[1]
     size = height // max(1, height // 16)
     frames = torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
@@ -249,7 +245,8 @@ def separate(clip):
 
     signal (T, H, W): 0 on the background, 1 on an object of the clip's color; bright (T, H, W): the
     same for any color, but 0 below FLOOR. Raises ValueError unless something of one color stands
-    out in every frame."""
+    out in every frame.
+    """
     background = np.median(clip, axis=(0, 1, 2))
     clip = clip - background
     contrast = np.linalg.norm(clip, axis=-1)
@@ -277,10 +274,10 @@ def separate(clip):
 
 
 def find_object(signal, bright, unit):
-    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit: 1 px of a frame 16 px
-    high.
+    """(centers (T, 2) as x, y in px, area in px^2) of the one object.
 
-    Raises ValueError unless every frame shows one compact object of about the same area.
+    unit: 1 px of a frame 16 px high. Raises ValueError unless every frame shows one compact object
+    of about the same area.
     """
     ys, xs = np.mgrid[: signal.shape[1], : signal.shape[2]] + 0.5
 
@@ -323,6 +320,7 @@ def inside(shape, x, y):
 
 def recognize(signal, centers, area):
     """The shape whose image at the centers, sharp or blurred, best fits signal (T, H, W).
+
     ValueError: none does.
     """
     sub = 8  # points per px and axis
@@ -347,8 +345,9 @@ def recognize(signal, centers, area):
 
 
 def fit_motion(centers, unit):
-    """(direction, speed in px per frame) of centers (T, 2). Raises ValueError unless motion is
-    straight and steady.
+    """(direction, speed in px per frame) of centers (T, 2).
+
+    Raises ValueError unless motion is straight and steady.
     """
     time = np.arange(len(centers)) - (len(centers) - 1) / 2
     velocity = time @ centers / (time @ time)  # least squares
@@ -365,11 +364,11 @@ def fit_motion(centers, unit):
 
 
 def summarize_tracks(tracks, expected, videos=()):
-    """A plain dict for JSON: at least one Track, each scored against the true one. videos: those of
-    the clips.
+    """A plain dict for JSON: at least one Track, each scored against the true one.
 
-    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over clips
-    of right direction."""
+    videos: those of the clips. Accuracies are shares of all clips. Speed and area ratios (found
+    over true) are means over clips of right direction.
+    """
     pairs = list(zip(tracks, expected, strict=True))
     is_right = [found.direction == true.direction for found, true in pairs]
     right, videos_of_right = (
@@ -415,8 +414,9 @@ def follow(clip, truth):
 
 
 def turns_are_right(centers, truth, unit):
-    """Whether an object with centroids (T, 2) stays on its axis and between the borders, and turns
-    only there.
+    """Whether an object with centroids (T, 2) stays on its axis between the borders.
+
+    It must turn only at the borders.
     """
     from scipy.signal import find_peaks  # takes a while to load
 
@@ -430,8 +430,9 @@ def turns_are_right(centers, truth, unit):
 
 
 def summarize_bounces(lost, speeds, turns, videos):
-    """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all
-    windows.
+    """A plain dict for JSON, of the columns of `follow`.
+
+    Speeds: 5%, 50% and 95% quantiles over all windows.
     """
     every = [*itertools.chain(*speeds)]
     refused = [entry for entry in lost if entry]

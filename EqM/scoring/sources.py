@@ -1,7 +1,8 @@
 """The clips that evaluate.py scores: generated clips of a sample folder, real clips of a data set.
 
 A stream yields the clips of this rank: (index, clip uint8 (T, H, W, 3), class name, time scale in
-seconds per frame, video). A generated clip that continues no video is its own video: its index."""
+seconds per frame, video). A generated clip that continues no video is its own video: its index.
+"""
 
 import hashlib
 import json
@@ -24,9 +25,8 @@ from video.loader import batches_of, worker_settings
 from video.samples import class_name, read_samples
 from video.source import open_source
 
-REAL_SEED = (
-    0  # of the start frames of real clips: predictions are compared with the clips they continue
-)
+# of the start frames of real clips: predictions are compared with the clips they continue
+REAL_SEED = 0
 RESIZE = (
     "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by "
     "itself"
@@ -34,8 +34,9 @@ RESIZE = (
 
 
 class Samples:
-    """A sample folder: its clips, mapped into memory, and what its samples.json says. Raises
-    UserError.
+    """A sample folder: its clips, mapped into memory, and what its samples.json says.
+
+    Raises UserError.
     """
 
     def __init__(self, folder, flag="--samples"):
@@ -46,22 +47,18 @@ class Samples:
             self.about[name] for name in ("source", "classes", "time_scale")
         )
         self.labels = labels.tolist()
-        self.names = [
-            class_name(self.classes, label) for label in self.labels
-        ]  # None: without a class
+        # None: without a class
+        self.names = [class_name(self.classes, label) for label in self.labels]
         self.num_frames, self.image_size = self.clips.shape[1:3]
         given = self.about.get("given", ())
-        self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(
-            labels
-        )  # numbers of frames
+        # numbers of frames
+        self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(labels)
         self.videos = [entry["source"] for entry in given] or range(len(labels))
         guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
-        self.weak = self.source.get(
-            "weak_sha256"
-        )  # of the model that guides instead of the class, or None
-        self.guidance = (
-            guidance if any(self.names) or self.weak else 1.0
-        )  # None: the user did not choose it
+        # of the model that guides instead of the class, or None
+        self.weak = self.source.get("weak_sha256")
+        # None: the user did not choose it
+        self.guidance = guidance if any(self.names) or self.weak else 1.0
 
     def __len__(self):
         return len(self.clips)
@@ -77,9 +74,7 @@ class Samples:
             raise UserError(f"{self.place}: {problem}")
 
     def check_classes(self, known, place):
-        """Raise UserError unless all of their classes are among the known ones, those of a
-        place.
-        """
+        """Raise UserError unless all of their classes are among the known ones of a place."""
         if unknown := set(self.classes) - set(known):
             got = f"has class {min(unknown)}, {place} has {', '.join(known)}"
             raise UserError(f"{self.place}: {got}; pass the data set that the model was trained on")
@@ -92,7 +87,10 @@ class Samples:
         if self.num_frames == 1 and metric != "fid":
             yield f"holds images, --metric {metric} needs videos of at least 2 frames"
         if metric in ("fvd", "fid") and self.guidance is None:
-            yield f"--metric {metric} depends on the guidance; sample again with --cfg-scale (1 turns it off)"
+            yield (
+                f"--metric {metric} depends on the guidance; "
+                "sample again with --cfg-scale (1 turns it off)"
+            )
         if metric in ("motion", "classifier", "census") and None in self.names:
             yield f"has samples without a class, --metric {metric} needs the class of each"
         if metric == "consistency" and "temporal_patch_size" not in self.source:
@@ -104,14 +102,18 @@ class Samples:
             if (real := self.about.get("real")) is None:
                 yield f"does not continue the clips of a data set; {again}"
             if len(self) != real["num_clips"] * real["samples_per_clip"]:
-                yield f"does not have {real['samples_per_clip']} samples for each of {real['num_clips']} clips; {again}"
+                yield (
+                    f"does not have {real['samples_per_clip']} samples "
+                    f"for each of {real['num_clips']} clips; {again}"
+                )
             if self.source.get("keep_background") and not keep_background:
-                yield f"was sampled with --keep-background, which adds real detail; {again}, or add the flag here"
+                yield (
+                    "was sampled with --keep-background, which adds real detail; "
+                    f"{again}, or add the flag here"
+                )
 
     def provenance(self):
-        """The manifest's record of them: how they were made, from samples.json, and the SHA-256 of
-        samples.npz.
-        """
+        """The manifest's record: how they were made (samples.json), and samples.npz's SHA-256."""
         about = {
             name: value for name, value in self.about.items() if name not in ("classes", "given")
         }
@@ -135,13 +137,13 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     the Clips for JSON).
 
     Call it on one rank, as it may open all videos. The interval is the integer closest to
-    time_scale. Raises UserError."""
+    time_scale. Raises UserError.
+    """
     source = open_source(data_path, image_size, images, results_of(ckpt))
     for path in source.scan.unreadable:
         say(f"{path} can't be opened; it is skipped")
-    train, val = split_videos(
-        data_path, source.videos(), val_fraction
-    )  # before any is skipped, as in train.py
+    # before any is skipped, as in train.py
+    train, val = split_videos(data_path, source.videos(), val_fraction)
     videos = {"train": train, "val": val, "all": [*train, *val]}[split]
     fps = statistics.median(video.fps for video in videos)
     interval = max(1, round(time_scale * fps))
@@ -205,9 +207,8 @@ def generated_stream(samples):
 
 def real_stream(clips, indices, args, corrupt, title="real clips"):
     """The stream of a Clips at indices; adds the paths of corrupt videos to the list `corrupt`."""
-    settings = worker_settings(args.num_workers) | {
-        "collate_fn": collate
-    }  # in batches, as handing over takes time
+    # in batches, as handing over takes time
+    settings = worker_settings(args.num_workers) | {"collate_fn": collate}
     loader = DataLoader(clips, args.batch_size, sampler=indices, **settings)
     with Bar(desc=title, total=len(indices), unit="clip", leave=False) as progress:
         for batch in batches_of(loader):

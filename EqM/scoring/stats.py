@@ -38,7 +38,8 @@ def gather(stream, measure):
     and their videos.
 
     Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the
-    order of the clips."""
+    order of the clips.
+    """
     return distributed.gather_in_order(
         [(index, *measure(*clip, index), video) for index, *clip, video in stream]
     )
@@ -196,8 +197,9 @@ def bootstrap(units, *key):
 
 
 def interval95(values):
-    """[low, high] around 95% of the finite values (N,). A ratio of resamples of few clips may be
-    infinite.
+    """[low, high] around 95% of the finite values (N,).
+
+    A ratio of resamples of few clips may be infinite.
     """
     values = values[values.isfinite()]
     return values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
@@ -214,8 +216,9 @@ def psnr(found, real, most=60.0):
 
 
 def cell(result, name, digits=3, interval=None):
-    """A value of a result as text, with its 95% interval; "-" if it is None. interval: the
-    interval's name.
+    """A value of a result as text, with its 95% interval; "-" if it is None.
+
+    interval: the interval's name.
     """
     if result.get(name) is None:
         return "-"
@@ -234,8 +237,6 @@ def table(rows):
 
 
 def report(result, titles):
-    """({name: value}, lines with intervals) of the values of a result that `titles` {name: title}
-    names.
-    """
+    """({name: value}, lines with intervals) of a result, for names in `titles` {name: title}."""
     values = {name: result[name] for name in titles if name in result}
     return values, table([(titles[name], cell(result, name)) for name in values])

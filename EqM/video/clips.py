@@ -1,7 +1,8 @@
 """The stream of samples, clips with their conditions, and the batches that each rank takes from it.
 
 A sample depends only on the arguments of Clips and its index in the stream, not on workers, ranks
-or interruptions."""
+or interruptions.
+"""
 
 import copy
 import os
@@ -20,30 +21,29 @@ MAX_ATTEMPTS = 100  # videos tried for one sample
 
 @dataclass(eq=False)
 class Clips(torch.utils.data.Dataset):
-    """Maps an index to a sample: a clip of one of `videos`. Their stream is a sequence of
-    permutations.
+    """Maps an index to a sample: a clip of one of `videos`.
+
+    Their stream is a sequence of permutations.
     """
 
     source: object  # see source.py
     videos: list  # each of at least num_frames frames
     classes: list
     num_frames: int
-    frame_interval: tuple = (
-        1,
-        1,
-    )  # smallest and largest distance of frames; each clip draws one that fits its video
+    # smallest and largest distance of frames; each clip draws one that fits its video
+    frame_interval: tuple = (1, 1)
     flip: bool = True
     seed: int = 0
-    stream: int | str = (
-        0  # the name of the stream, part of its seed: a training phase uses its first step
-    )
+    # the name of the stream, part of its seed: a training phase uses its first step
+    stream: int | str = 0
     spare: list = ()  # videos that replace `videos` if all of them are corrupt
 
     _epoch = _order = None
 
     def note(self, path):
-        """Called with the path of the file being read, or "" for none. A ClipsByFrames replaces
-        this method.
+        """Called with the path of the file being read, or "" for none.
+
+        A ClipsByFrames replaces this method.
         """
 
     def __getstate__(self):  # for a loader process
@@ -57,7 +57,8 @@ class Clips(torch.utils.data.Dataset):
     def __getitem__(self, index):
         """A dict: clip, as the source reads it; y, the condition; time_scale, seconds per frame;
         index; video, the path of its file; corrupt, the paths of corrupt videos that it replaces.
-        Raises CorruptDataError if all, or MAX_ATTEMPTS, are corrupt."""
+        Raises CorruptDataError if all, or MAX_ATTEMPTS, are corrupt.
+        """
         flipped = self.flip and self._random_int("flip", 2, index) == 1
         tried = []
         while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
@@ -87,8 +88,9 @@ class Clips(torch.utils.data.Dataset):
         )
 
     def draw(self, index, tried=()):
-        """(video, frame indices, seconds between them) at an index, but no video in `tried`. Opens
-        no file.
+        """(video, frame indices, seconds between them) at an index, but no video in `tried`.
+
+        Opens no file.
         """
         attempt = len(tried)
         (smallest, largest) = self.frame_interval
@@ -125,9 +127,7 @@ class Clips(torch.utils.data.Dataset):
 
 
 def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
-    """Yield lists of the indices of this rank's samples from `first` on, `micro_batches` lists for
-    each step.
-    """
+    """Yield lists of this rank's sample indices from `first` on, `micro_batches` per step."""
     size = global_batch // (world_size * micro_batches)
     for step in range(steps):
         for micro in range(micro_batches):
@@ -137,7 +137,8 @@ def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
 
 def collate(samples):
     """A batch of samples, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,),
-    in seconds; lists of paths: videos, corrupt."""
+    in seconds; lists of paths: videos, corrupt.
+    """
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {
         "clips": torch.stack(columns["clip"]),

@@ -1,7 +1,8 @@
 """Decodes a long video from a keyframe on, with PyAV, to the same pixels as decord in files.py.
 
 Whatever makes the numbers or pixels of frames uncertain is an error. decord then decodes from the
-first frame on."""
+first frame on.
+"""
 
 import heapq
 from contextlib import suppress
@@ -13,20 +14,17 @@ import av
 CODECS = "h264", "hevc", "mpeg4", "vp8", "vp9"
 AVI_CODECS = ("mpeg4",)  # AVIs have no time stamps, and FFmpeg guesses wrong ones for h264
 FRAME_START = b"\0\0\1\xb6"  # of a frame of mpeg4
-TRANSPOSES = {
-    90: ["cclock"],
-    180: ["clock", "clock"],
-    270: ["clock"],
-}  # for degrees, counterclockwise
+# for degrees, counterclockwise
+TRANSPOSES = {90: ["cclock"], 180: ["clock", "clock"], 270: ["clock"]}
 
 
 def find_keyframes(path, num_frames):
-    """The keyframes of a video, if it has several: a list of [frame number, time stamp, time to
-    seek to].
+    """The keyframes of a video, if several: a list of [frame number, time stamp, time to seek to].
 
     Frames are numbered in the order of their time stamps. All frames from a keyframe's number on
     decode from there; in an open GOP, frames before it follow it in the file. The list is empty
-    unless each of num_frames packets is a frame."""
+    unless each of num_frames packets is a frame.
+    """
     times = []
     keyframes = []
     latest = -float("inf")
@@ -37,13 +35,11 @@ def find_keyframes(path, num_frames):
         if codec not in (AVI_CODECS if is_avi else CODECS):
             return []
         for packet in file.demux(stream):
-            if (
-                not packet.size or packet.is_discard
-            ):  # the end of the file; a frame that an edit list removes
+            # the end of the file; a frame that an edit list removes
+            if not packet.size or packet.is_discard:
                 continue
-            is_packed = (
-                codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1
-            )  # XviD: two frames in one
+            # XviD: two frames in one
+            is_packed = codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1
             if packet.pts is None or packet.is_corrupt or is_packed:
                 return []
             if packet.is_keyframe and packet.pts > latest:
@@ -86,8 +82,9 @@ def decode_from(path, keyframe, height, width):
 
 
 def _rgb_graph(stream, rotation):
-    """The filters that turn a frame upright and into RGB, in decord's order: another one rounds
-    otherwise.
+    """The filters that turn a frame upright and into RGB.
+
+    They are in decord's order, since another one rounds otherwise.
     """
     graph = av.filter.Graph()
     with suppress(AttributeError):  # PyAV before 18 starts a thread per core

@@ -1,5 +1,6 @@
-"""Frames in pictures: enlarged, in a grid, in named rows, with a note. Frames are uint8 arrays
-(..., H, W, 3), RGB.
+"""Frames in pictures: enlarged, in a grid, in named rows, with a note.
+
+Frames are uint8 arrays (..., H, W, 3), RGB.
 """
 
 import unicodedata
@@ -21,15 +22,15 @@ GAP = 2  # px of white between frames
 MARGIN = 4  # px of white left and right of a name
 MARK = "#ff7f0e"  # orange: border of marked frames
 FONT_SIZE, MAX_NAME_LENGTH = 22, 70  # px: readable at half size; characters of a name
-FONT = ImageFont.truetype(
-    Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE
-)  # has accents
+# a font with accents
+FONT = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE)
 
 
 @cache
 def drawable(name, replacement):
-    """A name as one short line; the replacement, with a note once per name, if the font lacks one
-    of its characters.
+    """A name as one short line.
+
+    The replacement, with a note once per name, if the font lacks one of its characters.
     """
     name = one_line(unicodedata.normalize("NFC", name)[:MAX_NAME_LENGTH])
     missing = bytes(FONT.getmask("\uffff"))
@@ -48,9 +49,7 @@ def few(shown, total, what):
 
 
 def evenly_spaced(count, most):
-    """At most `most` of the numbers 0 to count - 1, evenly spaced from the first to the last:
-    (n,).
-    """
+    """At most `most` of the numbers 0 to count - 1, evenly spaced from first to last: (n,)."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
@@ -83,8 +82,9 @@ def text_line(text):
 
 
 def stack(*pictures):
-    """Pictures, or videos of one length, (..., h, w, 3) above each other; narrow ones get white at
-    their right.
+    """Pictures, or videos of one length, (..., h, w, 3) above each other.
+
+    Narrow ones get white at their right.
     """
     width = max(picture.shape[-2] for picture in pictures)
     sides = [
@@ -107,13 +107,13 @@ def add_notes(picture, notes):
 
 
 def draw_sheet(frames, names, marked, left=0, gap=GAP):
-    """A picture of rows of frames (N, n, h, w, 3) with N names at their left. Frames that are
-    marked get a border.
+    """A picture of rows of frames (N, n, h, w, 3) with N names at their left.
+
+    Frames that are marked get a border.
     """
     N, n, h, w = frames.shape[:4]
-    left = max(
-        left, *(round(FONT.getlength(name)) + 2 * MARGIN if name else 0 for name in names)
-    )  # px
+    # in px
+    left = max(left, *(round(FONT.getlength(name)) + 2 * MARGIN if name else 0 for name in names))
     sheet = Image.new("RGB", (left + n * (w + gap) - gap, N * (h + gap) - gap), "white")
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):

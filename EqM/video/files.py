@@ -1,7 +1,8 @@
 """Metadata and frames of one file: a video, or an image, which is a clip of one frame.
 
 Frames are upright and equally far apart in time: if the frame rate varies, frame k is the one whose
-time stamp is closest to k / fps. Any problem with a file raises UnreadableError."""
+time stamp is closest to k / fps. Any problem with a file raises UnreadableError.
+"""
 
 import os
 import re
@@ -27,9 +28,8 @@ SUFFIXES = {
     "image": (".jpeg", ".jpg", ".png", ".webp"),
 }
 IMAGE_FORMATS = "JPEG", "PNG", "WEBP"  # of the content: many .jpg files are PNGs
-IMAGE_FPS = (
-    25.0  # gives time_scale 1/25 s, the model's default and the value of published image models
-)
+# gives time_scale 1/25 s, the model's default and the value of published image models
+IMAGE_FPS = 25.0
 UPRIGHT = (
     "FLIP_LEFT_RIGHT",
     "ROTATE_180",
@@ -39,12 +39,10 @@ UPRIGHT = (
     "TRANSVERSE",
     "ROTATE_90",
 )
-EXIF_TRANSPOSES = dict(
-    enumerate(UPRIGHT, start=2)
-)  # EXIF orientation -> the transpose that turns an image upright
-MAX_PIXELS = (
-    2**27
-)  # per frame of a video: four times 8K; decoding a pixel takes ten bytes of memory or more
+# EXIF orientation -> the transpose that turns an image upright
+EXIF_TRANSPOSES = dict(enumerate(UPRIGHT, start=2))
+# per frame of a video: four times 8K; decoding a pixel takes ten bytes of memory or more
+MAX_PIXELS = 2**27
 # of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open the files in a playlist
 SIGNATURE = re.compile(
     rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)",
@@ -83,16 +81,13 @@ class Video:
     class_name: str
     num_frames: int
     fps: float  # average over the file
-    height: (
-        int | None
-    )  # px, of the upright frame; None for images, because the scan does not open them
+    # px, of the upright frame; None for images, because the scan does not open them
+    height: int | None
     width: int | None
-    varies: bool = (
-        False  # whether the frame rate varies: frame k need not be the k-th frame of the file
-    )
-    keyframes: list = field(
-        default=(), compare=False, repr=False
-    )  # see decode.py; empty: decord reads all clips
+    # whether the frame rate varies: frame k need not be the k-th frame of the file
+    varies: bool = False
+    # see decode.py; empty: decord reads all clips
+    keyframes: list = field(default=(), compare=False, repr=False)
 
     def __post_init__(self):  # a header or an index may contain anything
         if not (1 <= self.num_frames < 2**31 and FPS[0] <= self.fps <= FPS[1]):
@@ -110,8 +105,9 @@ def has_suffix(kind, path):
 
 
 def probe(root, class_name, path):
-    """The Video of a file. Reads the packets of a video and decodes one frame at most. Does not
-    open an image.
+    """The Video of a file.
+
+    Reads the packets of a video and decodes one frame at most. Does not open an image.
     """
     if has_suffix("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
@@ -142,8 +138,9 @@ def why_unreadable(path):
 
 
 def _usable_keyframes(path, video, reader):
-    """The keyframes of a video; () if they are uncertain, or if PyAV and decord differ in the first
-    frame.
+    """The keyframes of a video.
+
+    () if they are uncertain, or if PyAV and decord differ in the first frame.
     """
     with suppress(*NO_VIDEO):
         keyframes = find_keyframes(path, video.num_frames)
@@ -174,12 +171,12 @@ def _errors_of(path):
 
 @contextmanager
 def _open_video(path):
-    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError,
-    also in the body.
+    """A decord reader at the first frame.
+
+    Errors of the file and of decord become UnreadableError, also in the body.
     """
     with _errors_of(path):
-        # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no
-        # limit
+        # decord replaces lost frames by copies, up to the share fault_tol; 0 = no limit
         reader = decord.VideoReader(
             _safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6
         )
@@ -210,8 +207,9 @@ def _read_timing(reader):
 
 
 def read_frames(root, video, frame_indices):
-    """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3). Raises
-    UnreadableError.
+    """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3).
+
+    Raises UnreadableError.
     """
     (frames,) = _read_parts(root, video, [frame_indices])
     return frames
@@ -239,9 +237,8 @@ def _read_parts(root, video, parts):
         yield _read_image(path)
         return
     if video.keyframes:
-        decoders.insert(
-            parts[0][0] < video.keyframes[1][0], _from_keyframe
-        )  # decord decodes a whole video faster
+        # decord decodes a whole video faster
+        decoders.insert(parts[0][0] < video.keyframes[1][0], _from_keyframe)
     for number, decoder in enumerate(decoders, 1):
         with suppress(*[UnreadableError] if number < len(decoders) else []):
             for frames in decoder(path, video, parts[done:]):
@@ -282,8 +279,9 @@ def _stored(reader, parts):
 
 
 def _pick(decoded, first, parts):
-    """Yield the frames of each list of numbers. `decoded` yields a function per frame, from the
-    number `first` on.
+    """Yield the frames of each list of numbers.
+
+    `decoded` yields a function per frame, from the number `first` on.
     """
     number = first - 1
     pixels = None
@@ -300,18 +298,18 @@ def _pick(decoded, first, parts):
 
 
 def _pixels(frame):
-    """A frame of decord as uint8 (H, W, 3), without the padding of its rows. If a padded row is a
-    multiple of the width (32, 48, 96, ...), decord mistakes the padding for more channels, and
-    get_batch refuses the video."""
+    """A frame of decord as uint8 (H, W, 3), without the padding of its rows.
+
+    If a padded row is a multiple of the width (32, 48, 96, ...), decord mistakes the padding for
+    more channels, and get_batch refuses the video.
+    """
     height, width, channels = frame.shape
     rows = frame.asnumpy().reshape(height, width * channels)
     return rows[:, : 3 * width].reshape(height, width, 3)
 
 
 def _read_image(path):
-    """An image, or the first frame of an animation, without its alpha channel: uint8 (1, H, W,
-    3).
-    """
+    """An image, or an animation's first frame, without its alpha channel: uint8 (1, H, W, 3)."""
     try:
         check_regular(path)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -327,9 +325,7 @@ def _read_image(path):
 
 
 def resize_and_crop(frames, image_size):
-    """Resize the short side and crop the center: uint8 (T, C, H, W) -> (T, C, image_size,
-    image_size).
-    """
+    """Resize the short side and crop the center of uint8 (T, C, H, W) to a square image_size."""
     height, width = frames.shape[-2:]
     scale = image_size / min(height, width)
     size = max(image_size, round(height * scale)), max(image_size, round(width * scale))

@@ -1,8 +1,8 @@
-"""The files of a data folder: `ROOT/<Class>/<video>.mp4`, or images, which are clips of one frame.
-And their splits.
+"""The files of a data folder, `ROOT/<Class>/<video>.mp4`, or images (one frame), and their splits.
 
 Files directly in ROOT form one class, "all". Code that treats videos and images alike says video
-for both."""
+for both.
+"""
 
 import hashlib
 import json
@@ -27,8 +27,9 @@ SPARES = 100  # most training videos that may replace validation videos
 
 
 class CorruptDataError(UserError):
-    """Too many corrupt files: the input is wrong, so all scripts end with that status, also while
-    they run.
+    """Too many corrupt files: the input is wrong, so all scripts end with that status.
+
+    This holds while they run, too.
     """
 
     status = 2
@@ -39,15 +40,15 @@ class Scan:
     videos: list  # of Video, sorted by path; in a cache: in the order of the original videos
     classes: list  # class names, sorted
     unreadable: list  # paths of the files that could not be opened
-    stamps: dict = field(
-        default_factory=dict
-    )  # path -> file_stamp before the file was opened; videos only
+    # path -> file_stamp before the file was opened; videos only
+    stamps: dict = field(default_factory=dict)
     is_saved: bool = True  # the index holds this scan, or there is nothing to save
 
 
 def list_files(prefix, root):
-    """Paths of the visible files in root, then in its folders, sorted, relative to root. Raises
-    UserError.
+    """Paths of the visible files in root, then in its folders, sorted, relative to root.
+
+    Raises UserError.
     """
 
     def names(folder, folders):
@@ -133,11 +134,13 @@ def explain_missing(root, kind):
 
 
 def scan_videos(root, index_folder=None, images=False):
-    """The Scan of a folder of videos or images. Opens every video that is not in the index, and no
-    image.
+    """The Scan of a folder of videos or images.
+
+    Opens every video that is not in the index, and no image.
 
     Only one rank should call this. Writes the index if its folder exists; else save_index will.
-    Raises UserError."""
+    Raises UserError.
+    """
     found = find_files(root, images, report=True)
     classes = sorted(set(found.values()))
     if images:
@@ -194,9 +197,8 @@ def save_index(scan, root, folder):
     scan.is_saved = True
     place = index_place(root, folder)
     rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
-    temporary = place.with_name(
-        f"{place.name}.{os.urandom(4).hex()}.tmp"
-    )  # several runs may start at once
+    # several runs may start at once
+    temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}.tmp")
     try:
         temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": rows}))
         os.replace(temporary, place)
@@ -223,12 +225,12 @@ def read_index(place):
 
 
 def split_videos(root, videos, val_fraction):
-    """(training, validation) videos, at least one each. Raises UserError if there are fewer than
-    two videos.
+    """(training, validation) videos, at least one each.
 
-    UCF-101's first list makes the split if it is in or beside ROOT and names some but not all of
-    these videos. Without it, a hash of Class/stem does: videos that are added, removed or converted
-    do not move others to another part."""
+    Raises UserError if there are fewer than two videos. UCF-101's first list makes the split if it
+    is in or beside ROOT and names some but not all of these videos. Without it, a hash of
+    Class/stem does: videos that are added, removed or converted do not move others to another part.
+    """
     if len(videos) < 2:
         raise UserError(
             f"--data-path {root}: 1 usable file; expected at least 2, one to train and one to "
@@ -251,17 +253,13 @@ def hash_fraction(video):
 
 
 def find_ucf_lists(root, videos):
-    """(folder of the UCF lists that split these videos into two parts, Class/stem of the first), or
-    (None, set()).
-    """
+    """(folder of UCF lists that split these videos, Class/stem of the first), or (None, set())."""
     for folder in (Path(root, UCF_LISTS), Path(os.path.abspath(root)).parent / UCF_LISTS):
         if (file := folder / "trainlist01.txt").is_file():
-            lines = file.read_text(
-                encoding="utf-8", errors="surrogateescape"
-            ).splitlines()  # as Python decodes names
-            names = (
-                re.sub(r"\s+\d+$", "", line.strip()) for line in lines
-            )  # "Archery/v_Archery_g08_c01.avi 3"
+            # as Python decodes names
+            lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            # "Archery/v_Archery_g08_c01.avi 3"
+            names = (re.sub(r"\s+\d+$", "", line.strip()) for line in lines)
             train_keys = {os.path.splitext(name)[0] for name in names}
             if 0 < sum(video.key in train_keys for video in videos) < len(videos):
                 return folder, train_keys
@@ -273,9 +271,8 @@ def copy_ucf_lists(root, videos, folder):
     lists, _ = find_ucf_lists(root, videos)
     for file in lists.glob("*.txt") if lists else ():
         Path(folder, UCF_LISTS).mkdir(exist_ok=True)
-        shutil.copyfile(
-            file, Path(folder, UCF_LISTS, file.name)
-        )  # not its mode: a later run must overwrite it
+        # not its mode: a later run must overwrite it
+        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))
 
 
 def fitting_interval(video, num_frames, interval):
@@ -299,8 +296,9 @@ def long_enough(videos, num_frames, kind, flag):
 
 @dataclass(frozen=True)
 class Data:
-    """The videos to train and to validate on. train and val map num_frames to the videos with at
-    least as many.
+    """The videos to train and to validate on.
+
+    train and val map num_frames to the videos with at least as many.
     """
 
     source: object  # see source.py
@@ -322,6 +320,7 @@ class Data:
 
 def find_data(source, val_fraction, lengths, val_lengths, flag):
     """The Data of a source for clips of `lengths` frames, which `flag` sets, and of `val_lengths`.
+
     Raises UserError.
     """
     train, val = split_videos(source.root, source.videos(), val_fraction)
@@ -351,8 +350,9 @@ class CorruptVideos:
         return f"corrupt so far: {len(self.paths)} of {self.total}"
 
     def add(self, paths):
-        """The paths that are new, each once. Raises CorruptDataError above max(1, max_fraction *
-        total) videos.
+        """The paths that are new, each once.
+
+        Raises CorruptDataError above max(1, max_fraction * total) videos.
         """
         new = [path for path in dict.fromkeys(paths) if path not in self.paths]
         self.paths.update(dict.fromkeys(new))

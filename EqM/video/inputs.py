@@ -25,9 +25,8 @@ class InputClip:
     path: str
     class_name: str | None  # the name of its folder, or the class of the sample
     number: int | None = None  # of the sample in its samples.npz
-    stored: tuple | None = field(
-        default=None, repr=False
-    )  # see `open`; None until a file is opened
+    # see `open`; None until a file is opened
+    stored: tuple | None = field(default=None, repr=False)
 
     def __str__(self):
         return self.path if self.number is None else f"{self.path}, sample {self.number}"
@@ -39,6 +38,7 @@ class InputClip:
 
     def read(self, frames, seconds_per_frame, image_size):
         """The frames with these numbers, which ascend, at that rate: uint8 (3, n, size, size).
+
         Raises UserError.
         """
         num_frames, seconds, read = self.open()
@@ -52,8 +52,9 @@ class InputClip:
         return pixels[np.unique(closest, return_inverse=True)[1]].transpose(0, 1)
 
     def open(self):
-        """(number of frames, seconds between them, a function that reads frames (n, H, W, 3) by
-        their numbers).
+        """(number of frames, seconds between them, function that reads frames by number).
+
+        Frames are (n, H, W, 3).
         """
         if self.stored is None:
             video = self._decode(probe, "", "", self.path)
@@ -76,7 +77,8 @@ def find_clips(flag, path, kinds, cleared=None):
 
     A folder contains files of these kinds ("video", "image"), class folders of them, or samples of
     sample_gd.py. None may be in the folder `cleared`, from which sample_gd.py removes earlier
-    samples."""
+    samples.
+    """
     name = f"{flag} {path or repr('')}"
     path = str(path)
     samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")

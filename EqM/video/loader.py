@@ -16,9 +16,8 @@ from runtime.signals import STOP_SIGNALS
 from video.clips import collate
 
 PATH_BYTES = 4096
-sys.warnoptions.append(
-    "ignore::UserWarning:multiprocessing.resource_tracker"
-)  # it cleans up after a kill
+# it cleans up after a kill
+sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
 
 
 class ClipsByFrames(torch.utils.data.Dataset):
@@ -26,9 +25,8 @@ class ClipsByFrames(torch.utils.data.Dataset):
 
     def __init__(self, clips, num_workers=0):
         self.clips = clips
-        self.files = [
-            multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)
-        ]  # in shared memory
+        # in shared memory
+        self.files = [multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)]
         for data_set in clips.values():
             data_set.note = self.note
 
@@ -42,15 +40,17 @@ class ClipsByFrames(torch.utils.data.Dataset):
             self.files[worker.id].value = os.fsencode(path)[: PATH_BYTES - 1]
 
     def being_read(self):
-        """The names of the files that the loader processes are reading. A message has them if one
-        hangs.
+        """The names of the files that the loader processes are reading.
+
+        A message has them if one hangs.
         """
         return ", ".join(os.fsdecode(file.value) for file in self.files if file.value) or "no file"
 
 
 def make_loader(clips, batches, num_workers, timeout, device):
-    """A DataLoader over `clips`, a dict num_frames -> Clips. `batches` yields lists of (num_frames,
-    index).
+    """A DataLoader over `clips`, a dict num_frames -> Clips.
+
+    `batches` yields lists of (num_frames, index).
     """
     settings = {
         "batch_sampler": batches,
@@ -63,8 +63,9 @@ def make_loader(clips, batches, num_workers, timeout, device):
 
 
 def worker_settings(num_workers, timeout=0):
-    """The settings of a DataLoader with num_workers processes; 0 = read in this process. timeout:
-    seconds per batch.
+    """The settings of a DataLoader with num_workers processes; 0 = read in this process.
+
+    timeout: seconds per batch.
     """
     if not num_workers:
         return {}
@@ -89,12 +90,12 @@ def start_worker(_):
 
 @atexit.register
 def end_children():
-    """Kill the loader processes. They block SIGTERM, so Python would wait at exit for one that is
-    busy or hangs.
+    """Kill the loader processes.
+
+    They block SIGTERM, so Python would wait at exit for one that is busy or hangs.
     """
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # otherwise torch would report their end as an error
+    # otherwise torch would report their end as an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -106,7 +107,8 @@ def batches_of(loader):
     that names the files being read. The processes are new ones ("spawn"): a fork could wait forever
     for a lock that a thread of gloo or TensorBoard held at that moment. They inherit blocked
     signals, because torchrun, terminals and clusters signal the whole process group, and the rank
-    still needs the processes for the current step."""
+    still needs the processes for the current step.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are delivered afterwards
     try:
         if loader.num_workers:
@@ -124,10 +126,8 @@ def _iterate(loader, iterator):
         yield from iterator
     except UserError as error:
         raise type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from error
-    except (
-        ConnectionError,
-        EOFError,
-    ) as error:  # the process was killed while it handed over a batch
+    except (ConnectionError, EOFError) as error:
+        # the process was killed while it handed over a batch
         raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     except RuntimeError as error:
         if "timed out" not in str(error):
@@ -141,8 +141,9 @@ def _iterate(loader, iterator):
 
 
 def on_device(batches, device):
-    """Yield the batches with their clips on the device. A GPU copies clips while it computes the
-    previous step.
+    """Yield the batches with their clips on the device.
+
+    A GPU copies clips while it computes the previous step.
     """
     if device.type != "cuda":
         yield from batches

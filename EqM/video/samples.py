@@ -113,8 +113,9 @@ def read_samples(here, folder):
 
 
 def map_npz(path, name):
-    """An array of a file of np.savez, mapped into memory. Raises OSError, BadZipFile, ValueError or
-    KeyError.
+    """An array of a file of np.savez, mapped into memory.
+
+    Raises OSError, BadZipFile, ValueError or KeyError.
     """
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
@@ -124,9 +125,8 @@ def map_npz(path, name):
             start = file.tell()
     if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
         raise ValueError(f"{name} is compressed or not a plain array of clips of one size")
-    with open(
-        path, "rb"
-    ) as file:  # the data follow the header of the zip member and the header of the array
+    # the data follow the header of the zip member and the header of the array
+    with open(path, "rb") as file:
         file.seek(member.header_offset + 26)
         start += member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return np.memmap(path, dtype, "r", start, shape)

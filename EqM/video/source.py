@@ -25,10 +25,8 @@ from video.files import UnreadableError, Video, read_all_frames, read_frames, re
 from video.index import Scan, file_stamp, find_files, name_hash, scan_videos
 
 SUFFIX = ".safetensors"  # of the files of a cache
-LATENTS_FILE, PARTIAL_FILE = (
-    "latents.json",
-    "latents.partial.json",
-)  # of a complete, of an unfinished cache
+# of a complete, of an unfinished cache
+LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"
 LATENTS_FORMAT = 1
 LATENTS_NAMES = {  # in latents.json
     "vae",
@@ -56,17 +54,18 @@ class Source:
         return self.scan.videos
 
     def read(self, video, frame_indices, flipped=False):
-        """The frames at `frame_indices`, which ascend, in the form that training takes. Raises
-        UnreadableError.
+        """The frames at `frame_indices`, which ascend, in the form that training takes.
 
-        Pixels are uint8 (3, T, H, W). Latents are the posterior's mean and std, float16 (2, C, T,
-        h, w)."""
+        Raises UnreadableError. Pixels are uint8 (3, T, H, W). Latents are the posterior's mean and
+        std, float16 (2, C, T, h, w).
+        """
         raise NotImplementedError
 
 
 def open_source(root, image_size, images=False, index_folder=None):
-    """The source of a data folder, for one rank. Its clips have image_size px, or that of a cache.
-    Raises UserError.
+    """The source of a data folder, for one rank.
+
+    Its clips have image_size px, or that of a cache. Raises UserError.
     """
     if (settings := latents_settings(root, images)) is not None:
         return Cache(root, settings)
@@ -74,8 +73,9 @@ def open_source(root, image_size, images=False, index_folder=None):
 
 
 def check_data_path(root, images=False, cached=True):
-    """Check a data folder without opening a video. With cached=False, a cache is an error. Raises
-    UserError.
+    """Check a data folder without opening a video.
+
+    With cached=False, a cache is an error. Raises UserError.
     """
     if latents_settings(root, images) is None:
         find_files(root, images)
@@ -103,8 +103,9 @@ class Files(Source):
 
 
 def latents_settings(root, images=False):
-    """The content of a cache's latents.json; None if root is not a cache. Raises UserError if the
-    cache is unusable.
+    """The content of a cache's latents.json; None if root is not a cache.
+
+    Raises UserError if the cache is unusable.
     """
     prefix = f"--data-path {root}"
     path = Path(root, LATENTS_FILE)
@@ -140,9 +141,8 @@ class Cache(Source):
                     f"--data-path {root}: a cache without its {video.path}: run cache_latents.py "
                     "again"
                 )
-        super().__init__(
-            root, Scan(settings["videos"], settings["classes"], [])
-        )  # cache_latents.py counts corrupt
+        # cache_latents.py counts corrupt
+        super().__init__(root, Scan(settings["videos"], settings["classes"], []))
         side = settings["image_size"] // settings["downsample"]
         self.has_pixels = settings["vae"] == "none"
         self.shape = (settings["channels"], side, side)
@@ -156,8 +156,9 @@ class Cache(Source):
 
 
 def read_cache_file(path, names, shape, frame_indices):
-    """Frames (C, h, w) from the tensors `names` of a cache file: (len(names), C, T, h, w). Raises
-    UnreadableError.
+    """Frames (C, h, w) from the tensors `names` of a cache file: (len(names), C, T, h, w).
+
+    Raises UnreadableError.
     """
     first = frame_indices[0]
     last = frame_indices[-1]
@@ -169,8 +170,7 @@ def read_cache_file(path, names, shape, frame_indices):
             frames = torch.stack([span[offsets].transpose(0, 1) for span in spans])
         if frames.shape != (expected := (len(names), shape[0], len(frame_indices), *shape[1:])):
             raise OSError(f"got {list(frames.shape)}, expected {list(expected)}")
-    # No regular file; a truncated or different file, or one without flips; fewer frames than in
-    # latents.json.
+    # No regular file; a truncated or other file; one without flips or with too few frames.
     except (OSError, SafetensorError, IndexError, RuntimeError) as error:
         raise UnreadableError(f"{path}: {error}") from error
     return frames
@@ -188,8 +188,9 @@ def cached_path(video):
 
 
 def cached_metadata(path):
-    """The metadata of a cache file, a dict of strings; None if the file is missing or damaged, or
-    has no metadata.
+    """The metadata of a cache file, a dict of strings.
+
+    None if the file is missing or damaged, or has no metadata.
     """
     try:
         check_regular(path)
@@ -200,8 +201,9 @@ def cached_metadata(path):
 
 
 def write_pixels(path, files, video, metadata):
-    """Decode a video of a Files into a cache file, a few frames at a time. Raises UnreadableError,
-    OSError.
+    """Decode a video of a Files into a cache file, a few frames at a time.
+
+    Raises UnreadableError, OSError.
     """
     shape = video.num_frames, 3, files.image_size, files.image_size
     pixels = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
@@ -213,8 +215,9 @@ def write_pixels(path, files, video, metadata):
 
 
 def write_each(videos, write, threads):
-    """Call write(video) for each video, in threads. Yield (video, whether it is readable) in
-    order.
+    """Call write(video) for each video, in threads.
+
+    Yield (video, whether it is readable) in order.
     """
 
     def attempt(video):
@@ -227,8 +230,9 @@ def write_each(videos, write, threads):
 
 
 def in_threads(function, items, threads):
-    """Yield function(item) for each item, in order. At most 2 * threads items run or wait for their
-    turn.
+    """Yield function(item) for each item, in order.
+
+    At most 2 * threads items run or wait for their turn.
     """
     pool = ThreadPoolExecutor(threads)
     try:
@@ -246,6 +250,7 @@ def in_threads(function, items, threads):
 
 class CachedFiles(Files):
     """Files with a cache of their pixels, without corrupt videos: each read decodes their frames.
+
     Raises UserError.
     """
 
@@ -273,6 +278,7 @@ class CachedFiles(Files):
 
     def fill(self):
         """Decode new and changed videos, on the first rank of each machine; the others must wait.
+
         Raises UserError.
         """
         if local_rank() != 0:

@@ -1,9 +1,9 @@
-"""Writes videos to watch (mp4, GIF, one PNG sheet) and as data (npz); images, T = 1, as PNGs and
-one grid.
+"""Writes videos to watch (mp4, GIF, one PNG sheet) and as data (npz); images as PNGs and a grid.
 
 A video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). Files to watch are
 enlarged by an integer factor without smoothing, so you see each pixel of the model. PNGs of single
-images and samples.npz keep their size."""
+images and samples.npz keep their size.
+"""
 
 import math
 from fractions import Fraction
@@ -35,18 +35,17 @@ PALETTE_PIXELS = 2**14  # random pixels of a video, from which its GIF gets a pa
 
 
 def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=None, previews=True):
-    """Write all samples of sample_gd.py: an mp4 per video (PNG per image), samples.npz, and
-    previews.
+    """Write all samples of sample_gd.py: an mp4 per video (PNG per image), samples.npz, previews.
 
     parts: an iterator, in order, over (numbers of samples, first frame, frames uint8 (n, k, H, W,
     3) from there).
     labels: (N,) integers; names and marked: those of `write_sheet`; previews: whether to write
-    GIFs, grid and sheet."""
+    GIFs, grid and sheet.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(
-        dir=folder
-    ) as file:  # the pixels: they may not fit into memory, and may come frame by frame
+    # the pixels: they may not fit into memory, and may come frame by frame
+    with TemporaryFile(dir=folder) as file:
         for numbers, first, clips in parts:
             shape = len(labels), num_frames, *clips.shape[2:]
             for number, frames in zip(numbers, clips, strict=True):
@@ -86,8 +85,9 @@ def write_grid(path, videos, fps):
 
 
 def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
-    """Write 000000.mp4 (images: .png) and so on, from number `first`. gifs: also GIFs of at most
-    gif_frames frames.
+    """Write 000000.mp4 (images: .png) and so on, from number `first`.
+
+    gifs: also GIFs of at most gif_frames frames.
     """
     folder = Path(folder)
     T = videos.shape[1]
@@ -103,8 +103,9 @@ def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
 
 
 def write_mp4(path, video, fps):
-    """Write (T, H, W, 3) as H.264 in the pixel format that all players support; any fps > 0 and any
-    size.
+    """Write (T, H, W, 3) as H.264 in the pixel format that all players support.
+
+    Any fps > 0 and any size.
     """
     # crf 12 is close to lossless: you see the model, not the codec. A short lookahead keeps few
     # frames in memory.
@@ -115,6 +116,7 @@ def write_mp4(path, video, fps):
 
 def write_lossless(path, frames, fps):
     """Write frames, uint8 (H, W, 3) each, as FFV1: a .mkv that decodes to exactly the same pixels.
+
     Atomic.
     """
     bitexact = {"fflags": "bitexact"}  # no random numbers in the file
@@ -127,9 +129,8 @@ def write_lossless(path, frames, fps):
 
 def encode(file, frames, fps, codec, pixel_format, options):
     """Write an iterator over frames (H, W, 3) to a container of PyAV."""
-    stream = file.add_stream(
-        codec, rate=Fraction(fps).limit_denominator(1001), options=options
-    )  # 30000/1001
+    # such as 30000/1001
+    stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
     stream.pix_fmt = pixel_format
     for number, frame in enumerate(frames):
         if number == 0:
@@ -146,16 +147,16 @@ def write_gif(path, video, fps):
     Colors are exact if no frame has more than 256. Otherwise all frames share a palette without
     dithering: faster than a palette per frame, and no pixel flickers that keeps its color. Delays
     are in 1/100 s, so at 30 fps they alternate between 3 and 4. Browsers slow down delays below 2,
-    so above 50 fps the GIF plays slower."""
+    so above 50 fps the GIF plays slower.
+    """
     ends = np.round(np.arange(len(video) + 1) * 100 / fps)
     delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
     frames = [Image.fromarray(frame) for frame in enlarge(video)]
     if any(frame.getcolors(256) is None for frame in frames):  # None: more than 256 colors
         pixels = video.reshape(-1, 3)
         drawn = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
-        palette = Image.fromarray(drawn[None]).quantize(
-            256, kmeans=PALETTE_PIXELS // 100
-        )  # stops when 1% change
+        # stops when 1% change
+        palette = Image.fromarray(drawn[None]).quantize(256, kmeans=PALETTE_PIXELS // 100)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(
         path, "GIF", save_all=True, append_images=frames[1:], duration=delays.tolist(), loop=0
@@ -163,12 +164,12 @@ def write_gif(path, video, fps):
 
 
 def write_sheet(path, videos, names=None, marked=None, labels=None, notes=()):
-    """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N strings) at
-    the left.
+    """Write (N, T, H, W, 3) as one PNG: a row per video, `names` (N strings) at the left.
 
-    Images (T = 1) are in rows of 8, without names. A line below says how many it shows, if not all,
-    after the caller's notes. marked: the frames of each video that get a border. labels: numbers of
-    classes, for names the font lacks."""
+    A column is a frame. Images (T = 1) are in rows of 8, without names. A line below says how many
+    it shows, if not all, after the caller's notes. marked: the frames of each video that get a
+    border. labels: numbers of classes, for names the font lacks.
+    """
     N, T = videos.shape[:2]
     if T == 1:
         images = tile(videos, IMAGE_GRID, MIN_SIDE)[0]

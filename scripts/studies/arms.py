@@ -1,5 +1,6 @@
-"""The arms (training recipes) of study.py, and how to train and sample them. Other studies use the
-recommended arm.
+"""The arms (training recipes) of study.py, and how to train and sample them.
+
+Other studies use the recommended arm.
 """
 
 import math
@@ -34,8 +35,7 @@ class Arm:
 
 ROTARY = "--use-rope --rope-theta 100"
 TABLE = ROTARY + " --position-table space"
-# of the positions in space; 0 with the spatial frequencies of the others; 0.5 again, with more
-# frames
+# of positions in space; 0 with the spatial frequencies of the others; 0.5 with more frames, too
 SPEEDS = {
     f"speed {speed}": f"{TABLE} --rope-speed {speed or '1e-9'}" for speed in (0, 0.25, 0.5, 1, 2)
 }
@@ -60,9 +60,8 @@ ARMS = [
     Arm("4-8-16 moving", "BC", MOVING + INTERVALS, shares=SHARES, **CURRICULUM),
     *(Arm(f"16 {name}", "D", flags, seeds=5, lengths=LENGTHS) for name, flags in SPEEDS.items()),
     *(
-        Arm(
-            f"16 {name} {pace}", "D", flags, seeds=2 if name == "table" else 5, pace=pace
-        )  # the table does not win
+        # the table does not win
+        Arm(f"16 {name} {pace}", "D", flags, seeds=2 if name == "table" else 5, pace=pace)
         for pace in ("slow", "fast")
         for name, flags in (POSITIONS | {"speed 1": SPEEDS["speed 1"]}).items()
         if name != "rotary"
@@ -137,10 +136,10 @@ def plan(arm, share, size):
 
 
 def plan_phases(config, shares, mix, steps):
-    """As `plan`, from (num_frames, share of the compute) of each phase. With a mix, the FLOPs are
-    their expected value.
+    """As `plan`, from (num_frames, share of the compute) of each phase.
 
-    The compute is that of so many steps of the last phase.
+    With a mix, the FLOPs are their expected value. The compute is that of so many steps of the last
+    phase.
     """
     last, _ = shares[-1]
     compute = steps * TOKENS // math.prod(config.grid(last)) * config.training_flops(last)

@@ -88,9 +88,8 @@ def cover_shares(repeats):
     for true in SHARES:
         for count in MANY_UNITS:
             random = np.random.default_rng([SEED, count])
-            chances = random.beta(
-                true, 1 - true, (repeats, count)
-            )  # half of the variance is between units
+            # half of the variance is between units
+            chances = random.beta(true, 1 - true, (repeats, count))
             hits = random.random((repeats, CLIPS, count)) < chances[:, None]
             hits = hits.reshape(repeats, CLIPS * count)
             videos = videos_of(count)

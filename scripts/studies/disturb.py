@@ -1,11 +1,11 @@
-"""Measure which disturbances of a finished clip heal: sample clips, disturb them, descend again,
-and track the shape.
+"""Measure which disturbances of a finished clip heal: disturb it, descend again, track the shape.
 
     python scripts/studies/disturb.py                       about 40 minutes of one core
 
 The clips are those of the page that `scripts/export.py --html` makes of results/demo: 16 frames,
 with the step size, momentum and guidance of the checkpoint. The script writes results/disturb.md
-and .json after each batch of 24 clips; run it again to continue."""
+and .json after each batch of 24 clips; run it again to continue.
+"""
 
 from pathlib import Path
 
@@ -31,8 +31,9 @@ KINDS = "direction", "shape"
 
 
 def regions(shape, batch):
-    """{name: bool, broadcasts over clips (B, C, T, H, W)}, where a clip is disturbed. The square is
-    anywhere.
+    """{name: bool, broadcasts over clips (B, C, T, H, W)}, where a clip is disturbed.
+
+    The square is anywhere.
     """
     B, _, T, H, W = shape
     row, column = (torch.arange(n) for n in (H, W))
@@ -53,18 +54,14 @@ def regions(shape, batch):
 
 
 def blur(x):
-    """Average each pixel of (B, C, T, H, W) with its neighbors, by weights 1 2 1 in both
-    directions.
-    """
+    """Average each pixel of (B, C, T, H, W) with its neighbors, by weights 1 2 1 both ways."""
     padded = torch.nn.functional.pad(x.flatten(0, 2)[:, None], (1, 1, 1, 1), mode="replicate")
     weights = torch.tensor([1.0, 2, 1])[:, None] * torch.tensor([1.0, 2, 1]) / 16
     return torch.nn.functional.conv2d(padded, weights[None, None]).view_as(x)
 
 
 def disturbances(x, labels, classes, batch):
-    """Yield (name, disturbed clips, the classes to descend to) of finished clips x (B, C, T, H,
-    W).
-    """
+    """Yield (name, disturbed clips, classes to descend to) of finished clips x (B, C, T, H, W)."""
     noise = normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:])
     other = (labels + 1) % classes
     found = regions(x.shape, batch)
@@ -95,9 +92,7 @@ def descend(model, x, labels, evaluations, training):
 
 
 def right(x, labels, names):
-    """{"direction": bools, "shape": bools}: whether each clip moves, and looks, as its class says
-    ("CircleLeft").
-    """
+    """{"direction": bools, "shape": bools}: whether clips move and look as "CircleLeft" says."""
     tracks = [track(clip) for clip in VAE("none").decode(x).numpy()]
     pairs = [(one, names[label]) for one, label in zip(tracks, labels.tolist(), strict=True)]
     directions = [name.endswith(str(one.direction)) for one, name in pairs]

@@ -1,14 +1,16 @@
-"""Measure how well --forcing teaches a model to complete clips, and what it costs. Moving Shapes,
-several seeds.
+"""Measure how well --forcing teaches a model to complete clips of Moving Shapes, and what it costs.
 
-    python scripts/studies/given_frames.py --shares 0 0.75 --seeds 0 1 2     about 10 minutes of one core per model
+    python scripts/studies/given_frames.py --shares 0 0.75 --seeds 0 1 2
     python scripts/studies/given_frames.py --shares 0.75 --objectives eqm flow
+
+A model takes about 10 minutes of one core.
 
 The models follow the recommended curriculum of study.py, each with another share of forced clips.
 The test set has 288 videos, made with another seed. evaluate.py scores completed clips with
 --metric prediction, and clips without given frames with --metric motion. The script writes
 results/given_frames.md and .json, with several objectives results/given_frames_objectives.md and
-.json. Models, samples and scores are in results/given-frames (see lab.py)."""
+.json. Models, samples and scores are in results/given-frames (see lab.py).
+"""
 
 from pathlib import Path
 

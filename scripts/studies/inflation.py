@@ -1,8 +1,9 @@
-"""Start video models from image models of their frames: which kernel starts best, and does the
-start pay?
+"""Start video models from image models of their frames: which kernel is best, and does it pay?
 
-    python scripts/studies/inflation.py kernels --data-path datasets/sprites --latents results/sprites/latents
-    python scripts/studies/inflation.py pay --data-path datasets/sprites --latents results/sprites/latents
+    python scripts/studies/inflation.py kernels --data-path datasets/sprites \
+        --latents results/sprites/latents
+    python scripts/studies/inflation.py pay --data-path datasets/sprites \
+        --latents results/sprites/latents
 
 sprites.sh makes the videos and the latents; Moving Shapes are made here. An image model learns
 single frames. It has a position table, as published image models do.
@@ -18,7 +19,8 @@ many valid samples as the longest run from scratch, without and with the cost of
 
 The script writes results/inflation_PART.md and .json. Runs whose scores are in the json are not run
 again. Models and samples are in results/inflation (see lab.py). A full run of clips takes about 35
-minutes if two run at once on 2 cores."""
+minutes if two run at once on 2 cores.
+"""
 
 import itertools
 import math
@@ -66,9 +68,8 @@ DATA = {
     "shapes": Frames(
         IMAGES, " ".join(map(str, [*BASE, "--precision", lab.PRECISION])), 16, 1000, (2, 4)
     ),
-    "sprites": Frames(
-        SPRITES.config, SPRITES.flags, 8, 600, (2,)
-    ),  # a fifth of the compute of HOURS=0.5
+    # a fifth of the compute of HOURS=0.5
+    "sprites": Frames(SPRITES.config, SPRITES.flags, 8, 600, (2,)),
 }
 
 
@@ -129,8 +130,9 @@ class StartedRun(lab.JsonRun):
 
 
 class KernelRun(StartedRun):
-    """A video model whose start has this spread, after so many steps; 1 step has a learning rate of
-    almost zero.
+    """A video model whose start has this spread, after so many steps.
+
+    1 step has a learning rate of almost zero.
     """
 
     def __init__(self, args, name, seed, patch, spread, steps):
@@ -218,9 +220,7 @@ def is_loss(name):
 
 
 class PayRun(StartedRun):
-    """Clips of Sprites from scratch, or from an image model ("images"), with this share of the
-    compute.
-    """
+    """Clips of Sprites from scratch or from an image model ("images"), at this share of compute."""
 
     # score_all scores all samples at once
     is_done = PositionsRun.is_done
@@ -275,10 +275,8 @@ def pay_markdown(rows):
         "have rotary "
     )
     about += "positions in height and width, too."
-    lines, values = (
-        ["# Does a start from images pay?", "", about, ""],
-        {},
-    )  # {(arm, share): {seed: row}}
+    # {(arm, share): {seed: row}}
+    lines, values = (["# Does a start from images pay?", "", about, ""], {})
     for row in sorted(rows, key=lambda row: (row["arm"] != "scratch", row["share"], row["seed"])):
         values.setdefault((row["arm"], row["share"]), {})[row["seed"]] = row
     cells = []

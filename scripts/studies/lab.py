@@ -3,7 +3,8 @@
 A Run trains a model, samples from it and scores the samples with the project's own scripts, in its
 own folder. After an interruption, run the same command again to continue. Start it several times to
 share the runs: on 2 cores, two processes with OMP_NUM_THREADS=1 are much faster than one process
-with two threads."""
+with two threads.
+"""
 
 import fcntl
 import json
@@ -50,8 +51,7 @@ from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.p
 
 refuse_to_run(__name__, "another script in scripts/studies/")
 
-# What --precision the studies train and sample with. On a CPU without AVX-512, bf16 takes ten times
-# as long.
+# --precision of training and sampling. On a CPU without AVX-512, bf16 takes ten times as long.
 PRECISION = "bf16" if distributed.has_fast_bf16(torch.device("cpu")) else "fp32"
 SIGNIFICANT = 0.05  # the largest p value, adjusted by `holm`, of a significant difference
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
@@ -68,8 +68,9 @@ def out_parser(doc, what):
 
 
 def study_parser(doc, seeds=None, trains=True):
-    """A parser with the flags that all studies share. seeds: the default of --seeds; trains: add
-    --compile.
+    """A parser with the flags that all studies share.
+
+    seeds: the default of --seeds; trains: add --compile.
     """
     parser = out_parser(doc, "the tables and the runs")
     add = parser.add_argument
@@ -97,8 +98,9 @@ def writable(folder):
 
 @contextmanager
 def file_lock(path, wait=True):
-    """Lock a file until the context or this process ends. Yields whether this process has the
-    lock.
+    """Lock a file until the context or this process ends.
+
+    Yields whether this process has the lock.
     """
     with open(path, "a") as file:
         is_locked = False
@@ -116,15 +118,12 @@ class Run:
     data: dict = field(default_factory=dict)  # {folder: flags of make_moving_shapes.py}
     training: list = field(default_factory=list)  # flags of train.py
     last_step: int = 0
-    tasks: dict = field(
-        default_factory=dict
-    )  # {name: (flags of sample_gd.py, metrics of evaluate.py)}
+    # {name: (flags of sample_gd.py, metrics of evaluate.py)}
+    tasks: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)  # {metric: flags of evaluate.py}
 
     def path(self, task, name="samples.json"):
-        """The path of a file in the sample folder of a task, which also holds the scores,
-        METRIC.json.
-        """
+        """The path of a file in the sample folder of a task, which also holds METRIC.json."""
         return self.folder / task.replace(",", "").replace(" ", "-") / name
 
     def unscored(self, metric):
@@ -170,8 +169,9 @@ class Run:
         return next(self.folder.glob("*/checkpoints/latest.pt"), None) if is_trained else None
 
     def script(self, *words, **environment):
-        """Run a script of the repository with a log in this folder. It stops if this process dies.
-        Raises UserError.
+        """Run a script of the repository with a log in this folder.
+
+        It stops if this process dies. Raises UserError.
         """
         log = self.folder / f"{Path(words[0]).stem}.log"
         command = [
@@ -247,8 +247,9 @@ class Run:
 
 @dataclass(eq=False)
 class JsonRun(Run):
-    """A Run that ends with a row in a json file, which holds its scores. A row with all tasks is
-    not measured again.
+    """A Run that ends with a row in a json file, which holds its scores.
+
+    A row with all tasks is not measured again.
     """
 
     out: Path = None  # the json file
@@ -279,8 +280,7 @@ def read_rows(path):
 
 
 def add_rows(path, rows, replaces=None):
-    """Add rows, with what `made` says, to a json file, to which another process may add at the same
-    time.
+    """Add rows, with what `made` says, to a json file, to which other processes may add meanwhile.
 
     replaces: a dict; rows that contain it are removed.
     """
@@ -324,6 +324,7 @@ def run_all(runs, minutes=math.inf):
 
 def score(runs):
     """Score the samples of runs that have the same metrics, all folders of a metric in one call.
+
     Raises UserError.
     """
     for metric in runs[0].metrics if runs else ():
@@ -334,8 +335,9 @@ def score(runs):
 
 
 def data_sets(folder, count, test_count, *flags):
-    """The `data` of a Run: `count` videos per class in `folder`, and a test set with another seed
-    in FOLDER-test.
+    """The `data` of a Run: `count` videos per class in `folder`, and a test set in FOLDER-test.
+
+    The test set has another seed.
     """
     flags = [*flags, "--videos-per-class"]
     return {
@@ -365,8 +367,9 @@ def table(titles, rows):
 
 
 def collect(runs, task, columns):
-    """{title: values of the runs in units of the table}, for columns {title: (value of a manifest,
-    factor, digits)}.
+    """{title: values of the runs in units of the table}.
+
+    columns: {title: (value of a manifest, factor, digits)}.
     """
     values = [run.values(task) for run in runs]
     return {
@@ -394,8 +397,9 @@ def seed_table(rows, columns):
 
 @dataclass
 class Difference:
-    """A comparison of two arms: a line of text, the mean difference, and its p value if there are
-    several seeds.
+    """A comparison of two arms: a line of text, the mean difference, and its p value.
+
+    Without several seeds, there is no p value.
     """
 
     text: str  # without the p value and what follows
@@ -404,9 +408,7 @@ class Difference:
 
 
 def difference(first, second, what, values, others, digits=3):
-    """The Difference of two arms' {seed: value}, paired by seed, over the seeds with two finite
-    values.
-    """
+    """The Difference of two arms' {seed: value}, paired by seed, where both values are finite."""
     gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     gaps = [gap for gap in gaps if math.isfinite(gap)]
     mean, error = mean_and_error(gaps)
@@ -445,8 +447,9 @@ def holm(p_values):
 
 
 def difference_lines(differences):
-    """A line for each Difference of one table. Which of them are significant is decided by `holm`
-    over all of them.
+    """A line for each Difference of one table.
+
+    Which of them are significant is decided by `holm` over all of them.
     """
     adjusted = iter(holm([one.p for one in differences if one.p is not None]))
     lines = []
@@ -474,8 +477,9 @@ def newest_metrics(name, kind):
 
 
 def read_settings(name):
-    """{variable: value}, as text, of a finished experiment of a shell script. Raises
-    FileNotFoundError.
+    """{variable: value}, as text, of a finished experiment of a shell script.
+
+    Raises FileNotFoundError.
     """
     words = shlex.split(Path("results", name, "settings").read_text())
     return dict(word.split("=", 1) for word in words if "=" in word)
@@ -496,11 +500,11 @@ def experiment_made(name, script, score):
 
 @dataclass
 class ExperimentTable:
-    """The command that adds the scores of finished experiments of a shell script to NAME.md and
-    NAME.json.
+    """The command that adds scores of a shell script's experiments to NAME.md and NAME.json.
 
     read_run(experiment) returns a plain dict with "hours" and perhaps "seed", rows_of(run) {row of
-    the table: text}. A run's "notes" are sentences about its column."""
+    the table: text}. A run's "notes" are sentences about its column.
+    """
 
     about: str  # docstring of the command
     name: str
@@ -567,10 +571,10 @@ class ExperimentTable:
 
 
 def write_results(out, name, lines, content=None):
-    """Write lines to NAME.md and their numbers (`content`) to NAME.json in the folder `out`. Print
-    the tables.
+    """Write lines to NAME.md and their numbers (`content`) to NAME.json in the folder `out`.
 
-    A dict gets what `made` says as "made". The rows of a list have it already: see `add_rows`.
+    Print the tables. A dict gets what `made` says as "made". The rows of a list have it already:
+    see `add_rows`.
     """
     path = Path(out, f"{name}.json")
     files = {path.with_suffix(".md"): "\n".join(lines).rstrip()}
@@ -588,8 +592,9 @@ def write_results(out, name, lines, content=None):
 
 
 def stamped(path, content):
-    """A dict of results with "made". If the file at `path` has the same numbers, they keep what it
-    says there.
+    """A dict of results with "made".
+
+    If the file at `path` has the same numbers, they keep what it says there.
     """
     known = read_rows(path)
     own = known.pop("made", None) if known else None

@@ -1,6 +1,7 @@
 """Sample from noisy clips of unknown noise level: does it help that EqM needs no level?
 
-    python scripts/studies/no_clock.py         3 seeds; about 15 minutes of one core each, after objectives.py
+    python scripts/studies/no_clock.py    3 seeds; about 15 minutes of one core each, after
+                                          objectives.py
 
 "noisy clips": samplers start from real clips x_gamma. eqm descends as usual. flow is told the true
 gamma (an upper bound), or an estimate, or treats the clip as clean and adds noise to a chosen
@@ -12,7 +13,8 @@ model, which would favor its own objective.
 
 The models are those of objectives.py, for "noisy half" those with --forcing 0.75 of
 given_frames.py; missing ones are trained. The script writes results/no_clock.md and .json, and
-saves each cell when it is done. Several processes can share the cells."""
+saves each cell when it is done. Several processes can share the cells.
+"""
 
 from pathlib import Path
 
@@ -49,11 +51,11 @@ COLUMNS = {
 
 
 def estimate_gammas(x, patch):
-    """Estimate gamma of each temporal patch of clips x_gamma (B, C, T, H, W) from differences of
-    neighboring pixels.
+    """Estimate gamma of each temporal patch of x_gamma (B, C, T, H, W) from neighboring pixels.
 
     Most neighbors have the same color, so their difference is that of two noises of standard
-    deviation 1 - gamma, and its median absolute value 0.6745 sqrt(2) times that."""
+    deviation 1 - gamma, and its median absolute value 0.6745 sqrt(2) times that.
+    """
     medians = [part.diff(dim=-1).abs().median().item() for part in x.split(patch, dim=2)]
     return [max(0.0, 1 - median / (0.6745 * 2**0.5)) for median in medians]
 
@@ -75,8 +77,9 @@ def start_of(method, x, level, is_clean, patch, seed):
 
 
 def run_method(method, model, x, is_clean, labels, time_scale, level, seed):
-    """Sample from x (B, C, T, H, W) by a method of METHODS. is_clean (T,): the frames without
-    noise.
+    """Sample from x (B, C, T, H, W) by a method of METHODS.
+
+    is_clean (T,): the frames without noise.
     """
     setting = SETTINGS[model.config.objective]
     condition = Condition.of(labels, model.config)
@@ -93,8 +96,9 @@ def run_method(method, model, x, is_clean, labels, time_scale, level, seed):
 
 
 def open_models(args, part, seed):
-    """{objective: (network, seconds per frame)} of a seed; trains what is missing, and makes the
-    test videos.
+    """{objective: (network, seconds per frame)} of a seed.
+
+    Trains what is missing, and makes the test videos.
     """
     found = {}
     for objective in ("eqm", "flow"):

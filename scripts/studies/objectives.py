@@ -1,15 +1,18 @@
-"""Compare the objectives eqm, flow and blind at equal compute, on Moving Shapes. Is EqM better than
-flow matching?
+"""Compare eqm, flow and blind at equal compute on Moving Shapes: is EqM better than flow matching?
 
-    python scripts/studies/objectives.py --tune     seed 10: training shifts, with paths or solvers of each objective
-    python scripts/studies/objectives.py            10 seeds of eqm and flow, 3 of blind, with the settings below
-    python scripts/studies/objectives.py --few      other descents of eqm with few evaluations, with the same models
+    python scripts/studies/objectives.py --tune   seed 10: training shifts, with paths or solvers of
+                                                  each objective
+    python scripts/studies/objectives.py          10 seeds of eqm and flow, 3 of blind, with the
+                                                  settings below
+    python scripts/studies/objectives.py --few    other descents of eqm with few evaluations, with
+                                                  the same models
 
 All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core.
 The primary endpoint is the share of 16-frame clips whose direction and shape are both right after
 15 evaluations with guidance, the scale of which an earlier study chose for eqm. The script writes
 results/objectives.md and .json, with --tune or --few results/objectives_tuning or objectives_few.
-Models, samples and scores are in results/objectives (see lab.py)."""
+Models, samples and scores are in results/objectives (see lab.py).
+"""
 
 import json
 from dataclasses import dataclass
@@ -23,17 +26,12 @@ SEEDS = {"eqm": 10, "flow": 10, "blind": 3}
 TUNING_SEED = 10
 FEW, TRIED = 6, 3  # seeds with other numbers of evaluations; with all IDEAS and --stop-below
 SHIFTS = 0.5, 1, 3  # --gamma-shift of training; solvers sample on its grid
-WAYS = {
-    "eqm": (PATH_LENGTH, 0.6),
-    "flow": ("euler", "heun"),
-    "blind": ("euler", "heun"),
-}  # path length or solver
-# evaluations
-COUNTS = (2, 4, 8, 15, 30)
+# objective: path lengths or solvers
+WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}
+COUNTS = (2, 4, 8, 15, 30)  # evaluations
 USUAL = 15
-# eqm: --stop-below, and evaluations, with steps of the usual size
-LIMITS = (0.5, 1, 2)
-STOPS = (10, 12, 20, 30)
+LIMITS = (0.5, 1, 2)  # eqm: --stop-below
+STOPS = (10, 12, 20, 30)  # eqm: evaluations with steps of the usual size
 SHORT = PATH_LENGTH / 2  # while c(gamma) is 4, a path of 0.25 leads from noise to data
 IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more flags)
     "no momentum": (PATH_LENGTH, ("--mu", 0)),
@@ -41,10 +39,9 @@ IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more 
     "half the path length, no momentum": (SHORT, ("--mu", 0)),
     "Euler steps": ("euler", ()),
 }
-# evaluations with the best idea and with all
 BEST = "Euler steps"
-COMPARED = (2, 4, 8, 30)
-TRIED_COUNTS = (2, 4)
+COMPARED = (2, 4, 8, 30)  # evaluations with the best idea
+TRIED_COUNTS = (2, 4)  # evaluations with all ideas
 SCALES = (1, 2, 3)  # of guidance, in addition to the usual one, to see if it favors one objective
 BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
 COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
@@ -64,16 +61,14 @@ class Setting:
     way: float | str  # path length of the descent, or solver
 
 
-SETTINGS = {
-    "eqm": Setting(1, PATH_LENGTH),
-    "flow": Setting(1, "heun"),
-    "blind": Setting(1, "heun"),
-}  # by --tune
+# by --tune
+SETTINGS = {"eqm": Setting(1, PATH_LENGTH), "flow": Setting(1, "heun"), "blind": Setting(1, "heun")}
 
 
 def sampling(way, evaluations):
-    """Flags of sample_gd.py for so many evaluations. Heun's method takes an odd number, so Euler's
-    does for others.
+    """Flags of sample_gd.py for so many evaluations.
+
+    Heun's method takes an odd number, so Euler's does for others.
     """
     way = "euler" if way == "heun" and evaluations % 2 == 0 else way
     points = (evaluations + 3) // 2 if way == "heun" else evaluations + 1
@@ -90,8 +85,9 @@ def make_task(
 
 
 def make_tasks(objective, setting, seed, clips, fewer):
-    """{name: (flags of sample_gd.py, metrics)} of a run; fewer: number of clips of the secondary
-    tasks.
+    """{name: (flags of sample_gd.py, metrics)} of a run.
+
+    fewer: number of clips of the secondary tasks.
     """
 
     def task(evaluations, *more, count=fewer, **options):
@@ -246,9 +242,8 @@ def few_markdown(main_rows, rows):
 
     flow = found(main_rows, "flow")
     usual = found(main_rows, "eqm")
-    ways = {
-        idea: found(rows, "eqm", f", {idea}") for idea in IDEAS
-    }  # objectives.md compares the usual descent
+    # objectives.md compares the usual descent
+    ways = {idea: found(rows, "eqm", f", {idea}") for idea in IDEAS}
     cells = [
         [way, *(lab.mean_cell([*values.values()], 1) for values in own.values())]
         for way, own in ({"usual descent": usual} | ways | {"flow, Euler steps": flow}).items()

@@ -1,6 +1,7 @@
 """Collect all scores of runs of scripts/weizmann.sh in one table.
 
-    EXP=weizmann-1h HOURS=1 bash scripts/weizmann.sh && EXP=weizmann-3h HOURS=3 bash scripts/weizmann.sh
+    EXP=weizmann-1h HOURS=1 bash scripts/weizmann.sh
+    EXP=weizmann-3h HOURS=3 bash scripts/weizmann.sh
     python scripts/studies/people.py weizmann-1h weizmann-3h --out results
 
 It reads results/EXP and samples/EXP-*.json, and adds columns to people.md and people.json in --out.
@@ -13,14 +14,10 @@ from pathlib import Path
 import lab
 from lab import cell
 
-VALUES = {
-    "psnr": "PSNR",
-    "psnr_moving": "moving pixels",
-}  # value of a prediction: its words in the table
-KEPT = {
-    "-decoded": "",
-    "-background": ", background kept",
-}  # suffix of a task: its words (see --keep-background)
+# value of a prediction: its words in the table
+VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}
+# suffix of a task: its words (see --keep-background)
+KEPT = {"-decoded": "", "-background": ", background kept"}
 PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 

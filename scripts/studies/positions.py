@@ -1,8 +1,9 @@
-"""Compare positions on data that they were not tuned for: Sprites, real people, and shapes that
-bounce off the border.
+"""Compare positions on data they were not tuned for: Sprites, real people and bouncing shapes.
 
-    python scripts/studies/positions.py sprites --data-path datasets/sprites --latents results/sprites/latents
-    python scripts/studies/positions.py people --data-path datasets/weizmann --latents results/weizmann/latents
+    python scripts/studies/positions.py sprites --data-path datasets/sprites \
+        --latents results/sprites/latents
+    python scripts/studies/positions.py people --data-path datasets/weizmann \
+        --latents results/weizmann/latents
     python scripts/studies/positions.py bouncing
 
 sprites.sh and weizmann.sh make the data and the latents, which all models of a data set share. The
@@ -14,7 +15,8 @@ only, at equal compute. A run takes 10 (bouncing) to 35 minutes of one core.
 
 When all runs are sampled, the script scores them and writes results/positions_NAME.md and .json,
 and a picture of their first samples, results/figures/positions-NAME.png. Runs whose scores are in
-the json are not run again. Models, samples and scores are in results/positions (see lab.py)."""
+the json are not run again. Models, samples and scores are in results/positions (see lab.py).
+"""
 
 import itertools
 import json
@@ -48,10 +50,8 @@ RECIPE = (  # flags of train.py; the checkpoint keeps the sampler
 )
 TINY = {"depth": 1, "hidden_size": 96, "num_heads": 4}  # with --miniature, as the next line
 TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
-LONG, END = (
-    "256 frames",
-    "last 16 of 64 frames",
-)  # tasks. END: made in windows, longer than real clips, cut to its end
+# tasks. END: made in windows, longer than real clips, cut to its end
+LONG, END = "256 frames", "last 16 of 64 frames"
 LOSS = "validation loss"
 PREDICTION = ("prediction",)
 SHOWN = 0, 3  # numbers of the samples in the picture
@@ -167,8 +167,9 @@ DATA_SETS = {
 
 
 class PositionsRun(lab.JsonRun):
-    """A model with these positions and this seed. It is done when it is sampled, or when the json
-    has its scores.
+    """A model with these positions and this seed.
+
+    It is done when it is sampled, or when the json has its scores.
     """
 
     def __init__(self, args, positions, seed):
@@ -238,11 +239,11 @@ class PositionsRun(lab.JsonRun):
 
 def score_all(runs):
     """Score the samples of all runs in one call, since it takes ten minutes to prepare a census.
+
     Add their rows.
     """
-    with lab.file_lock(
-        runs[0].folder.parent / "lock"
-    ):  # another process may score at the same time
+    # another process may score at the same time
+    with lab.file_lock(runs[0].folder.parent / "lock"):
         left = [run for run in runs if not run.has_row]
         for run in left:
             if END in run.tasks:
@@ -262,9 +263,7 @@ def keep_end(folder, num_frames):
 
 
 def markdown(name, rows):
-    """The lines of positions_NAME.md: scores of all positions, and differences from fixed and from
-    rotary positions.
-    """
+    """The lines of positions_NAME.md: scores, and differences from fixed and from rotary ones."""
     # found: {positions: {title: {seed: value}}}
     own = DATA_SETS[name]
     found = {}

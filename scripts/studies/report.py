@@ -49,10 +49,8 @@ PAIRS_B = (
 # the arms that question C compares
 START = "16 moving intervals"
 CURRICULUM = RECOMMENDED.name
-COMPARED = {
-    "Loss": "loss_16",
-    "Direction accuracy (0 to 1)": "direction",
-}  # words: column of the csv
+# words: column of the csv
+COMPARED = {"Loss": "loss_16", "Direction accuracy (0 to 1)": "direction"}
 GOAL = 0.9  # direction accuracy at which motion counts as learned
 
 # From rows to numbers -----------------------------------------------------------------------------
@@ -63,7 +61,8 @@ def values_of(rows, name, column="direction", share=1.0, frames=16):
     its training's end.
 
     loss_16 is the validation loss at 16 frames; infinite if the run diverged. frames: of the
-    samples."""
+    samples.
+    """
     kind = {"kind": "train"} if column == "loss_16" else {"kind": "sample", "frames": frames}
     asked = {"arm": name, "share": share} | kind
     own = [row for row in rows if asked.items() <= row.items() and row[column] is not None]
@@ -73,8 +72,9 @@ def values_of(rows, name, column="direction", share=1.0, frames=16):
 
 
 def compute_to(goal, shares, values):
-    """The share of the compute at which values first reach the goal, interpolated; NaN if the first
-    or none does.
+    """The share of the compute at which values first reach the goal, interpolated.
+
+    NaN if the first or none does.
     """
     for (before, low), (after, high) in itertools.pairwise(zip(shares, values, strict=True)):
         if high >= goal > values[0]:
@@ -87,9 +87,7 @@ def share_text(share):
 
 
 def curve(rows, name):
-    """(shares of the compute, {seed: direction accuracy at each share}), for seeds with a value at
-    every share.
-    """
+    """(shares of the compute, {seed: direction accuracy at each share}), for complete seeds."""
     shares = sorted((1.0, *BY_NAME[name].shares))
     found = [values_of(rows, name, share=share) for share in shares]
     seeds = [seed for seed in range(SHARE_SEEDS) if all(seed in values for values in found)]
@@ -108,8 +106,9 @@ def differences(rows, pairs):
 
 
 def ratio(first, second, what, ratios):
-    """A Difference with the geometric mean of two arms' ratios, one per seed; without significance
-    for one seed.
+    """A Difference with the geometric mean of two arms' ratios, one per seed.
+
+    Without significance for one seed.
     """
     logs = [math.log(value) for value in ratios]
     mean, error = mean_and_error(logs)
@@ -126,8 +125,9 @@ def ratio(first, second, what, ratios):
 
 
 def spread_cell(values, digits=3, unit=1):
-    """Mean and standard error over seeds, and the value of each seed; "-" without values. unit: 100
-    for percent.
+    """Mean and standard error over seeds, and the value of each seed; "-" without values.
+
+    unit: 100 for percent.
     """
     values = [unit * value for value in values.values()]
     each = ", ".join(f"{value:.{digits}f}" for value in values)
@@ -139,9 +139,7 @@ def spread_cell(values, digits=3, unit=1):
 
 
 def arm_table(rows, runs):
-    """Lines of markdown: loss, direction accuracy and speed at 16 frames of each (arm, share of the
-    compute).
-    """
+    """Lines of markdown: loss, direction accuracy and speed at 16 frames of each (arm, share)."""
     cells = []
     for name, share in runs:
         loss, right, speed = (
@@ -162,9 +160,7 @@ def arm_table(rows, runs):
 
 
 def length_table(rows, names):
-    """Lines of markdown: direction accuracy, speed and seams of each arm's samples of 16, 24 and 32
-    frames.
-    """
+    """Lines of markdown: direction accuracy, speed and seams of each arm at 16, 24, 32 frames."""
     cells = []
     for name, frames in itertools.product(names, LENGTHS):
         right, speed, seam = (
@@ -191,8 +187,9 @@ def mean_of(values):
 
 @contextmanager
 def figure(study, letter, message, xlabel, lines):
-    """The axes of a figure of direction accuracy. Saves the figure and adds it to the lines of
-    markdown.
+    """The axes of a figure of direction accuracy.
+
+    Saves the figure and adds it to the lines of markdown.
     """
     path = study.out / "figures" / f"study-{letter}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,9 +203,7 @@ def figure(study, letter, message, xlabel, lines):
 
 
 def draw_shares(axes, xs, by_x, label, number):
-    """Plot direction accuracy over x: the mean of {seed: accuracy} as a line, each seed as a
-    dot.
-    """
+    """Plot direction accuracy over x: the mean of {seed: accuracy} as a line, seeds as dots."""
     points = [(x, values) for x, values in zip(xs, by_x, strict=True) if values]
     means = [100 * mean_of(values) for _, values in points]
     style = {"color": COLORS[number], "marker": MARKERS[number], "markersize": 9, "linewidth": 2}
@@ -318,9 +313,8 @@ def answer_d(study, rows):
             *((name, fixed) for name in (table, moving, *rest)),
             *((name, moving) for name in rest),
         )
-        pairs = [
-            pair for pair in pairs if pair not in PAIRS_A
-        ]  # each comparison counts in one table only
+        # each comparison counts in one table only
+        pairs = [pair for pair in pairs if pair not in PAIRS_A]
         lines += differences(rows, pairs) + arm_table(rows, [(name, 1.0) for name in names])
         lines += [] if pace else length_table(rows, rest)
     return lines

@@ -1,12 +1,13 @@
-"""Measure how much the quickstart depends on its seed: train it with several seeds and score each
-on a test set.
+"""Measure how much the quickstart depends on its seed: train several seeds, score on a test set.
 
-    python scripts/studies/seeds.py --seeds 0 1 2 3 4                 about 15 minutes of one core per seed
-    GPUS=1 python scripts/studies/seeds.py & GPUS=1 python scripts/studies/seeds.py         two processes share the runs
+    python scripts/studies/seeds.py --seeds 0 1 2 3 4   about 15 minutes of one core per seed
+    GPUS=1 python scripts/studies/seeds.py & \
+        GPUS=1 python scripts/studies/seeds.py          two processes share the runs
 
 The script runs scripts/quickstart.sh with its default steps and batches. It samples 288 clips each
 of 4, 16 and 24 frames and scores them against videos made with another seed. It writes
-results/seeds.md and .json. Models and scores are in results/seeds (see lab.py)."""
+results/seeds.md and .json. Models and scores are in results/seeds (see lab.py).
+"""
 
 import os
 import statistics

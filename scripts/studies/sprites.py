@@ -1,11 +1,13 @@
 """Collect all scores of runs of scripts/sprites.sh in one table.
 
-    EXP=sprites-half HOURS=0.5 bash scripts/sprites.sh && EXP=sprites-0 bash scripts/sprites.sh
+    EXP=sprites-half HOURS=0.5 bash scripts/sprites.sh
+    EXP=sprites-0 bash scripts/sprites.sh
     EXP=sprites-1 SEED=1 bash scripts/sprites.sh
     python scripts/studies/sprites.py sprites-half sprites-0 sprites-1 --out results
 
 It reads results/EXP and samples/EXP-*.json, and adds columns to sprites.md and sprites.json in
---out."""
+--out.
+"""
 
 import json
 from pathlib import Path
@@ -70,8 +72,9 @@ def read_run(name):
 
 
 def percent(result, name):
-    """A share and its interval, if it has one, in percent, as text; "-" in results of older code
-    without the share.
+    """A share and its interval, if it has one, in percent, as text.
+
+    "-" in results of older code without the share.
     """
     if name not in result:
         return "-"

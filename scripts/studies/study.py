@@ -1,21 +1,22 @@
-"""Compare positions and frame curricula at equal compute, with several seeds, on motion with a
-known truth.
+"""Compare positions and frame curricula at equal compute, with several seeds, on known motion.
 
-    python scripts/studies/study.py --list                  what is done, what is missing, and how long it takes
-    python scripts/studies/study.py --minutes 150           run or continue; start no run that would end later
-    python scripts/studies/study.py --only A B              some questions (A to D), or arms by name
-    python scripts/studies/study.py --report                only write tables and figures, from the csv
+    python scripts/studies/study.py --list          what is done and missing, and how long it takes
+    python scripts/studies/study.py --minutes 150   run or continue; start no run that ends later
+    python scripts/studies/study.py --only A B      some questions (A to D), or arms by name
+    python scripts/studies/study.py --report        only write tables and figures, from the csv
 
 A: which positions are best: fixed, rotary, rotary with a table of height and width ("table"), or
-these with --rope-speed ("moving")? B: which curriculum of 4, 8, then 16 frames? C: how much compute
-until the motion is correct?
+these with --rope-speed ("moving")?
+B: which curriculum of 4, 8, then 16 frames?
+C: how much compute until the motion is correct?
 D: which --rope-speed, for which motion?
 
 An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with
 the same share have the same counted FLOPs. The learning rate decays to zero at the end of each run,
 so 60% of the compute is a separate run. results/study.csv holds the finished results, and
 study.json the commands that made them. The folders in results/study matter only for interrupted
-runs: see lab.py."""
+runs: see lab.py.
+"""
 
 import csv
 import hashlib
@@ -125,8 +126,9 @@ def key_of(row):
 
 
 class Study:
-    """The paths, csv rows and runs of a study. Raises UserError for rows of other arms, recipes or
-    versions.
+    """The paths, csv rows and runs of a study.
+
+    Raises UserError for rows of other arms, recipes or versions.
     """
 
     def __init__(self, args):
@@ -150,8 +152,7 @@ class Study:
                 raise UserError(
                     f"{self.csv}: {what}; expected version {VERSION}; move the file away"
                 )
-        # Expensive runs with little information come last: long runs at the very end, extra seeds
-        # before them
+        # Expensive runs with little information come last: extra seeds, then long runs.
         runs.sort(
             key=lambda run: (run.share > 1, run.seed >= SHARE_SEEDS, run.share != 1, run.seed)
         )
@@ -163,8 +164,9 @@ class Study:
         return read_rows(self.csv)
 
     def last_rows(self):
-        """The last training row of each run, and all sample rows. Their seconds add up to the time
-        spent.
+        """The last training row of each run, and all sample rows.
+
+        Their seconds add up to the time spent.
         """
         rows = sorted(self.rows, key=lambda row: row["step"])
         last = {
@@ -186,15 +188,11 @@ class StudyRun(lab.Run):
         size = study.size
         self.key = (arm.name, seed, share)
         (_, self.flops) = arms.plan(arm, share, size)
-        self.lengths = (
-            arm.lengths if share == 1 else (16,)
-        )  # num_frames of its samples; one row each
+        # num_frames of its samples; one row each
+        self.lengths = arm.lengths if share == 1 else (16,)
         about = [arms.recipe_flags(arm, seed, share, size), size.videos, size.clips, size.points]
-        about += [
-            arms.PATH_LENGTH,
-            arms.GUIDANCE,
-            *[arm.pace] * bool(arm.pace),
-        ]  # everything that determines the rows
+        # everything that determines the rows
+        about += [arms.PATH_LENGTH, arms.GUIDANCE, *[arm.pace] * bool(arm.pace)]
         self.recipe = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         sampling = ["--num-samples", size.clips, "--seed", seed, "--time-scale", SECONDS_PER_FRAME]
         sampling += [*arms.sampling_flags(size), "--num-frames"]
@@ -263,8 +261,9 @@ class StudyRun(lab.Run):
         return rows
 
     def sample_rows(self, seconds):
-        """A row of the csv for each length of the samples; seconds: the total time, split by
-        FLOPs.
+        """A row of the csv for each length of the samples.
+
+        seconds: the total time, split by FLOPs.
         """
         rows = []
         flops = [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths]
@@ -364,9 +363,8 @@ def main():
     study.folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
         lab.run_all(study.runs, args.minutes)
-    with lab.file_lock(
-        study.folder / "lock"
-    ):  # another process may write the report at the same time
+    # another process may write the report at the same time
+    with lab.file_lock(study.folder / "lock"):
         write_report(study)
 
 

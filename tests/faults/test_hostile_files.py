@@ -38,9 +38,8 @@ from video.inputs import find_clips
 from video.samples import read_samples
 from video.source import check_data_path, open_source
 
-# files of each kind, seed of the damage
-COUNT = int(os.environ.get("FILES", 25))
-SEED = os.environ.get("SEED", 0)
+COUNT = int(os.environ.get("FILES", 25))  # files of each kind
+SEED = os.environ.get("SEED", 0)  # of the damage
 SECONDS = 20  # limit for one file; most take a millisecond
 PUBLISHED = "EqM-Tiny/2"  # the name of the published model
 VIDEOS = {
