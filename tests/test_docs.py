@@ -304,7 +304,7 @@ def test_the_tables_of_results_are_compared_with_a_page():
         for file in files
     }
     names = (
-        "README benchmark memory objectives given_frames positions_bouncing faults study "
+        "README benchmark memory objectives given_frames_objectives positions_bouncing faults study "
         "study-first-edition"
     )
     assert compared >= set(names.split())

@@ -461,6 +461,7 @@ TABLES |= {
     "inflation_pay": inflation.pay_markdown,
 }
 TABLES["old/seeds"] = seeds.markdown
+TABLES["old/given_frames"] = TABLES.pop("given_frames")
 TABLES["objectives_few"] = partial(
     objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json")
 )
