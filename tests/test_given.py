@@ -267,7 +267,7 @@ def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_p
     ("flags", "words"),
     [
         ("--given no/such.mp4", "--given no/such.mp4: no such file or folder"),
-        ("--given zz/z.mp4 --folder zz", "--given zz/z.mp4: zz/z.mp4 is in --folder zz"),
+        ("--given zz/z.mp4 --folder zz", "--folder zz: z.mp4 was not made by sample_gd.py"),
         ("--given no/such --given-split val", "--given no/such: no such folder"),
         ("--init no/such.mp4", "--init no/such.mp4: no such file or folder"),
     ],

@@ -190,7 +190,7 @@ def test_a_level_per_temporal_patch_acts_on_the_tokens_of_that_patch():
     per_frame = levels.repeat_interleave(4, dim=1)[:, :7]  # the second patch is padded
     one = model(x, labels(2), gamma=levels[:, 0])
     torch.testing.assert_close(
-        model(x, labels(2), gamma=levels[:, :1].expand(2, 7)), one, atol=1e-5, rtol=1e-5
+        model(x, labels(2), gamma=levels[:, :1].expand(2, 7)), one, atol=5e-5, rtol=1e-5
     )
     assert not torch.allclose(model(x, labels(2), gamma=per_frame), one, atol=1e-2)
     for block in model.blocks:  # without attention, tokens see only their own level
@@ -198,7 +198,7 @@ def test_a_level_per_temporal_patch_acts_on_the_tokens_of_that_patch():
     f = model(x, labels(2), gamma=per_frame)
     for part, level in ((slice(4), 0), (slice(4, 7), 1)):
         same = model(x, labels(2), gamma=levels[:, level])[:, :, part]
-        torch.testing.assert_close(f[:, :, part], same, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(f[:, :, part], same, atol=5e-5, rtol=1e-5)
 
 
 def test_only_flow_models_take_gamma():
