@@ -502,24 +502,17 @@ def generate(
             for number, start in enumerate(starts):
                 end = bar.n + most
                 x = initial_latents(plan, batch, seed, device, init, init_gamma, number)
-                inputs = (
-                    plan,
-                    x,
-                    condition,
-                    time_scale,
-                    masked_part(plan, x, start, clips, mask, tail),
+                masked = masked_part(plan, x, start, clips, mask, tail)
+                latents, *counts = sample_window(
+                    plan, x, condition, time_scale, masked, settings, energy, strict, step
                 )
-                latents, *counts = sample_window(*inputs, settings, energy, strict, step)
                 bar.update(end - bar.n)  # samples may all stop early
                 tail = latents[:, :, -plan.overlap :]
                 first = plan.overlap if number else 0
                 videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
-                yield (
-                    batch,
-                    start + first,
-                    details.add(videos, start + first) if given else videos,
-                    *counts,
-                )
+                if given:
+                    videos = details.add(videos, start + first)
+                yield batch, start + first, videos, *counts
 
 
 def sample_window(plan, x, condition, time_scale, masked, settings, energy, strict, step):

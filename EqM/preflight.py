@@ -180,6 +180,7 @@ def check_flags(args):
     check_job()
     cli.check_speed_flags(args)
     check_optimizer_flags(args)
+    check_start_flags(args)
     cli.check_writable("--results-dir", args.results_dir)
     if not is_text(args.results_dir):
         raise UserError(
@@ -216,6 +217,23 @@ def check_flags(args):
             f"--lr-decay-end {args.lr_decay_end}: expected at least the last step of --max-steps "
             "or --frames-schedule"
         )
+    parts = world_size() * args.grad_accum
+    ranks = f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
+    uneven = batch % parts and not schedule
+    alone = args.disp and batch == parts
+    if uneven:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: not a multiple of {ranks}; use a "
+            f"multiple of {parts}"
+        )
+    if alone:
+        raise UserError(
+            "--disp: compares clips, but each rank has one at a time; raise --global-batch-size"
+        )
+
+
+def check_start_flags(args):
+    """Raise UserError for contradictions among --ckpt, --inflate and --new-classes."""
     for name in ("ckpt", "inflate"):
         empty = getattr(args, name) == ""
         if empty:
@@ -235,19 +253,6 @@ def check_flags(args):
         raise UserError(
             f"--inflate {args.inflate}: starts a video model with rotary positions; add --video "
             "and --use-rope"
-        )
-    parts = world_size() * args.grad_accum
-    ranks = f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
-    uneven = batch % parts and not schedule
-    alone = args.disp and batch == parts
-    if uneven:
-        raise UserError(
-            f"--global-batch-size {args.global_batch_size}: not a multiple of {ranks}; use a "
-            f"multiple of {parts}"
-        )
-    if alone:
-        raise UserError(
-            "--disp: compares clips, but each rank has one at a time; raise --global-batch-size"
         )
 
 

@@ -114,6 +114,47 @@ def parse_args():
     )
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
+    add_clip_flags(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--folder", default="samples", metavar="DIR", help="folder for the samples")
+    add(
+        "--overwrite",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="replace samples of another training run or model in --folder",
+    )
+    add(
+        "--no-previews",
+        action="store_true",
+        help="skip GIFs, sheet.png and grids, which keep rank 0 busy",
+    )
+    add("--batch-size", type=COUNT, default=16, help="samples per rank at a time")
+    add(
+        "--report-energy",
+        action="store_true",
+        help="write the (guided) energy of each sample at each step",
+    )
+
+    add = parser.add_argument_group("checked against the checkpoint").add_argument
+    add(
+        "--model",
+        choices=NAMES,
+        metavar="NAME",
+        help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it",
+    )
+    add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
+    add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
+    add("--objective", choices=OBJECTIVES, help="what the model was trained to predict")
+    add("--temporal-patch-size", type=COUNT, help="frames per patch")
+    add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
+    add("--num-classes", type=COUNT, help="number of classes of the model")
+    add("--vae", metavar="VAE", help="new path of the checkpoint's VAE, if it was moved")
+    add_speed_flags(parser)
+    add_sampling_flags(parser)
+    return parser.parse_args()
+
+
+def add_clip_flags(parser):
     add = parser.add_argument_group("clips to continue, or to start from").add_argument
     add(
         "--given",
@@ -164,44 +205,6 @@ def parse_args():
         type=SHARE,
         help="share of --init in the initial latents; default: 0.5 with --init",
     )
-
-    add = parser.add_argument_group("output").add_argument
-    add("--folder", default="samples", metavar="DIR", help="folder for the samples")
-    add(
-        "--overwrite",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="replace samples of another training run or model in --folder",
-    )
-    add(
-        "--no-previews",
-        action="store_true",
-        help="skip GIFs, sheet.png and grids, which keep rank 0 busy",
-    )
-    add("--batch-size", type=COUNT, default=16, help="samples per rank at a time")
-    add(
-        "--report-energy",
-        action="store_true",
-        help="write the (guided) energy of each sample at each step",
-    )
-
-    add = parser.add_argument_group("checked against the checkpoint").add_argument
-    add(
-        "--model",
-        choices=NAMES,
-        metavar="NAME",
-        help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it",
-    )
-    add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
-    add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
-    add("--objective", choices=OBJECTIVES, help="what the model was trained to predict")
-    add("--temporal-patch-size", type=COUNT, help="frames per patch")
-    add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
-    add("--num-classes", type=COUNT, help="number of classes of the model")
-    add("--vae", metavar="VAE", help="new path of the checkpoint's VAE, if it was moved")
-    add_speed_flags(parser)
-    add_sampling_flags(parser)
-    return parser.parse_args()
 
 
 @one_line_errors()

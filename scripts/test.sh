@@ -10,4 +10,5 @@ cd "$(dirname "$0")/.."
 source scripts/common.sh
 bash scripts/setup.sh dev
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

@@ -304,8 +304,8 @@ def test_the_tables_of_results_are_compared_with_a_page():
         for file in files
     }
     names = (
-        "README benchmark memory objectives given_frames_objectives positions_bouncing faults study "
-        "study-first-edition"
+        "README benchmark memory objectives given_frames_objectives positions_bouncing faults "
+        "study study-first-edition"
     )
     assert compared >= set(names.split())
 
