@@ -591,7 +591,11 @@ def check_began_from(start, args, path):
     try:
         sha256, step = start_weights(args, args.model or start.kept("model"))
     except UserError as error:  # the files of earlier phases may be deleted
-        say(f"note: {error}; so it can't be compared with the start of {start.folder}")
+        reason = str(error).removeprefix(f"--ckpt {path}: ")
+        say(
+            f"note: {flag_text(args, name)}: {reason}; so it can't be compared with the start of "
+            f"{start.folder}"
+        )
         return
     if start.kept("start_sha256"):
         differs = sha256 != start.kept("start_sha256")

@@ -98,7 +98,8 @@ def check_run(args):
         step = start.progress.step
         last_step = phases[-1].last_step
         past = f"the checkpoint is at step {step}, these epochs end at step {last_step}; give more"
-        if args.epochs and step > last_step:
+        changed = args.epochs != start.kept("epochs")  # else videos were removed: it is finished
+        if args.epochs and changed and step > last_step:
             raise UserError(f"--epochs {args.epochs}: {past}")
     return args, start, vae, config, data, phases
 

@@ -454,6 +454,7 @@ def train_words(flags, is_sided):
     """The flags of train.py as words of its command line."""
     name = Path(flags.data_path).resolve().name
     words = ["--video", "--num-frames", flags.num_frames, "--use-rope", "--model", flags.model]
+    words += ["--position-table", "space", "--rope-speed", "0.5"]  # as train_progressive.sh
     words += ["--data-path", flags.data_path]
     words += ["--results-dir", f"results/{name}"] if is_text(name) else []
     words += ["--vae", flags.vae, "--image-size", flags.image_size]

@@ -274,7 +274,7 @@ CASES = {
             => has class C, --data-path videos has A, B; pass the data
         --samples unlabeled --metric classifier => has samples without a class
         --data-path long --metric classifier \
-            => 1 class, 2 groups (file stems) in A; expected at least 2 of both
+            => 1 class, 2 groups in A; expected at least 2 of both
         --data-path listed --metric classifier => no training video of class B; lower --val-fraction
         --data-path listed --metric classifier --classifier-test val \
             => no validation video of class A

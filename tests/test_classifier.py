@@ -343,4 +343,4 @@ def test_corrupt_videos_are_skipped_unless_too_few_remain(data, tmp_path, monkey
     assert made["real"]["bad_videos"] == corrupt and made["result"]["real"]["clips"] == 5
     assert "Up/person3.mp4 can't be decoded; it is skipped" in capsys.readouterr().out
     corrupt.append("Up/person1.mp4")
-    refused(capsys, tmp_path / "d.json", *flags, words=["1 group (file stems) in Up"], status=1)
+    refused(capsys, tmp_path / "d.json", *flags, words=["1 group in Up"], status=1)

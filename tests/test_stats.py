@@ -170,3 +170,13 @@ def test_tables_show_values_with_their_intervals():
     values, lines = stats.report(result, {"a": "one", "bb": "the other", "missing": ""})
     assert values == {"a": 1.0, "bb": None}
     assert lines == ["  one       1.000 (0.500 to 1.500)", "  the other                      -"]
+
+
+def test_an_interval_is_around_the_value_that_is_printed_beside_it():
+    # 10 units of unequal size
+    videos = ["A/a.mp4"] * 91 + [f"A/{name}.mp4" for name in "bcdefghij"]
+    hits = torch.arange(100) < 91
+    mean, (low, high) = stats.share(hits, videos)
+    assert low < mean < high and mean == pytest.approx(0.91)
+    low, high = stats.mean_interval(hits.double().numpy(), videos)
+    assert (low + high) / 2 == pytest.approx(0.91)

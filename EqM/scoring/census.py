@@ -382,6 +382,8 @@ def make_blends(world, places, made, through, seed):
         choices = []
         for index, (name, who) in enumerate(places.tolist()):
             options = (differences(world, name, who).any(dim=1) & is_own).nonzero()[:, 0]
+            if not len(options):  # no frame shows the attribute, so any value looks the same
+                options = is_own.nonzero()[:, 0]
             random = generator(seed, "census", attribute, index)
             choices.append(options[torch.randint(len(options), (), generator=random)])
         others = through(

@@ -65,10 +65,7 @@ def check(samples, clips, training, place, test):
     for name in clips.classes:
         count = len({unit_of(video.path) for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
-            got = (
-                f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} (file stems) in "
-                f"{name}"
-            )
+            got = f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} in {name}"
             raise UserError(
                 f"{place}: {got}; expected at least 2 of both, as each group is held out once"
             )

@@ -123,15 +123,16 @@ def wilson(hits, count):
 def share(hits, videos=()):
     """(the share of `hits` (N,) that are true, its 95% interval or None); hits may be shares, too.
 
-    Shares of units vary less than single hits with the same mean, so Wilson's interval over units
-    is cautious.
+    The interval is around this share, for as many hits as there are units. Shares of units vary
+    less than single hits with the same mean, so it is cautious.
     """
+    mean = float(sum(hits) / len(hits))
     units = by_unit(hits, videos)
     is_clustered = len(units) < len(hits)
     interval = None
     if not is_clustered or len(units) >= FEWEST:
-        interval = wilson(units.sum().item(), len(units))
-    return float(sum(hits) / len(hits)), interval
+        interval = wilson(mean * len(units), len(units))
+    return mean, interval
 
 
 def shares(hits, videos=()):
@@ -167,11 +168,11 @@ def mean_interval(values, videos=()):
     None for fewer than two units.
     """
     units = by_unit(values, videos)
-    half = half95(units)
+    half = float(half95(units))
     if np.isnan(half):
         return None
-    middle = units.nanmean()
-    return [(middle - half).item(), (middle + half).item()]
+    middle = float(np.nanmean(values))  # over the clips, as what is printed beside it
+    return [middle - half, middle + half]
 
 
 def ratio_interval(ratio, values, videos, *key):

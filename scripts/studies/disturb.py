@@ -151,7 +151,8 @@ def main():
     args = parse_args()
     model, config, _ = checkpoint.load_model(DEMO)
     path = Path(args.out, "disturb.json")
-    rows = lab.read_rows(path)["rows"] if path.exists() else {}
+    saved = lab.read_rows(path) if path.exists() else {}
+    rows = saved.get("rows", saved)  # files of earlier versions are the rows
     known = len(rows["before"]["shape"]) if rows else 0
     for first in Bar(range(known, args.num_clips, BATCH), desc="disturb", unit="part"):
         for name, own in measure(

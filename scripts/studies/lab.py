@@ -597,7 +597,7 @@ def stamped(path, content):
     If the file at `path` has the same numbers, they keep what it says there.
     """
     known = read_rows(path)
-    own = known.pop("made", None) if known else None
+    own = known.pop("made", None) if isinstance(known, dict) else None
     if own is None or json.dumps(known) != json.dumps(content):
         own = made()
     return {"made": own} | content

@@ -49,9 +49,9 @@ def read_run(name):
         kept = "clips", "right", "share", "interval95", "static"
         found = scores["classifier"]["result"][kind]
         run[f"classifier_{kind}"] = {key: found[key] for key in kept if key in found}
-    run["interval_units"] = scores["classifier"]["result"]["interval_units"]  # of the classifier
+    run["interval_units"] = scores["classifier"]["result"].get("interval_units")
     kept = "rmse_ratio_interval95", "interval_units"
-    ratio = {name: scores["nearest"]["result"][name] for name in kept}
+    ratio = {name: scores["nearest"]["result"].get(name) for name in kept}
     return run | {"nearest": scores["nearest"]["values"] | ratio}
 
 
