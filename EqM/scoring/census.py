@@ -5,21 +5,26 @@ is decoded: it shows the attributes of the nearest frame, among the matched fram
 with attributes changed.
 
 Take the matched frame and the same frame with one attribute changed. On the line between the two,
-the sample's frame has a position s: 0 at the matched frame, 1 at the other one. Its margin 1 - 2 s
-is above 0 if it is closer to the matched frame. In the same way, the other frames of the character,
-in all classes, show whether the pose is right.
+the sample's frame has a position s: 0 at the matched frame, 1 at the other one. Its margin is
+1 - 2 s. Two measures of each attribute come from such lines, as they find different mistakes:
 
-A wrong frame has a small margin, so the smallest margin of each attribute over all frames finds it.
-A blend of two values in all frames moves every frame by the same share of its line. So the position
-of the entire clip (least squares over the pixels of all frames) finds it: the noise of the VAE
-differs between frames, and averages out.
+- A wrong frame is closer to another one. The distance of a frame is how far it is from halfway, in
+  gray levels (RMSE): half of its margin times the length of the line. Below 0, it is closer to the
+  other one. The smallest distance over all frames counts.
+- A blend of two values in all frames moves every frame by the same share of its line. The position
+  of the entire clip (least squares over the pixels of all frames) finds it, as the noise of the VAE
+  averages out. The smallest margin of the clip, over the other values, counts.
 
-A sample is valid if it passes ten limits: the smallest margin of a frame and the margin of the
-clip, for each of the four attributes; the smallest margin of the pose; and the RMSE of the worst
-frame. The limits come from training clips that went through the model's VAE. All ten are the same
-quantile of their measure, the strictest one that lets 99% of these clips pass all ten. Validation
-clips that went through the VAE must be valid, and controls, wrong clips that are made of them, must
-not.
+In the same way, the distances to the other frames of the character, in all classes, show whether
+the pose is right.
+
+A sample is valid if it passes ten limits: for the distance of a frame and the margin of the clip,
+of each of the four attributes; for the distance of the pose; and for the RMSE of the worst frame.
+The limits come from training clips that went through the model's VAE. As many of them fail each
+limit. This number is the largest with which 99% pass all ten. A limit of distances is 0 at most: a
+frame may be closer to another one only as far as in training clips, where few pixels differ.
+Validation clips that went through the VAE must be valid, and controls, wrong clips that are made of
+them, must not.
 """
 
 import math
@@ -49,9 +54,8 @@ SAME = 3
 CHUNK = 2048  # clips that are matched at a time
 # what folders of one call share: {(VAE, data, count, seed): (World, limits, result of real clips)}
 CALIBRATED = {}
-BY_FRAME = *ATTRIBUTES, "pose"  # the smallest margins of a frame
-MARGINS = *BY_FRAME, *(f"{name}_of_clip" for name in ATTRIBUTES)
-LIMITED = *MARGINS, "rmse"
+DISTANCES = *ATTRIBUTES, "pose"  # the smallest of a frame, in gray levels
+LIMITED = *DISTANCES, *(f"{name}_of_clip" for name in ATTRIBUTES), "rmse"
 REASONS = "attribute", "pose", "margin", "rmse"  # why a clip is not valid; the first one counts
 TITLES = {  # of the values
     "valid": "valid samples",
@@ -218,7 +222,9 @@ def along_lines(error, best, others, squares, same):
 
 
 def margins(products, squares):
-    """The margins 1 - 2 s of the positions s; infinite where the frames are the same."""
+    """The margins 1 - 2 s of the positions s; infinite without a line, where the frames are the
+    same.
+    """
     return torch.where(squares > 0, 1 - 2 * products / squares, torch.inf)
 
 
@@ -227,12 +233,20 @@ def gains(products, squares):
     return 2 * products - squares
 
 
+def distances(products, squares, size):
+    """The distances from halfway, in gray levels, of frames of `size` values; infinite without a
+    line.
+    """
+    found = -gains(products, squares) / (2 * (size * squares).sqrt())
+    return torch.where(squares > 0, found, torch.inf)
+
+
 def decode(world, place, clip):
     """Decode a clip uint8 (T, P) that is matched with the clip at a place.
 
-    Returns its MARGINS, the values of the attributes (T, attributes) and the RMSE (T,) of its
-    frames. A frame that is closer to another pose than to another attribute shows the attributes
-    that it has in that pose.
+    Returns its DISTANCES, the smallest margins of the clip (attributes,), the values of the
+    attributes (T, attributes) and the RMSE (T,) of its frames. A frame that is closer to another
+    pose than to another attribute shows the attributes that it has in that pose.
     """
     (name, who) = place
     T = len(clip)
@@ -265,22 +279,24 @@ def decode(world, place, clip):
             break
         shown = torch.where(gain > 0, world.changed[shown, choice], shown)
         changes = compare_attributes(c, t, shown)
-    products, squares = attributes
-    by_frame = margins(products, squares)
-    of_clip = margins(products.sum(dim=0), squares.sum(dim=0))
+    by_frame = distances(*attributes, clip.shape[-1])
+    of_clip = margins(*(columns.sum(dim=0) for columns in attributes))
     smallest = [by_frame[:, choices].min() for choices in world.choices_of]
-    smallest += [margins(*poses).min()]
-    smallest += [of_clip[choices].min() for choices in world.choices_of]
+    smallest.append(distances(*poses, clip.shape[-1]).min())
+    smallest_of_clip = [of_clip[choices].min() for choices in world.choices_of]
     rmse = (clip - world.frames[name, who]).square().mean(dim=-1).sqrt()
-    # of what no frame shows, for example hidden hair
-    smallest = torch.stack(smallest).nan_to_num(posinf=1.0)
-    return smallest.numpy(), world.characters[shown].numpy(), rmse.cpu().numpy()
+    return (
+        torch.stack(smallest).clamp(max=255).numpy(),  # infinite for what no frame shows
+        torch.stack(smallest_of_clip).clamp(max=1).numpy(),
+        world.characters[shown].numpy(),
+        rmse.cpu().numpy(),
+    )
 
 
 def measure(world, clips, title):
-    """A dict of arrays about clips uint8 (n, T, H, W, 3): place (n, 2) of the matched clip; margins
-    (n, MARGINS), decoded (n, T, attributes) and rmse (n, T) of `decode`; worst_rmse and clip_rmse
-    (n,).
+    """A dict of arrays about clips uint8 (n, T, H, W, 3): place (n, 2) of the matched clip;
+    distances (n, DISTANCES), margins (n, attributes), decoded (n, T, attributes) and rmse (n, T) of
+    `decode`; worst_rmse and clip_rmse (n,).
     """
 
     def rows():
@@ -294,7 +310,13 @@ def measure(world, clips, title):
                 yield place, *decode(world, place, clip)
 
     columns = zip(*Bar(rows(), desc=title, total=len(clips), unit="clip", leave=False), strict=True)
-    found = dict(zip(("place", "margins", "decoded", "rmse"), map(np.array, columns), strict=True))
+    found = dict(
+        zip(
+            ("place", "distances", "margins", "decoded", "rmse"),
+            map(np.array, columns),
+            strict=True,
+        )
+    )
     return found | {
         "worst_rmse": found["rmse"].max(axis=1),
         "clip_rmse": np.sqrt(np.square(found["rmse"]).mean(axis=1)),
@@ -303,39 +325,33 @@ def measure(world, clips, title):
 
 def limited(found):
     """What LIMITED names, of clips that `measure` found: (n, LIMITED), larger is better."""
-    return np.column_stack([found["margins"], -found["worst_rmse"]])
+    return np.column_stack([found["distances"], found["margins"], -found["worst_rmse"]])
 
 
 def find_limits(found):
-    """The limits of `limited` from training clips that `measure` found.
+    """The limits of `limited` from training clips of `measure`; a share PASS of them passes all.
 
-    All are the same quantile of their column, the strictest that lets a share PASS of the clips
-    pass all. Each is halfway between the values of two clips: the last that fails and the first
-    that passes.
+    A limit is halfway between the last clip that fails and the first that passes.
     """
     values = limited(found)
     ordered = np.sort(values, axis=0)
-    ranks = [np.searchsorted(*columns) for columns in zip(ordered.T, values.T, strict=True)]
-    # of each clip: so few others are worse in a column
-    worst_ranks = np.sort(np.min(ranks, axis=0))
-    failing = worst_ranks[math.floor((1 - PASS) * len(values))]  # clips, in each column
-    return (ordered[max(0, failing - 1)] + ordered[failing]) / 2
+    most = np.full(len(LIMITED), np.inf)
+    most[: len(DISTANCES)] = 0
+    limits = np.minimum(ordered[0], most)
+    for failing in range(1, len(values)):  # clips, by each limit
+        stricter = np.minimum((ordered[failing - 1] + ordered[failing]) / 2, most)
+        if (values >= stricter).all(axis=1).mean() < PASS:
+            break
+        limits = stricter
+    return limits
 
 
 def reasons(found, limits):
     """Why each clip that `measure` found is not valid, an array of REASONS; "" for valid clips."""
     fails = limited(found) < limits
-    frames = slice(len(BY_FRAME))
-    is_closer = fails[:, frames] & (found["margins"][:, frames] <= 0)  # to another frame
-    cases = is_closer[:, :-1].any(axis=1), is_closer[:, -1], fails[:, :-1].any(axis=1), fails[:, -1]
+    attributes, pose, margins, rmse = np.split(fails, [4, 5, 9], axis=1)
+    cases = [part.any(axis=1) for part in (attributes, pose, margins, rmse)]
     return np.select(cases, REASONS, default="")
-
-
-def differences(world, name, who):
-    """Whether a choice changes a frame of the true clip at a place: bool (M, T)."""
-    true = world.cropped[name, who].int()
-    others = world.cropped[name, world.changed[who]].int()
-    return ((others - true).square().sum(dim=-1) > world.same).cpu()
 
 
 def make_controls(world, places, made, through, seed):
@@ -349,8 +365,10 @@ def make_controls(world, places, made, through, seed):
     moves = (0, SHIFT), (2 * SHIFT, SHIFT), (SHIFT, 0), (SHIFT, 2 * SHIFT)
     for index, (name, who) in enumerate(places.tolist()):
         true = world.cropped[name, who].int()
+        others = world.cropped[name, world.changed[who]].int()
+        differ = ((others - true).square().sum(dim=-1) > world.same).cpu()  # (M, T)
         pairs = ((true[:, None] - true).square().sum(dim=-1) > world.same).nonzero().cpu()
-        options = differences(world, name, who).nonzero(), pairs, range(T), moves
+        options = differ.nonzero(), pairs, range(T), moves
         drawn.append([])
         for number, own in enumerate(options):
             random = generator(seed, "census", number, index)
@@ -373,16 +391,34 @@ def make_controls(world, places, made, through, seed):
     yield "frame_shifted", shifted
 
 
-def make_blends(world, places, made, through, seed):
-    """Yield (name, clips like `made`): PERCENTS of another value of an attribute, in all frames.
+def blendable(world, name, who, is_own):
+    """The choices of an attribute that can be blended into the true clip at a place.
 
-    The value is drawn from those that the true clip shows.
+    Values that no frame shows can't be, nor values with a third one between: half light and half
+    dark skin is medium skin, so the blend is a right clip.
     """
+    changes = (
+        world.cropped[name, world.changed[who, is_own]].double() - world.cropped[name, who].double()
+    )
+    can_be = (changes.square().sum(dim=-1) > world.same).any(dim=1)
+    changes = changes.flatten(1)
+    products = changes @ changes.T
+    squares = products.diag()
+    for percent in PERCENTS:
+        share = percent / 100
+        to_values = share**2 * squares[:, None] - 2 * share * products + squares  # of each blend
+        to_own = min(share, 1 - share) ** 2 * squares[:, None]  # the closer one of its two
+        can_be &= (to_values >= to_own * (1 - 1e-9)).all(dim=1)
+    return is_own.nonzero()[can_be.cpu(), 0]
+
+
+def make_blends(world, places, made, through, seed):
+    """Yield (name, clips like `made`): PERCENTS of another value of an attribute, in all frames."""
     for attribute, is_own in zip(ATTRIBUTES, world.choices_of, strict=True):
         choices = []
         for index, (name, who) in enumerate(places.tolist()):
-            options = (differences(world, name, who).any(dim=1) & is_own).nonzero()[:, 0]
-            if not len(options):  # no frame shows the attribute, so any value looks the same
+            options = blendable(world, name, who, is_own)
+            if not len(options):
                 options = is_own.nonzero()[:, 0]
             random = generator(seed, "census", attribute, index)
             choices.append(options[torch.randint(len(options), (), generator=random)])
@@ -475,6 +511,7 @@ def score_census(samples, clips, training, count, args, device):
         "matched": [keys[number] for number in name * K + who],
         "valid": valid.tolist(),
         "reason": why.tolist(),
+        "distances": found["distances"].tolist(),
         "margins": found["margins"].tolist(),
         "worst_rmse": found["worst_rmse"].tolist(),
     }
@@ -499,11 +536,11 @@ def score_census(samples, clips, training, count, args, device):
 
 def limits_line(limits):
     """The limits in words."""
-    by_frame = ", ".join(f"{name} {limits[name]:.3f}" for name in BY_FRAME)
+    by_frame = ", ".join(f"{name} {limits[name]:.2f}" for name in DISTANCES)
     of_clip = ", ".join(f"{name} {limits[f'{name}_of_clip']:.3f}" for name in ATTRIBUTES)
     return (
-        f"margin of a frame: {by_frame}; of the clip: {of_clip}; RMSE of a frame: "
-        f"{limits['rmse']:.2f}"
+        f"distance of a frame: {by_frame}; margin of the clip: {of_clip}; "
+        f"RMSE of a frame: {limits['rmse']:.2f}"
     )
 
 
@@ -534,6 +571,5 @@ def hits_of(world, samples, found):
         hits["true_attributes"] = (decoded == world.characters.numpy()[true[:, 1], None]).all(
             axis=(1, 2)
         )
-        by_frame = found["margins"][:, : len(BY_FRAME)]
-        hits["true_clip"] = (place == true).all(axis=1) & (by_frame > 0).all(axis=1)
+        hits["true_clip"] = (place == true).all(axis=1) & (found["distances"] > 0).all(axis=1)
     return hits
