@@ -93,9 +93,8 @@ def parse_args(words=None):
         help=(
             "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, "
             "or "
-            "inception-"
-            "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file that you "
-            "trust"
+            "inception-2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file "
+            "that you trust"
         ),
     )
     add(
@@ -220,8 +219,7 @@ def check_flags(args):
             else "remove the flag"
         )
         raise UserError(f"--detector: {args.detector} for --metric {args.metric}; {advice}")
-    unused = args.vae and args.metric != "census"
-    if unused:
+    if args.vae and args.metric != "census":
         raise UserError(f"--vae {args.vae}: --metric {args.metric} needs no VAE; remove the flag")
     for name in sorted(args.typed & CHOOSES.get(args.metric, set())):
         raise UserError(

@@ -97,10 +97,12 @@ def check_run(args):
         phases = phases or [only_phase(args, start.progress, data)]
         step = start.progress.step
         last_step = phases[-1].last_step
-        past = f"the checkpoint is at step {step}, these epochs end at step {last_step}; give more"
-        changed = args.epochs != start.kept("epochs")  # else videos were removed: it is finished
-        if args.epochs and changed and step > last_step:
-            raise UserError(f"--epochs {args.epochs}: {past}")
+        # with the same --epochs, videos were removed since: the run is finished
+        if args.epochs and args.epochs != start.kept("epochs") and step > last_step:
+            raise UserError(
+                f"--epochs {args.epochs}: the checkpoint is at step {step}, these epochs end at "
+                f"step {last_step}; give more"
+            )
     return args, start, vae, config, data, phases
 
 
@@ -157,8 +159,7 @@ def resolve_frames(args):
     """
     if not args.video:
         for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
-            several = getattr(args, name) not in (None, 1, [1])
-            if several:
+            if getattr(args, name) not in (None, 1, [1]):
                 raise UserError(
                     f"{flag_text(args, name)}: needs videos, because images have one frame; add "
                     "--video, or remove it"
@@ -198,8 +199,7 @@ def check_flags(args):
         )
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
     for name in ("forcing", "forcing_regions"):
-        still = getattr(args, name) and {*clip_lengths(args)} == {1}
-        if still:
+        if getattr(args, name) and {*clip_lengths(args)} == {1}:
             raise UserError(
                 f"{flag_text(args, name)}: does not apply to clips of one frame; remove it"
             )
@@ -207,13 +207,11 @@ def check_flags(args):
         raise UserError(
             f"{flag_text(args, 'frame_interval')}: expected one number, or two in ascending order"
         )
-    unused = args.lr_decay_end is not None and not args.lr_decay
-    if unused:
+    if args.lr_decay_end is not None and not args.lr_decay:
         raise UserError(
             f"--lr-decay-end {args.lr_decay_end}: applies to --lr-decay; add that, or remove it"
         )
-    too_early = args.lr_decay_end and args.lr_decay_end < last
-    if too_early:
+    if args.lr_decay_end and args.lr_decay_end < last:
         raise UserError(
             f"--lr-decay-end {args.lr_decay_end}: expected at least the last step of --max-steps "
             "or --frames-schedule"
@@ -236,21 +234,18 @@ def check_flags(args):
 def check_start_flags(args):
     """Raise UserError for contradictions among --ckpt, --inflate and --new-classes."""
     for name in ("ckpt", "inflate"):
-        empty = getattr(args, name) == ""
-        if empty:
+        if getattr(args, name) == "":
             raise UserError(
                 f"{flag_text(args, name)}: an empty name; name a checkpoint, or remove it to "
                 "start from scratch"
             )
-    unknown = args.new_classes and not (args.ckpt or args.inflate)
-    if unknown:
+    if args.new_classes and not (args.ckpt or args.inflate):
         raise UserError("--new-classes: needs a model of other classes; add --ckpt or --inflate")
     if args.inflate and args.ckpt:
         raise UserError(
             f"--inflate {args.inflate}: a run starts from one model; remove it, or remove --ckpt"
         )
-    fixed = args.inflate and not (args.video and args.use_rope)
-    if fixed:
+    if args.inflate and not (args.video and args.use_rope):
         raise UserError(
             f"--inflate {args.inflate}: starts a video model with rotary positions; add --video "
             "and --use-rope"
@@ -259,8 +254,7 @@ def check_start_flags(args):
 
 def check_optimizer_flags(args):
     """Raise UserError for a --muon-lr that --optimizer does not use."""
-    unused = "muon_lr" in args.typed and args.optimizer != "muon"
-    if unused:
+    if "muon_lr" in args.typed and args.optimizer != "muon":
         raise UserError(
             f"--muon-lr {args.muon_lr}: applies to --optimizer muon; add that, or remove it"
         )
@@ -275,15 +269,13 @@ def resolve_latents(args, start):
     kept = start.config["data"]
     owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
     if cache:
-        differs = args.image_size not in (None, cache["image_size"])
-        if differs:
+        if args.image_size not in (None, cache["image_size"]):
             raise UserError(
                 f"--image-size {args.image_size}: the cache --data-path has "
                 f"{cache['image_size']}; remove it"
             )
         others = f"made with the VAE {cache.get('vae')}, {start.flag} with {kept.get('vae')}"
-        differs = must_differ(cache.get("vae"), kept.get("vae"))
-        if differs:
+        if must_differ(cache.get("vae"), kept.get("vae")):
             raise UserError(
                 f"--data-path {args.data_path}: {others}; pass the videos, or a cache of that VAE"
             )
@@ -400,8 +392,7 @@ def resolve_settings(args, start, config):
                 f"note: {flag} {now}: clips of {plural(shortest, 'frame')} are one patch long, so "
                 "not forced"
             )
-    other = args.forcing_regions and config.objective != "eqm"
-    if other:
+    if args.forcing_regions and config.objective != "eqm":
         raise UserError(
             f"--forcing-regions {args.forcing_regions}: needs --objective eqm, not "
             f"{config.objective}; remove it"
@@ -459,8 +450,7 @@ def fit_classes(args, config, start, classes):
         numbers = [str(label) for label in range(len(before))]
         # A published model only numbers its classes, so it takes the names of the data
         is_unnamed = not start.inflates and is_published(start.config) and before == numbers
-        differ = before != classes and not is_unnamed
-        if differ:
+        if before != classes and not is_unnamed:
             raise UserError(
                 f"--data-path {args.data_path}: has the classes {got}, {start.flag} has "
                 f"{expected}; {advice}"
@@ -655,14 +645,12 @@ def check_sampling(args):
                 raise UserError(
                     f"{flag_text(args, name)}: applies to clips of --given; add that, or remove it"
                 )
-    both = None not in (args.given, args.init)
-    if both:
+    if None not in (args.given, args.init):
         raise UserError(
             f"{flag_text(args, 'given')}: keeps its frames, but --init changes all of them; "
             "remove one of the two flags"
         )
-    no_init = args.init_gamma is not None and args.init is None
-    if no_init:
+    if args.init_gamma is not None and args.init is None:
         raise UserError(
             f"--init-gamma {args.init_gamma}: sets the share of --init in the initial latents; "
             "add --init, or remove it"
@@ -683,14 +671,12 @@ def check_clips(args):
 
 def check_plan(args, plan):
     """Raise UserError for flags of sample_gd.py that don't fit this model or these windows."""
-    ended = args.init_gamma == 1 and args.sampler in SOLVERS
-    if ended:
+    if args.init_gamma == 1 and args.sampler in SOLVERS:
         raise UserError(
             f"--init-gamma {args.init_gamma}: --sampler {args.sampler} integrates from there to "
             "1; use a lower value"
         )
-    no_energy = args.report_energy and plan.model.config.ebm == "none"
-    if no_energy:
+    if args.report_energy and plan.model.config.ebm == "none":
         raise UserError(
             f"--report-energy: {args.ckpt} was trained without an energy (--ebm); remove it"
         )

@@ -418,8 +418,6 @@ def make_blends(world, places, made, through, seed):
         choices = []
         for index, (name, who) in enumerate(places.tolist()):
             options = blendable(world, name, who, is_own)
-            if not len(options):
-                options = is_own.nonzero()[:, 0]
             random = generator(seed, "census", attribute, index)
             choices.append(options[torch.randint(len(options), (), generator=random)])
         others = through(

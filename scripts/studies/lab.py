@@ -27,7 +27,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,7 +47,7 @@ from runtime.cli import (
     wrong_input,
 )
 from runtime.metrics import read_metrics
-from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
+from scoring.stats import cell, half95, mean_and_error  # noqa: F401 (cell: for people.py)
 
 refuse_to_run(__name__, "another script in scripts/studies/")
 
@@ -417,15 +417,9 @@ def difference(first, second, what, values, others, digits=3):
     text = f"- {what}: {first} minus {second} is {mean:+.{digits}f}"
     if error is None:
         return Difference(f"{text} (one seed, no interval).")
-    half = student_half(gaps)
+    half = half95(gaps)
     text = f"{text} (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds"
     return Difference(text, mean, student_p(gaps))
-
-
-def student_half(values):
-    """Half of the 95% interval of the mean of two or more values (Student's t)."""
-    _, error = mean_and_error(values)
-    return stdtrit(len(values) - 1, 0.975) * error
 
 
 def student_p(values):

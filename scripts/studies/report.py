@@ -25,12 +25,12 @@ from lab import (
     difference_lines,
     mean_and_error,
     refuse_to_run,
-    student_half,
     student_p,
     table,
     write_results,
 )
 from scoring.plots import COLORS, MARKERS, plt, save_figure
+from scoring.stats import half95
 
 refuse_to_run(__name__, "scripts/studies/study.py")
 
@@ -119,7 +119,7 @@ def ratio(first, second, what, ratios):
     )
     if error is None:
         return Difference(f"{text}).")
-    half = student_half(logs)
+    half = half95(logs)
     text = f"{text}; 95% {math.exp(mean - half):.2f} to {math.exp(mean + half):.2f}"
     return Difference(text, mean, student_p(logs))
 
