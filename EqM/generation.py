@@ -107,7 +107,7 @@ def resolve_sampler(args, training, objective):
 
     Raises UserError.
     """
-    usual = SAMPLER | ({} if objective == "eqm" else {"sampler": "euler"})
+    usual = SAMPLER | {"sampler": objective.usual_sampler}
     kept = {name: training.get(name, value) for name, value in usual.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     path = ("num_sampling_steps", "stepsize")
@@ -115,18 +115,16 @@ def resolve_sampler(args, training, objective):
     if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:
         kept |= {name: SAMPLER[name] for name in path}
     values = kept | typed
-    endless = objective != "eqm" and values["sampler"] in DESCENTS
-    why = (
-        f"a model of --objective {objective} has no equilibria to descend to; expected euler or "
-        "heun"
-    )
-    if endless:
-        raise UserError(f"--sampler {args.sampler}: {why}; change or remove --sampler")
+    if values["sampler"] in DESCENTS and not objective.has_equilibria:
+        raise UserError(
+            f"--sampler {args.sampler}: a model of --objective {objective.name} has no equilibria "
+            "to descend to; expected euler or heun; change or remove --sampler"
+        )
     if values["sampler"] in SOLVERS:
         why = f"{values['sampler']} has a fixed number of steps"
         advice = (
             "expected gd or ngd; change --sampler, or remove --stop-below"
-            if objective == "eqm"
+            if objective.has_equilibria
             else "remove it"
         )
         if args.stop_below:
@@ -237,7 +235,7 @@ def open_checkpoint(args):
     if args.fps:
         time_scale = 1 / args.fps
     values = {"precision": resolve_precision(args.precision, energy=model.config.ebm != "none")}
-    values |= resolve_sampler(args, training, model.config.objective) | {"num_frames": num_frames}
+    values |= resolve_sampler(args, training, model.config.learns) | {"num_frames": num_frames}
     window, overlap = choose_windows(
         args, model.config, num_frames, trained, data, time_scale, forcing
     )
@@ -425,8 +423,8 @@ def provenance(plan, args):
         "window",
         "overlap",
         "time_scale",
+        "gamma_shift",
     )
-    of_plan += () if plan.model.config.objective == "eqm" else ("gamma_shift",)
     return {
         "checkpoint": str(args.ckpt),
         "averaged_weights": not args.no_ema,
@@ -530,8 +528,6 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
     guidance = settings.pop("guidance")
     model = plan.model
     weak = plan.weak
-    if model.config.objective != "eqm":
-        settings |= {"objective": model.config.objective, "shift": plan.gamma_shift}
     by = condition, time_scale, 1.0 if condition.is_null() and weak is None else guidance
     field = guided(model, *by, weak)
     energy_of = energy and guided(model.energy, *by, weak and weak.energy)
@@ -549,7 +545,15 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
             energies[keep, next(points)] = energy_of(x, keep)
 
     with distributed.autocast(x.device, precision):
-        samples, evaluations = sample(counted, x, observe=observe, **masked, **settings)
+        samples, evaluations = sample(
+            counted,
+            x,
+            objective=model.config.learns,
+            shift=model.config.learns.solver_shift(plan.gamma_shift),
+            observe=observe,
+            **masked,
+            **settings,
+        )
     if not samples.isfinite().all():
         text = f"--sampler {settings['method']}: samples are not finite"
         if strict:

@@ -1,4 +1,4 @@
-"""The network: a DiT (arXiv 2212.09748) with 3D patches. Only "flow" is told the noise level.
+"""The network: a DiT (arXiv 2212.09748) with 3D patches, which may be told the noise level.
 
 Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding of queries and keys
 (rope.py). With `ebm` the field is minus the gradient of a scalar energy (EqM-E). Parameters have
@@ -68,8 +68,7 @@ class EqMConfig:
     ebm: str = "none"
     # probability that training replaces a label by the null label, num_classes
     class_dropout_prob: float = 0.1
-    # what the field is (transport.py); "flow" models are told the noise level
-    objective: str = "eqm"
+    objective: str = "eqm"  # what the field is: a name in transport.OBJECTIVES
 
     def __post_init__(self):
         for name in (field.name for field in fields(self) if field.type is int):
@@ -98,7 +97,7 @@ class EqMConfig:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if self.ebm != "none" and self.objective != "eqm":
+        if self.ebm != "none" and not self.learns.has_equilibria:
             raise ValueError(f"ebm {self.ebm} needs objective eqm, got {self.objective}")
         if self.use_rope:
             if not all(self.rotary_embedding().split) and not self.has_table:
@@ -111,6 +110,11 @@ class EqMConfig:
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
             if (value := getattr(self, name)) != getattr(EqMConfig, name):
                 raise ValueError(f"{name} {value} needs use_rope: without it positions are fixed")
+
+    @property
+    def learns(self):
+        """The transport.Objective whose name is `objective`."""
+        return OBJECTIVES[self.objective]
 
     @property
     def head_dim(self):
@@ -133,7 +137,7 @@ class EqMConfig:
         """The number of adjacent frames with the same noise level: a temporal patch if the model is
         told one level.
         """
-        return self.temporal_patch_size if self.objective == "flow" else 1
+        return self.temporal_patch_size if self.learns.is_told else 1
 
     def whole_levels(self, num_frames):
         """Round a number of frames down to a multiple of `level_frames`, at least to one."""
@@ -189,8 +193,8 @@ class EqMConfig:
         N = math.prod(self.grid(num_frames))
         D = self.hidden_size
         # each is told, if frames differ
-        levels = self.grid(num_frames)[0] if self.objective == "flow" else 1
-        embedders = 2 * (FEATURES * D + D * D) * (1 + levels * (self.objective == "flow"))
+        levels = self.grid(num_frames)[0] if self.learns.is_told else 1
+        embedders = 2 * (FEATURES * D + D * D) * (1 + levels * self.learns.is_told)
         ends = 2 * N * D * self.values_per_token * 2  # patches in and out
         ada_ln = 2 * levels * D * (6 * self.depth + 2) * D
         block = 2 * N * D * (3 + 1 + 4 + 4) * D + 2 * N * N * D * 2  # linear maps, attention
@@ -402,7 +406,7 @@ class FinalLayer(nn.Module):
 class EqM(nn.Module):
     """The network, which predicts the field f(x) of clips x from their class and time scale.
 
-    It is told their noise level only if its objective is "flow".
+    It is told their noise level only if its objective says so.
     """
 
     def __init__(self, config):
@@ -417,9 +421,7 @@ class EqM(nn.Module):
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.gamma_embedder = (
-            NumberEmbedder(config.hidden_size) if config.objective == "flow" else None
-        )
+        self.gamma_embedder = NumberEmbedder(config.hidden_size) if config.learns.is_told else None
         if config.use_rope:
             self.rope = config.rotary_embedding()
         if config.has_table:
@@ -456,7 +458,7 @@ class EqM(nn.Module):
 
         x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale:
         (B,) float32 seconds per frame, default 1/25. gamma: (B,) or (B, T), the same within a
-        temporal patch, the noise levels; only objective "flow" takes them. If T does not fill the
+        temporal patch, the noise levels; only if the objective is told them. If T does not fill the
         last temporal patch, x is padded with its last frame and f is cropped. With `ebm`, f is
         minus the gradient of the energy in x, also under torch.no_grad. Raises ValueError as
         `EqMConfig.check_num_frames` does.
@@ -492,7 +494,7 @@ class EqM(nn.Module):
         config = self.config
         T = x.shape[2]
         config.check_num_frames(T)
-        assert (gamma is None) == (self.gamma_embedder is None), "only objective flow is told gamma"
+        assert (gamma is None) != config.learns.is_told, "an objective is told gamma, or it is not"
         if time_scale is None:
             time_scale = torch.full((len(x),), 1 / REFERENCE_FPS, device=x.device)
         grid = config.grid(T)

@@ -364,7 +364,7 @@ def resolve_settings(args, start, config):
             args.precision, config.ebm != "none", start.kept("precision")
         ),
         weight_decay=next(decay for decay in decays if decay is not None),
-        **generation.resolve_sampler(args, trained, config.objective),
+        **generation.resolve_sampler(args, trained, config.learns),
     )
     has_energy = config.ebm != "none"
     in_fp16 = args.precision == "fp16"
@@ -392,7 +392,7 @@ def resolve_settings(args, start, config):
                 f"note: {flag} {now}: clips of {plural(shortest, 'frame')} are one patch long, so "
                 "not forced"
             )
-    if args.forcing_regions and config.objective != "eqm":
+    if args.forcing_regions and not config.learns.has_equilibria:
         raise UserError(
             f"--forcing-regions {args.forcing_regions}: needs --objective eqm, not "
             f"{config.objective}; remove it"

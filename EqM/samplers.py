@@ -5,7 +5,7 @@ They take the network as a callable, so tests can use fields with known solution
 
 import torch
 
-import transport
+from transport import shift_gamma
 
 DESCENTS = ("gd", "ngd")
 SOLVERS = ("euler", "heun")
@@ -23,7 +23,7 @@ def sample(
     observe=lambda x, keep: None,
     given=None,
     mask=None,
-    objective="eqm",
+    objective=None,
     shift=1.0,
 ):
     """Follow a field from x (B, ...).
@@ -32,10 +32,11 @@ def sample(
 
     Args:
         field: field(x, keep) returns the field of the samples that still run, (b, ...); keep (b,)
-            int64 holds their indices in the batch. With objective "flow", field(x, keep, gamma);
-            gamma broadcasts over x.
+            int64 holds their indices in the batch. If the objective is told gamma, field(x, keep,
+            gamma); gamma broadcasts over x.
         method: "gd" or "ngd" (see `descend`) use step_size, momentum ("ngd" only) and stop_below;
-            "euler" or "heun" (see `integrate`) use start_gamma, objective and shift.
+            "euler" or "heun" (see `integrate`) need objective, the
+            transport.Objective of the field, and use start_gamma and shift.
         num_steps: number of points including the start, so one more than steps.
         observe: observe(x, keep) is called with the running samples at each point, from the first
             to the last.
@@ -53,9 +54,25 @@ def sample(
             return full_field(x, keep, *levels).masked_fill(mask[keep], 0)
 
     if method in SOLVERS:
-        return integrate(field, x, method, num_steps, start_gamma, observe, objective, shift)
+        return integrate(
+            field,
+            x,
+            objective,
+            method=method,
+            num_steps=num_steps,
+            start_gamma=start_gamma,
+            observe=observe,
+            shift=shift,
+        )
     return descend(
-        field, x, num_steps, step_size, momentum * (method == "ngd"), stop_below, observe, moving
+        field,
+        x,
+        num_steps=num_steps,
+        step_size=step_size,
+        momentum=momentum if method == "ngd" else 0,
+        stop_below=stop_below,
+        observe=observe,
+        moving=moving,
     )
 
 
@@ -67,7 +84,8 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
     stop_below. The mean is over the unmasked part, a share `moving` (B,) of the sample. Returns as
     `sample` does.
     """
-    x, last_f = x.clone(), torch.zeros_like(x)
+    x = x.clone()
+    last_f = torch.zeros_like(x)
     keep = torch.arange(len(x), device=x.device)
     evaluations = torch.zeros_like(keep)
     observe(x, keep)
@@ -87,26 +105,28 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
     return x, evaluations
 
 
-def integrate(field, x, method, num_steps, start_gamma, observe, objective="eqm", shift=1.0):
+def integrate(field, x, objective, method, num_steps, start_gamma, observe, shift):
     """Solve dx/dgamma = f(x) / c(gamma) from start_gamma to 1, by Euler's or Heun's method.
 
-    The steps are equal in u, where gamma = `transport.shift_gamma` of u, as in training. This
+    The steps are equal in u, where gamma = `shift_gamma` of u, as in training. This
     assumes that x at time gamma is as noisy as x_gamma in training. Nothing enforces that if the
     network does not see gamma: gradient descent removes an error in x like noise; here the error
-    leads to a wrong c. At gamma = 1 the velocity of "eqm" is 0 / 0, so the last step of Heun's
+    leads to a wrong c. At gamma = 1 the velocity is 0 / 0 with a decay, so the last step of Heun's
     method is an Euler step. Returns as `sample` does.
     """
     start = start_gamma * shift / (1 + start_gamma * (shift - 1))  # u of start_gamma
     gammas = torch.linspace(start, 1, num_steps, dtype=torch.float64)
     if shift != 1:
-        gammas = transport.shift_gamma(gammas, shift)
+        gammas = shift_gamma(gammas, shift)
     keep = torch.arange(len(x), device=x.device)
     evaluations = torch.zeros_like(keep)
 
     def velocity(x, gamma):
         evaluations.add_(1)
-        told = [gamma.to(x).expand(len(x), *[1] * (x.dim() - 1))] if objective == "flow" else []
-        return transport.velocity(field(x, keep, *told), gamma, objective)
+        told = []
+        if objective.is_told:
+            told = [gamma.to(x).expand(len(x), *[1] * (x.dim() - 1))]
+        return objective.velocity(field(x, keep, *told), gamma)
 
     observe(x, keep)
     for gamma, next_gamma in zip(gammas[:-1], gammas[1:], strict=True):
@@ -139,13 +159,13 @@ def guided(function, condition, time_scale, guidance, weak=None):
         if guidance == 1:
             return function(x, y, scale, **told).float()
         if weak:
-            f_weak, f = (own(x, y, scale, **told).float() for own in (weak, function))
+            f_weak = weak(x, y, scale, **told).float()
+            f = function(x, y, scale, **told).float()
             return f_weak + guidance * (f - f_weak)
         both = torch.cat([null.y[keep], y])
         told = {name: value.repeat(2, 1) for name, value in told.items()}
-        f_null, f_condition = (
-            function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2), **told).float().chunk(2)
-        )
+        f_both = function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2), **told).float()
+        f_null, f_condition = f_both.chunk(2)
         return f_null + guidance * (f_condition - f_null)
 
     return field

@@ -555,32 +555,37 @@ def training_losses(network, vae, batch, config, args, stream, device):
     """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero)."""
     seed = args.global_seed
     indices = batch["indices"].tolist()
-    # (B, C, T, H, W)
-    x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)
+    clips = batch["clips"].to(device, non_blocking=True)
+    x = vae.latents_of(clips, seed, stream, indices)  # (B, C, T, H, W)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
-    frames = x.shape[2], config.temporal_patch_size
-    levels = (
-        args.gamma_shift,
-        args.forcing,
-        config.level_frames,
-        args.forcing_regions,
-        config.input_size,
+    gamma = transport.draw_gammas(  # (B,), (B, T) or (B, T, H, W)
+        seed,
+        stream,
+        indices,
+        num_frames=x.shape[2],
+        patch=config.temporal_patch_size,
+        shift=args.gamma_shift,
+        share=args.forcing,
+        level_frames=config.level_frames,
+        region_share=args.forcing_regions,
+        size=config.input_size,
     )
-    # (B,), (B, T) or (B, T, H, W)
-    gamma = transport.draw_gammas(seed, stream, indices, *frames, *levels)
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
     condition = Condition.of(batch["y"], config).null(dropped).to(device)
     if gamma.dim() == 4 and device.type != "cpu":
         gamma = gamma.pin_memory()  # megabytes; the CPU would wait for a copy from other memory
-    time_scale, gamma = (
-        part.to(device, non_blocking=True) for part in (batch["time_scales"], gamma)
-    )
     with distributed.autocast(device, args.precision):
-        inputs = x, noise, gamma, condition.y, time_scale
-        options = {"return_features": args.disp, "objective": config.objective}
-        loss, target_square, features = transport.losses(network, *inputs, **options)
-        losses = {"train_loss": loss.mean()}
+        errors, target_square, features = config.learns.losses(
+            network,
+            x,
+            noise,
+            gamma=gamma.to(device, non_blocking=True),
+            y=condition.y,
+            time_scale=batch["time_scales"].to(device, non_blocking=True),
+            return_features=args.disp,
+        )
+        losses = {"train_loss": errors.mean()}
     if args.disp:
         losses["disp_loss"] = transport.dispersive_loss(features)
     return losses, target_square

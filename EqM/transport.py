@@ -14,16 +14,16 @@ others are not. The network thus learns to complete clips, as in Diffusion Forci
 Two other objectives serve as controls. "flow" is flow matching (arXiv 2210.02747): the target is x
 - eps without c, and the network is told gamma. "blind" has the same target, but the network is not
 told (arXiv 2502.13129). Their field does not vanish at the data, so a solver must follow it from
-gamma = 0 to 1.
+gamma = 0 to 1. An objective is an `Objective`, and all of them are in `OBJECTIVES`.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from runtime.rng import generator, uniform
 
-OBJECTIVES = ("eqm", "flow", "blind")
 DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
 # share of the forced clips with one level per temporal patch; the other clips have given frames
@@ -32,13 +32,8 @@ OWN_LEVELS = 0.5
 MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (DECAY_START + (1 - DECAY_START) / 3)
 
 
-def decay(gamma, objective="eqm"):
-    """Return the truncated decay c(gamma) = lambda min(1, (1 - gamma) / (1 - a)), shaped as gamma.
-
-    For the other objectives it is 1.
-    """
-    if objective != "eqm":
-        return torch.ones_like(gamma)
+def decay(gamma):
+    """Return the decay c(gamma) = lambda min(1, (1 - gamma) / (1 - a)), shaped as gamma."""
     return FIELD_SCALE * ((1 - gamma) / (1 - DECAY_START)).clamp(max=1)
 
 
@@ -48,45 +43,80 @@ def interpolate(x, noise, gamma):
     return gamma * x + (1 - gamma) * noise
 
 
-def target(x, noise, gamma, objective="eqm"):
-    """Return the regression target at x_gamma: (x - noise) c(gamma)."""
-    return (x - noise) * decay(_broadcast(gamma), objective)
+@dataclass(frozen=True)
+class Objective:
+    """What a network learns: the target of its field, and whether it is told gamma."""
+
+    name: str  # the value of --objective
+    title: str  # with its source, for people
+    has_decay: bool  # the target has the factor c(gamma), so it vanishes at the data
+    is_told: bool  # gamma is an input of the network, one level per temporal patch
+
+    @property
+    def has_equilibria(self):
+        """Whether gradient descent on the field ends at data."""
+        return self.has_decay and not self.is_told
+
+    @property
+    def usual_sampler(self):
+        """The default of --sampler."""
+        return "gd" if self.has_equilibria else "euler"
+
+    def decay(self, gamma):
+        """Return the factor of x - noise in the target, shaped as gamma: c(gamma) or 1."""
+        return decay(gamma) if self.has_decay else torch.ones_like(gamma)
+
+    def target(self, x, noise, gamma):
+        """Return the regression target at x_gamma: (x - noise) c(gamma), or x - noise."""
+        return (x - noise) * self.decay(_broadcast(gamma))
+
+    def velocity(self, f, gamma):
+        """Return dx/dgamma along the path of `interpolate`: f / c(gamma) for f at a float gamma."""
+        return f / self.decay(gamma).item()
+
+    def solver_shift(self, gamma_shift):
+        """Return the shift of a solver's steps (see `shift_gamma`): that of training, or none if
+        there are equilibria.
+        """
+        return 1.0 if self.has_equilibria else gamma_shift
+
+    def losses(self, network, x, noise, gamma, y, time_scale, first=0, return_features=False):
+        """Compare a network with the target at x_gamma.
+
+        Returns (errors, mean square of the target, features). errors: (B,) float32, the mean
+        squared error of each clip over its frames from `first` on. The mean square covers all
+        frames, so for first = 0 it is the loss of a network that predicts zero. features: (B, N, D)
+        or None.
+
+        Without decay, clean frames (gamma = 1) are left out: their target is noise that x_gamma
+        does not show.
+        """
+        told = {"gamma": gamma} if self.is_told else {}
+        output = network(
+            interpolate(x, noise, gamma), y, time_scale, return_features=return_features, **told
+        )
+        f, features = output if return_features else (output, None)
+        target = self.target(x, noise, gamma)
+        squares = (f.float() - target).square()[:, :, first:]
+        zero_squares = target.square()
+        if self.has_decay or gamma.dim() == 1:
+            return squares.flatten(1).mean(dim=1), zero_squares.mean(), features
+        errors = _mean_of_noisy(squares, gamma[:, first:])
+        return errors, _mean_of_noisy(zero_squares, gamma).mean(), features
+
+    def zero_loss(self, mean_square):
+        """Return the expected loss of a zero prediction for uniform gamma: E[c^2] (1 + E[x^2])."""
+        return (MEAN_SQUARED_DECAY if self.has_decay else 1.0) * (1 + mean_square)
 
 
-def velocity(f, gamma, objective="eqm"):
-    """Return dx/dgamma along the path of `interpolate`: f / c(gamma) for f at a float gamma."""
-    return f / decay(gamma, objective).item()
-
-
-def losses(
-    network, x, noise, gamma, y, time_scale, first=0, return_features=False, objective="eqm"
-):
-    """Compare a network with the target at x_gamma.
-
-    Returns (errors, mean square of the target, features). errors: (B,) float32, the mean squared
-    error of each clip over its frames from `first` on. The mean square covers all frames, so for
-    first = 0 it is the loss of a network that predicts zero. features: (B, N, D) or None.
-
-    The other objectives leave out clean frames (gamma = 1): their target is noise that x_gamma does
-    not show.
-    """
-    told = {"gamma": gamma} if objective == "flow" else {}
-    output = network(
-        interpolate(x, noise, gamma), y, time_scale, return_features=return_features, **told
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective("eqm", "Equilibrium Matching (arXiv 2510.02300)", has_decay=True, is_told=False),
+        Objective("flow", "flow matching", has_decay=False, is_told=True),
+        Objective("blind", "blind flow matching", has_decay=False, is_told=False),
     )
-    f, features = output if return_features else (output, None)
-    goal = target(x, noise, gamma, objective)
-    squares = (f.float() - goal).square()[:, :, first:]
-    zero = goal.square()
-    if objective == "eqm" or gamma.dim() == 1:
-        return squares.flatten(1).mean(dim=1), zero.mean(), features
-    errors, zero = (_mean_of_noisy(part, gamma[:, -part.shape[2] :]) for part in (squares, zero))
-    return errors, zero.mean(), features
-
-
-def zero_loss(mean_square, objective="eqm"):
-    """Return the expected loss of a zero prediction for uniform gamma: E[c^2] (1 + E[x^2])."""
-    return (MEAN_SQUARED_DECAY if objective == "eqm" else 1.0) * (1 + mean_square)
+}
 
 
 def dispersive_loss(features):

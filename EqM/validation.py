@@ -24,11 +24,12 @@ def validation_chunks(val, lengths, num_clips):
 
     A rank takes every n-th list.
     """
-    keys = [
-        [(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))]
-        for n in lengths
-    ]
-    return [own[first : first + CHUNK] for own in keys for first in range(0, len(own), CHUNK)]
+    chunks = []
+    for num_frames in lengths:
+        count = min(num_clips, CLIPS_PER_VIDEO * len(val[num_frames]))
+        clips = [(num_frames, index) for index in range(count)]
+        chunks += [clips[first : first + CHUNK] for first in range(0, count, CHUNK)]
+    return chunks
 
 
 @torch.no_grad()
@@ -42,6 +43,7 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
     """
     rows = []
     corrupt = []
+    objective = ema.config.learns
     batches = batches_of(loader)
     with suppress(Interrupted):
         while (batch := stop.wait(batches)) is not None:
@@ -52,11 +54,7 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             noise = normal(0, "noise", "validation", indices, x.shape[1:], device)
             y = Condition.of(batch["y"], ema.config).to(device).y
             T = x.shape[2]
-
-            objective = ema.config.objective
-            losses = partial(
-                transport.losses, x=x, noise=noise, y=y, time_scale=time_scale, objective=objective
-            )
+            losses = partial(objective.losses, x=x, noise=noise, y=y, time_scale=time_scale)
             with distributed.autocast(device, precision):
                 # a graph of these shapes would serve nothing else
                 with torch.compiler.set_stance("force_eager"):
@@ -74,14 +72,14 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             corrupt += batch["corrupt"]
     stop.resolve()
     parts = distributed.gather(rows)
-    # in the order of frames and indices
-    rows = sorted(chain(*(parts[:1] if stop.together else parts)))
-    return summarize(
-        torch.tensor(rows, dtype=torch.float64), num_frames, ema.config.objective
-    ), corrupt
+    if stop.together:
+        parts = parts[:1]
+    rows = sorted(chain(*parts))  # in the order of frames and indices
+    table = torch.tensor(rows, dtype=torch.float64)
+    return summarize(table, num_frames, objective), corrupt
 
 
-def summarize(rows, num_frames, objective="eqm"):
+def summarize(rows, num_frames, objective):
     """{name: mean loss} of float64 rows: frames, index, gamma, loss of the EMA, loss of the raw
     weights, E[x^2], and the EMA's loss of the unmasked part with given frames, or -1. The names,
     for clips of num_frames except the last:
@@ -95,20 +93,21 @@ def summarize(rows, num_frames, objective="eqm"):
 
     def mean_loss(part):
         mean = loss[part].mean()
-        return mean.item(), (mean / transport.zero_loss(square[part].mean(), objective)).item()
+        return mean.item(), (mean / objective.zero_loss(square[part].mean())).item()
 
-    own = frames == num_frames
+    usual = frames == num_frames
     metrics = {}
-    metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)
-    metrics["val_loss_raw"] = raw[own].mean().item()
-    if (given[own] != -1).any():
-        metrics["val_loss_given"] = given[own].mean().item()
+    metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(usual)
+    metrics["val_loss_raw"] = raw[usual].mean().item()
+    if (given[usual] != -1).any():
+        metrics["val_loss_given"] = given[usual].mean().item()
     for fifth in range(5):
-        if (part := own & ((gamma * 5).long() == fifth)).any():
+        if (part := usual & ((gamma * 5).long() == fifth)).any():
             metrics[f"val_loss_gamma_{fifth / 5}"] = loss[part].mean().item()
     lengths = frames.unique().int().tolist()
-    for length in lengths if len(lengths) > 1 else []:
-        metrics[f"val_loss_f{length}"], metrics[f"val_loss_rel_f{length}"] = mean_loss(
-            frames == length
-        )
+    if len(lengths) > 1:
+        for length in lengths:
+            loss_of_length, relative = mean_loss(frames == length)
+            metrics[f"val_loss_f{length}"] = loss_of_length
+            metrics[f"val_loss_rel_f{length}"] = relative
     return metrics

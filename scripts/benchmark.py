@@ -208,7 +208,9 @@ class Step:
             self.device
         )
         with distributed.autocast(self.device, self.precision):
-            losses, *_ = transport.losses(self.model, self.x, self.noise, gamma, self.y, None)
+            losses, *_ = self.model.config.learns.losses(
+                self.model, self.x, self.noise, gamma, self.y, None
+            )
             loss = losses.mean()
         loss.backward()
 

@@ -48,8 +48,9 @@ def check_runnable(flag, state, config):
         f"has {config.in_channels} channels; expected 1 or 3 (pixels)": config.in_channels
         not in (1, 3),
         f"has an energy (ebm {config.ebm}), whose gradient has no JavaScript": config.ebm != "none",
-        f"learned objective {config.objective}, whose field has no equilibria": config.objective
-        != "eqm",
+        (
+            f"learned objective {config.objective}, whose field has no equilibria"
+        ): not config.learns.has_equilibria,
         f"has {size / 1e6:.1f} M weights; expected at most {MOST_WEIGHTS / 1e6:g} M": size
         > MOST_WEIGHTS,
         (

@@ -35,11 +35,6 @@ from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
 
 SHOWN = 20  # classes that the card names
-TRAINED_WITH = {
-    "eqm": "Equilibrium Matching (arXiv 2510.02300)",
-    "flow": "flow matching",
-    "blind": "blind flow matching",
-}
 CARD = """# {name}
 
 Trained with {trained_with}. `config.json` holds all settings. Sampling uses the sampler below
@@ -164,7 +159,7 @@ def make_card(args, state, vae, scores):
     ]
     return CARD.format(
         name=models.model_name(**state["config"]["model"]),
-        trained_with=TRAINED_WITH[state["config"]["model"].get("objective", "eqm")],
+        trained_with=models.EqMConfig(**state["config"]["model"]).learns.title,
         about="\n".join(f"| {key} | {value} |" for key, value in rows),
         sample=f"{'--video ' * video}--ckpt FOLDER --num-samples 16 --folder samples",
         train=f"{'--video ' * video}{'--use-rope ' * rope}--ckpt FOLDER --data-path DATA",

@@ -18,8 +18,10 @@ from test_models import TINY, clip, labels, tiny
 from test_transport import normal
 from tiny_data import random_checkpoint
 from training import Training, refused, run_here, sample_here
+from transport import OBJECTIVES
 
-OBJECTIVES = ("eqm", "flow", "blind")
+EQM = OBJECTIVES["eqm"]
+FLOW = OBJECTIVES["flow"]
 SOLVERS = ("euler", "heun")
 
 
@@ -48,7 +50,7 @@ def test_flow_moves_noise_along_the_exact_path_of_gaussian_data(method, error, s
 
     scale = ((start_gamma * std) ** 2 + (1 - start_gamma) ** 2).sqrt()
     start = start_gamma * mean + scale * noise
-    x, _ = sample(field, start, method, 161, start_gamma=start_gamma, objective="flow", shift=shift)
+    x, _ = sample(field, start, method, 161, start_gamma=start_gamma, objective=FLOW, shift=shift)
     torch.testing.assert_close(x, mean + std * noise, atol=error, rtol=0)
     u = torch.tensor(told, dtype=torch.float64).unique()
     u = transport.shift_gamma(u, 1 / shift)
@@ -63,7 +65,7 @@ def test_given_values_have_gamma_1_and_the_others_that_of_the_solver():
     told = []
     field = lambda x, keep, gamma: told.append(gamma) or torch.zeros_like(x)  # noqa: E731
     x = normal(3, 2, 6, 4, 4)
-    sample(field, x, "euler", 5, objective="flow", given=torch.zeros_like(x), mask=mask)
+    sample(field, x, "euler", 5, objective=FLOW, given=torch.zeros_like(x), mask=mask)
     for gamma, expected in zip(told, (0, 0.25, 0.5, 0.75), strict=True):
         assert torch.equal(gamma, mask.float().clamp(min=expected))
 
@@ -85,12 +87,12 @@ def test_guidance_passes_the_levels_to_both_terms():
     torch.testing.assert_close(f[:, 0, 0, 0, 0], expected)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_targets_and_losses_of_each_objective(objective):
     x = normal(4, 2, 3, 4, 4)
     noise = normal(4, 2, 3, 4, 4, seed=1)
     gamma = torch.tensor([0.0, 0.5, 0.9, 1.0])
-    factor = transport.decay(gamma) if objective == "eqm" else torch.ones(4)
+    factor = transport.decay(gamma) if objective is EQM else torch.ones(4)
     truth = (x - noise) * factor.reshape(4, 1, 1, 1, 1)
     told = []
 
@@ -98,27 +100,23 @@ def test_targets_and_losses_of_each_objective(objective):
         told.append(levels)
         return truth + 1
 
-    errors, square, _ = transport.losses(network, x, noise, gamma, None, None, objective=objective)
+    errors, square, _ = objective.losses(network, x, noise, gamma, None, None)
     torch.testing.assert_close(errors, torch.ones(4))
     torch.testing.assert_close(square, truth.square().mean())
-    assert told == [{"gamma": gamma} if objective == "flow" else {}]
+    assert told == [{"gamma": gamma} if objective is FLOW else {}]
     levels = torch.tensor([[1.0, 0.3, 0.3]]).expand(4, 3)  # of frames
-    goal = transport.target(x, noise, levels, objective)
+    goal = objective.target(x, noise, levels)
     goal[:, :, 0] += 9.0  # an error where nothing is to be denoised
-    errors, square, _ = transport.losses(
-        lambda *_, **__: goal, x, noise, levels, None, None, objective=objective
-    )
-    torch.testing.assert_close(errors, torch.full((4,), 27.0 if objective == "eqm" else 0.0))
-    part = transport.target(x, noise, levels, objective)[:, :, 0 if objective == "eqm" else 1 :]
+    errors, square, _ = objective.losses(lambda *_, **__: goal, x, noise, levels, None, None)
+    torch.testing.assert_close(errors, torch.full((4,), 27.0 if objective is EQM else 0.0))
+    part = objective.target(x, noise, levels)[:, :, 0 if objective is EQM else 1 :]
     torch.testing.assert_close(square, part.square().mean())
     many = torch.linspace(0, 1, 20_000)
-    zero = transport.target(
-        2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1), many, objective
+    zero = objective.target(
+        2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1), many
     )
-    assert zero.square().mean().item() == pytest.approx(
-        transport.zero_loss(4.0, objective), rel=0.02
-    )
-    assert transport.velocity(truth[1], gamma[1], objective).equal(x[1] - noise[1])
+    assert zero.square().mean().item() == pytest.approx(objective.zero_loss(4.0), rel=0.02)
+    assert objective.velocity(truth[1], gamma[1]).equal(x[1] - noise[1])
 
 
 def trained(objective, data, steps=300):
@@ -131,7 +129,7 @@ def trained(objective, data, steps=300):
         "num_frames": 1,
         "use_rope": False,
     }
-    shape |= {"hidden_size": 64, "patch_size": 4, "objective": objective}
+    shape |= {"hidden_size": 64, "patch_size": 4, "objective": objective.name}
     model = EqM(replace(TINY, **shape))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, steps)
@@ -140,7 +138,7 @@ def trained(objective, data, steps=300):
         noise = normal(*x.shape, seed=2 * step + 1)
         gamma = torch.rand(len(x))
         y = torch.full((len(x),), 5)
-        errors, *_ = transport.losses(model, x, noise, gamma, y, None, objective=objective)
+        errors, *_ = objective.losses(model, x, noise, gamma, y, None)
         errors.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -148,7 +146,7 @@ def trained(objective, data, steps=300):
     return model.eval()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_data(objective):
     # 64 pixels: a different mean in each, a common offset of variance 0.05, and a variance of 0.2
     # of its own
@@ -168,8 +166,8 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
     path = {"num_steps": 61, "step_size": 0.007}  # as long as the published path
     # The descent does not stop exactly at the data: see test_samplers.py. It guesses gamma from 64
     # values only.
-    error_of_mean, error_of_covariance = (0.12, 0.4) if objective == "eqm" else (0.05, 0.15)
-    for method in ("gd", "ngd") if objective == "eqm" else SOLVERS:
+    error_of_mean, error_of_covariance = (0.12, 0.4) if objective is EQM else (0.05, 0.15)
+    for method in ("gd", "ngd") if objective is EQM else SOLVERS:
         with torch.no_grad():
             x, _ = sample(
                 field, normal(count, 1, 1, 8, 8, seed=9), method, **path, objective=objective
@@ -207,7 +205,7 @@ def test_only_flow_models_take_gamma():
         ("blind", {"gamma": torch.zeros(1)}),
         ("flow", {}),
     ):
-        with pytest.raises(AssertionError, match="only objective flow"):
+        with pytest.raises(AssertionError, match="is told gamma, or it is not"):
             tiny(objective=objective)(clip(8), labels(), **told)
     with pytest.raises(ValueError, match="ebm dot needs objective eqm, got blind"):
         tiny(objective="blind", ebm="dot")

@@ -66,7 +66,7 @@ def descend(method):
 NOISE = TENSORS["loss.noise"].unsqueeze(2)
 GAMMA = TENSORS["loss.gamma"]
 X_GAMMA = transport.interpolate(X, NOISE, GAMMA)
-TARGET = transport.target(X, NOISE, GAMMA)
+TARGET = transport.OBJECTIVES["eqm"].target(X, NOISE, GAMMA)
 RESULTS = {  # of the published code: what gives the same
     "output": lambda: make_model()(X, Y),
     "cfg4.output": lambda: guided(make_model(), SETTINGS["cfg_scale"])(X, torch.arange(3)),

@@ -10,6 +10,7 @@ from models import Condition
 from samplers import guided, sample
 from test_transport import normal
 
+EQM = transport.OBJECTIVES["eqm"]
 every_method = pytest.mark.parametrize("method", ["gd", "ngd", "euler", "heun"])
 GIVEN = torch.arange(8) < 3  # of 8 values of a sample
 TIME_SCALE = torch.tensor([0.04, 0.08, 0.1])
@@ -68,7 +69,7 @@ def test_the_observer_sees_every_point_and_the_start_is_not_changed(method, num_
     before = start.clone()
     field = lambda x, keep: seen.append(keep.tolist()) or torch.full_like(x, 2.0)  # noqa: E731
     observe = lambda x, keep: observed.append((x.clone(), keep.tolist()))  # noqa: E731
-    x, evaluations = sample(field, start, method, num_steps, 0.1, observe=observe)
+    x, evaluations = sample(field, start, method, num_steps, 0.1, objective=EQM, observe=observe)
     count = 2 * num_steps - 3 if method == "heun" else num_steps - 1
     assert evaluations.tolist() == [count] * 3 and seen == [[0, 1, 2]] * count
     assert torch.equal(start, before) and x.isfinite().all()
@@ -120,24 +121,28 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
         gamma = ((x - noise) * path).sum(dim=1) / path.square().sum(dim=1)
         return transport.decay(gamma)[:, None] * path
 
-    x, _ = sample(field, start, method, num_steps, start_gamma=start_gamma)
+    x, _ = sample(field, start, method, num_steps, start_gamma=start_gamma, objective=EQM)
     torch.testing.assert_close(x, data)
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
-def test_the_error_of_a_solver_falls_with_its_order(method, order, monkeypatch):
+def test_the_error_of_a_solver_falls_with_its_order(method, order):
     gammas = []
-    monkeypatch.setattr(
-        transport, "velocity", lambda f, gamma, _: gammas.append(gamma.item()) or f
-    )  # dx/dgamma = -x
+
+    class Unscaled(transport.Objective):  # dx/dgamma = f
+        def velocity(self, f, gamma):
+            gammas.append(gamma.item())
+            return f
+
+    objective = Unscaled("unscaled", "", has_decay=True, is_told=False)
     start = normal(2, 3, dtype=torch.float64)
     errors = []
     for num_steps in (41, 81):
-        x, _ = sample(lambda x, keep: -x, start, method, num_steps)
+        x, _ = sample(lambda x, keep: -x, start, method, num_steps, objective=objective)
         errors.append((x - start * torch.tensor(-1.0, dtype=torch.float64).exp()).norm())
     assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order, abs=0.1)
     gammas.clear()
-    sample(lambda x, keep: x, start, method, num_steps=7, start_gamma=0.4)
+    sample(lambda x, keep: x, start, method, num_steps=7, start_gamma=0.4, objective=objective)
     assert sorted(set(gammas)) == pytest.approx(
         [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     )  # equal steps, never at gamma 1
@@ -155,10 +160,12 @@ def test_masked_values_stay_and_the_others_move_as_if_alone(method):
             GIVEN, torch.nan, 1.0
         )  # the field of masked values must not matter
 
-    masked = {"given": given, "mask": GIVEN.expand(3, 8)}
+    masked = {"given": given, "mask": GIVEN.expand(3, 8), "objective": EQM}
     x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), **masked)
     assert all(torch.equal(point[:, GIVEN], given[:, GIVEN]) for point in (x, *seen))  # bit for bit
-    alone, _ = sample(lambda x, keep: normal(8)[~GIVEN] - x, start[:, ~GIVEN], method, 6, 0.1)
+    alone, _ = sample(
+        lambda x, keep: normal(8)[~GIVEN] - x, start[:, ~GIVEN], method, 6, 0.1, objective=EQM
+    )
     assert torch.equal(x[:, ~GIVEN], alone)
 
 

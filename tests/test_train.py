@@ -21,6 +21,7 @@ from runtime.rng import normal, uniform
 from tiny_data import make_images, make_vae
 from tiny_videos import scribble, write_equal_videos, write_video
 from training import IMAGES, counted_steps, refused, run_main
+from transport import OBJECTIVES
 from vae import VAE, load_vae
 from video.index import scan_videos, split_videos
 
@@ -131,14 +132,14 @@ def test_every_kind_of_training_learns(flags, expected, videos, tmp_path):
 def test_steps_without_a_finite_gradient_are_skipped_while_tolerated(
     tolerated, videos, tmp_path, monkeypatch, capsys
 ):
-    losses = transport.losses
+    losses = transport.Objective.losses
     calls = itertools.count(1)
 
     def broken(*args, **flags):
         each, *rest = losses(*args, **flags)
         return each * (torch.nan if next(calls) in (3, 4) else 1), *rest  # of these steps
 
-    monkeypatch.setattr(transport, "losses", broken)
+    monkeypatch.setattr(transport.Objective, "losses", broken)
     monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": torch.nan}, []))
     flags = [*TRAIN, "--data-path", videos, "--max-steps", 6, "--skip-nonfinite", tolerated]
     if tolerated < 2:
@@ -248,8 +249,9 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
         global_seed=3, gamma_shift=2.0, precision="fp32", disp=disp, forcing=forcing
     )
     args.forcing_regions = regions
-    shape = {"temporal_patch_size": 4, "level_frames": 1, "input_size": 16}
-    config = SimpleNamespace(class_dropout_prob=0.5, num_classes=2, objective="eqm", **shape)
+    config = model_config(
+        "EqM-S/4", class_dropout_prob=0.5, num_classes=2, use_rope=True, input_size=16
+    )
     losses, target_square = train.training_losses(
         network, VAE("none"), batch, config, args, 5, torch.device("cpu")
     )
@@ -273,7 +275,7 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
         {"disp_loss"} if disp else set()
     )  # apart from that of the field
     torch.testing.assert_close(
-        losses["train_loss"], transport.target(x, noise, gamma).square().mean()
+        losses["train_loss"], OBJECTIVES["eqm"].target(x, noise, gamma).square().mean()
     )
     torch.testing.assert_close(target_square, losses["train_loss"])  # as the network predicts zero
 

@@ -11,7 +11,16 @@ import torch
 
 import transport
 from runtime.rng import uniform
-from transport import clean_frames, condition_dropout, draw_gammas, first_given, shift_gamma
+from transport import (
+    OBJECTIVES,
+    clean_frames,
+    condition_dropout,
+    draw_gammas,
+    first_given,
+    shift_gamma,
+)
+
+EQM = OBJECTIVES["eqm"]
 
 GAMMA = torch.tensor([0.0, 0.5, 0.9, 1.0])
 DECAY = [4.0, 4.0, 2.0, 0.0]  # c(GAMMA)
@@ -32,8 +41,8 @@ def losses_of(f, x, noise, gamma, first=0):
         )
         return (f, "features") if return_features else f
 
-    loss, square, nothing = transport.losses(network, x, noise, gamma, "y", "time_scale", first)
-    *same, features = transport.losses(
+    loss, square, nothing = EQM.losses(network, x, noise, gamma, "y", "time_scale", first)
+    *same, features = EQM.losses(
         network, x, noise, gamma, "y", "time_scale", first, return_features=True
     )
     assert (
@@ -60,22 +69,20 @@ def test_gamma_per_frame_is_the_noise_level_of_that_frame():
     own = torch.rand(4, 3, generator=torch.Generator().manual_seed(3))
     same = GAMMA[:, None].expand(4, 3)
     own[0, 1] = 1  # a clean frame is the data, and its target is zero
-    for function in (transport.interpolate, transport.target):
+    for function in (transport.interpolate, EQM.target):
         frames = [function(x[:, :, [t]], noise[:, :, [t]], own[:, t]) for t in range(3)]
         assert torch.equal(function(x, noise, own), torch.cat(frames, dim=2))
         assert torch.equal(function(x, noise, GAMMA), function(x, noise, same))
     assert torch.equal(losses_of(f, x, noise, GAMMA)[0], losses_of(f, x, noise, same)[0])
     assert torch.equal(transport.interpolate(x, noise, own)[0, :, 1], x[0, :, 1])
-    assert not transport.target(x, noise, own)[0, :, 1].any()
+    assert not EQM.target(x, noise, own)[0, :, 1].any()
 
 
 def test_a_network_that_predicts_zero_has_the_expected_loss():
     x = 2 * normal(20_000, 1, 1, 4, 4)
     noise = normal(20_000, 1, 1, 4, 4, seed=1)
     losses, square = losses_of(torch.zeros_like(x), x, noise, torch.linspace(0, 1, 20_000))
-    assert losses.mean().item() == pytest.approx(
-        transport.zero_loss(4.0), rel=0.02
-    )  # 4 standard errors
+    assert losses.mean().item() == pytest.approx(EQM.zero_loss(4.0), rel=0.02)  # 4 standard errors
     assert square.item() == pytest.approx(
         losses.mean().item(), rel=1e-5
     )  # the mean square of the same targets
@@ -85,7 +92,7 @@ def test_the_loss_is_the_mean_squared_error_per_clip_in_float32():
     x = normal(4, 2, 3, 4, 4)
     noise = normal(4, 2, 3, 4, 4, seed=1)
     offsets = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    truth = transport.target(x, noise, GAMMA)
+    truth = EQM.target(x, noise, GAMMA)
     assert torch.equal(losses_of(truth, x, noise, GAMMA)[0], torch.zeros(4))
     losses, _ = losses_of(truth + offsets.reshape(4, 1, 1, 1, 1), x, noise, GAMMA)
     torch.testing.assert_close(losses, offsets.square(), atol=1e-5, rtol=1e-5)

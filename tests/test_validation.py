@@ -10,6 +10,7 @@ from runtime.rng import generator
 from runtime.signals import StopSignal
 from test_models import tiny
 from tiny_videos import clips_of, make_video, write_equal_videos
+from transport import OBJECTIVES
 from vae import VAE
 from validation import summarize, validate, validation_chunks
 from video.clips import Clips, collate
@@ -121,7 +122,9 @@ def test_validation_tells_the_gammas_apart():
         -1,
     )  # frames, index, gamma, EMA, raw, E[x^2], with given frames: none
     metrics = summarize(
-        torch.stack([torch.as_tensor(column, dtype=n.dtype).expand(10) for column in columns], 1), 4
+        torch.stack([torch.as_tensor(column, dtype=n.dtype).expand(10) for column in columns], 1),
+        4,
+        OBJECTIVES["eqm"],
     )
     assert metrics["val_loss"] == 4.5 and metrics["val_loss_raw"] == 7
     assert metrics["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)

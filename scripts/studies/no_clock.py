@@ -84,14 +84,14 @@ def run_method(method, model, x, is_clean, labels, time_scale, level, seed):
     setting = SETTINGS[model.config.objective]
     condition = Condition.of(labels, model.config)
     field = guided(model, condition, torch.full((len(x),), time_scale), GUIDANCE)
-    if model.config.objective == "eqm":
+    if model.config.learns.has_equilibria:
         return sample(field, x, "ngd", USUAL + 1, setting.way / USUAL)[0]
     x, gamma, clean = start_of(method, x, level, is_clean, model.config.temporal_patch_size, seed)
     masked = (
         {"given": x, "mask": clean.expand(len(x), 1, -1)[..., None, None]} if clean.any() else {}
     )
     points = (USUAL + 3) // 2 if setting.way == "heun" else USUAL + 1
-    flow = {"objective": "flow", "shift": setting.shift, "start_gamma": gamma}
+    flow = {"objective": model.config.learns, "shift": setting.shift, "start_gamma": gamma}
     return sample(field, x, setting.way, points, **flow, **masked)[0]
 
 
