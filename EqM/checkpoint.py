@@ -65,7 +65,6 @@ class Progress:
     position: int = 0  # number of samples used from that stream
     best_loss: float = math.inf  # lowest validation loss of the phase
     best_step: int = -1  # and its step
-    skipped: int = 0  # steps in a row whose gradient was not finite
     seconds: float = 0.0  # of the run, without interruptions
     flops: float = 0.0  # of the run's training steps
     ema_start: int = 0  # the step at which the average of the weights began: see optim.ema_decay
@@ -566,7 +565,9 @@ def find_resumed(args, name, ckpt=None, read=load):
         start.unlogged = deepcopy(state["run"]["window"])
         check_optimizer(start, args)
         check_last_step(args, state["step"], least=state["step"])
-        start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
+        phase = dict(state["phase"])
+        phase.pop("skipped", None)  # older files
+        start.progress = Progress(state["step"], best_loss=state["best_loss"], **phase)
     return start
 
 
@@ -648,3 +649,51 @@ def newest_checkpoint(folder, read=load):
         if intact and path == latest:  # always the newest
             break
     return max(intact, key=lambda one: one[1]["step"], default=(None, None))
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+
+def add_flags(add):
+    """Add the flags that say where training starts, to the group "run" of train.py."""
+    add(
+        "--ckpt",
+        metavar="FILE",
+        help="start a new phase from this checkpoint, export or published image model",
+    )
+    add(
+        "--inflate",
+        metavar="FILE",
+        help="start a video model from an image model: checkpoint, export or published",
+    )
+    add(
+        "--new-classes",
+        action="store_true",
+        help="train on other classes than before; known names keep embeddings",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the newest run of this model, frames and positions, if any",
+    )
+
+
+def check_flags(args):
+    """Raise UserError for contradictions among --ckpt, --inflate and --new-classes."""
+    for name in ("ckpt", "inflate"):
+        if getattr(args, name) == "":
+            raise UserError(
+                f"{flag_text(args, name)}: an empty name; name a checkpoint, or remove it to "
+                "start from scratch"
+            )
+    if args.new_classes and not (args.ckpt or args.inflate):
+        raise UserError("--new-classes: needs a model of other classes; add --ckpt or --inflate")
+    if args.inflate and args.ckpt:
+        raise UserError(
+            f"--inflate {args.inflate}: a run starts from one model; remove it, or remove --ckpt"
+        )
+    if args.inflate and not (args.video and args.use_rope):
+        raise UserError(
+            f"--inflate {args.inflate}: starts a video model with rotary positions; add --video "
+            "and --use-rope"
+        )

@@ -53,52 +53,53 @@ STOP_BELOW = 1.0  # as accurate as 249 evaluations, with 57% of them (docs/resul
 # Settings of the sampler --------------------------------------------------------------------------
 
 
-def add_sampling_flags(parser):
+def add_flags(parser):
     """Add the flags of the sampler to a parser. `resolve_sampler` fills in their defaults."""
     add = parser.add_argument_group(
         "sampling (default: settings of the checkpoint, else as below)"
     ).add_argument
-    default = {name: f"; default: {value}" for name, value in SAMPLER.items()}
-    text = (
-        "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma"
-        + default["sampler"]
-    )
     add(
         "--sampler",
         choices=[*DESCENTS, *SOLVERS],
-        help=text + ", or euler if --objective is not eqm",
+        help=(
+            "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma; "
+            "default: gd, or euler if --objective is not eqm"
+        ),
     )
     add(
         "--num-sampling-steps",
         type=number(int, least=2),
         metavar="N",
         help=(
-            "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3"
-            + default["num_sampling_steps"]
+            "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3; default: "
+            f"{SAMPLER['num_sampling_steps']}"
         ),
     )
-    text = (
-        "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations "
-        "x step size"
+    add(
+        "--stepsize",
+        type=POSITIVE,
+        metavar="X",
+        help=(
+            "step size eta of gd and ngd; if you set only one of N and X, the other keeps "
+            f"evaluations x step size; default: {SAMPLER['stepsize']}"
+        ),
     )
-    add("--stepsize", type=POSITIVE, metavar="X", help=text + default["stepsize"])
-    add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd{default['mu']}")
-    text = (
-        "gd and ngd: stop a sample when the root mean square of its field is below R (0: off; no "
-        f"R: {STOP_BELOW})"
-    )
+    add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd; default: {SAMPLER['mu']}")
     add(
         "--stop-below",
         type=NON_NEGATIVE,
         nargs="?",
         const=STOP_BELOW,
         metavar="R",
-        help=f"{text}; default: off",
+        help=(
+            "gd and ngd: stop a sample when the root mean square of its field is below R (0: off; "
+            f"no R: {STOP_BELOW}); default: off"
+        ),
     )
     add(
         "--cfg-scale",
         type=NON_NEGATIVE,
-        help=f"scale of classifier-free guidance; 1 = off{default['cfg_scale']}",
+        help=f"scale of classifier-free guidance; 1 = off; default: {SAMPLER['cfg_scale']}",
     )
 
 

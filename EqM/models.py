@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
 )
 
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
+from runtime.cli import COUNT, NON_NEGATIVE, POSITIVE
 from transport import OBJECTIVES
 
 EBMS = ("none", "dot", "l2")
@@ -614,6 +615,7 @@ def build_model(name, **overrides):
 
 
 NAMES = [f"EqM-{size}/{patch_size}" for size in SIZES for patch_size in (2, 4, 8)]
+USUAL_NAME = "EqM-S/4"  # the default of --model
 EqM_models = {name: partial(build_model, name) for name in NAMES}
 
 
@@ -625,3 +627,87 @@ def model_name(depth, hidden_size, num_heads, patch_size, **_):
     names = {shape: name for name, shape in SIZES.items()}
     unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
     return f"EqM-{names.get((depth, hidden_size, num_heads), unnamed)}/{patch_size}"
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+# those that a checkpoint decides, besides --model
+FLAGS = (
+    "depth",
+    "hidden_size",
+    "num_heads",
+    "temporal_patch_size",
+    "rope_theta",
+    "rope_split",
+    "rope_speed",
+    "position_table",
+    "qk_norm",
+    "ebm",
+    "objective",
+)
+
+
+def add_flags(parser):
+    """Add the flags of a new network to the parser of train.py."""
+    add = parser.add_argument_group("model (defaults come from --inflate, too)").add_argument
+    add("--video", action="store_true", help="train on videos; without it on images")
+    add(
+        "--model",
+        choices=NAMES,
+        metavar="NAME",
+        help=("EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; default: from --ckpt, else " + USUAL_NAME),
+    )
+    add("--depth", type=COUNT, help="number of blocks; default: from --ckpt, else from --model")
+    add("--hidden-size", type=COUNT, help="width; default: from --ckpt, else from --model")
+    add("--num-heads", type=COUNT, help="attention heads; default: from --ckpt, else from --model")
+    add(
+        "--temporal-patch-size",
+        type=COUNT,
+        help="frames per patch; default: from --ckpt, else the spatial size",
+    )
+    add(
+        "--use-rope",
+        action="store_true",
+        help="3D rotary positions, for any number of frames; default: fixed ones",
+    )
+    add(
+        "--rope-theta",
+        type=POSITIVE,
+        help="base of the frequencies; default: from --ckpt, else 10000",
+    )
+    add(
+        "--rope-split",
+        metavar="T,H,W",
+        help=(
+            "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, "
+            "else a third each"
+        ),
+    )
+    add(
+        "--rope-speed",
+        type=NON_NEGATIVE,
+        help=(
+            "patches by which spatial positions move per temporal patch at 25 fps; default: from "
+            "--ckpt, else 0"
+        ),
+    )
+    add(
+        "--position-table",
+        choices=POSITION_TABLES,
+        help=(
+            "space: add fixed positions of height and width to rotary ones; default: from --ckpt, "
+            "else none"
+        ),
+    )
+    add(
+        "--qk-norm",
+        action="store_true",
+        default=None,
+        help="RMSNorm of queries and keys; default: from --ckpt",
+    )
+    add(
+        "--ebm",
+        choices=EBMS,
+        help="energy whose negative gradient is the field; default: from --ckpt, else none",
+    )
+    add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")

@@ -1,4 +1,4 @@
-"""Optimizers, learning rates, the check for gradients that are not finite, and the EMA."""
+"""Optimizers, learning rates, the check for gradients that overflow in fp16, and the EMA."""
 
 import math
 import operator
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from runtime import distributed
+from runtime.cli import NATURAL, NON_NEGATIVE, POSITIVE, SHARE, UserError
 from sharding import full_tensor, is_sharded, scatter
 
 MUON_DECAY = 0.1  # weight decay; without it the weights grow until the learning rate falls
@@ -160,15 +161,15 @@ def learning_rates(optimizers):
     return {name: optimizer.param_groups[0]["lr"] for name, optimizer in pairs}
 
 
-def check_gradient(grad_norm, losses, scaler):
-    """Return (whether to skip a step with a gradient that is not finite, 1.0 or 0.0).
+def check_fp16(grad_norm, losses):
+    """Return (whether to skip a step whose gradient is not finite, 1.0 or 0.0).
 
-    The number is 1.0 if the skip is no error. In fp16 it is an error only if a loss is not finite
-    either: gradients overflow now and then, and the scaler then lowers its scale. In other
-    precisions --skip-nonfinite decides. All ranks have the same gradient, so they agree.
+    The number is 1.0 if the skip is no error. It is an error only if a loss is not finite either:
+    in fp16, gradients overflow now and then, and the scaler then lowers its scale. All ranks have
+    the same gradient, so they agree.
     """
     skip = not grad_norm.isfinite()
-    tolerated = skip and (not scaler.is_enabled() or all(loss.isfinite() for loss in losses))
+    tolerated = skip and all(loss.isfinite() for loss in losses)
     return skip, torch.full((), float(tolerated), device=grad_norm.device)
 
 
@@ -180,3 +181,40 @@ def ema_decay(args, steps):
 @torch.no_grad()
 def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+
+def add_flags(parser, **defaults):
+    """Add the flags of the optimizer and the EMA to the parser of train.py or train_vae.py."""
+    add = parser.add_argument_group("optimization").add_argument
+    add("--optimizer", choices=["adamw", "muon"], help="muon: Muon for the hidden matrices")
+    add("--lr", type=POSITIVE, help="learning rate of AdamW")
+    add("--muon-lr", type=POSITIVE, help="learning rate of Muon")
+    add("--warmup-steps", type=NATURAL, help="steps up to the full learning rate; 0 = off")
+    add(
+        "--lr-decay",
+        type=SHARE,
+        help="fraction of the steps, at the end, in which the rate falls to 0; 0 = off",
+    )
+    add(
+        "--weight-decay",
+        type=NON_NEGATIVE,
+        help=(
+            f"decoupled weight decay; 0 = off; default: {MUON_DECAY} with --optimizer muon of "
+            "train.py, else 0"
+        ),
+    )
+    add("--clip-grad", type=NON_NEGATIVE, help="largest norm of the gradient; 0 = off")
+    add("--ema-decay", type=SHARE, help="decay of the EMA weights; lower at first")
+    add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
+    parser.set_defaults(**defaults)
+
+
+def check_flags(args):
+    """Raise UserError for a --muon-lr that --optimizer does not use."""
+    if "muon_lr" in args.typed and args.optimizer != "muon":
+        raise UserError(
+            f"--muon-lr {args.muon_lr}: applies to --optimizer muon; add that, or remove it"
+        )

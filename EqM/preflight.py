@@ -11,7 +11,11 @@ import torch
 
 import checkpoint
 import generation
-from models import model_config, model_name, model_shape
+import models
+import optim
+import schedule
+import transport
+from models import USUAL_NAME, model_config, model_name, model_shape
 from optim import MUON_DECAY
 from published import is_published
 from runtime import cli, distributed
@@ -21,27 +25,13 @@ from runtime.metrics import import_wandb
 from runtime.runs import check_job
 from runtime.untrusted import is_text, read_json
 from samplers import SOLVERS
-from schedule import Phase, fill_batches
+from schedule import Phase, clip_lengths, fill_batches, frames_flag
 from vae import check_same, load_vae, must_differ
 from video.index import CorruptVideos, find_data, fitting_interval, name_some
 from video.inputs import find_clips
 from video.samples import foreign_files
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
 
-DEFAULT_MODEL = "EqM-S/4"
-MODEL_FLAGS = (
-    "depth",
-    "hidden_size",
-    "num_heads",
-    "temporal_patch_size",
-    "rope_theta",
-    "rope_split",
-    "rope_speed",
-    "position_table",
-    "qk_norm",
-    "ebm",
-    "objective",
-)
 # flags that `note_changes` does not report: harmless, or checked against the checkpoint
 UNREPORTED = {
     "resume",
@@ -60,7 +50,7 @@ UNREPORTED = {
     "grad_checkpoint",
     "model",
     "guidance_chosen",
-    *MODEL_FLAGS,
+    *models.FLAGS,
 }
 
 
@@ -75,7 +65,7 @@ def check_run(args):
     cli.check_devices()
     if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
         return None
-    args = resolve_frames(args)
+    args = schedule.resolve_flags(args)
     check_flags(args)
     check_data_path(args.data_path, images=not args.video)
     start = checkpoint.find_start(args, run_name(args))
@@ -143,46 +133,14 @@ def check_same_start(start):
         raise UserError(f"the ranks start from different checkpoints, {found}; {advice}")
 
 
-def clip_lengths(args):
-    """The lengths of the training clips in frames, from --frames-schedule or --num-frames."""
-    return [phase.num_frames for phase in args.frames_schedule or []] or [args.num_frames]
-
-
-def frames_flag(args):
-    return "--frames-schedule" if args.frames_schedule else "--num-frames"
-
-
-def resolve_frames(args):
-    """Flags with --num-frames: 1 for images, else 16 by default.
-
-    A schedule sets --num-frames and --max-steps.
-    """
-    if not args.video:
-        for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
-            if getattr(args, name) not in (None, 1, [1]):
-                raise UserError(
-                    f"{flag_text(args, name)}: needs videos, because images have one frame; add "
-                    "--video, or remove it"
-                )
-        return args.resolve(num_frames=1, temporal_patch_size=1)
-    if not args.frames_schedule:
-        return args.resolve(num_frames=args.num_frames or 16)
-    for name in ("num_frames", "max_steps", "epochs"):
-        if getattr(args, name) is not None:
-            raise UserError(
-                f"{flag_text(args, name)}: contradicts --frames-schedule; remove one of them"
-            )
-    return args.resolve(
-        num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step
-    )
-
-
 def check_flags(args):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     check_job()
     cli.check_speed_flags(args)
-    check_optimizer_flags(args)
-    check_start_flags(args)
+    transport.check_flags(args, clip_lengths(args))
+    schedule.check_flags(args)
+    optim.check_flags(args)
+    checkpoint.check_flags(args)
     cli.check_writable("--results-dir", args.results_dir)
     if not is_text(args.results_dir):
         raise UserError(
@@ -190,73 +148,9 @@ def check_flags(args):
         )
     if args.wandb:
         import_wandb()
-    schedule = args.frames_schedule
-    batch = args.global_batch_size
-    last = args.max_steps or math.inf
-    if args.mix and not schedule:
-        raise UserError(
-            f"--mix {args.mix}: needs earlier phases; add --frames-schedule, or remove it"
-        )
-    ascends = args.frame_interval == sorted(args.frame_interval)[:2]
-    for name in ("forcing", "forcing_regions"):
-        if getattr(args, name) and {*clip_lengths(args)} == {1}:
-            raise UserError(
-                f"{flag_text(args, name)}: does not apply to clips of one frame; remove it"
-            )
-    if not ascends:
+    if args.frame_interval != sorted(args.frame_interval)[:2]:
         raise UserError(
             f"{flag_text(args, 'frame_interval')}: expected one number, or two in ascending order"
-        )
-    if args.lr_decay_end is not None and not args.lr_decay:
-        raise UserError(
-            f"--lr-decay-end {args.lr_decay_end}: applies to --lr-decay; add that, or remove it"
-        )
-    if args.lr_decay_end and args.lr_decay_end < last:
-        raise UserError(
-            f"--lr-decay-end {args.lr_decay_end}: expected at least the last step of --max-steps "
-            "or --frames-schedule"
-        )
-    parts = world_size() * args.grad_accum
-    ranks = f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
-    uneven = batch % parts and not schedule
-    alone = args.disp and batch == parts
-    if uneven:
-        raise UserError(
-            f"--global-batch-size {args.global_batch_size}: not a multiple of {ranks}; use a "
-            f"multiple of {parts}"
-        )
-    if alone:
-        raise UserError(
-            "--disp: compares clips, but each rank has one at a time; raise --global-batch-size"
-        )
-
-
-def check_start_flags(args):
-    """Raise UserError for contradictions among --ckpt, --inflate and --new-classes."""
-    for name in ("ckpt", "inflate"):
-        if getattr(args, name) == "":
-            raise UserError(
-                f"{flag_text(args, name)}: an empty name; name a checkpoint, or remove it to "
-                "start from scratch"
-            )
-    if args.new_classes and not (args.ckpt or args.inflate):
-        raise UserError("--new-classes: needs a model of other classes; add --ckpt or --inflate")
-    if args.inflate and args.ckpt:
-        raise UserError(
-            f"--inflate {args.inflate}: a run starts from one model; remove it, or remove --ckpt"
-        )
-    if args.inflate and not (args.video and args.use_rope):
-        raise UserError(
-            f"--inflate {args.inflate}: starts a video model with rotary positions; add --video "
-            "and --use-rope"
-        )
-
-
-def check_optimizer_flags(args):
-    """Raise UserError for a --muon-lr that --optimizer does not use."""
-    if "muon_lr" in args.typed and args.optimizer != "muon":
-        raise UserError(
-            f"--muon-lr {args.muon_lr}: applies to --optimizer muon; add that, or remove it"
         )
 
 
@@ -307,7 +201,7 @@ def make_config(args, vae, start):
     """The EqMConfig of this run without its classes, from the flags or from a checkpoint that
     agrees with them.
     """
-    model = args.model or DEFAULT_MODEL
+    model = args.model or USUAL_NAME
     size = args.image_size
     unit = vae.downsample * (1 if start.state else model_shape(model)["patch_size"])
     near = size // unit * unit or unit
@@ -315,7 +209,7 @@ def make_config(args, vae, start):
         raise UserError(
             f"--image-size {args.image_size}: not a multiple of {unit} (VAE and patch); use {near}"
         )
-    names = [name for name in (*MODEL_FLAGS, "num_classes") if getattr(args, name) is not None]
+    names = [name for name in (*models.FLAGS, "num_classes") if getattr(args, name) is not None]
     settings = {name: getattr(args, name) for name in ("num_frames", "use_rope", *names)}
     settings |= {"input_size": args.image_size // vae.downsample, "in_channels": vae.channels}
     try:
@@ -359,7 +253,7 @@ def resolve_settings(args, start, config):
         },
         start_sha256=start.kept("start_sha256") if start.resumes else start.sha256,
         shard=args.shard and world_size() > 1,
-        model=args.model or trained.get("model", DEFAULT_MODEL),
+        model=args.model or trained.get("model", USUAL_NAME),
         precision=cli.resolve_precision(
             args.precision, config.ebm != "none", start.kept("precision")
         ),
@@ -367,16 +261,12 @@ def resolve_settings(args, start, config):
         **generation.resolve_sampler(args, trained, config.learns),
     )
     has_energy = config.ebm != "none"
-    in_fp16 = args.precision == "fp16"
     if args.compile and has_energy:
         raise UserError(f"--compile: no second derivative for --ebm {config.ebm}; remove it")
-    is_selective = args.grad_checkpoint == "selective"
-    advice = f"no second derivative for --ebm {config.ebm}; use full, or remove the flag"
-    if is_selective and has_energy:
-        raise UserError(f"--grad-checkpoint {args.grad_checkpoint}: {advice}")
-    if args.skip_nonfinite and in_fp16:
+    if args.grad_checkpoint == "selective" and has_energy:
         raise UserError(
-            f"--skip-nonfinite {args.skip_nonfinite}: --precision fp16 already does that; remove it"
+            f"--grad-checkpoint {args.grad_checkpoint}: no second derivative for --ebm "
+            f"{config.ebm}; use full, or remove the flag"
         )
     for name, skill in (("forcing", "given frames"), ("forcing_regions", "how to heal regions")):
         before = 0 if start.resumes else trained.get(name)
@@ -724,7 +614,7 @@ def check_vae_run(args):
     """
     cli.check_devices()
     check_job()
-    check_optimizer_flags(args)
+    optim.check_flags(args)
     count = int(math.log2(args.downsample)) + 1
     args = args.resolve(widths=args.widths or [16, 32, 64, 128][:count])
     unit = args.downsample

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
+import generation
 import preflight
-from generation import add_sampling_flags, cast_products, generate, provenance, sampling_settings
+from generation import cast_products, generate, provenance, sampling_settings
 from given import ClipReader, DrawnClip, as_ranges, frame_ranges, open_given
 from models import EBMS, NAMES
 from runtime import cli, distributed
@@ -150,7 +151,7 @@ def parse_args():
     add("--num-classes", type=COUNT, help="number of classes of the model")
     add("--vae", metavar="VAE", help="new path of the checkpoint's VAE, if it was moved")
     add_speed_flags(parser)
-    add_sampling_flags(parser)
+    generation.add_flags(parser)
     return parser.parse_args()
 
 

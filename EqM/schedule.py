@@ -1,10 +1,12 @@
 """The phases of a run: frames per clip, the global step at the end, and clips per step."""
 
 import argparse
+import math
 import re
 from dataclasses import dataclass, replace
 
-from runtime.cli import UserError, plural
+from runtime.cli import COUNT, SHARE, UserError, flag_text, plural
+from runtime.distributed import world_size
 from runtime.rng import uniform
 
 PHASE = "[1-9][0-9]{0,10}(:[1-9][0-9]{0,10}){1,2}"
@@ -93,3 +95,108 @@ def frames_of_steps(phases, phase, step, first_step, mix, seed):
         earlier[int(chance * len(earlier))] if chance < 1 else phase.num_frames
         for chance in chances
     ]
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+
+def add_flags(parser):
+    """Add the flags of clip lengths, steps and batches to the parser of train.py."""
+    add = parser.add_argument_group("phases").add_argument
+    add("--num-frames", type=COUNT, help="frames per clip; default: 16, images have 1")
+    add(
+        "--frames-schedule",
+        type=parse_schedule,
+        metavar="F:STEP[:BATCH],...",
+        help=(
+            "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the "
+            "phase ends, clips per step (default: as many tokens as in the first phase)"
+        ),
+    )
+    add(
+        "--mix",
+        type=SHARE,
+        default=0.0,
+        help="fraction of later phases' steps with an earlier clip length; 0 = off",
+    )
+    add(
+        "--max-steps",
+        type=COUNT,
+        help="global step to end at, over all phases; default: see --epochs",
+    )
+    add("--epochs", type=COUNT, help="epochs of this phase; default: 1400 without --max-steps")
+    add("--global-batch-size", type=COUNT, default=256, help="clips per step, over all ranks")
+    add("--grad-accum", type=COUNT, default=1, help="micro-batches per step")
+    add(
+        "--lr-decay-end",
+        type=COUNT,
+        help=(
+            "global step at which --lr-decay ends, if more phases follow this run; default: the "
+            "end of this run"
+        ),
+    )
+
+
+def clip_lengths(args):
+    """The lengths of the training clips in frames, from --frames-schedule or --num-frames."""
+    if args.frames_schedule:
+        return [phase.num_frames for phase in args.frames_schedule]
+    return [args.num_frames]
+
+
+def frames_flag(args):
+    """The flag that gives `clip_lengths`."""
+    return "--frames-schedule" if args.frames_schedule else "--num-frames"
+
+
+def check_flags(args):
+    """Raise UserError for phases, batches or steps that contradict each other."""
+    if args.mix and not args.frames_schedule:
+        raise UserError(
+            f"--mix {args.mix}: needs earlier phases; add --frames-schedule, or remove it"
+        )
+    if args.lr_decay_end is not None and not args.lr_decay:
+        raise UserError(
+            f"--lr-decay-end {args.lr_decay_end}: applies to --lr-decay; add that, or remove it"
+        )
+    if args.lr_decay_end and args.lr_decay_end < (args.max_steps or math.inf):
+        raise UserError(
+            f"--lr-decay-end {args.lr_decay_end}: expected at least the last step of --max-steps "
+            "or --frames-schedule"
+        )
+    parts = world_size() * args.grad_accum
+    if args.global_batch_size % parts and not args.frames_schedule:
+        ranks = f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: not a multiple of {ranks}; use a "
+            f"multiple of {parts}"
+        )
+    if args.disp and args.global_batch_size == parts:
+        raise UserError(
+            "--disp: compares clips, but each rank has one at a time; raise --global-batch-size"
+        )
+
+
+def resolve_flags(args):
+    """Flags with --num-frames: 1 for images, else 16 by default.
+
+    A schedule sets --num-frames and --max-steps. Raises UserError.
+    """
+    if not args.video:
+        for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
+            if getattr(args, name) not in (None, 1, [1]):
+                raise UserError(
+                    f"{flag_text(args, name)}: needs videos, because images have one frame; add "
+                    "--video, or remove it"
+                )
+        return args.resolve(num_frames=1, temporal_patch_size=1)
+    if not args.frames_schedule:
+        return args.resolve(num_frames=args.num_frames or 16)
+    for name in ("num_frames", "max_steps", "epochs"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"{flag_text(args, name)}: contradicts --frames-schedule; remove one of them"
+            )
+    return args.resolve(
+        num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step
+    )

@@ -26,30 +26,23 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
+import generation
+import models
 import optim
 import preflight
+import schedule
 import transport
-from generation import Plan, add_sampling_flags, generate, sampling_settings
-from models import EBMS, GRAD_CHECKPOINTS, NAMES, POSITION_TABLES, Condition
-from optim import check_gradient, ema_decay, make_optimizers, set_learning_rates, update_ema
+from generation import Plan, generate, sampling_settings
+from models import Condition
+from optim import check_fp16, ema_decay, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed, runs
-from runtime.cli import (
-    COUNT,
-    NATURAL,
-    NON_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    ArgumentParser,
-    add_speed_flags,
-    plural,
-    say,
-)
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, ArgumentParser, plural, say
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
 from runtime.signals import Interrupted
-from schedule import current_phase, frames_of_steps, is_due, parse_schedule
+from schedule import current_phase, frames_of_steps, is_due
 from sharding import full_tensor, make_networks
 from validation import validate, validation_chunks
 from video.clips import Clips, rank_batches
@@ -61,19 +54,76 @@ def parse_args():
     parser = ArgumentParser(
         description="Train Equilibrium Matching on videos, or without --video on images."
     )
-    add_model_and_data_flags(parser)
-    add_optimization_flags(parser)
-    add = add_speed_flags(parser)
+    models.add_flags(parser)
+    transport.add_flags(parser)
+    add_data_flags(parser)
+    schedule.add_flags(parser)
+    optim.add_flags(
+        parser,
+        optimizer="adamw",
+        lr=1e-4,
+        muon_lr=0.01,
+        warmup_steps=0,
+        lr_decay=0.0,
+        clip_grad=1.0,
+        ema_decay=0.9999,
+    )
+    add_speed_flags(parser)
+    add_run_flags(parser)
+    generation.add_flags(parser)
+    return parser.parse_args()
+
+
+def add_data_flags(parser):
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data-path",
+        required=True,
+        metavar="DIR",
+        help="folder of <class>/<video>, or a latent cache",
+    )
+    add(
+        "--image-size",
+        type=COUNT,
+        metavar="PX",
+        help=(
+            "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
+        ),
+    )
+    add(
+        "--vae",
+        metavar="VAE",
+        help=(
+            "ema, mse, an AutoencoderKL's folder, none: pixels; default: as in the latent cache, "
+            "else --ckpt, else ema"
+        ),
+    )
+    add(
+        "--frame-interval",
+        type=COUNT,
+        nargs="+",
+        default=[1],
+        help=(
+            "video frames from one frame of a clip to the next; two numbers: a random one per "
+            "clip; default: 1"
+        ),
+    )
+    add(
+        "--no-flip", action="store_true", help="never mirror clips; use it if left and right differ"
+    )
+    add_loading_flags(add, num_workers=min(4, os.cpu_count()))
+
+
+def add_speed_flags(parser):
+    add = cli.add_speed_flags(parser)
     add(
         "--grad-checkpoint",
         nargs="?",
-        choices=GRAD_CHECKPOINTS,
+        choices=models.GRAD_CHECKPOINTS,
         const="full",
         help=(
             "recompute activations in the backward pass to save memory: all (full, or no value), "
-            "or "
-            "all but those of "
-            "attention and of most products (selective); default: off"
+            "or all but those of attention and of most products (selective); default: off"
         ),
     )
     add(
@@ -81,28 +131,12 @@ def parse_args():
         action="store_true",
         help="spread weights, optimizer states and EMA over the ranks (FSDP)",
     )
+
+
+def add_run_flags(parser):
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
-    add(
-        "--ckpt",
-        metavar="FILE",
-        help="start a new phase from this checkpoint, export or published image model",
-    )
-    add(
-        "--inflate",
-        metavar="FILE",
-        help="start a video model from an image model: checkpoint, export or published",
-    )
-    add(
-        "--new-classes",
-        action="store_true",
-        help="train on other classes than before; known names keep embeddings",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="continue the newest run of this model, frames and positions, if any",
-    )
+    checkpoint.add_flags(add)
     add("--dry-run", action="store_true", help="check flags, data and checkpoint, then exit")
     add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
     add(
@@ -131,219 +165,6 @@ def parse_args():
     add("--sample-every", type=NATURAL, default=10_000, help="steps between samples; 0 = off")
     add("--num-samples", type=COUNT, default=8, help="clips sampled each time")
     add("--wandb", action="store_true", help="log to Weights & Biases as well")
-    add_sampling_flags(parser)
-    return parser.parse_args()
-
-
-def add_model_and_data_flags(parser):
-    add = parser.add_argument_group("model (defaults come from --inflate, too)").add_argument
-    add("--video", action="store_true", help="train on videos; without it on images")
-    default = f"default: from --ckpt, else {preflight.DEFAULT_MODEL}"
-    add(
-        "--model",
-        choices=NAMES,
-        metavar="NAME",
-        help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; " + default,
-    )
-    add("--depth", type=COUNT, help="number of blocks; default: from --ckpt, else from --model")
-    add("--hidden-size", type=COUNT, help="width; default: from --ckpt, else from --model")
-    add("--num-heads", type=COUNT, help="attention heads; default: from --ckpt, else from --model")
-    add("--num-frames", type=COUNT, help="frames per clip; default: 16, images have 1")
-    add(
-        "--frames-schedule",
-        type=parse_schedule,
-        metavar="F:STEP[:BATCH],...",
-        help=(
-            "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the "
-            "phase ends, clips "
-            "per step (default: as many tokens as in the first phase)"
-        ),
-    )
-    add(
-        "--mix",
-        type=SHARE,
-        default=0.0,
-        help="fraction of later phases' steps with an earlier clip length; 0 = off",
-    )
-    add(
-        "--use-rope",
-        action="store_true",
-        help="3D rotary positions, for any number of frames; default: fixed ones",
-    )
-    add(
-        "--temporal-patch-size",
-        type=COUNT,
-        help="frames per patch; default: from --ckpt, else the spatial size",
-    )
-    add(
-        "--rope-theta",
-        type=POSITIVE,
-        help="base of the frequencies; default: from --ckpt, else 10000",
-    )
-    add(
-        "--rope-split",
-        metavar="T,H,W",
-        help=(
-            "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, "
-            "else a third each"
-        ),
-    )
-    add(
-        "--rope-speed",
-        type=NON_NEGATIVE,
-        help=(
-            "patches by which spatial positions move per temporal patch at 25 fps; default: from "
-            "--ckpt, else 0"
-        ),
-    )
-    add(
-        "--position-table",
-        choices=POSITION_TABLES,
-        help=(
-            "space: add fixed positions of height and width to rotary ones; default: from --ckpt, "
-            "else none"
-        ),
-    )
-    add(
-        "--qk-norm",
-        action="store_true",
-        default=None,
-        help="RMSNorm of queries and keys; default: from --ckpt",
-    )
-    add(
-        "--ebm",
-        choices=EBMS,
-        help="energy whose negative gradient is the field; default: from --ckpt, else none",
-    )
-    objective = (
-        "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; "
-        "default: "
-    )
-    add("--objective", choices=transport.OBJECTIVES, help=objective + "from --ckpt, else eqm")
-    add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
-
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data-path",
-        required=True,
-        metavar="DIR",
-        help="folder of <class>/<video>, or a latent cache",
-    )
-    add(
-        "--image-size",
-        type=COUNT,
-        metavar="PX",
-        help=(
-            "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
-        ),
-    )
-    add(
-        "--vae",
-        metavar="VAE",
-        help=(
-            "ema, mse, an AutoencoderKL's folder, none: pixels; default: as in the latent cache, "
-            "else "
-            "--ckpt, else ema"
-        ),
-    )
-    add(
-        "--frame-interval",
-        type=COUNT,
-        nargs="+",
-        default=[1],
-        help=(
-            "video frames from one frame of a clip to the next; two numbers: a random one per "
-            "clip; "
-            "default: 1"
-        ),
-    )
-    add(
-        "--no-flip", action="store_true", help="never mirror clips; use it if left and right differ"
-    )
-    add_loading_flags(add, num_workers=min(4, os.cpu_count()))
-
-
-def add_optimization_flags(parser):
-    add = parser.add_argument_group("optimization").add_argument
-    add(
-        "--max-steps",
-        type=COUNT,
-        help="global step to end at, over all phases; default: see --epochs",
-    )
-    add("--epochs", type=COUNT, help="epochs of this phase; default: 1400 without --max-steps")
-    add("--global-batch-size", type=COUNT, default=256, help="clips per step, over all ranks")
-    add("--grad-accum", type=COUNT, default=1, help="micro-batches per step")
-    add(
-        "--optimizer",
-        choices=["adamw", "muon"],
-        default="adamw",
-        help="muon: Muon for the matrices of the blocks",
-    )
-    add("--lr", type=POSITIVE, default=1e-4, help="learning rate of AdamW")
-    add("--muon-lr", type=POSITIVE, default=0.01, help="learning rate of Muon")
-    add(
-        "--lr-decay",
-        type=SHARE,
-        default=0.0,
-        help="fraction of the steps, at the end, in which the rate falls to 0",
-    )
-    add(
-        "--lr-decay-end",
-        type=COUNT,
-        help=(
-            "global step at which --lr-decay ends, if more phases follow this run; default: the "
-            "end "
-            "of this run"
-        ),
-    )
-    add(
-        "--warmup-steps",
-        type=NATURAL,
-        default=0,
-        help="steps up to the full learning rate; 0 = off",
-    )
-    add(
-        "--weight-decay",
-        type=NON_NEGATIVE,
-        help=(
-            f"decoupled weight decay; 0 = off; default: {optim.MUON_DECAY} with --optimizer muon, "
-            "else 0"
-        ),
-    )
-    add("--clip-grad", type=NON_NEGATIVE, default=1.0, help="largest norm of the gradient; 0 = off")
-    add(
-        "--skip-nonfinite",
-        type=NATURAL,
-        default=0,
-        help=(
-            "steps in a row to skip if their gradient is not finite; 0: the first one ends the run"
-        ),
-    )
-    add("--ema-decay", type=SHARE, default=0.9999, help="decay of the EMA weights; lower at first")
-    add(
-        "--gamma-shift",
-        type=POSITIVE,
-        default=1.0,
-        help="above 1: train closer to the noise; 1: uniform",
-    )
-    add(
-        "--forcing",
-        type=SHARE,
-        default=0.0,
-        help="fraction of clips with mixed noise levels, to continue clips later",
-    )
-    add(
-        "--forcing-regions",
-        type=SHARE,
-        default=0.0,
-        help="fraction of clips that are clean except for a rectangle",
-    )
-    add(
-        "--disp",
-        action="store_true",
-        help="add the dispersive loss of the last block's activations",
-    )
-    add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
 
 
 @cli.one_line_errors()
@@ -518,9 +339,8 @@ def main():
                     clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
                 )
                 # this makes the CPU wait for the GPU
-                if scaler.is_enabled() or args.skip_nonfinite:
-                    skip, sums["skipped"] = check_gradient(sums["grad_norm"], loss_values, scaler)
-                progress.skipped = progress.skipped + 1 if skip and not scaler.is_enabled() else 0
+                if scaler.is_enabled():
+                    skip, sums["skipped"] = check_fp16(sums["grad_norm"], loss_values)
                 for optimizer in optimizers:
                     if not skip:
                         scaler.step(optimizer)
@@ -532,8 +352,6 @@ def main():
                     phase.batch_size, config.training_flops(num_frames, args.grad_checkpoint)
                 )
                 run.stats.add(files, phase.batch_size * config.training_flops(num_frames), **sums)
-                if progress.skipped > args.skip_nonfinite:
-                    run.stats.raise_nonfinite(progress.step, -1)
                 update_ema(ema, model, ema_decay(args, progress.step - progress.ema_start))
                 bar.update()
                 if stop.resolve():  # True: a checkpoint is due; raises Interrupted

@@ -15,6 +15,7 @@ interruption, run the same command with --resume: the result is the same bit for
 
 import uncaught  # noqa: F401
 import copy
+import math
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -29,9 +30,7 @@ from run import Run, add_loading_flags
 from runtime import cli, distributed
 from runtime.cli import (
     COUNT,
-    NATURAL,
     NON_NEGATIVE,
-    POSITIVE,
     SHARE,
     ArgumentParser,
     Bar,
@@ -52,7 +51,7 @@ from video.writers import write_sheet
 
 def parse_args():
     parser = ArgumentParser(description="Train a small VAE on the frames of videos, for --vae.")
-    parser.set_defaults(video=True, weight_decay=0.0)
+    parser.set_defaults(video=True)
     add = parser.add_argument_group("model").add_argument
     add(
         "--image-size",
@@ -96,31 +95,20 @@ def parse_args():
     )
     add_loading_flags(add, num_workers=2)
 
-    add = parser.add_argument_group("optimization").add_argument
+    optim.add_flags(
+        parser,
+        optimizer="muon",
+        lr=2e-3,
+        muon_lr=0.02,
+        warmup_steps=50,
+        lr_decay=0.5,
+        weight_decay=0.0,
+        clip_grad=1.0,
+        ema_decay=0.995,
+    )
+    add = parser.add_argument_group("run").add_argument
     add("--max-steps", type=COUNT, default=20_000, help="step to end at")
     add("--global-batch-size", type=COUNT, default=32, help="frames per step, over all ranks")
-    add(
-        "--optimizer",
-        choices=["adamw", "muon"],
-        default="muon",
-        help="muon: Muon for the hidden convolutions",
-    )
-    add("--lr", type=POSITIVE, default=2e-3, help="learning rate of AdamW")
-    add("--muon-lr", type=POSITIVE, default=0.02, help="learning rate of Muon")
-    add(
-        "--warmup-steps",
-        type=NATURAL,
-        default=50,
-        help="steps up to the full learning rate; 0 = off",
-    )
-    add(
-        "--lr-decay",
-        type=SHARE,
-        default=0.5,
-        help="fraction of the steps, at the end, in which the learning rate falls to 0; 0 = off",
-    )
-    add("--ema-decay", type=SHARE, default=0.995, help="decay of the EMA weights; lower at first")
-    add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
     add(
         "--precision",
         choices=["fp32", "tf32", "bf16"],
@@ -131,7 +119,6 @@ def parse_args():
         ),
     )
 
-    add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
     add("--resume", action="store_true", help="continue the newest run of this VAE, if any")
     add("--log-every", type=COUNT, default=50, help="steps between two lines of metrics")
@@ -235,7 +222,7 @@ def main():
             losses = training_losses(network, batch, args, device)
             loss = sum(losses.values())
             loss.backward()
-            norm = clip_grad_norm_(model.parameters(), 1.0)
+            norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.cli import POSITIVE, SHARE, UserError, flag_text
 from runtime.rng import generator, uniform
 
 DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
@@ -259,3 +260,51 @@ def first_given(gamma, num_frames, given):
     """Expand gamma (B,) to (B, T) and make the first `given` frames clean (gamma = 1)."""
     is_first = torch.arange(num_frames, device=gamma.device) < given
     return torch.where(is_first, 1.0, gamma[:, None])
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+
+def add_flags(parser):
+    """Add the flags of the objective and the noise levels to the parser of train.py."""
+    add = parser.add_argument_group("objective").add_argument
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        help=(
+            "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; "
+            "default: from --ckpt, else eqm"
+        ),
+    )
+    add(
+        "--gamma-shift",
+        type=POSITIVE,
+        default=1.0,
+        help="above 1: train closer to the noise; 1: uniform",
+    )
+    add(
+        "--forcing",
+        type=SHARE,
+        default=0.0,
+        help="fraction of clips with mixed noise levels, to continue clips later",
+    )
+    add(
+        "--forcing-regions",
+        type=SHARE,
+        default=0.0,
+        help="fraction of clips that are clean except for a rectangle",
+    )
+    add(
+        "--disp",
+        action="store_true",
+        help="add the dispersive loss of the last block's activations",
+    )
+
+
+def check_flags(args, clip_lengths):
+    """Raise UserError for --forcing or --forcing-regions if all clips have one frame."""
+    for name in ("forcing", "forcing_regions"):
+        if getattr(args, name) and {*clip_lengths} == {1}:
+            raise UserError(
+                f"{flag_text(args, name)}: does not apply to clips of one frame; remove it"
+            )

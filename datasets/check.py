@@ -32,6 +32,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import models
 import preflight
 from checkpoint import Progress, Start
 from models import NAMES, EqM, model_shape
@@ -77,7 +78,7 @@ def parse_args():
     parser.set_defaults(
         video=True, epochs=None, use_rope=True, num_classes=1, frames_schedule=None, val_frames=[]
     )
-    parser.set_defaults(**dict.fromkeys(preflight.MODEL_FLAGS))
+    parser.set_defaults(**dict.fromkeys(models.FLAGS))
     add = parser.add_argument
     add("data_path", metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
     add("--num-frames", type=COUNT, default=16, help="frames per clip")
@@ -422,7 +423,7 @@ def choose_flags(args, vae, videos, num_gpus):
     values = {"vae": "none", "model": "EqM-Ti/4", "global_batch_size": 8, "max_steps": 2_000}
     if num_gpus:
         values["vae"] = "none" if side <= MOST_PIXELS else "ema"
-        values["model"] = preflight.DEFAULT_MODEL
+        values["model"] = models.USUAL_NAME
         batch = 256 if len(videos) >= MANY else 32
         values["global_batch_size"] = max(1, batch // num_gpus) * num_gpus
         values["max_steps"] = 50_000 if len(videos) >= MANY else 12_000

@@ -21,11 +21,13 @@ from generation import (
     generate,
     resolve_sampler,
 )
+from models import model_config
 from runtime import distributed
 from runtime.cli import UserError
 from runtime.rng import normal
 from test_models import clip, labels, tiny
 from training import record_calls
+from transport import OBJECTIVES
 from vae import VAE
 
 SETTINGS = {
@@ -53,7 +55,14 @@ LATENTS = SimpleNamespace(
 class Quadratic:
     """The field -(1 + y) 25 t x and its energy. It has no sums, so the batch changes no bit."""
 
-    config = SimpleNamespace(in_channels=2, input_size=4, num_classes=10, objective="eqm")
+    config = model_config(
+        "EqM-S/4",
+        in_channels=2,
+        input_size=4,
+        num_classes=10,
+        temporal_patch_size=1,
+        use_rope=True,
+    )
 
     def __call__(self, x, y, time_scale):
         assert x.dtype == torch.float32 and not torch.is_grad_enabled()
@@ -305,7 +314,9 @@ def test_classes_are_sampled_in_turn_and_a_name_wins_over_an_index():
 
 
 def resolve(training, **typed):
-    return resolve_sampler(SimpleNamespace(**dict.fromkeys(SAMPLER) | typed), training, "eqm")
+    return resolve_sampler(
+        SimpleNamespace(**dict.fromkeys(SAMPLER) | typed), training, OBJECTIVES["eqm"]
+    )
 
 
 def test_flags_override_training_settings_which_override_defaults():

@@ -292,8 +292,7 @@ class StepStats:
             f"the {name} of step {step - len(rows) + 1 + index} is not finite, on rank "
             f"{', '.join(map(str, ranks))}, "
             f"of {', '.join(files)}; gradient norms up to it: {norms}; the last checkpoint is "
-            "intact: try a lower --lr "
-            "or, if it is rare, --skip-nonfinite 3"
+            "intact: try a lower --lr"
         )
 
     def summary(self, step, global_batch):

@@ -338,7 +338,6 @@ def test_a_loss_that_is_not_finite_names_step_rank_files_and_norms(make, shapes)
     assert 0 < len(files) <= 2 and all((shapes / file).exists() for file in files)
     norms = line.split("gradient norms up to it: ")[1].split("; ")[0].split(", ")
     assert len(norms) == 3 and norms[2] == "nan" and all(float(norm) > 0 for norm in norms[:2])
-    assert training.run("--skip-nonfinite", 2, status=1).count("is not finite") == 1
 
 
 # More than one machine ----------------------------------------------------------------------------
