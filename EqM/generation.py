@@ -26,7 +26,7 @@ from runtime.distributed import rank
 from runtime.rng import normal
 from samplers import DESCENTS, SOLVERS, guided, sample
 from vae import VAE, check_same, load_vae
-from video.samples import NO_LABEL, class_name
+from video.samples import NO_LABEL, class_names
 
 SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no settings
     "sampler": "gd",
@@ -111,10 +111,10 @@ def resolve_sampler(args, training, objective):
     usual = SAMPLER | {"sampler": objective.usual_sampler}
     kept = {name: training.get(name, value) for name, value in usual.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
-    path = ("num_sampling_steps", "stepsize")
-    # solvers have no path length to keep
     if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:
-        kept |= {name: SAMPLER[name] for name in path}
+        # solvers have no path length to keep
+        kept["num_sampling_steps"] = SAMPLER["num_sampling_steps"]
+        kept["stepsize"] = SAMPLER["stepsize"]
     values = kept | typed
     if values["sampler"] in DESCENTS and not objective.has_equilibria:
         raise UserError(
@@ -122,29 +122,29 @@ def resolve_sampler(args, training, objective):
             "to descend to; expected euler or heun; change or remove --sampler"
         )
     if values["sampler"] in SOLVERS:
-        why = f"{values['sampler']} has a fixed number of steps"
-        advice = (
-            "expected gd or ngd; change --sampler, or remove --stop-below"
-            if objective.has_equilibria
-            else "remove it"
-        )
         if args.stop_below:
-            raise UserError(f"--stop-below {args.stop_below}: {why}; {advice}")
-        values["stop_below"] = 0
-    elif len(typed.keys() & path) == 1:
-        length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
-        if "stepsize" in typed:
-            why = (
-                f"a path of length {length:g} takes too many evaluations; expected fewer than "
-                f"{MOST_EVALUATIONS:,}"
+            advice = "remove it"
+            if objective.has_equilibria:
+                advice = "expected gd or ngd; change --sampler, or remove --stop-below"
+            raise UserError(
+                f"--stop-below {args.stop_below}: {values['sampler']} has a fixed number of "
+                f"steps; {advice}"
             )
-            if args.stepsize * MOST_EVALUATIONS <= length:
-                raise UserError(f"--stepsize {args.stepsize}: {why}; take larger steps")
-            values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
-        else:
+        values["stop_below"] = None
+    elif len(typed.keys() & {"num_sampling_steps", "stepsize"}) == 1:
+        length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
+        if "num_sampling_steps" in typed:
             values["stepsize"] = length / (args.num_sampling_steps - 1)
-    chosen = "cfg_scale" in typed or bool(training.get("guidance_chosen"))
-    return values | {"stop_below": values["stop_below"] or None, "guidance_chosen": chosen}
+        elif args.stepsize * MOST_EVALUATIONS <= length:
+            raise UserError(
+                f"--stepsize {args.stepsize}: a path of length {length:g} takes too many "
+                f"evaluations; expected fewer than {MOST_EVALUATIONS:,}; take larger steps"
+            )
+        else:
+            values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
+    values["stop_below"] = values["stop_below"] or None
+    values["guidance_chosen"] = "cfg_scale" in typed or bool(training.get("guidance_chosen"))
+    return values
 
 
 def sampling_settings(args):
@@ -168,7 +168,8 @@ class Plan:
     model: EqM
     vae: VAE
     classes: list  # names of the model's classes
-    labels: torch.Tensor  # (num_samples,) int64: class of each sample, or NO_LABEL
+    conditions: torch.Tensor  # (num_samples,) int64, what Condition.of takes: here classes
+    names: list  # of the condition of each sample, or "none"
     num_frames: int
     time_scale: float  # seconds per frame
     time_scales: list | None = None  # of each sample; None = time_scale
@@ -184,16 +185,11 @@ class Plan:
 
     def __post_init__(self):
         self.window = self.window or self.num_frames
-        self.time_scales = self.time_scales or [self.time_scale] * len(self.labels)
+        self.time_scales = self.time_scales or [self.time_scale] * len(self.conditions)
 
     @property
     def window_starts(self):
         return window_starts(self.num_frames, self.window, self.overlap)
-
-    @property
-    def names(self):
-        """The class name of each sample, or "none"."""
-        return [class_name(self.classes, label) or "none" for label in self.labels.tolist()]
 
     @property
     def image_size(self):
@@ -222,9 +218,17 @@ def open_checkpoint(args):
 
     Returns ({name: value} of flags that follow from --ckpt, Plan). Raises UserError.
     """
-    names = ("model", "video", "use_rope", "ebm", "objective", "temporal_patch_size", "num_classes")
-    checks = {name: getattr(args, name) for name in names}
-    model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
+    model, config, step = checkpoint.load_model(
+        args.ckpt,
+        use_ema=not args.no_ema,
+        model=args.model,
+        video=args.video,
+        use_rope=args.use_rope,
+        ebm=args.ebm,
+        objective=args.objective,
+        temporal_patch_size=args.temporal_patch_size,
+        num_classes=args.num_classes,
+    )
     data = config["data"]
     training = config["training"]
     trained = training["num_frames"]
@@ -235,26 +239,37 @@ def open_checkpoint(args):
     time_scale = args.time_scale or data["time_scale"]
     if args.fps:
         time_scale = 1 / args.fps
-    values = {"precision": resolve_precision(args.precision, energy=model.config.ebm != "none")}
-    values |= resolve_sampler(args, training, model.config.learns) | {"num_frames": num_frames}
+    values = resolve_sampler(args, training, model.config.learns)
+    values["precision"] = resolve_precision(args.precision, energy=model.config.ebm != "none")
+    values["num_frames"] = num_frames
     window, overlap = choose_windows(
-        args, model.config, num_frames, trained, data, time_scale, forcing
+        args,
+        model.config,
+        num_frames=num_frames,
+        trained=trained,
+        data=data,
+        time_scale=time_scale,
+        forcing=forcing,
     )
     weak = open_weak(args, model.config, data, window)
-    for own in filter(None, (model, weak)):
-        scale_rope(args, own, data, trained, window, time_scale)
-    hashes = (
-        [own and checkpoint.weights_sha256(own.state_dict()) for own in (model, weak)]
-        if rank() == 0
-        else ("", "")
+    stretch = rope_stretch(
+        args,
+        model.config,
+        trained=(trained, data["time_scale"]),
+        sampled=(window, time_scale),
     )
+    for network in filter(None, (model, weak)):
+        if network.config.use_rope:
+            network.rope.stretch = stretch
+    labels = choose_labels(args, data["classes"])
     plan = Plan(
         model,
-        open_vae(args, model.config, data),
-        data["classes"],
-        choose_labels(args, data["classes"]),
-        num_frames,
-        time_scale,
+        vae=open_vae(args, model.config, data),
+        classes=data["classes"],
+        conditions=labels,
+        names=class_names(data["classes"], labels),
+        num_frames=num_frames,
+        time_scale=time_scale,
         step=step,
         trained_frames=trained,
         forcing=forcing,
@@ -262,9 +277,10 @@ def open_checkpoint(args):
         window=window,
         overlap=overlap,
         weak=weak,
-        weights_sha256=hashes[0],
-        weak_sha256=hashes[1],  # only rank 0 writes hashes
     )
+    if rank() == 0:  # which writes samples.json
+        plan.weights_sha256 = checkpoint.weights_sha256(model.state_dict())
+        plan.weak_sha256 = weak and checkpoint.weights_sha256(weak.state_dict())
     return values, plan
 
 
@@ -277,19 +293,22 @@ def open_weak(args, strong, data, window):
         return None
 
     def inputs(config, data):
-        told = config.objective, config.level_frames
-        return *told, config.input_size, config.in_channels, data["classes"], data.get("vae_sha256")
+        return (
+            config.objective,
+            config.level_frames,
+            config.input_size,
+            config.in_channels,
+            data["classes"],
+            data.get("vae_sha256"),
+        )
 
     try:
         model, config, _ = checkpoint.load_model(args.weak_ckpt, not args.no_ema, video=args.video)
         model.config.check_num_frames(window)
         if inputs(model.config, config["data"]) != inputs(strong, data):
-            expected = (
-                "expected a weaker model of the same data; use an earlier checkpoint of the run"
-            )
             raise ValueError(
                 f"has another objective, other classes or latents than --ckpt {args.ckpt}; "
-                f"{expected}"
+                "expected a weaker model of the same data; use an earlier checkpoint of the run"
             )
     except (UserError, ValueError) as error:
         text = str(error).removeprefix(f"--ckpt {args.weak_ckpt}: ")
@@ -299,16 +318,16 @@ def open_weak(args, strong, data, window):
 
 def say_plan(args, plan):
     """Print one line that says what is sampled and how."""
-    size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
-    sampler = (
-        f"{args.sampler}, {plural(count_evaluations(sampling_settings(args)), 'evaluation')}{size}"
-    )
+    name = model_name(**asdict(plan.model.config))
+    trained = f"step {plan.step}, trained on {plural(plan.trained_frames, 'frame')}"
     windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
-    model = model_name(**asdict(plan.model.config))
-    frames = plural(plan.trained_frames, "frame")
-    model = f"{model}, step {plan.step}, trained on {frames}"
-    guidance = f"guidance {args.cfg_scale:g}" + (f" by {args.weak_ckpt}" if plan.weak else "")
-    say(f"{args.ckpt}: {model}; samples of {plan.num_frames}{windows} by {sampler}, {guidance}")
+    evaluations = plural(count_evaluations(sampling_settings(args)), "evaluation")
+    size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
+    weak = f" by {args.weak_ckpt}" if plan.weak else ""
+    say(
+        f"{args.ckpt}: {name}, {trained}; samples of {plan.num_frames}{windows} by "
+        f"{args.sampler}, {evaluations}{size}, guidance {args.cfg_scale:g}{weak}"
+    )
     if windows and not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")
 
@@ -321,39 +340,36 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
     span, one window covers the video.
     """
     usual = num_frames
-    patch = config.temporal_patch_size
     if forcing and args.rope_scale == "none":
+        patch = config.temporal_patch_size
         stretch = data["longest_time_scale"] / time_scale if config.use_rope else 1
-        # whole temporal patches
-        usual = max(trained, math.floor(trained * stretch / patch + 1e-6) * patch)
+        whole_patches = math.floor(trained * stretch / patch + 1e-6)
+        usual = max(trained, whole_patches * patch)
     window = min(num_frames, args.window or usual)
     if window < num_frames and not args.window:
         window = config.whole_levels(window)
     try:
         config.check_num_frames(window)
     except ValueError as error:
-        raise UserError(
-            f"--{'window' if args.window else 'num-frames'} {window}: {error}"
-        ) from error
+        flag = "--window" if args.window else "--num-frames"
+        raise UserError(f"{flag} {window}: {error}") from error
     if window == num_frames:
         return window, 0
     overlap = config.whole_levels(window // 2) if args.overlap is None else args.overlap
+    if overlap >= window and args.overlap is None:
+        raise UserError(f"--window {window}: expected two temporal patches")
     if overlap >= window:
-        wrong = (
+        raise UserError(
             f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a "
             "smaller number"
-        )
-        raise UserError(
-            f"--window {window}: expected two temporal patches" if args.overlap is None else wrong
         )
     unit = config.level_frames
     for name, frames in (("window", window), ("overlap", overlap)):
         if frames % unit:
-            why = (
-                "splits a temporal patch, which has one noise level in --objective "
-                f"{config.objective}"
+            raise UserError(
+                f"--{name} {frames}: splits a temporal patch, which has one noise level in "
+                f"--objective {config.objective}; expected a multiple of {unit}"
             )
-            raise UserError(f"--{name} {frames}: {why}; expected a multiple of {unit}")
     return window, overlap
 
 
@@ -377,22 +393,23 @@ def open_vae(args, config, data):
     return vae
 
 
-def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
-    """Squeeze the rotary time positions of longer clips into the trained span for --rope-scale.
+def rope_stretch(args, config, trained, sampled):
+    """The factor by which --rope-scale divides rotary time positions, at least 1: that squeezes
+    longer clips into the trained span.
 
-    Raises UserError.
+    trained, sampled: (frames, seconds per frame) of a clip. Raises UserError.
     """
     if args.rope_scale == "none":
-        return
-    if not model.config.use_rope:
+        return 1.0
+    if not config.use_rope:
         raise UserError(
             f"--rope-scale {args.rope_scale}: {args.ckpt} has fixed positions; remove the flag"
         )
-    clips = (trained_frames, data["time_scale"]), (num_frames, time_scale)
-    trained, sampled = (
-        model.config.grid(frames)[0] * REFERENCE_FPS * seconds for frames, seconds in clips
-    )
-    model.rope.stretch = max(1.0, sampled / trained)
+
+    def span(num_frames, seconds):
+        return config.grid(num_frames)[0] * REFERENCE_FPS * seconds
+
+    return max(1.0, span(*sampled) / span(*trained))
 
 
 def choose_labels(args, names):
@@ -400,42 +417,48 @@ def choose_labels(args, names):
 
     Raises UserError.
     """
-    known = {str(label): label for label in range(len(names))} | {
-        name: label for label, name in enumerate(names)
-    }
+    known = {str(label): label for label in range(len(names))}
+    known |= {name: label for label, name in enumerate(names)}
     known["none"] = NO_LABEL  # even if the model has a class of this name
-    if unknown := [word for word in args.classes or [] if word not in known]:
-        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        expected = f"expected one of {some}, an index below {len(names)}, or none"
-        raise UserError(f"--classes {unknown[0]}: no such class; {expected}")
-    labels = [known[word] for word in args.classes] if args.classes else list(range(len(names)))
+    labels = []
+    for word in args.classes or []:
+        if word not in known:
+            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise UserError(
+                f"--classes {word}: no such class; expected one of {some}, an index below "
+                f"{len(names)}, or none"
+            )
+        labels.append(known[word])
+    labels = labels or list(range(len(names)))
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
 
 def provenance(plan, args):
     """Return everything that determines the samples of a checkpoint, as plain values for JSON."""
-    of_flags = ("rope_scale", "keep_background", "guidance_chosen", "seed", "batch_size", "compile")
-    of_plan = (
-        "weights_sha256",
-        "weak_sha256",
-        "step",
-        "image_size",
-        "num_frames",
-        "window",
-        "overlap",
-        "time_scale",
-        "gamma_shift",
-    )
+    config = plan.model.config
     return {
         "checkpoint": str(args.ckpt),
         "averaged_weights": not args.no_ema,
         "vae": plan.vae.name,
         "vae_sha256": plan.vae.sha256,
-        "model": model_name(**asdict(plan.model.config)),
-        "objective": plan.model.config.objective,
-        "temporal_patch_size": plan.model.config.temporal_patch_size,
-        **{name: getattr(plan, name) for name in of_plan},
-        **{name: getattr(args, name) for name in of_flags},
+        "model": model_name(**asdict(config)),
+        "objective": config.objective,
+        "temporal_patch_size": config.temporal_patch_size,
+        "weights_sha256": plan.weights_sha256,
+        "weak_sha256": plan.weak_sha256,
+        "step": plan.step,
+        "image_size": plan.image_size,
+        "num_frames": plan.num_frames,
+        "window": plan.window,
+        "overlap": plan.overlap,
+        "time_scale": plan.time_scale,
+        "gamma_shift": plan.gamma_shift,
+        "rope_scale": args.rope_scale,
+        "keep_background": args.keep_background,
+        "guidance_chosen": args.guidance_chosen,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "compile": args.compile,
         **sampling_settings(args),
     }
 
@@ -493,17 +516,38 @@ def generate(
             before_evaluation()
 
         for batch in batches:
-            condition = Condition.of(plan.labels[batch], plan.model.config).to(device)
+            condition = Condition.of(plan.conditions[batch], plan.model.config).to(device)
             time_scale = torch.tensor([plan.time_scales[index] for index in batch], device=device)
-            clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
-            details = given and Details(clips, mask, keep_background)
+            clips = None
+            mask = None
             tail = None
+            if given:
+                clips, mask = given(batch)
+                clips = clips.to(device)
+                mask = mask.to(device)
+                details = Details(clips, mask, keep_background)
             for number, start in enumerate(starts):
                 end = bar.n + most
-                x = initial_latents(plan, batch, seed, device, init, init_gamma, number)
-                masked = masked_part(plan, x, start, clips, mask, tail)
-                latents, *counts = sample_window(
-                    plan, x, condition, time_scale, masked, settings, energy, strict, step
+                x = initial_latents(
+                    plan,
+                    batch,
+                    seed=seed,
+                    device=device,
+                    init=init,
+                    init_gamma=init_gamma,
+                    window=number,
+                )
+                masked = masked_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
+                latents, evaluations, energies = sample_window(
+                    plan,
+                    x,
+                    condition=condition,
+                    time_scale=time_scale,
+                    masked=masked,
+                    settings=settings,
+                    energy=energy,
+                    strict=strict,
+                    step=step,
                 )
                 bar.update(end - bar.n)  # samples may all stop early
                 tail = latents[:, :, -plan.overlap :]
@@ -511,7 +555,7 @@ def generate(
                 videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
                 if given:
                     videos = details.add(videos, start + first)
-                yield batch, start + first, videos, *counts
+                yield batch, start + first, videos, evaluations, energies
 
 
 def sample_window(plan, x, condition, time_scale, masked, settings, energy, strict, step):
@@ -529,12 +573,16 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
     guidance = settings.pop("guidance")
     model = plan.model
     weak = plan.weak
-    by = condition, time_scale, 1.0 if condition.is_null() and weak is None else guidance
-    field = guided(model, *by, weak)
-    energy_of = energy and guided(model.energy, *by, weak and weak.energy)
-    energies = (
-        torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device) if energy else None
-    )
+    objective = model.config.learns
+    if condition.is_null() and weak is None:
+        guidance = 1.0
+    field = guided(model, condition, time_scale, guidance=guidance, weak=weak)
+    energies = None
+    if energy:
+        energy_of = guided(
+            model.energy, condition, time_scale, guidance=guidance, weak=weak and weak.energy
+        )
+        energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device)
     points = iter(range(settings["num_steps"]))
 
     def counted(x, keep, *gamma):
@@ -549,8 +597,8 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
         samples, evaluations = sample(
             counted,
             x,
-            objective=model.config.learns,
-            shift=model.config.learns.solver_shift(plan.gamma_shift),
+            objective=objective,
+            shift=objective.solver_shift(plan.gamma_shift),
             observe=observe,
             **masked,
             **settings,
@@ -575,8 +623,8 @@ def masked_part(plan, x, start, clips, mask, tail):
     masked = torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
     if mask is not None:
         masked[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
-        # encoding takes long, so only given frames
-        if len(used := masked.any(dim=0).nonzero()[:, 0]):
+        used = masked.any(dim=0).nonzero()[:, 0]
+        if len(used):  # encoding takes long, so only given frames
             latents[:, :, used] = plan.vae.encode(clips[:, :, start + used])
     if tail is not None:
         latents[:, :, : plan.overlap] = tail
@@ -593,7 +641,7 @@ def initial_latents(plan, indices, seed, device, init, init_gamma, window):
     noise = normal(seed, "sample", window, indices, shape).to(device)
     if init is None:
         return noise
-    encoded = plan.vae.encode(init(indices)[0].to(device))
-    return transport.interpolate(
-        encoded, noise, torch.full((len(indices),), init_gamma, device=device)
-    )
+    clips, _ = init(indices)
+    encoded = plan.vae.encode(clips.to(device))
+    gamma = torch.full((len(indices),), init_gamma, device=device)
+    return transport.interpolate(encoded, noise, gamma)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from runtime.cli import UserError, plural, say
-from video.samples import NO_LABEL
+from video.samples import NO_LABEL, class_names
 
 KEPT_CLIPS = 32  # clips in the memory of a ClipReader
 NOT_FORCED = (
@@ -30,7 +30,7 @@ class ClipReader:
         self.clips = clips
         self.frames = frames
         # each sample's clip
-        self.numbers = [index // per_clip % len(clips) for index in range(len(plan.labels))]
+        self.numbers = [index // per_clip % len(clips) for index in range(len(plan.conditions))]
         self.read = lru_cache(KEPT_CLIPS)(self.read_clip)
         for number in sorted({self.numbers[index] for index in indices}):
             self.read(number)
@@ -71,24 +71,26 @@ def open_given(args, plan, clips, indices):
     Raises UserError. The class of a sample is the folder of its clip if the model has this class,
     else from --classes, else none. With --classes none, no sample has a class.
     """
-    clips = clips[: math.ceil(len(plan.labels) / args.samples_per_clip)]
+    clips = clips[: math.ceil(len(plan.conditions) / args.samples_per_clip)]
     frames = [choose_frames(args, plan, clip) for clip in clips]
     given = ClipReader(plan, clips, frames, indices, args.samples_per_clip)
-    own = [clips[number] for number in given.numbers]
+    clips_of_samples = [clips[number] for number in given.numbers]
     if isinstance(clips[0], DrawnClip):
-        plan.time_scales = [clip.seconds for clip in own]
+        plan.time_scales = [clip.seconds for clip in clips_of_samples]
     if args.classes != ["none"]:
-        usual = plan.labels.tolist() if args.classes else [NO_LABEL] * len(own)
+        names = [clip.class_name for clip in clips_of_samples]
+        usual = plan.conditions.tolist() if args.classes else [NO_LABEL] * len(names)
         labels = {name: label for label, name in enumerate(plan.classes)}
-        unknown = [clip.class_name for clip in own if clip.class_name not in {None, *labels}]
+        unknown = [name for name in names if name not in {None, *labels}]
         if unknown and not args.classes:
             say(
                 f"note: the model has no class {unknown[0]}, the folder of a given clip: no "
                 "label; --classes names one"
             )
-        plan.labels = torch.tensor(
-            [labels.get(clip.class_name, k) for clip, k in zip(own, usual, strict=True)]
+        plan.conditions = torch.tensor(
+            [labels.get(name, label) for name, label in zip(names, usual, strict=True)]
         )
+        plan.names = class_names(plan.classes, plan.conditions)
     if not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: new frames may not fit the given ones")
     return given

@@ -65,34 +65,33 @@ def check_run(args):
     cli.check_devices()
     if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
         return None
-    args = schedule.resolve_flags(args)
+    args = resolve_frames(args)
     check_flags(args)
     check_data_path(args.data_path, images=not args.video)
     start = checkpoint.find_start(args, run_name(args))
     args, vae = resolve_latents(args, start)
     config = make_config(args, vae, start)
+    args = resolve_settings(args, start, config)
     data = None
     phases = args.frames_schedule
-    args = resolve_settings(args, start, config)
     if phases:
-        batch = args.global_batch_size
-        parts = world_size() * args.grad_accum
         phases = fill_batches(
-            phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts
+            phases,
+            args.global_batch_size,
+            tokens=lambda num_frames: math.prod(config.grid(num_frames)),
+            parts=world_size() * args.grad_accum,
         )
     # only rank 0 opens the data, so only it knows Data, phases and the number of classes
     if rank() == 0:
-        data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
+        data = open_data(
+            args,
+            start,
+            lengths=clip_lengths(args),
+            val_lengths=args.val_frames,
+            flag=frames_flag(args),
+        )
         config = fit_classes(args, config, start, data.scan.classes)
-        phases = phases or [only_phase(args, start.progress, data)]
-        step = start.progress.step
-        last_step = phases[-1].last_step
-        # with the same --epochs, videos were removed since: the run is finished
-        if args.epochs and args.epochs != start.kept("epochs") and step > last_step:
-            raise UserError(
-                f"--epochs {args.epochs}: the checkpoint is at step {step}, these epochs end at "
-                f"step {last_step}; give more"
-            )
+        phases = phases or [only_phase(args, start, data)]
     return args, start, vae, config, data, phases
 
 
@@ -103,14 +102,16 @@ def share_run(run):
     """
     args, start, vae, config, data, phases = run or [None] * 6
     check_same_start(start)
-    own = start and start.state
-    shared = args, start and replace(start, state=None), config, data, phases
-    args, start, config, data, phases = distributed.broadcast(shared)
+    state = None
+    if start:  # each rank maps the file itself
+        state = start.state
+        start = replace(start, state=None)
+    args, start, config, data, phases = distributed.broadcast((args, start, config, data, phases))
     cli.check_precision(args.precision)
     if run is None:
         vae = load_vae(args.vae)
-        own = start.read(args) if start.path else None
-    start.state = own
+        state = start.read(args) if start.path else None
+    start.state = state
     if args.new_classes and not start.resumes:
         start.state = with_new_classes(start.state, data.scan.classes, config.num_classes)
     if args.cache_frames:
@@ -124,13 +125,38 @@ def check_same_start(start):
     Ranks that have None do not count.
     """
     starts = distributed.gather(start and (str(start.path), start.progress.step, str(start.folder)))
-    if len(different := sorted(set(starts) - {None})) > 1:
-        found = ", ".join(f"{path} (step {step})" for path, step, _ in different)
-        advice = (
-            "start again if an earlier run was still saving; otherwise give all machines the same "
-            "files"
+    different = sorted(set(starts) - {None})
+    if len(different) > 1:
+        files = ", ".join(f"{path} (step {step})" for path, step, _ in different)
+        raise UserError(
+            f"the ranks start from different checkpoints, {files}; start again if an earlier run "
+            "was still saving; otherwise give all machines the same files"
         )
-        raise UserError(f"the ranks start from different checkpoints, {found}; {advice}")
+
+
+def resolve_frames(args):
+    """Flags with --num-frames: 1 for images, else 16 by default.
+
+    A schedule sets --num-frames and --max-steps. Raises UserError.
+    """
+    if not args.video:
+        for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
+            if getattr(args, name) not in (None, 1, [1]):
+                raise UserError(
+                    f"{flag_text(args, name)}: needs videos, because images have one frame; add "
+                    "--video, or remove it"
+                )
+        return args.resolve(num_frames=1, temporal_patch_size=1)
+    if not args.frames_schedule:
+        return args.resolve(num_frames=args.num_frames or 16)
+    for name in ("num_frames", "max_steps", "epochs"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"{flag_text(args, name)}: contradicts --frames-schedule; remove one of them"
+            )
+    return args.resolve(
+        num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step
+    )
 
 
 def check_flags(args):
@@ -161,40 +187,36 @@ def resolve_latents(args, start):
     """
     cache = latents_settings(args.data_path, images=not args.video)
     kept = start.config["data"]
-    owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
+    usual = cache or kept  # the source of defaults
     if cache:
         if args.image_size not in (None, cache["image_size"]):
             raise UserError(
                 f"--image-size {args.image_size}: the cache --data-path has "
                 f"{cache['image_size']}; remove it"
             )
-        others = f"made with the VAE {cache.get('vae')}, {start.flag} with {kept.get('vae')}"
         if must_differ(cache.get("vae"), kept.get("vae")):
             raise UserError(
-                f"--data-path {args.data_path}: {others}; pass the videos, or a cache of that VAE"
+                f"--data-path {args.data_path}: made with the VAE {cache.get('vae')}, "
+                f"{start.flag} with {kept.get('vae')}; pass the videos, or a cache of that VAE"
             )
         if not (args.no_flip or cache["flips"]):
             say("note: the cache was made without --with-flips, so no clip is mirrored")
             args = args.resolve(no_flip=True)
-    vae = load_vae(args.vae, made.get("vae"), owner)  # a cache needs it for samples
+    owner = "the latent cache" if cache else "the checkpoint"
+    vae = load_vae(args.vae, usual.get("vae"), owner)  # a cache needs it for samples
     if cache:
         check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
-        differs = any(
-            getattr(vae, name) != cache[name]
-            for name in ("channels", "downsample", "scale", "shift")
-        )
-        if differs:
-            raise UserError(
-                f"--data-path {args.data_path}: its VAE differs from {vae.name}; pass its own VAE "
-                "with --vae"
-            )
+        for name in ("channels", "downsample", "scale", "shift"):
+            if getattr(vae, name) != cache[name]:
+                raise UserError(
+                    f"--data-path {args.data_path}: its VAE differs from {vae.name}; pass its own "
+                    "VAE with --vae"
+                )
     check_same(vae, kept.get("vae_sha256"), start.flag)
-    size = (
-        args.image_size
-        or made.get("image_size", 256)
-        or start.config["model"]["input_size"] * vae.downsample
-    )
-    return args.resolve(vae=vae.name, image_size=size), vae
+    image_size = args.image_size or usual.get("image_size", 256)
+    if not image_size:  # a published model
+        image_size = start.config["model"]["input_size"] * vae.downsample
+    return args.resolve(vae=vae.name, image_size=image_size), vae
 
 
 def make_config(args, vae, start):
@@ -202,16 +224,18 @@ def make_config(args, vae, start):
     agrees with them.
     """
     model = args.model or USUAL_NAME
-    size = args.image_size
-    unit = vae.downsample * (1 if start.state else model_shape(model)["patch_size"])
-    near = size // unit * unit or unit
-    if size % unit:
+    unit = vae.downsample
+    if not start.state:
+        unit *= model_shape(model)["patch_size"]
+    if args.image_size % unit:
+        near = args.image_size // unit * unit or unit
         raise UserError(
             f"--image-size {args.image_size}: not a multiple of {unit} (VAE and patch); use {near}"
         )
     names = [name for name in (*models.FLAGS, "num_classes") if getattr(args, name) is not None]
     settings = {name: getattr(args, name) for name in ("num_frames", "use_rope", *names)}
-    settings |= {"input_size": args.image_size // vae.downsample, "in_channels": vae.channels}
+    settings["input_size"] = args.image_size // vae.downsample
+    settings["in_channels"] = vae.channels
     try:
         if start.state is None:
             config = model_config(model, **settings)
@@ -225,12 +249,10 @@ def make_config(args, vae, start):
         for num_frames in (*clip_lengths(args), *args.val_frames):
             config.check_num_frames(num_frames)
     except ValueError as error:
-        flags = [
-            flag_text(args, name)
-            for name in sorted(args.typed & {*names, "image_size", "val_frames"})
-        ]
-        flags += [f"{frames_flag(args)} {args.num_frames}", f"model {model}"]
-        raise UserError(f"{' '.join(flags)}: {error}") from error
+        typed = args.typed & {*names, "image_size", "val_frames"}
+        flags = " ".join(flag_text(args, name) for name in sorted(typed))
+        length = f"{frames_flag(args)} {args.num_frames}"
+        raise UserError(f"{flags} {length} model {model}: {error}".strip()) from error
     config.warn_if_narrow()
     return config
 
@@ -241,26 +263,24 @@ def resolve_settings(args, start, config):
     Raises UserError.
     """
     trained = start.config["training"]
-    usual = MUON_DECAY if args.optimizer == "muon" else 0.0
-    decays = args.weight_decay, start.kept("weight_decay"), usual
+    has_energy = config.ebm != "none"
+    weight_decay = args.weight_decay
+    if weight_decay is None:
+        weight_decay = start.kept("weight_decay")
+    if weight_decay is None:
+        weight_decay = MUON_DECAY if args.optimizer == "muon" else 0.0
     if args.shard and world_size() == 1:
         say("note: --shard: with one rank, nothing is sharded")
+    if start.resumes:  # where the phase started, only as a record
+        args = args.resolve(ckpt=start.kept("ckpt"), inflate=start.kept("inflate"))
     args = args.resolve(
-        # Where the phase started, only as a record
-        **{
-            name: start.kept(name) if start.resumes else getattr(args, name)
-            for name in ("ckpt", "inflate")
-        },
         start_sha256=start.kept("start_sha256") if start.resumes else start.sha256,
         shard=args.shard and world_size() > 1,
         model=args.model or trained.get("model", USUAL_NAME),
-        precision=cli.resolve_precision(
-            args.precision, config.ebm != "none", start.kept("precision")
-        ),
-        weight_decay=next(decay for decay in decays if decay is not None),
+        precision=cli.resolve_precision(args.precision, has_energy, start.kept("precision")),
+        weight_decay=weight_decay,
         **generation.resolve_sampler(args, trained, config.learns),
     )
-    has_energy = config.ebm != "none"
     if args.compile and has_energy:
         raise UserError(f"--compile: no second derivative for --ebm {config.ebm}; remove it")
     if args.grad_checkpoint == "selective" and has_energy:
@@ -270,17 +290,17 @@ def resolve_settings(args, start, config):
         )
     for name, skill in (("forcing", "given frames"), ("forcing_regions", "how to heal regions")):
         before = 0 if start.resumes else trained.get(name)
-        now = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        if before and not now:
+        if before and not getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
             say(
                 f"note: --ckpt was trained with {flag} {before}, this phase is not, so it may "
                 f"forget {skill}"
             )
-        if now and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
+        shortest = min(clip_lengths(args))
+        if getattr(args, name) and shortest <= config.temporal_patch_size:
             say(
-                f"note: {flag} {now}: clips of {plural(shortest, 'frame')} are one patch long, so "
-                "not forced"
+                f"note: {flag_text(args, name)}: clips of {plural(shortest, 'frame')} are one "
+                "patch long, so not forced"
             )
     if args.forcing_regions and not config.learns.has_equilibria:
         raise UserError(
@@ -303,15 +323,23 @@ def open_data(args, start, lengths, val_lengths, flag):
     return data
 
 
-def only_phase(args, progress, data):
+def only_phase(args, start, data):
     """The only phase of a run without --frames-schedule.
 
-    It ends at --max-steps or --epochs, whichever comes first.
+    It ends at --max-steps or --epochs, whichever comes first. Raises UserError.
     """
     last_step = args.max_steps or math.inf
     if args.epochs or not args.max_steps:
         clips = (args.epochs or 1400) * len(data.train[args.num_frames])
-        last_step = min(last_step, progress.first_step + math.ceil(clips / args.global_batch_size))
+        steps = math.ceil(clips / args.global_batch_size)
+        last_step = min(last_step, start.progress.first_step + steps)
+    # with the same --epochs, videos were removed since: the run is finished
+    is_new = args.epochs and args.epochs != start.kept("epochs")
+    if is_new and start.progress.step > last_step:
+        raise UserError(
+            f"--epochs {args.epochs}: the checkpoint is at step {start.progress.step}, these "
+            f"epochs end at step {last_step}; give more"
+        )
     return Phase(args.num_frames, last_step, args.global_batch_size)
 
 
@@ -325,28 +353,28 @@ def fit_classes(args, config, start, classes):
         )
     if args.new_classes and not start.resumes:
         known = len(set(before) & set(classes))
-        count = plural(len(classes), "class")
         say(
-            f"--new-classes: {start.path} has {known} of your {count}; others start from the "
-            "embedding of 'no class'"
+            f"--new-classes: {start.path} has {known} of your {plural(len(classes), 'class')}; "
+            "others start from the embedding of 'no class'"
         )
     elif start.state is not None:
-        got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
-        advice = (
-            "pass its data, or remove --resume"
-            if start.resumes
-            else "add --new-classes to train on these"
-        )
-        numbers = [str(label) for label in range(len(before))]
         # A published model only numbers its classes, so it takes the names of the data
+        numbers = [str(label) for label in range(len(before))]
         is_unnamed = not start.inflates and is_published(start.config) and before == numbers
         if before != classes and not is_unnamed:
+            advice = "add --new-classes to train on these"
+            if start.resumes:
+                advice = "pass its data, or remove --resume"
             raise UserError(
-                f"--data-path {args.data_path}: has the classes {got}, {start.flag} has "
-                f"{expected}; {advice}"
+                f"--data-path {args.data_path}: has the classes {some_names(classes)}, "
+                f"{start.flag} has {some_names(before)}; {advice}"
             )
         checkpoint.check(start.flag, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)
+
+
+def some_names(classes):
+    return f"{', '.join(classes[:3])} ({len(classes)})"
 
 
 def with_new_classes(state, classes, num_classes):
@@ -355,12 +383,15 @@ def with_new_classes(state, classes, num_classes):
     The optimizer starts from scratch.
     """
     before = state["config"]["data"]["classes"]
-    table = "y_embedder.embedding_table.weight"  # its last row: no class
-    rows = [before.index(name) if name in before else -1 for name in classes] + [-1] * (
-        num_classes + 1 - len(classes)
-    )
-    networks = {part: state[part] | {table: state[part][table][rows]} for part in ("model", "ema")}
-    return state | networks | {"optimizer": None}
+    table = "y_embedder.embedding_table.weight"
+    rows = [-1] * (num_classes + 1)  # the last row: no class
+    for label, name in enumerate(classes):
+        if name in before:
+            rows[label] = before.index(name)
+    state = state | {"optimizer": None}
+    for part in ("model", "ema"):
+        state[part] = state[part] | {table: state[part][table][rows]}
+    return state
 
 
 # The record of a run ------------------------------------------------------------------------------
@@ -371,10 +402,10 @@ def run_name(args):
 
     A glob pattern if the model is not known yet.
     """
+    model = (args.model or "EqM-*").replace("/", "-")
+    lengths = "-".join(map(str, clip_lengths(args)))
     positions = "-rope" if args.use_rope else ""
-    return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, clip_lengths(args)))}{positions}".replace(
-        "/", "-"
-    )
+    return f"{model}-f{lengths}{positions}"
 
 
 def make_run_config(args, config, phase, data, vae):
@@ -382,26 +413,29 @@ def make_run_config(args, config, phase, data, vae):
     training = vars(args) | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size}
     if args.frames_schedule:
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
-    count = phase.num_frames
     videos = data.train[phase.num_frames]
-    shortest, longest = (  # median seconds between two frames of a clip
-        statistics.median_low(
-            fitting_interval(video, count, interval) / video.fps for video in videos
+
+    def time_scale(interval):  # median seconds between two frames of a clip
+        return statistics.median_low(
+            fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos
         )
-        for interval in (args.frame_interval[0], args.frame_interval[-1])
-    )
+
     about_data = {
         "vae": vae.name,
         "vae_sha256": vae.sha256,
         "image_size": args.image_size,
         "fps": statistics.median(video.fps for video in videos),
         "frame_interval": args.frame_interval,
-        "time_scale": shortest,
-        "longest_time_scale": longest,
+        "time_scale": time_scale(args.frame_interval[0]),
+        "longest_time_scale": time_scale(args.frame_interval[-1]),
         "classes": data.scan.classes,
     }
-    model = asdict(config) | {"num_frames": count}
-    return {"model": model, "data": about_data, "training": training, "typed": sorted(args.typed)}
+    return {
+        "model": asdict(config) | {"num_frames": phase.num_frames},
+        "data": about_data,
+        "training": training,
+        "typed": sorted(args.typed),
+    }
 
 
 def note_changes(start, run_config, run):
@@ -426,17 +460,16 @@ def note_changes(start, run_config, run):
         )
 
 
-def log_run(log, args, folder, config, model, data, steps, device):
-    """Log the model, the data and the machine. steps: the first and the last step."""
+def log_run(run, args, config, model, data, first_step, last_step, device):
+    """Log the model, the data and the machine."""
     size = sum(map(torch.numel, model.parameters())) / 1e6
-    ranks = f"{world_size()} x {device.type}"
-    name = (
-        f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}, objective "
-        f"{config.objective}"
+    run.log(
+        f"{run.folder}: {model_name(**asdict(config))}, {size:.1f} M parameters, "
+        f"{config.positions}, objective {config.objective}; {world_size()} x {device.type}, "
+        f"steps {first_step} to {last_step}"
     )
-    log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
-    log_data(log, args, data)
-    log_skipped(log, data)
+    log_data(run.log, args, data)
+    log_skipped(run.log, data)
 
 
 def log_skipped(log, data):
@@ -460,25 +493,27 @@ def log_data(log, args, data):
     most = max(data.train)
     interval = args.frame_interval[-1]
     kind = "video" if args.video else "image"
-    train = plural(len(data.train[most]), kind)
     val = [video.path for video in data.val[most]]
-    classes = plural(len(data.scan.classes), "class")
-    named = name_some(val, 6)
-    log(f"training: {train} in {classes}; validation: {plural(len(val), kind)}, {named}")
+    log(
+        f"training: {plural(len(data.train[most]), kind)} in "
+        f"{plural(len(data.scan.classes), 'class')}; validation: {plural(len(val), kind)}, "
+        f"{name_some(val, 6)}"
+    )
     for num_frames, videos in data.train.items():
         clips = f"clips of {plural(num_frames, 'frame')}"
-        count = plural(len(videos), f"training {kind}")
-        if missing := sorted({*data.scan.classes} - {video.class_name for video in videos}):
+        missing = sorted({*data.scan.classes} - {video.class_name for video in videos})
+        if missing:
             log(
                 f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't "
                 "be learned; add some"
             )
         fits = [fitting_interval(video, num_frames, interval) for video in videos]
-        if short := sum(fit < interval for fit in fits):
-            advice = f"these use the largest interval that fits, {min(fits)} or more"
+        num_short = sum(fit < interval for fit in fits)
+        if num_short:
             log(
-                f"note: --frame-interval {interval}: {clips} don't fit into {short} of {count}; "
-                f"{advice}"
+                f"note: --frame-interval {interval}: {clips} don't fit into {num_short} of "
+                f"{plural(len(videos), f'training {kind}')}; these use the largest interval that "
+                f"fits, {min(fits)} or more"
             )
 
 
@@ -493,35 +528,37 @@ def resolve_sampling(args):
     check_sampling(args)
     if args.init_gamma is None:
         args = args.resolve(init_gamma=0.0 if args.init is None else 0.5)
-    frames = list(dict.fromkeys(args.num_frames or [None]))
+    lengths = list(dict.fromkeys(args.num_frames or [None]))
+    flags_of_runs = []
+    for num_frames in lengths:
+        folder = args.folder
+        if len(lengths) > 1:
+            folder = f"{os.path.normpath(args.folder)}-f{num_frames}"
+        flags = args.resolve(num_frames=num_frames, folder=folder)
+        check_folder(flags)
+        check_clips(flags)
+        flags_of_runs.append(flags)
     runs = []
-    found = []
-    for num_frames in frames:
-        folder = (
-            args.folder if len(frames) == 1 else f"{os.path.normpath(args.folder)}-f{num_frames}"
+    for flags in flags_of_runs:  # loading a model takes long, so it comes after all that needs none
+        values, plan = generation.open_checkpoint(flags)
+        flags = flags.resolve(**values)
+        generation.say_plan(flags, plan)
+        check_plan(flags, plan)
+        runs.append((flags, plan))
+    if args.overlap is not None and all(len(plan.window_starts) == 1 for _, plan in runs):
+        raise UserError(
+            f"--overlap {args.overlap}: applies to several windows, but the "
+            f"{runs[0][1].num_frames} frames are made in one; add --window, or remove it"
         )
-        own = args.resolve(num_frames=num_frames, folder=folder)
-        check_folder(own)
-        check_clips(own)
-        runs.append(own)
-    for own in runs:  # loading a model takes long, so it comes after all that needs none
-        values, plan = generation.open_checkpoint(own)
-        found.append((own.resolve(**values), plan))
-        generation.say_plan(*found[-1])
-        check_plan(*found[-1])
-    unused = args.overlap is not None and all(len(plan.window_starts) == 1 for _, plan in found)
-    alone = f"applies to several windows, but the {found[0][1].num_frames} frames are made in one"
-    if unused:
-        raise UserError(f"--overlap {args.overlap}: {alone}; add --window, or remove it")
-    return found
+    return runs
 
 
 def check_sampling(args):
     """Raise UserError for flags of sample_gd.py that contradict each other or the machine."""
     cli.check_devices()
     cli.check_speed_flags(args)
-    for name in () if args.video else ("num_frames", "fps", "time_scale", "given"):
-        if getattr(args, name) not in (None, [1]):
+    for name in ("num_frames", "fps", "time_scale", "given"):
+        if not args.video and getattr(args, name) not in (None, [1]):
             raise UserError(f"{flag_text(args, name)}: needs videos; add --video, or remove it")
     if args.given is None:
         off = {
@@ -570,11 +607,11 @@ def check_plan(args, plan):
         raise UserError(
             f"--report-energy: {args.ckpt} was trained without an energy (--ebm); remove it"
         )
-    for name in ("init", "report_energy") if len(plan.window_starts) > 1 else ():
-        several = f"the {plan.num_frames} frames are made in windows of {plan.window}"
-        if getattr(args, name):
+    for name in ("init", "report_energy"):
+        if getattr(args, name) and len(plan.window_starts) > 1:
             raise UserError(
-                f"{flag_text(args, name)}: {several}; remove it, or add --window {plan.num_frames}"
+                f"{flag_text(args, name)}: the {plan.num_frames} frames are made in windows of "
+                f"{plan.window}; remove it, or add --window {plan.num_frames}"
             )
 
 
@@ -584,24 +621,30 @@ def check_folder(args):
     These are other files than samples and, without --overwrite, samples of another run.
     """
     cli.check_writable("--folder", args.folder)
-    place = Path(args.folder, "samples.json")
-    if others := foreign_files(place.parent):
-        found = f"{others[0].relative_to(place.parent)} was not made by sample_gd.py"
-        raise UserError(f"--folder {args.folder}: {found}; name a new folder")
-    if place.exists() and not args.overwrite:
-        try:
-            other = str(read_json(place)["flags"]["ckpt"])
-        except (OSError, ValueError, KeyError, TypeError):
-            other = "another program"
-        files = [Path(ckpt).resolve() for ckpt in (other, args.ckpt)]
-        own, others = (
-            file.parents[1] if file.parent.name == "checkpoints" else file for file in files
+    folder = Path(args.folder)
+    others = foreign_files(folder)
+    if others:
+        raise UserError(
+            f"--folder {args.folder}: {others[0].relative_to(folder)} was not made by "
+            "sample_gd.py; name a new folder"
         )
-        if own != others:
-            raise UserError(
-                f"--folder {args.folder}: has samples of {other}; name another folder, or add "
-                "--overwrite"
-            )
+    if not (folder / "samples.json").exists() or args.overwrite:
+        return
+    try:
+        ckpt = str(read_json(folder / "samples.json")["flags"]["ckpt"])
+    except (OSError, ValueError, KeyError, TypeError):
+        ckpt = "another program"
+    if model_of(ckpt) != model_of(args.ckpt):
+        raise UserError(
+            f"--folder {args.folder}: has samples of {ckpt}; name another folder, or add "
+            "--overwrite"
+        )
+
+
+def model_of(ckpt):
+    """The run folder of a checkpoint, or the path of another model."""
+    file = Path(ckpt).resolve()
+    return file.parents[1] if file.parent.name == "checkpoints" else file
 
 
 # Training a VAE -----------------------------------------------------------------------------------
@@ -617,18 +660,19 @@ def check_vae_run(args):
     optim.check_flags(args)
     count = int(math.log2(args.downsample)) + 1
     args = args.resolve(widths=args.widths or [16, 32, 64, 128][:count])
-    unit = args.downsample
-    ranks = world_size()
-    if args.image_size % unit:
-        raise UserError(f"--image-size {args.image_size}: not a multiple of --downsample {unit}")
+    if args.image_size % args.downsample:
+        raise UserError(
+            f"--image-size {args.image_size}: not a multiple of --downsample {args.downsample}"
+        )
     if len(args.widths) != count:
         raise UserError(
-            f"{flag_text(args, 'widths')}: expected {count} numbers for --downsample {unit}"
+            f"{flag_text(args, 'widths')}: expected {count} numbers for --downsample "
+            f"{args.downsample}"
         )
-    if args.global_batch_size % ranks:
+    if args.global_batch_size % world_size():
         raise UserError(
             f"--global-batch-size {args.global_batch_size}: not a multiple of "
-            f"{plural(ranks, 'rank')}"
+            f"{plural(world_size(), 'rank')}"
         )
     cli.check_writable("--results-dir", args.results_dir)
     check_data_path(args.data_path, cached=False)
@@ -636,7 +680,9 @@ def check_vae_run(args):
     args = args.resolve(
         precision=cli.resolve_precision(args.precision, energy=False, kept=start.kept("precision"))
     )
-    data = open_data(args, start, [1], [], "--data-path") if rank() == 0 else None
+    data = None
+    if rank() == 0:
+        data = open_data(args, start, lengths=[1], val_lengths=[], flag="--data-path")
     return args, start, data
 
 

@@ -18,6 +18,7 @@ import csv
 import itertools
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,16 +53,17 @@ from video.writers import write_samples
 # more is a typing error
 FRAMES = cli.number(int, least=1, most=2**16)
 SAMPLES = cli.number(int, least=1, most=2**24)
-RATE, SECONDS = (
-    cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0]))
-)
+(LEAST_FPS, MOST_FPS) = FPS
+RATE = cli.number(float, least=LEAST_FPS, most=MOST_FPS)
+SECONDS = cli.number(float, least=1 / MOST_FPS, most=1 / LEAST_FPS)
 
 
 def parse_args():
     parser = ArgumentParser(
         description="Sample videos or images from a checkpoint by gradient descent."
     )
-    add = (group := parser.add_argument_group("samples")).add_argument
+    group = parser.add_argument_group("samples")
+    add = group.add_argument
     add_rate = group.add_mutually_exclusive_group().add_argument
     add(
         "--ckpt",
@@ -192,8 +194,7 @@ def add_clip_flags(parser):
         default=True,
         help=(
             "where nothing moves, restore detail of given frames that the VAE loses; scores need "
-            "the "
-            "--no- form"
+            "the --no- form"
         ),
     )
     add(
@@ -213,19 +214,22 @@ def main():
     args = parse_args()
     try:
         runs = preflight.resolve_sampling(args)
-        of_split = args.given_split is not None
-        clips = [open_split(*run) if of_split else open_clips(*run) for run in runs]
-        device = distributed.start()
-        if of_split:
+        if args.given_split is None:
+            clips = [open_clips(flags, plan) for flags, plan in runs]
+            device = distributed.start()
+        else:
+            splits = [open_split(flags, plan) for flags, plan in runs]
+            device = distributed.start()
+            splits = distributed.broadcast(splits)
             clips = [
-                open_clips(*run, split)
-                for run, split in zip(runs, distributed.broadcast(clips), strict=True)
+                open_clips(flags, plan, split)
+                for (flags, plan), split in zip(runs, splits, strict=True)
             ]
     except UserError as error:  # find_real names the flags of evaluate.py
         fail(str(error).replace("--data-path ", "--given ").replace("--split ", "--given-split "))
-    while runs:
-        # a model is freed before the next is moved to the device
-        sample_run(*runs.pop(0), *clips.pop(0), device)
+    while runs:  # a model is freed before the next is moved to the device
+        flags, plan = runs.pop(0)
+        sample_run(flags, plan, clips.pop(0), device)
     distributed.stop()
 
 
@@ -236,38 +240,53 @@ def open_split(args, plan):
     """
     if rank() != 0:  # the others wait for rank 0 in start()
         return None
-    which = args.given_split, args.val_fraction, plan.num_frames, plan.time_scale, plan.image_size
-    clips, _, about = find_real(args.given, *which, args.ckpt, images=False)
+    clips, _, about = find_real(
+        args.given,
+        split=args.given_split,
+        val_fraction=args.val_fraction,
+        num_frames=plan.num_frames,
+        time_scale=plan.time_scale,
+        image_size=plan.image_size,
+        ckpt=args.ckpt,
+        images=False,
+    )
     count = math.ceil(args.num_samples / args.samples_per_clip)
     return clips, about | {"num_clips": count, "samples_per_clip": args.samples_per_clip}
 
 
-def open_clips(args, plan, split=None):
-    """(this rank's indices, ClipReader of --given, of --init, description of a split).
+@dataclass
+class InputClips:
+    """What this rank's samples continue or start from."""
 
-    Raises UserError.
-    """
-    indices = own_indices(args.num_samples, block=args.batch_size)
-    given = None
-    init = None
-    real = None
+    indices: list  # of this rank's samples
+    given: ClipReader | None = None  # of --given
+    init: ClipReader | None = None  # of --init
+    split: dict | None = None  # the description of --given-split for samples.json
+
+
+def open_clips(args, plan, split=None):
+    """The InputClips of a Plan. split: from `open_split`. Raises UserError."""
+    clips = InputClips(own_indices(args.num_samples, block=args.batch_size))
     if split is not None:
-        drawn, real = split
-        clips = [
-            DrawnClip(f"--given {args.given}", drawn, index) for index in range(real["num_clips"])
+        drawn, clips.split = split
+        files = [
+            DrawnClip(f"--given {args.given}", drawn, index)
+            for index in range(clips.split["num_clips"])
         ]
     elif args.given is not None:
-        clips = find_clips("--given", args.given, ("video", "image"), args.folder)
+        files = find_clips("--given", args.given, ("video", "image"), args.folder)
     if args.given is not None:
-        given = open_given(args, plan, clips, indices)
+        clips.given = open_given(args, plan, files, clips.indices)
     if args.init is not None:
-        clips = find_clips("--init", args.init, ("video" if args.video else "image",), args.folder)
-        init = ClipReader(plan, clips, [range(plan.num_frames)] * len(clips), indices)
-    return indices, given, init, real
+        kind = "video" if args.video else "image"
+        files = find_clips("--init", args.init, (kind,), args.folder)
+        frames = [range(plan.num_frames)] * len(files)
+        clips.init = ClipReader(plan, files, frames, clips.indices)
+    return clips
 
 
-def sample_run(args, plan, indices, given, init, real, device):
-    """Sample a Plan on all ranks, and write the folder."""
+def sample_run(args, plan, clips, device):
+    """Sample a Plan on all ranks, and write the folder. clips: its InputClips."""
     plan.vae.to(device)
     distributed.set_precision(args.precision)
     for model in filter(None, (plan.model, plan.weak)):
@@ -279,49 +298,47 @@ def sample_run(args, plan, indices, given, init, real, device):
         say(
             f"note: {idle} of {world_size()} ranks are idle: a smaller --batch-size shares the work"
         )
-    made = generate(
+    batches = generate(
         plan,
-        indices,
-        args.seed,
-        device,
-        sampling_settings(args),
-        args.batch_size,
-        given,
-        init,
-        args.init_gamma,
-        args.keep_background,
+        clips.indices,
+        seed=args.seed,
+        device=device,
+        settings=sampling_settings(args),
+        batch_size=args.batch_size,
+        given=clips.given,
+        init=clips.init,
+        init_gamma=args.init_gamma,
+        keep_background=args.keep_background,
         energy=args.report_energy,
     )
     rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
-    parts = in_order(made, rounds * len(plan.window_starts))
+    parts = in_order(batches, rounds * len(plan.window_starts))
     if rank() != 0:
         list(parts)  # it is empty, but the ranks wait for each other in each round
         return
     with cli.writing(Path(args.folder, "samples.npz")):
-        write_folder(args, plan, parts, given, real)
+        write_folder(args, plan, parts, clips)
 
 
-def in_order(made, rounds):
+def in_order(batches, rounds):
     """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU.
 
     All ranks call this.
     """
     for _ in range(rounds):
-        part = next(made, None)
-        part = part and [
-            value.cpu() if isinstance(value, torch.Tensor) else value for value in part
-        ]
+        part = next(batches, None)
+        if part is not None:
+            part = [value.cpu() if isinstance(value, torch.Tensor) else value for value in part]
         yield from filter(None, distributed.gather(part, on_all=False))
 
 
-def write_folder(args, plan, parts, given, real):
+def write_folder(args, plan, parts, clips):
     """Write the samples that `in_order` yields, previews and reports, and at last samples.json: how
     they were made.
     """
     folder = Path(args.folder)
-    names = plan.names
     previews = not args.no_previews
-    evaluations = torch.zeros(len(names), dtype=torch.int64)
+    evaluations = torch.zeros(len(plan.names), dtype=torch.int64)
     energies = []
 
     def videos_of(parts):
@@ -334,25 +351,36 @@ def write_folder(args, plan, parts, given, real):
     # if this fails, the samples of an earlier call stay
     videos = itertools.chain([next(videos)], videos)
     begin_folder(folder)
-    marked = given and [given.frames[number] for number in given.numbers]
+    marked = clips.given and [clips.given.frames[number] for number in clips.given.numbers]
     write_samples(
-        folder, videos, plan.num_frames, plan.labels, 1 / plan.time_scale, names, marked, previews
+        folder,
+        videos,
+        plan.num_frames,
+        labels=plan.conditions,
+        fps=1 / plan.time_scale,
+        names=plan.names,
+        marked=marked,
+        previews=previews,
     )
     if args.stop_below is not None or args.report_energy:
-        write_reports(args, names, evaluations, energies, len(plan.window_starts))
-    about = {"classes": plan.classes, "time_scale": plan.time_scale}
-    about |= {
+        write_reports(args, plan.names, evaluations, energies, len(plan.window_starts))
+    given_frames = args.given_frames and as_ranges(args.given_frames)
+    about = {
+        "classes": plan.classes,
+        "time_scale": plan.time_scale,
         "mean_evaluations": evaluations.double().mean().item(),
         "source": provenance(plan, args),
+        "flags": vars(args) | {"given_frames": given_frames},
     }
-    about["flags"] = vars(args) | {
-        "given_frames": args.given_frames and as_ranges(args.given_frames)
-    }
-    about |= ({"given": given.about()} if given else {}) | ({"real": real} if real else {})
+    if clips.given:
+        about["given"] = clips.given.about()
+    if clips.split:
+        about["real"] = clips.split
     write_file(folder / "samples.json", json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()
-    what = f"videos of {cli.plural(args.num_frames, 'frame')}" if args.video else "images"
-    say(f"{folder}: {len(names)} {what}{', previews' if previews else ''} and samples.npz")
+    kind = f"videos of {cli.plural(args.num_frames, 'frame')}" if args.video else "images"
+    with_previews = ", previews" if previews else ""
+    say(f"{folder}: {len(plan.names)} {kind}{with_previews} and samples.npz")
 
 
 def begin_folder(folder):
@@ -362,14 +390,15 @@ def begin_folder(folder):
     is_old = is_sample_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()
-    if is_old:
-        (folder / "samples.json").unlink(missing_ok=True)  # first, as it marks a complete folder
-        scores = [path for path in folder.glob("*.json") if is_of_samples(path, folder)]
-        pictures = [
-            path.with_suffix(suffix) for path in scores for suffix in (".png", ".sheet.png")
-        ]
-        for path in [*written_samples(folder), *scores, *pictures]:
-            path.unlink(missing_ok=True)
+    if not is_old:
+        return
+    (folder / "samples.json").unlink(missing_ok=True)  # first, as it marks a complete folder
+    old = written_samples(folder)
+    for path in folder.glob("*.json"):
+        if is_of_samples(path, folder):  # scores with their pictures
+            old += [path, path.with_suffix(".png"), path.with_suffix(".sheet.png")]
+    for path in old:
+        path.unlink(missing_ok=True)
 
 
 def write_reports(args, names, evaluations, energies, windows):
@@ -385,16 +414,15 @@ def write_reports(args, names, evaluations, energies, windows):
         rows = zip(range(len(names)), names, evaluations.tolist(), strict=True)
         write_csv(folder / "evaluations.csv", ["sample", "class", "evaluations"], rows)
         plots.plot_evaluations(folder / "evaluations.png", evaluations.numpy(), most)
-        mean = (
-            f"mean {evaluations.double().mean():.1f} of {most}, {evaluations.min()} to "
-            f"{evaluations.max()}"
-        )
         say(
-            f"evaluations per sample: {mean}; each in evaluations.csv, histogram in evaluations.png"
+            f"evaluations per sample: mean {evaluations.double().mean():.1f} of {most}, "
+            f"{evaluations.min()} to {evaluations.max()}; each in evaluations.csv, histogram in "
+            "evaluations.png"
         )
     if args.report_energy:
         energies = torch.cat(energies)  # NaN after the step at which a sample stopped
-        rows = ((k, n, energies[k, n].item()) for k, n in (~energies.isnan()).nonzero().tolist())
+        points = (~energies.isnan()).nonzero().tolist()
+        rows = [(sample, step, energies[sample, step].item()) for sample, step in points]
         write_csv(folder / "energy.csv", ["sample", "step", "energy"], rows)
         plots.plot_energies(folder / "energy.png", energies.numpy(), args.sampler)
         say(f"energy of each sample over the steps: {folder / 'energy.csv'}, energy.png")

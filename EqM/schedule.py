@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from runtime.cli import COUNT, SHARE, UserError, flag_text, plural
+from runtime.cli import COUNT, SHARE, UserError, plural
 from runtime.distributed import world_size
 from runtime.rng import uniform
 
@@ -175,28 +175,3 @@ def check_flags(args):
         raise UserError(
             "--disp: compares clips, but each rank has one at a time; raise --global-batch-size"
         )
-
-
-def resolve_flags(args):
-    """Flags with --num-frames: 1 for images, else 16 by default.
-
-    A schedule sets --num-frames and --max-steps. Raises UserError.
-    """
-    if not args.video:
-        for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
-            if getattr(args, name) not in (None, 1, [1]):
-                raise UserError(
-                    f"{flag_text(args, name)}: needs videos, because images have one frame; add "
-                    "--video, or remove it"
-                )
-        return args.resolve(num_frames=1, temporal_patch_size=1)
-    if not args.frames_schedule:
-        return args.resolve(num_frames=args.num_frames or 16)
-    for name in ("num_frames", "max_steps", "epochs"):
-        if getattr(args, name) is not None:
-            raise UserError(
-                f"{flag_text(args, name)}: contradicts --frames-schedule; remove one of them"
-            )
-    return args.resolve(
-        num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step
-    )

@@ -47,6 +47,7 @@ from sharding import full_tensor, make_networks
 from validation import validate, validation_chunks
 from video.clips import Clips, rank_batches
 from video.loader import batches_of, make_loader, on_device
+from video.samples import class_names
 from video.writers import tile, write_gif, write_mp4, write_sheet
 
 
@@ -173,15 +174,15 @@ def main():
 
     # User errors end here, with one line and status 2, before a run folder is made.
     with cli.wrong_input():
-        found = preflight.check_run(args)
+        checked = preflight.check_run(args)
     if args.dry_run:
         say("--dry-run: no mistakes found")
         return
     device = distributed.start(distributed.STEP_TIME)
-    args, start, vae, config, data, phases = preflight.share_run(found)
+    args, start, vae, config, data, phases = preflight.share_run(checked)
     progress = start.progress
     last_step = phases[-1].last_step
-    lr_end = args.lr_decay_end or phases[-1].last_step
+    lr_end = args.lr_decay_end or last_step
     checkpoint.complete_names(start, phases, args.ckpt_every)
     if progress.step >= last_step and not start.unlogged:
         say(f"{start.folder} is finished at step {progress.step}")
@@ -204,51 +205,62 @@ def main():
     vae.to(device)
 
     # The run folder and its files
-    run_config = preflight.make_run_config(
-        args, config, current_phase(phases, progress.first_step), data, vae
-    )
+    phase = current_phase(phases, progress.first_step)
+    run_config = preflight.make_run_config(args, config, phase=phase, data=data, vae=vae)
     run = Run(
         start,
         args,
-        preflight.run_name(args),
-        run_config,
-        data.scan,
-        args.wandb,
+        name=preflight.run_name(args),
+        run_config=run_config,
+        scan=data.scan,
+        wandb=args.wandb,
         together=args.shard,
     )
     log = run.log
-    metrics = run.metrics
     stop = run.stop
     network = model if args.shard else distributed.parallel(model)
-    remove_old = functools.partial(
-        runs.keep_last, run.folder, args.keep_last, {phase.last_step for phase in phases}
-    )
     preflight.note_changes(start, run_config, run)
-    start.state = found = None  # or the file would stay open during the run
+    # or the file would stay open during the run
+    start.state = None
+    checked = None
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
     preflight.log_run(
-        log, args, run.folder, config, model, data, (progress.step, last_step), device
+        run,
+        args,
+        config=config,
+        model=model,
+        data=data,
+        first_step=progress.step,
+        last_step=last_step,
+        device=device,
     )
     run.report_corrupt(data.scan.unreadable, progress.step)
 
+    def remove_old():
+        runs.keep_last(run.folder, args.keep_last, {phase.last_step for phase in phases})
+
     def save(names=()):
         progress.seconds = time.monotonic() - began
-        run.save(
-            checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress),
-            names,
-            after=remove_old,
+        state = checkpoint.run_state(
+            run_config,
+            model=model,
+            ema=ema,
+            optimizers=optimizers,
+            scaler=scaler,
+            progress=progress,
         )
+        run.save(state, names, after=remove_old)
 
     bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step")
-    periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
+    periods = (args.log_every, args.val_every, args.ckpt_every, args.sample_every)
     try:
-        for phase in [phase for phase in phases if phase.last_step > progress.first_step]:
+        for phase in phases:
+            if phase.last_step <= progress.first_step:
+                continue
             stream = progress.first_step  # names the random draws of the phase's samples
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
-            run_config = preflight.make_run_config(args, config, phase, data, vae)
-            conditions = torch.arange(args.num_samples) % len(data.scan.classes)
-            own = data.scan.classes, conditions, phase.num_frames, run_config["data"]["time_scale"]
-            previews = Plan(ema, vae, *own, gamma_shift=args.gamma_shift)
+            run_config = preflight.make_run_config(args, config, phase=phase, data=data, vae=vae)
+            previews = preview_plan(args, ema, vae, data.scan.classes, run_config)
             run.write_config(run_config)
             # A resumed run may log a step before it makes one
             set_learning_rates(optimizers, args, progress.step, lr_end)
@@ -273,9 +285,16 @@ def main():
                     run.report_corrupt(run.stats.corrupt, step)
                     if is_due(step, phase.last_step, args.val_every):
                         val_began = time.monotonic()
-                        settings = args.precision, device, stop, args.forcing > 0
                         val_metrics, corrupt = validate(
-                            ema, model, vae, val_loader, phase.num_frames, *settings
+                            ema,
+                            model,
+                            vae,
+                            loader=val_loader,
+                            num_frames=phase.num_frames,
+                            precision=args.precision,
+                            device=device,
+                            stop=stop,
+                            given=args.forcing > 0,
                         )
                         run.report_corrupt(corrupt, step)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
@@ -283,29 +302,26 @@ def main():
                         videos = sample_ema(previews, args, device, stop)
                     # A resumed run repeats what a signal interrupts up to here.
                     if "val_loss" in row:
-                        note = (
-                            ""
-                            if math.isfinite(row["val_loss"])
-                            else "; not finite: best.pt stays as it is"
-                        )
+                        note = ""
+                        if not math.isfinite(row["val_loss"]):
+                            note = "; not finite: best.pt stays as it is"
                         log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
                         if row["val_loss"] < progress.best_loss:
                             progress.best_loss = row["val_loss"]
                             progress.best_step = step
                     if videos is not None:
-                        write_previews(run.folder, step, metrics, previews, videos.numpy())
+                        write_previews(run, step, previews, videos.numpy())
                     # Log before saving: a checkpoint must not be ahead of the metrics. Later rows
                     # are logged again.
                     progress.seconds = time.monotonic() - began
-                    row |= optim.learning_rates(optimizers) | {
-                        "bad_videos": len(run.bad_videos.paths)
-                    }
+                    row |= optim.learning_rates(optimizers)
                     row |= {
+                        "bad_videos": len(run.bad_videos.paths),
                         "num_frames": phase.num_frames,
                         "seconds": progress.seconds,
                         "flops": progress.flops,
                     }
-                    metrics.log(step, **row)
+                    run.metrics.log(step, **row)
                     run.stats = StepStats()
                     if names := checkpoint.names_at(progress, phase.last_step, args.ckpt_every):
                         save(names)
@@ -326,7 +342,13 @@ def main():
                     sync = micro_batch == args.grad_accum or network is model
                     with nullcontext() if sync else network.no_sync():
                         losses, target_square = training_losses(
-                            network, vae, batch, config, args, stream, device
+                            network,
+                            vae,
+                            batch,
+                            config=config,
+                            args=args,
+                            stream=stream,
+                            device=device,
                         )
                         scaler.scale(sum(losses.values()) / args.grad_accum).backward()
                     for name, value in (losses | {"target_square": target_square}).items():
@@ -348,10 +370,10 @@ def main():
                 scaler.update()
                 # of the phase or, with --mix, of an earlier one
                 num_frames = batch["clips"].shape[-3]
-                progress.count_step(
-                    phase.batch_size, config.training_flops(num_frames, args.grad_checkpoint)
-                )
-                run.stats.add(files, phase.batch_size * config.training_flops(num_frames), **sums)
+                flops = config.training_flops(num_frames)
+                spent = config.training_flops(num_frames, args.grad_checkpoint)
+                progress.count_step(phase.batch_size, spent)
+                run.stats.add(files, phase.batch_size * flops, **sums)
                 update_ema(ema, model, ema_decay(args, progress.step - progress.ema_start))
                 bar.update()
                 if stop.resolve():  # True: a checkpoint is due; raises Interrupted
@@ -411,31 +433,86 @@ def training_losses(network, vae, batch, config, args, stream, device):
 
 def start_phase(args, data, phases, phase, progress, device):
     """(iterator over this rank's remaining micro-batches, loader of its validation clips)."""
-    interval = args.frame_interval[0], args.frame_interval[-1]
-    make = functools.partial(Clips, data.source, classes=data.scan.classes, frame_interval=interval)
-    train = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
-    train_clips = {n: make(videos, num_frames=n, **train) for n, videos in data.train.items()}
-    val_lengths = sorted({phase.num_frames, *args.val_frames})
-    val = {"flip": False, "stream": "validation"}
-    val_clips = {
-        n: make(data.val[n], num_frames=n, spare=data.spare(n), **val) for n in val_lengths
-    }
-
-    frames = frames_of_steps(
-        phases, phase, progress.step, progress.first_step, args.mix, args.global_seed
+    make_clips = functools.partial(
+        Clips,
+        data.source,
+        classes=data.scan.classes,
+        frame_interval=(args.frame_interval[0], args.frame_interval[-1]),
     )
-    split = rank(), world_size(), args.grad_accum
-    indices = rank_batches(progress.position, len(frames), phase.batch_size, *split)
+    train_clips = {
+        num_frames: make_clips(
+            videos,
+            num_frames=num_frames,
+            flip=not args.no_flip,
+            seed=args.global_seed,
+            stream=progress.first_step,
+        )
+        for num_frames, videos in data.train.items()
+    }
+    val_lengths = sorted({phase.num_frames, *args.val_frames})
+    val_clips = {
+        num_frames: make_clips(
+            data.val[num_frames],
+            num_frames=num_frames,
+            flip=False,
+            stream="validation",
+            spare=data.spare(num_frames),
+        )
+        for num_frames in val_lengths
+    }
+    frames = frames_of_steps(
+        phases,
+        phase,
+        step=progress.step,
+        first_step=progress.first_step,
+        mix=args.mix,
+        seed=args.global_seed,
+    )
+    indices = rank_batches(
+        progress.position,
+        len(frames),
+        global_batch=phase.batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        micro_batches=args.grad_accum,
+    )
     batches = (
-        [(frames[n // args.grad_accum], index) for index in batch]
-        for n, batch in enumerate(indices)
+        [(frames[number // args.grad_accum], index) for index in batch]
+        for number, batch in enumerate(indices)
     )
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)
-    chunks = chunks if args.shard else chunks[rank() :: world_size()]
-    settings = args.num_workers, args.loader_timeout, device
-    train_loader = make_loader(train_clips, batches, *settings)
-    val_loader = make_loader(val_clips, chunks, min(1, args.num_workers), *settings[1:])
+    if not args.shard:
+        chunks = chunks[rank() :: world_size()]
+    train_loader = make_loader(
+        train_clips,
+        batches,
+        num_workers=args.num_workers,
+        timeout=args.loader_timeout,
+        device=device,
+    )
+    val_loader = make_loader(
+        val_clips,
+        chunks,
+        num_workers=min(1, args.num_workers),
+        timeout=args.loader_timeout,
+        device=device,
+    )
     return on_device(batches_of(train_loader), device), val_loader  # starts the loader processes
+
+
+def preview_plan(args, ema, vae, classes, run_config):
+    """The Plan of a phase's samples: one class after the other."""
+    conditions = torch.arange(args.num_samples) % len(classes)
+    return Plan(
+        ema,
+        vae=vae,
+        classes=classes,
+        conditions=conditions,
+        names=class_names(classes, conditions),
+        num_frames=run_config["model"]["num_frames"],
+        time_scale=run_config["data"]["time_scale"],
+        gamma_shift=args.gamma_shift,
+    )
 
 
 def sample_ema(plan, args, device, stop):
@@ -443,17 +520,21 @@ def sample_ema(plan, args, device, stop):
 
     Raises Interrupted.
     """
-    indices = (
-        list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples)
+    indices = distributed.own_indices(args.num_samples)
+    if args.shard:
+        indices = list(range(args.num_samples))
+    batches = generate(
+        plan,
+        indices,
+        seed=args.global_seed,
+        device=device,
+        settings=sampling_settings(args),
+        strict=False,
+        before_evaluation=stop.check,
     )
     videos = []
-    settings = sampling_settings(args)
-    seed = args.global_seed
-    made = generate(
-        plan, indices, seed, device, settings, strict=False, before_evaluation=stop.check
-    )
     with suppress(Interrupted):
-        videos = [clips.cpu() for _, _, clips, _, _ in made]
+        videos = [clips.cpu() for _, _, clips, _, _ in batches]
     stop.resolve()
     if args.shard and rank() != 0:
         indices = []
@@ -461,24 +542,24 @@ def sample_ema(plan, args, device, stop):
     return distributed.collect(indices, torch.cat(videos) if videos else torch.empty(0))
 
 
-def write_previews(folder, step, metrics, plan, videos):
+def write_previews(run, step, plan, videos):
     """Write samples uint8 (N, T, H, W, 3) as a sheet, mp4 and GIF, also to TensorBoard.
 
     Raises UserError.
     """
-    path = folder / "samples" / f"{step:07d}"
+    sheet = run.folder / "samples" / f"{step:07d}.png"
     fps = 1 / plan.time_scale
     gif = None
     mp4 = None
-    with cli.writing(path.with_suffix(".png")):
-        path.parent.mkdir(exist_ok=True)
-        write_sheet(path.with_suffix(".png"), videos, plan.names, labels=plan.labels)
+    with cli.writing(sheet):
+        sheet.parent.mkdir(exist_ok=True)
+        write_sheet(sheet, videos, plan.names, labels=plan.conditions)
         if videos.shape[1] > 1:
             gif = io.BytesIO()
-            mp4 = path.with_suffix(".mp4")
+            mp4 = sheet.with_suffix(".mp4")
             write_mp4(mp4, tile(videos), fps)
             write_gif(gif, tile(videos), fps)
-        metrics.video(step, "samples", videos, gif and gif.getvalue(), mp4)
+        run.metrics.video(step, "samples", videos, gif and gif.getvalue(), mp4)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ def class_name(classes, label):
     return classes[label] if label != NO_LABEL else None
 
 
+def class_names(classes, labels):
+    """The name of the class of each label (N,), or "none"."""
+    return [class_name(classes, label) or "none" for label in labels.tolist()]
+
+
 def read_samples(here, folder):
     """(content of samples.json, clips uint8 (N, T, H, W, 3) mapped into memory, labels (N,) int64)
     of a sample folder.
