@@ -319,7 +319,7 @@ def open_data(args, start, lengths, val_lengths, flag):
     CorruptVideos(source.scan, args.max_bad_fraction, start.bad_videos).add(source.scan.unreadable)
     data = find_data(source, args.val_fraction, lengths, val_lengths, flag)
     if args.cache_frames:
-        data = replace(data, source=CachedFiles(source, args.results_dir, args.cache_frames_force))
+        data = replace(data, source=CachedFiles(source, args.results_dir))
     return data
 
 

@@ -1,6 +1,7 @@
 """The run folder of train.py and train_vae.py: what they write and how they end."""
 
 import functools
+import itertools
 import json
 import os
 import time
@@ -42,20 +43,17 @@ def add_loading_flags(add, num_workers):
         "--cache-frames",
         action="store_true",
         help=(
-            "decode each video once, into a folder in --results-dir that later runs reuse; for "
-            "small "
-            "data sets"
+            "decode each video once, into a folder in --results-dir that later runs reuse; at most "
+            "20 GB"
         ),
     )
-    add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
     add(
         "--loader-timeout",
         type=NON_NEGATIVE,
         default=300.0,
         help=(
             "seconds for loader processes to start or load a batch; 0 = no limit, but ranks wait "
-            "600 "
-            "s at most"
+            "600 s at most"
         ),
     )
 
@@ -67,18 +65,22 @@ class Run:
     """
 
     def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
-        own = (
-            runs.make_run_folder(args.results_dir, name)
-            if distributed.rank() == 0 and not start.folder
-            else None
-        )
-        self.folder = start.folder or distributed.broadcast(own)
+        self.folder = start.folder
+        if not self.folder:
+            is_first = distributed.rank() == 0
+            new_folder = runs.make_run_folder(args.results_dir, name) if is_first else None
+            self.folder = distributed.broadcast(new_folder)
         self.log = functools.partial(say, log=self.folder / "log.txt")
         warnings_as_lines(self.folder / "log.txt")
         if distributed.rank() == 0:
             save_index(scan, args.data_path, args.results_dir)
         logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
-        self.metrics = Metrics(self.folder, resume_step=logged_step, wandb=wandb, config=run_config)
+        self.metrics = Metrics(
+            folder=self.folder,
+            resume_step=logged_step,
+            wandb=wandb,
+            config=run_config,
+        )
         self.stats = StepStats(start.unlogged)
         self.bad_videos = CorruptVideos(scan, args.max_bad_fraction, start.bad_videos)
         self.stop = StopSignal(together)
@@ -95,9 +97,8 @@ class Run:
 
         Raises UserError, on all ranks, if there are too many.
         """
-        for path in self.bad_videos.add(
-            [path for part in distributed.gather(paths) for path in part]
-        ):
+        paths_of_all = itertools.chain(*distributed.gather(paths))
+        for path in self.bad_videos.add(paths_of_all):
             self.log(
                 f"step {step}: {path} can't be decoded; others take its place ({self.bad_videos})"
             )

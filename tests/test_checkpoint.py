@@ -224,7 +224,7 @@ def test_missing_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, 
     assert "a folder without" in load_refusal(tmp_path)
     checkpoint.save(path, state)
     odd.write_bytes(whole := path.read_bytes())
-    assert "its name is not UTF-8: rename it" in load_refusal(odd)
+    assert "a UTF-8 name" in load_refusal(odd)
     contents = [whole[: int(share * len(whole))] for share in (0.0, 0.001, 0.5, 0.9999)]
     for content in (
         *contents,

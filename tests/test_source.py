@@ -18,13 +18,27 @@ from training import Training, error_of, no_space, record_calls, refused
 from video import source
 from video.source import CachedFiles, check_data_path, open_source
 
-SIZE, STEPS = 32, 5
+SIZE = 32
 
 
-def cached(files, folder):
-    found = CachedFiles(files, folder)
-    found.fill()
-    return found
+def fill_cache(files, folder):
+    cache = CachedFiles(files, folder)
+    cache.fill()
+    return cache
+
+
+def assert_same_clips(files, cache, num_frames=5):
+    """Returns the number of corrupt videos that the clips replace."""
+    expected_clips = clips_of(files, num_frames, frame_interval=(1, 3))
+    clips = clips_of(cache, num_frames, frame_interval=(1, 3))
+    num_corrupt = 0
+    for index in range(20):
+        expected = expected_clips[index]
+        sample = clips[index]
+        assert torch.equal(sample.pop("clip"), expected.pop("clip"))
+        assert sample == expected
+        num_corrupt += len(sample["corrupt"])
+    return num_corrupt
 
 
 @pytest.fixture
@@ -33,48 +47,36 @@ def decoded(monkeypatch):
     return record_calls(monkeypatch, source, "read_all_frames", lambda root, video: video.path)
 
 
-@pytest.mark.parametrize("kind", ["videos", "images", "corrupt"])
-def test_clips_are_the_same_bit_for_bit_with_and_without_a_cache(tmp_path, kind):
-    write = write_images if kind == "images" else write_mixed_videos
-    files = open_source(write(tmp_path / "data"), SIZE, images=kind == "images")
-    if kind == "corrupt":
-        scribble(tmp_path / "data/Run/a.avi")
-    bad = 0
-    frames = 1 if kind == "images" else 5
-    plain, found = (
-        clips_of(one, frames, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path))
-    )
-    for index in range(30):
-        expected = plain[index]
-        sample = found[index]
-        assert torch.equal(expected.pop("clip"), sample.pop("clip")) and expected == sample
-        bad += len(sample["corrupt"])
-    assert (bad > 0) == (kind == "corrupt")
-    missing = [video.path for video in files.videos() if not found.source.place(video).exists()]
-    assert missing == (["Run/a.avi"] if kind == "corrupt" else [])
+def test_clips_of_images_are_the_same_bit_for_bit_with_a_cache(tmp_path):
+    files = open_source(write_images(tmp_path / "data"), SIZE, images=True)
+    assert assert_same_clips(files, fill_cache(files, tmp_path), num_frames=1) == 0
+
+
+def test_clips_are_the_same_bit_for_bit_also_if_a_video_is_corrupt(tmp_path):
+    files = open_source(write_mixed_videos(tmp_path / "data"), SIZE)
+    assert assert_same_clips(files, fill_cache(files, tmp_path)) == 0
+    scribble(tmp_path / "data/Run/a.avi")
+    cache = fill_cache(files, tmp_path)
+    assert assert_same_clips(files, cache) > 0
+    missing = [video.path for video in files.videos() if not cache.cache_path(video).exists()]
+    assert missing == ["Run/a.avi"]
 
 
 def test_a_later_run_decodes_only_videos_that_have_changed(tmp_path, decoded):
     root = write_mixed_videos(tmp_path / "data")
     files = open_source(root, SIZE)
-    cached(files, tmp_path)
+    fill_cache(files, tmp_path)
     assert sorted(decoded) == [video.path for video in files.videos()]
     write_video(root / "Run/b.mp4", 50, codec="libx264", size=(48, 48))
     os.utime(root / "Run/c.mkv", ns=(1, 1))  # its content may have changed
-    scribble(root / "Run/a.avi")
     decoded.clear()
     files = open_source(root, SIZE)
-    again = cached(files, tmp_path)
-    assert sorted(decoded) == ["Run/a.avi", "Run/b.mp4", "Run/c.mkv"]
-    assert not again.place(
-        files.videos()[2]
-    ).exists()  # its frames from before are not taken for those of now
-    plain, found = (clips_of(one, 5, frame_interval=(1, 3)) for one in (files, again))
-    for index in range(10):
-        assert torch.equal(plain[index]["clip"], found[index]["clip"])
-    shutil.rmtree(again.folder)
-    assert torch.equal(plain[0]["clip"], found[0]["clip"])
-    assert cached(open_source(root, 16), tmp_path).folder != again.folder
+    cache = fill_cache(files, tmp_path)
+    assert sorted(decoded) == ["Run/b.mp4", "Run/c.mkv"]
+    assert_same_clips(files, cache)
+    shutil.rmtree(cache.folder)
+    assert_same_clips(files, cache)
+    assert fill_cache(open_source(root, 16), tmp_path).folder != cache.folder
 
 
 FILL = """
@@ -102,67 +104,69 @@ def test_videos_are_written_a_few_at_a_time_and_no_more_after_an_error():
     count = 0
     with pytest.raises(OSError, match="full"):
         for video, _ in done:
+            assert video == count
             count += 1
-            assert video == count - 1 and len(started) <= count + 4
-    assert count == 9 and len(started) <= 14
+            assert len(started) <= count + 4
+    assert count == 9
+    assert len(started) <= 14
 
 
 def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        source.fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented"))
-    )
-    line = error_of(cached, open_source(write_mixed_videos(tmp_path / "data"), SIZE), tmp_path)
-    words = "can't be locked (Function not implemented): move --results-dir"
-    assert line.startswith("--cache-frames: ") and words in line
+    no_locks = Mock(side_effect=OSError(38, "Function not implemented"))
+    monkeypatch.setattr(source.fcntl, "flock", no_locks)
+    files = open_source(write_mixed_videos(tmp_path / "data"), SIZE)
+    line = error_of(fill_cache, files, tmp_path)
+    assert line.startswith("--cache-frames: ")
+    assert "can't be locked (Function not implemented): move --results-dir" in line
 
 
 def test_runs_at_once_fill_the_cache_of_a_killed_run_and_decode_each_video_once(tmp_path, decoded):
     root = str(write_mixed_videos(tmp_path / "data"))
-    kill = "os.replace = lambda *_: os.kill(os.getpid(), 9)"  # of the next file, once it is written
-    for ends, status, left in (([kill], -signal.SIGKILL, 1), (["", ""], 0, 0)):
-        for process in [python(FILL.format(root, str(tmp_path), last)) for last in ends]:
-            end(process, status, timeout=120)
-        assert len(list(tmp_path.glob(".pixels*/*.tmp"))) == left
+
+    def start_filling(after_write):
+        return python(FILL.format(root, str(tmp_path), after_write))
+
+    # when the first file is written
+    killed = start_filling("os.replace = lambda *_: os.kill(os.getpid(), 9)")
+    end(killed, -signal.SIGKILL, timeout=120)
+    assert len(list(tmp_path.glob(".pixels*/*.tmp"))) == 1
+    for process in [start_filling(""), start_filling("")]:
+        end(process, timeout=120)
+    assert not list(tmp_path.glob(".pixels*/*.tmp"))
+
     files = open_source(root, SIZE)
+    first, second, *others = [video.path for video in files.videos()]
     paths = (tmp_path / "decoded").read_text().split()
-    first, *others = (video.path for video in files.videos())
-    assert paths[:2] == [first, others[0]] and sorted(paths[2:]) == others
-    plain, found = (
-        clips_of(one, 5, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path))
-    )
-    assert (
-        all(torch.equal(plain[index]["clip"], found[index]["clip"]) for index in range(10))
-        and not decoded
-    )
+    assert paths[:2] == [first, second]  # by the killed run
+    assert sorted(paths[2:]) == [second, *others]
+    assert_same_clips(files, fill_cache(files, tmp_path))
+    assert not decoded
 
 
-def test_too_much_is_refused_before_anything_is_made_unless_it_is_forced(
-    shapes, tmp_path, monkeypatch, capsys
-):
+def test_too_much_is_refused_before_anything_is_made(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(source, "LARGEST", 400_000)
-    line = refused(
-        capsys, train, *Training(shapes, tmp_path / "runs", STEPS).command_flags("--cache-frames")
-    )
-    assert "--cache-frames: 24 videos take 0.5 MB" in line and "add --cache-frames-force" in line
+    training = Training(shapes, tmp_path / "runs", steps=5)
+    line = refused(capsys, train, *training.command_flags("--cache-frames"))
+    assert "--cache-frames: 24 videos take 0.5 MB" in line
+    assert "use a smaller --image-size, or train on a cache of cache_latents.py" in line
     assert not (tmp_path / "runs").exists()
-    CachedFiles(open_source(shapes, 16), tmp_path / "runs", force=True)
 
 
-def test_a_disk_that_fills_up_is_one_line_and_a_cache_needs_no_other(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_leaves_only_complete_files(tmp_path, monkeypatch):
     files = open_source(write_mixed_videos(tmp_path / "data"), SIZE)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(source, "THREADS", 1)
-        calls = record_calls(
-            patch, os, "fsync", lambda _: len(calls) >= 4 and no_space()
-        )  # two calls per file
-        cached(files, tmp_path)
-    assert (
-        not list(tmp_path.rglob("*.tmp"))
-        and len(list(tmp_path.glob(".pixels*/*.safetensors"))) == 2
-    )
-    make_latents(tmp_path / "latents")
-    error = error_of(CachedFiles, open_source(tmp_path / "latents", 16), tmp_path)
+    monkeypatch.setattr(source, "THREADS", 1)
+    # two calls per file
+    calls = record_calls(monkeypatch, os, "fsync", lambda _: len(calls) >= 4 and no_space())
+    with pytest.raises(OSError, match="No space left"):
+        fill_cache(files, tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(list(tmp_path.glob(".pixels*/*.safetensors"))) == 2
+
+
+def test_a_cache_needs_no_other_cache(tmp_path):
+    make_latents(tmp_path)
+    error = error_of(CachedFiles, open_source(tmp_path, 16), tmp_path)
     assert error.startswith("--cache-frames: --data-path is a cache")
-    check_data_path(tmp_path / "latents")
-    error = error_of(check_data_path, tmp_path / "latents", cached=False)
+    check_data_path(tmp_path)
+    error = error_of(check_data_path, tmp_path, cached=False)
     assert "a latent cache; name the folder of its videos" in error

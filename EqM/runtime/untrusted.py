@@ -22,14 +22,10 @@ FPS = 1e-3, 1e6  # lowest and highest accepted frame rate
 
 
 def check_regular(path):
-    """Raise OSError unless `path` is a regular file, or a link to one, whose name is text."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe, device or socket may never end
-        raise OSError(
-            f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, expected a regular "
-            "file"
-        )
-    if not is_text(path):  # as the C++ and Rust libraries expect
-        raise OSError("its name is not UTF-8: rename it")
+    """Raise OSError unless `path` is a regular file, or a link to one, with a UTF-8 name."""
+    # reading a pipe or a device may never end; C++ and Rust libraries take no other names
+    if not stat.S_ISREG(os.stat(path).st_mode) or not is_text(path):
+        raise OSError("expected a regular file with a UTF-8 name")
 
 
 def is_text(path):
@@ -77,12 +73,11 @@ def read_torch(path, names=()):
         warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
     if local_rank() == 0:
-        parts = (
-            [content[name] for name in names if name in content]
-            if isinstance(content, dict)
-            else []
-        )
-        check_tensors(parts or content, {(member.file_size, member.CRC) for member in members})
+        sums = {(member.file_size, member.CRC) for member in members}
+        parts = []
+        if isinstance(content, dict):
+            parts = [content[name] for name in names if name in content]
+        check_tensors(parts or content, sums)
     return content
 
 
@@ -91,11 +86,11 @@ def check_tensors(value, sums):
 
     A sum is (size, CRC-32).
     """
-    storages = [
-        leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)
-    ]
-    places = {(storage.data_ptr(), len(storage)): storage for storage in storages}
-    for _, storage in sorted(places.items()):  # in the order of the file, as a disk reads ahead
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    by_address = {(storage.data_ptr(), len(storage)): storage for storage in storages}
+    # in the order of the file, as a disk reads ahead
+    for _, storage in sorted(by_address.items()):
         data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         # torch does not tell which member became which tensor
         if (data.nbytes, zlib.crc32(data)) not in sums:

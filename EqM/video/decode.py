@@ -18,8 +18,9 @@ FRAME_START = b"\0\0\1\xb6"  # of a frame of mpeg4
 TRANSPOSES = {90: ["cclock"], 180: ["clock", "clock"], 270: ["clock"]}
 
 
-def find_keyframes(path, num_frames):
-    """The keyframes of a video, if several: a list of [frame number, time stamp, time to seek to].
+def find_keyframes(file, num_frames):
+    """The keyframes of a video in a container of PyAV, if several: a list of [frame number, time
+    stamp, time to seek to].
 
     Frames are numbered in the order of their time stamps. All frames from a keyframe's number on
     decode from there; in an open GOP, frames before it follow it in the file. The list is empty
@@ -28,31 +29,32 @@ def find_keyframes(path, num_frames):
     times = []
     keyframes = []
     latest = -float("inf")
-    with av.open(path, metadata_errors="ignore") as file:
-        stream = file.streams.video[0]
-        is_avi = file.format.name == "avi"
-        codec = stream.codec_context.name
-        if codec not in (AVI_CODECS if is_avi else CODECS):
+    stream = file.streams.video[0]
+    is_avi = file.format.name == "avi"
+    codec = stream.codec_context.name
+    if codec not in (AVI_CODECS if is_avi else CODECS):
+        return []
+    for packet in file.demux(stream):
+        # the end of the file; a frame that an edit list removes
+        if not packet.size or packet.is_discard:
+            continue
+        # XviD: two frames in one
+        is_packed = codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1
+        if packet.pts is None or packet.is_corrupt or is_packed:
             return []
-        for packet in file.demux(stream):
-            # the end of the file; a frame that an edit list removes
-            if not packet.size or packet.is_discard:
-                continue
-            # XviD: two frames in one
-            is_packed = codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1
-            if packet.pts is None or packet.is_corrupt or is_packed:
-                return []
-            if packet.is_keyframe and packet.pts > latest:
-                keyframes.append((packet.pts, packet.dts if is_avi else packet.pts))
-            times.append(packet.pts)
-            latest = max(latest, packet.pts)
+        if packet.is_keyframe and packet.pts > latest:
+            seek_time = packet.dts if is_avi else packet.pts
+            keyframes.append((packet.pts, seek_time))
+        times.append(packet.pts)
+        latest = max(latest, packet.pts)
     numbers = {time: number for number, time in enumerate(sorted(times))}
-    if len(keyframes) < 2 or not len(numbers) == len(times) == num_frames:
+    is_certain = len(numbers) == len(times) == num_frames
+    if len(keyframes) < 2 or not is_certain:
         return []
     return [[numbers[time], time, seek_time] for time, seek_time in keyframes]
 
 
-def decode_from(path, keyframe, height, width):
+def decode_from(file, keyframe, height, width):
     """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8
     (height, width, 3).
     """
@@ -60,25 +62,26 @@ def decode_from(path, keyframe, height, width):
     # waiting: a heap of the time stamps whose frames have not come out yet
     waiting = []
     graph = None
-    with av.open(path, metadata_errors="ignore") as file:
-        stream = file.streams.video[0]
-        context = stream.codec_context
-        if context.width * context.height != height * width:
-            raise ValueError("the size has changed since the scan")
-        context.thread_count = 1
-        file.seek(seek_time, stream=stream)
-        for packet in dropwhile(
-            lambda packet: (packet.pts, packet.is_keyframe) != (first, True), file.demux(stream)
-        ):
-            if packet.size and not packet.is_discard and packet.pts >= first:
-                heapq.heappush(waiting, packet.pts)
-            for frame in packet.decode():
-                if frame.pts is not None and frame.pts < first:  # of an open GOP
-                    continue
-                if frame.is_corrupt or frame.pts != heapq.heappop(waiting):
-                    raise ValueError("a frame is missing")
-                graph = graph or _rgb_graph(stream, frame.rotation)
-                yield partial(_pixels, graph, frame, (height, width, 3))
+    stream = file.streams.video[0]
+    context = stream.codec_context
+    if context.width * context.height != height * width:
+        raise ValueError("the size has changed since the scan")
+    context.thread_count = 1
+    file.seek(seek_time, stream=stream)
+
+    def is_before(packet):
+        return packet.pts != first or not packet.is_keyframe
+
+    for packet in dropwhile(is_before, file.demux(stream)):
+        if packet.size and not packet.is_discard and packet.pts >= first:
+            heapq.heappush(waiting, packet.pts)
+        for frame in packet.decode():
+            if frame.pts is not None and frame.pts < first:  # of an open GOP
+                continue
+            if frame.is_corrupt or frame.pts != heapq.heappop(waiting):
+                raise ValueError("a frame is missing")
+            graph = graph or _rgb_graph(stream, frame.rotation)
+            yield partial(_pixels, graph, frame, (height, width, 3))
 
 
 def _rgb_graph(stream, rotation):
@@ -89,10 +92,9 @@ def _rgb_graph(stream, rotation):
     graph = av.filter.Graph()
     with suppress(AttributeError):  # PyAV before 18 starts a thread per core
         graph.threads = 1
-    turns = [("transpose", direction) for direction in TRANSPOSES.get(rotation % 360, [])]
-    filters = [
-        graph.add(*step) for step in [*turns, ("scale",), ("format", "rgb24"), ("buffersink",)]
-    ]
+    directions = TRANSPOSES.get(rotation % 360, [])
+    filters = [graph.add("transpose", direction) for direction in directions]
+    filters += [graph.add("scale"), graph.add("format", "rgb24"), graph.add("buffersink")]
     graph.link_nodes(graph.add_buffer(template=stream), *filters).configure()
     return graph
 

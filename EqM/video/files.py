@@ -90,7 +90,8 @@ class Video:
     keyframes: list = field(default=(), compare=False, repr=False)
 
     def __post_init__(self):  # a header or an index may contain anything
-        if not (1 <= self.num_frames < 2**31 and FPS[0] <= self.fps <= FPS[1]):
+        lowest, highest = FPS
+        if not (1 <= self.num_frames < 2**31 and lowest <= self.fps <= highest):
             raise ValueError(f"{plural(self.num_frames, 'frame')} at {self.fps} per second")
 
     @property
@@ -111,16 +112,24 @@ def probe(root, class_name, path):
     """
     if has_suffix("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
-    place = os.path.join(root, path)
-    with _errors_of(place), av.open(_safe_path(place), metadata_errors="ignore") as file:
-        claimed = max((stream.frames for stream in file.streams.video), default=0)
-        if claimed > os.path.getsize(place):  # decord would allocate memory for them, or abort
+    file_path = os.path.join(root, path)
+    with _errors_of(file_path), _open_packets(file_path) as packets:
+        claimed = max((stream.frames for stream in packets.streams.video), default=0)
+        if claimed > os.path.getsize(file_path):  # decord would allocate memory for them, or abort
             raise OSError(f"claims {claimed} frames")
-    with _open_video(place) as reader:
-        _, height, width, _ = reader.get_batch([]).shape
-        num_frames, fps, stored = _read_timing(reader)
-        video = Video(path, class_name, num_frames, fps, height, width, varies=stored is not None)
-        return replace(video, keyframes=_usable_keyframes(_safe_path(place), video, reader))
+        with _open_video(file_path) as reader:
+            _, height, width, _ = reader.get_batch([]).shape
+            num_frames, fps, stored = _read_timing(reader)
+            video = Video(
+                path=path,
+                class_name=class_name,
+                num_frames=num_frames,
+                fps=fps,
+                height=height,
+                width=width,
+                varies=stored is not None,
+            )
+            return replace(video, keyframes=_usable_keyframes(packets, video, reader))
 
 
 def why_unreadable(path):
@@ -131,24 +140,31 @@ def why_unreadable(path):
     with suppress(*NO_VIDEO):
         if os.path.isfile(path) and os.path.getsize(path) == 0:
             return "an empty file; copy it again or remove it"
-        with av.open(_safe_path(path), metadata_errors="ignore") as file:
-            if not file.streams.video:
+        with _open_packets(path) as packets:
+            if not packets.streams.video:
                 return "has no video stream, only sound or text; remove it"
     return "can't be opened; repair or remove it"
 
 
-def _usable_keyframes(path, video, reader):
-    """The keyframes of a video.
+def _usable_keyframes(packets, video, reader):
+    """The keyframes of a video that both PyAV (packets) and decord (reader) have opened.
 
     () if they are uncertain, or if PyAV and decord differ in the first frame.
     """
     with suppress(*NO_VIDEO):
-        keyframes = find_keyframes(path, video.num_frames)
-        pixels = next(decode_from(path, keyframes[0], video.height, video.width))()
+        keyframes = find_keyframes(packets, video.num_frames)
+        frames = decode_from(packets, keyframes[0], video.height, video.width)
+        pixels = next(frames)()
         with suppress(*NO_VIDEO):  # decord fails if one packet of HEVC releases several frames
-            return keyframes if np.array_equal(pixels, _pixels(reader.next())) else ()
+            is_same = np.array_equal(pixels, _pixels(reader.next()))
+            return keyframes if is_same else ()
         return keyframes
     return ()
+
+
+def _open_packets(path):
+    """A container of PyAV. Raises OSError, av.FFmpegError."""
+    return av.open(_safe_path(path), metadata_errors="ignore")
 
 
 def _safe_path(path):
@@ -203,7 +219,8 @@ def _read_timing(reader):
     equally_far = np.linspace(times[0], times[-1], len(times))
     closest = np.searchsorted((times[1:] + times[:-1]) / 2, equally_far)
     is_same = np.array_equal(closest, np.arange(len(times)))
-    return len(times), measured if varies else fps, None if is_same else closest.tolist()
+    stored = None if is_same else closest.tolist()
+    return len(times), measured if varies else fps, stored
 
 
 def read_frames(root, video, frame_indices):
@@ -219,10 +236,9 @@ def read_all_frames(root, video, chunk_size=16):
     """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of
     1080p exceeds memory.
     """
-    firsts = range(0, video.num_frames, chunk_size)
-    return _read_parts(
-        root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts]
-    )
+    indices = range(video.num_frames)
+    firsts = indices[::chunk_size]
+    return _read_parts(root, video, [indices[first : first + chunk_size] for first in firsts])
 
 
 def _read_parts(root, video, parts):
@@ -231,20 +247,24 @@ def _read_parts(root, video, parts):
     # returns wrong frames when it seeks, also in get_batch, in AVIs and near keyframes of open
     # GOPs. If the faster one fails, the other continues
     path = os.path.join(root, video.path)
-    done = 0
-    decoders = [_from_start]
     if has_suffix("image", path):
         yield _read_image(path)
         return
+    decoders = [_from_start]
     if video.keyframes:
         # decord decodes a whole video faster
-        decoders.insert(parts[0][0] < video.keyframes[1][0], _from_keyframe)
-    for number, decoder in enumerate(decoders, 1):
-        with suppress(*[UnreadableError] if number < len(decoders) else []):
+        is_early = parts[0][0] < video.keyframes[1][0]
+        decoders.insert(is_early, _from_keyframe)
+    done = 0
+    for decoder in decoders:
+        try:
             for frames in decoder(path, video, parts[done:]):
                 yield frames
                 done += 1
             return
+        except UnreadableError:
+            if decoder is decoders[-1]:
+                raise
 
 
 def _from_start(path, video, parts):
@@ -260,22 +280,19 @@ def _from_keyframe(path, video, parts):
         if video.varies:
             with _open_video(path) as reader:
                 parts = _stored(reader, parts)
-        keyframe = video.keyframes[
-            bisect(video.keyframes, parts[0][0], key=lambda keyframe: keyframe[0]) - 1
-        ]
-        yield from _pick(
-            decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], parts
-        )
+        numbers = [number for number, _, _ in video.keyframes]
+        keyframe = video.keyframes[bisect(numbers, parts[0][0]) - 1]
+        with _open_packets(path) as packets:
+            frames = decode_from(packets, keyframe, video.height, video.width)
+            yield from _pick(frames, keyframe[0], parts)
 
 
 def _stored(reader, parts):
     """The numbers of the stored frames for lists of frame indices."""
     _, _, stored = _read_timing(reader)
-    return (
-        parts
-        if stored is None
-        else [[stored[index] for index in frame_indices] for frame_indices in parts]
-    )
+    if stored is None:
+        return parts
+    return [[stored[index] for index in frame_indices] for frame_indices in parts]
 
 
 def _pick(decoded, first, parts):
@@ -289,7 +306,7 @@ def _pick(decoded, first, parts):
         frames = []
         for chosen in numbers:
             while number < chosen:
-                number = number + 1
+                number += 1
                 pixels = next(decoded, None)
             if pixels is None:
                 raise OSError("ends too early")
@@ -313,24 +330,25 @@ def _read_image(path):
     try:
         check_regular(path)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            transpose = EXIF_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
             if image.mode == "I;16":  # convert() would clip all values above 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
-            return np.array(
-                image if transpose is None else image.transpose(Image.Transpose[transpose])
-            )[None]
+            if orientation in EXIF_TRANSPOSES:
+                transpose = Image.Transpose[EXIF_TRANSPOSES[orientation]]
+                image = image.transpose(transpose)
+            return np.array(image)[None]
     except NO_IMAGE as error:
         raise UnreadableError(f"{path}: {error}") from error
 
 
 def resize_and_crop(frames, image_size):
     """Resize the short side and crop the center of uint8 (T, C, H, W) to a square image_size."""
-    height, width = frames.shape[-2:]
-    scale = image_size / min(height, width)
-    size = max(image_size, round(height * scale)), max(image_size, round(width * scale))
+    size = frames.shape[-2:]
+    scale = image_size / min(size)
+    height, width = [max(image_size, round(side * scale)) for side in size]
     if size != (height, width):
-        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
-    top = (size[0] - image_size) // 2
-    left = (size[1] - image_size) // 2
+        frames = F.interpolate(frames, (height, width), mode="bilinear", antialias=True)
+    top = (height - image_size) // 2
+    left = (width - image_size) // 2
     return frames[..., top : top + image_size, left : left + image_size]

@@ -25,8 +25,8 @@ from video.files import UnreadableError, Video, read_all_frames, read_frames, re
 from video.index import Scan, file_stamp, find_files, name_hash, scan_videos
 
 SUFFIX = ".safetensors"  # of the files of a cache
-# of a complete, of an unfinished cache
-LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"
+LATENTS_FILE = "latents.json"  # of a complete cache
+PARTIAL_FILE = "latents.partial.json"  # of an unfinished cache
 LATENTS_FORMAT = 1
 LATENTS_NAMES = {  # in latents.json
     "vae",
@@ -40,7 +40,7 @@ LATENTS_NAMES = {  # in latents.json
     "unreadable",
 }
 THREADS = min(8, os.cpu_count())  # for decoding; decoders release Python's lock while they work
-LARGEST = 20 * 10**9  # bytes; a larger --cache-frames needs --cache-frames-force
+LARGEST = 20 * 10**9  # bytes: most that --cache-frames takes
 
 
 class Source:
@@ -67,7 +67,8 @@ def open_source(root, image_size, images=False, index_folder=None):
 
     Its clips have image_size px, or that of a cache. Raises UserError.
     """
-    if (settings := latents_settings(root, images)) is not None:
+    settings = latents_settings(root, images)
+    if settings is not None:
         return Cache(root, settings)
     return Files(root, scan_videos(root, index_folder, images), image_size)
 
@@ -92,7 +93,8 @@ class Files(Source):
 
     def read(self, video, frame_indices, flipped=False):
         frames = self.fit(read_frames(self.root, video, frame_indices))
-        return (frames.flip(-1) if flipped else frames).transpose(0, 1).contiguous()
+        frames = frames.flip(-1) if flipped else frames
+        return frames.transpose(0, 1).contiguous()
 
     def fit(self, frames):
         """uint8 (T, H, W, 3) of a file -> (T, 3, image_size, image_size)"""
@@ -117,10 +119,11 @@ def latents_settings(root, images=False):
         return None
     try:
         settings = read_json(path)
-        if (got := settings["format"]) != LATENTS_FORMAT:
-            raise ValueError(f"format {got}, this code reads {LATENTS_FORMAT}")
+        if settings["format"] != LATENTS_FORMAT:
+            raise ValueError(f"format {settings['format']}, this code reads {LATENTS_FORMAT}")
         settings["videos"] = [Video(**fields) for fields in settings["videos"]]
-        if missing := LATENTS_NAMES - settings.keys():
+        missing = LATENTS_NAMES - settings.keys()
+        if missing:
             raise ValueError(f"{min(missing)} is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -141,8 +144,9 @@ class Cache(Source):
                     f"--data-path {root}: a cache without its {video.path}: run cache_latents.py "
                     "again"
                 )
-        # cache_latents.py counts corrupt
-        super().__init__(root, Scan(settings["videos"], settings["classes"], []))
+        # cache_latents.py counts corrupt videos
+        scan = Scan(settings["videos"], settings["classes"], unreadable=[])
+        super().__init__(root, scan)
         side = settings["image_size"] // settings["downsample"]
         self.has_pixels = settings["vae"] == "none"
         self.shape = (settings["channels"], side, side)
@@ -151,8 +155,18 @@ class Cache(Source):
         path = os.path.join(self.root, video.path)
         suffix = "_flipped" if flipped else ""
         if self.has_pixels:
-            return read_pixels(path, self.shape[-1], frame_indices, flipped)
-        return read_cache_file(path, [f"mean{suffix}", f"std{suffix}"], self.shape, frame_indices)
+            return read_pixels(
+                path=path,
+                side=self.shape[-1],
+                frame_indices=frame_indices,
+                flipped=flipped,
+            )
+        return read_cache_file(
+            path=path,
+            names=[f"mean{suffix}", f"std{suffix}"],
+            shape=self.shape,
+            frame_indices=frame_indices,
+        )
 
 
 def read_cache_file(path, names, shape, frame_indices):
@@ -166,10 +180,12 @@ def read_cache_file(path, names, shape, frame_indices):
     try:
         check_regular(path)
         with safe_open(path, "pt") as file:
-            spans = (file.get_slice(name)[first : last + 1] for name in names)
-            frames = torch.stack([span[offsets].transpose(0, 1) for span in spans])
-        if frames.shape != (expected := (len(names), shape[0], len(frame_indices), *shape[1:])):
-            raise OSError(f"got {list(frames.shape)}, expected {list(expected)}")
+            spans = [file.get_slice(name)[first : last + 1] for name in names]
+        frames = torch.stack([span[offsets].transpose(0, 1) for span in spans])
+        channels, *sides = shape
+        expected = [len(names), channels, len(frame_indices), *sides]
+        if list(frames.shape) != expected:
+            raise OSError(f"got {list(frames.shape)}, expected {expected}")
     # No regular file; a truncated or other file; one without flips or with too few frames.
     except (OSError, SafetensorError, IndexError, RuntimeError) as error:
         raise UnreadableError(f"{path}: {error}") from error
@@ -178,7 +194,12 @@ def read_cache_file(path, names, shape, frame_indices):
 
 def read_pixels(path, side, frame_indices, flipped):
     """Frames from a cache file of pixels: uint8 (3, T, side, side). Raises UnreadableError."""
-    (clip,) = read_cache_file(path, ["pixels"], (3, side, side), frame_indices)
+    (clip,) = read_cache_file(
+        path=path,
+        names=["pixels"],
+        shape=(3, side, side),
+        frame_indices=frame_indices,
+    )
     return clip.flip(-1) if flipped else clip
 
 
@@ -205,7 +226,7 @@ def write_pixels(path, files, video, metadata):
 
     Raises UnreadableError, OSError.
     """
-    shape = video.num_frames, 3, files.image_size, files.image_size
+    shape = [video.num_frames, 3, files.image_size, files.image_size]
     pixels = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
     header = json.dumps({"__metadata__": metadata, "pixels": pixels}).encode()
     with atomic_write(path) as file:
@@ -254,26 +275,28 @@ class CachedFiles(Files):
     Raises UserError.
     """
 
-    def __init__(self, files, results_dir, force=False):
+    def __init__(self, files, results_dir):
         if not isinstance(files, Files):
             raise UserError(
                 "--cache-frames: --data-path is a cache, which needs no decoding: remove it"
             )
         super().__init__(files.root, files.scan, files.image_size)
-        self.folder = Path(
-            results_dir, f".pixels-{name_hash(os.path.realpath(files.root))}-{files.image_size}"
-        )
-        size = 3 * self.image_size**2 * sum(video.num_frames for video in self.videos())
-        found = (
+        root_hash = name_hash(os.path.realpath(files.root))
+        self.folder = Path(results_dir, f".pixels-{root_hash}-{files.image_size}")
+        num_frames = sum(video.num_frames for video in self.videos())
+        size = 3 * self.image_size**2 * num_frames
+        summary = (
             f"--cache-frames: {len(self.videos()):,} videos take {size / 1e6:,.1f} MB in "
             f"{self.folder}"
         )
-        if size > LARGEST and not force:
-            limit = f"expected at most {LARGEST // 10**9} GB"
-            raise UserError(f"{found}; {limit}: add --cache-frames-force, or remove --cache-frames")
-        say(found)
+        if size > LARGEST:
+            raise UserError(
+                f"{summary}; expected at most {LARGEST // 10**9} GB: use a smaller --image-size, "
+                "or train on a cache of cache_latents.py"
+            )
+        say(summary)
 
-    def place(self, video):
+    def cache_path(self, video):
         return self.folder / (name_hash(video.path, 16) + SUFFIX)
 
     def fill(self):
@@ -288,33 +311,46 @@ class CachedFiles(Files):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:
-                found = f"--cache-frames: {self.folder} can't be locked ({error.strerror})"
                 raise UserError(
-                    f"{found}: move --results-dir to another file system, or remove this flag"
+                    f"--cache-frames: {self.folder} can't be locked ({error.strerror}): move "
+                    "--results-dir to another file system, or remove this flag"
                 ) from error
             remove_temporary_files(self.folder)
-            stamps = {
-                video: {"stamp": str(file_stamp(self.root, video.path))} for video in self.videos()
-            }
-            todo = [
-                video
-                for video, stamp in stamps.items()
-                if cached_metadata(self.place(video)) != stamp
-            ]
-            for video in todo:
-                self.place(video).unlink(missing_ok=True)
-            done = write_each(
-                todo,
-                lambda video: write_pixels(self.place(video), self, video, stamps[video]),
-                THREADS,
+            self.write_changed()
+
+    def write_changed(self):
+        """Decode the videos whose cache files are missing or have another stamp."""
+        todo = {}  # video -> metadata of its cache file
+        for video in self.videos():
+            metadata = {"stamp": str(file_stamp(self.root, video.path))}
+            if cached_metadata(self.cache_path(video)) != metadata:
+                todo[video] = metadata
+                self.cache_path(video).unlink(missing_ok=True)
+
+        def write(video):
+            write_pixels(
+                path=self.cache_path(video),
+                files=self,
+                video=video,
+                metadata=todo[video],
             )
-            for _ in Bar(
-                done, total=len(todo), desc="caching frames", unit="video", disable=not todo
-            ):
-                pass  # a corrupt video is named when a clip needs it
+
+        for _ in Bar(
+            write_each(todo, write, THREADS),
+            total=len(todo),
+            desc="caching frames",
+            unit="video",
+            disable=not todo,
+        ):
+            pass  # a corrupt video is named when a clip needs it
 
     def read(self, video, frame_indices, flipped=False):
         try:
-            return read_pixels(self.place(video), self.image_size, frame_indices, flipped)
+            return read_pixels(
+                path=self.cache_path(video),
+                side=self.image_size,
+                frame_indices=frame_indices,
+                flipped=flipped,
+            )
         except UnreadableError:
             return super().read(video, frame_indices, flipped)
