@@ -15,7 +15,7 @@ import preflight
 import tiny_videos as tiny
 from training import error_of, no_space, record_calls, run_main
 from video.files import Video
-from video.index import find_data, index_place, save_index, scan_videos, split_videos
+from video.index import find_data, index_path, save_index, scan_videos, split_videos
 from video.inputs import find_clips
 from video.source import Files, check_data_path, open_source
 
@@ -127,7 +127,7 @@ def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, ru
     assert opened == [str(root / "A" / "one.avi"), str(root / "B" / "five.avi")]
     frames = {video.key: video.num_frames for video in scan.videos}
     assert frames == {"A/one": 30, "B/five": 20, "B/four": 20, "B/three": 20}
-    assert "two" not in index_place(root, runs).read_text()
+    assert "two" not in index_path(root, runs).read_text()
 
 
 # dict: fields of a video; 2: the format without keyframes
@@ -136,7 +136,7 @@ def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, ru
 )
 def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys, text):
     scan = scan_videos(root, runs)
-    place = index_place(root, runs)
+    place = index_path(root, runs)
     content = json.loads(place.read_text())
     if isinstance(text, dict):
         content["videos"][0][1] |= text

@@ -67,12 +67,10 @@ class Clips(torch.utils.data.Dataset):
             with suppress(UnreadableError):
                 clip = self.source.read(video, frame_indices, flipped)
                 self.note("")
-                sample = {
+                return {
                     "clip": clip,
                     "y": self.classes.index(video.class_name),
                     "time_scale": time_scale,
-                }
-                return sample | {
                     "index": index,
                     "video": video.path,
                     "corrupt": [video.path for video in tried],
@@ -82,9 +80,9 @@ class Clips(torch.utils.data.Dataset):
             raise UserError(
                 f"--data-path {self.source.root}: was deleted or moved; put it back and start again"
             )
-        found = f"{plural(len(tried), 'corrupt file')} in a row, the first is {tried[0].path}"
         raise CorruptDataError(
-            f"--data-path {self.source.root}: {found}; repair or replace the files"
+            f"--data-path {self.source.root}: {plural(len(tried), 'corrupt file')} in a row, the "
+            f"first is {tried[0].path}; repair or replace the files"
         )
 
     def draw(self, index, tried=()):
@@ -93,18 +91,14 @@ class Clips(torch.utils.data.Dataset):
         Opens no file.
         """
         attempt = len(tried)
-        (smallest, largest) = self.frame_interval
+        smallest, largest = self.frame_interval
         video = self._replacement(index, tried) if tried else self._video(index)
         interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)
         interval = fitting_interval(video, self.num_frames, interval)
-        start = self._random_int(
-            "start", video.num_frames - (self.num_frames - 1) * interval, index, attempt
-        )
-        return (
-            video,
-            [start + step * interval for step in range(self.num_frames)],
-            interval / video.fps,
-        )
+        num_starts = video.num_frames - (self.num_frames - 1) * interval
+        start = self._random_int("start", num_starts, index, attempt)
+        frame_indices = [start + step * interval for step in range(self.num_frames)]
+        return video, frame_indices, interval / video.fps
 
     def _video(self, index):
         epoch, position = divmod(index, len(self.videos))
@@ -121,18 +115,18 @@ class Clips(torch.utils.data.Dataset):
 
     def _random_int(self, purpose, below, *key):
         """A random integer from 0 to below - 1."""
-        return int(
-            torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *key))
-        )
+        random = generator(self.seed, purpose, self.stream, *key)
+        return int(torch.randint(below, (), generator=random))
 
 
 def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
     """Yield lists of this rank's sample indices from `first` on, `micro_batches` per step."""
     size = global_batch // (world_size * micro_batches)
     for step in range(steps):
-        for micro in range(micro_batches):
-            start = first + step * global_batch + (rank * micro_batches + micro) * size
+        start = first + step * global_batch + rank * micro_batches * size
+        for _ in range(micro_batches):
             yield list(range(start, start + size))
+            start += size
 
 
 def collate(samples):

@@ -3,6 +3,7 @@
 Frames are uint8 arrays (..., H, W, 3), RGB.
 """
 
+import math
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,8 @@ IMAGE_GRID = (8, 8)
 GAP = 2  # px of white between frames
 MARGIN = 4  # px of white left and right of a name
 MARK = "#ff7f0e"  # orange: border of marked frames
-FONT_SIZE, MAX_NAME_LENGTH = 22, 70  # px: readable at half size; characters of a name
+FONT_SIZE = 22  # px: readable at half size
+MAX_NAME_LENGTH = 70  # characters
 # a font with accents
 FONT = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE)
 
@@ -32,9 +34,10 @@ def drawable(name, replacement):
 
     The replacement, with a note once per name, if the font lacks one of its characters.
     """
-    name = one_line(unicodedata.normalize("NFC", name)[:MAX_NAME_LENGTH])
+    name = unicodedata.normalize("NFC", name)
+    name = one_line(name[:MAX_NAME_LENGTH])
     missing = bytes(FONT.getmask("\uffff"))
-    if all(bytes(FONT.getmask(letter)) != missing for letter in name):
+    if missing not in [bytes(FONT.getmask(letter)) for letter in name]:
         return name
     say(
         f"note: the font of pictures lacks characters of {name}: pictures say {replacement!r} "
@@ -50,7 +53,8 @@ def few(shown, total, what):
 
 def evenly_spaced(count, most):
     """At most `most` of the numbers 0 to count - 1, evenly spaced from first to last: (n,)."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+    numbers = np.linspace(0, count - 1, min(count, most))
+    return numbers.round().astype(int)
 
 
 def enlarge(video, min_side=MIN_SIDE):
@@ -58,27 +62,35 @@ def enlarge(video, min_side=MIN_SIDE):
     >= min_side px.
     """
     H, W = video.shape[-3:-1]
-    factor = max(1, -(-min_side // min(H, W)))
-    if factor % 2 and (H % 2 or W % 2):  # H.264's 4:2:0 needs even sides
+    factor = max(1, math.ceil(min_side / min(H, W)))
+    has_odd_side = H % 2 or W % 2
+    if has_odd_side and factor % 2:  # H.264's 4:2:0 needs even sides
         factor += 1
     return video.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
     """The first rows x columns videos in a grid: (N, T, H, W, 3) -> one video (T, h, w, 3)."""
-    videos = enlarge(videos[: grid[0] * grid[1]], min_side)
+    rows, columns = grid
+    videos = enlarge(videos[: rows * columns], min_side)
     N, T, H, W, _ = videos.shape
-    columns = min(N, grid[1])
-    cells = np.full((N + -N % columns, T, H + GAP, W + GAP, 3), 255, np.uint8)
+    columns = min(N, columns)
+    num_cells = columns * math.ceil(N / columns)
+    cells = np.full((num_cells, T, H + GAP, W + GAP, 3), 255, np.uint8)
     cells[:N, :, :H, :W] = videos
     return rearrange(cells, "(rows columns) t h w c -> t (rows h) (columns w) c", columns=columns)
 
 
 def text_line(text):
     """A picture (h, w, 3) of a line of text."""
-    line = Image.new("RGB", (round(FONT.getlength(text)) + 2 * MARGIN, 2 * FONT_SIZE), "white")
+    line = Image.new("RGB", (name_width(text), 2 * FONT_SIZE), "white")
     ImageDraw.Draw(line).text((MARGIN, FONT_SIZE), text, "black", FONT, anchor="lm")
     return np.asarray(line)
+
+
+def name_width(name):
+    """The width of a name with its margins in px."""
+    return round(FONT.getlength(name)) + 2 * MARGIN
 
 
 def stack(*pictures):
@@ -87,23 +99,21 @@ def stack(*pictures):
     Narrow ones get white at their right.
     """
     width = max(picture.shape[-2] for picture in pictures)
-    sides = [
-        [(0, 0)] * (picture.ndim - 2) + [(0, width - picture.shape[-2]), (0, 0)]
-        for picture in pictures
-    ]
-    return np.concatenate(
-        [np.pad(*pair, constant_values=255) for pair in zip(pictures, sides, strict=True)], axis=-3
-    )
+    padded = []
+    for picture in pictures:
+        sides = [(0, 0)] * picture.ndim
+        sides[-2] = (0, width - picture.shape[-2])
+        padded.append(np.pad(picture, sides, constant_values=255))
+    return np.concatenate(padded, axis=-3)
 
 
 def add_notes(picture, notes):
     """A picture or video (..., h, w, 3) above a line of notes (of `few`); unchanged without any."""
+    if not notes:
+        return picture
     line = text_line(f"Shows {', '.join(notes)}.")
-    return (
-        stack(picture, np.broadcast_to(line, (*picture.shape[:-3], *line.shape)))
-        if notes
-        else picture
-    )
+    lines = np.broadcast_to(line, picture.shape[:-3] + line.shape)
+    return stack(picture, lines)
 
 
 def draw_sheet(frames, names, marked, left=0, gap=GAP):
@@ -113,16 +123,21 @@ def draw_sheet(frames, names, marked, left=0, gap=GAP):
     """
     N, n, h, w = frames.shape[:4]
     # in px
-    left = max(left, *(round(FONT.getlength(name)) + 2 * MARGIN if name else 0 for name in names))
-    sheet = Image.new("RGB", (left + n * (w + gap) - gap, N * (h + gap) - gap), "white")
+    left = max(left, *(name_width(name) if name else 0 for name in names))
+    width = left + n * (w + gap) - gap
+    height = N * (h + gap) - gap
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):
-        draw.text((MARGIN, row * (h + gap) + h // 2), name, "black", FONT, anchor="lm")
+        middle = row * (h + gap) + h // 2
+        draw.text((MARGIN, middle), name, "black", FONT, anchor="lm")
     for row, column in np.ndindex(N, n):
         x = left + column * (w + gap)
         y = row * (h + gap)
         sheet.paste(Image.fromarray(frames[row, column]), (x, y))
         if marked[row][column]:
-            corners = x - gap // 2, y - gap // 2, x + w - 1 + gap // 2, y + h - 1 + gap // 2
-            draw.rectangle(corners, outline=MARK, width=3)
+            border = gap // 2
+            top_left = (x - border, y - border)
+            bottom_right = (x + w - 1 + border, y + h - 1 + border)
+            draw.rectangle([top_left, bottom_right], outline=MARK, width=3)
     return np.asarray(sheet)

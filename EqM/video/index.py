@@ -51,24 +51,20 @@ def list_files(prefix, root):
     Raises UserError.
     """
 
-    def names(folder, folders):
+    def list_names(folder, folders=False):
         try:
             with os.scandir(folder) as entries:
-                return sorted(
-                    entry.name
-                    for entry in entries
-                    if entry.is_dir() == folders and entry.name[0] != "."
-                )
+                visible = [entry for entry in entries if entry.name[0] != "."]
+                return sorted(entry.name for entry in visible if entry.is_dir() == folders)
         except OSError as error:
             raise UserError(f"{prefix}: {folder} can't be read ({error.strerror})") from error
 
-    folders = [name for name in names(root, folders=True) if name != UCF_LISTS]
-    inside = [
-        f"{folder}/{name}"
-        for folder in folders
-        for name in names(os.path.join(root, folder), folders=False)
-    ]
-    return names(root, folders=False) + inside
+    paths = list_names(root)
+    for folder in list_names(root, folders=True):
+        if folder != UCF_LISTS:
+            names = list_names(os.path.join(root, folder))
+            paths += [f"{folder}/{name}" for name in names]
+    return paths
 
 
 def find_files(root, images, report=False):
@@ -81,29 +77,37 @@ def find_files(root, images, report=False):
     if not os.path.isdir(root):
         problem = "a file" if os.path.exists(root) else "no such folder"
         raise UserError(f"{prefix}: {problem}; expected a folder with <class>/<{kind}>")
-    paths = list_files(prefix, root)
-    of_samples = folders_of_samples(paths)
-    places = name_some([str(Path(root, folder)) for folder in of_samples])
-    every = [path for path in paths if has_suffix(kind, path)]
-    found = [path for path in every if os.path.dirname(path) not in of_samples]
-    if every and not found:
-        problem = f"holds only samples of sample_gd.py, in {places}"
-        raise UserError(f"{prefix}: {problem}; name a folder of other {kind}s")
-    if of_samples and report:
-        skipped = f"{plural(len(of_samples), 'folder')} with samples of sample_gd.py: {places}"
-        say(f"note: {prefix}: skipped {skipped}; move other {kind}s out of there to use them")
-    if not found:
+    files = list_files(prefix, root)
+    sample_folders = folders_of_samples(files)
+    shown_folders = name_some([str(Path(root, folder)) for folder in sample_folders])
+    files = [path for path in files if has_suffix(kind, path)]
+    paths = [path for path in files if os.path.dirname(path) not in sample_folders]
+    if files and not paths:
+        raise UserError(
+            f"{prefix}: holds only samples of sample_gd.py, in {shown_folders}; name a folder of "
+            f"other {kind}s"
+        )
+    if sample_folders and report:
+        say(
+            f"note: {prefix}: skipped {plural(len(sample_folders), 'folder')} with samples of "
+            f"sample_gd.py: {shown_folders}; move other {kind}s out of there to use them"
+        )
+    if not paths:
         raise UserError(f"{prefix}: {explain_missing(root, kind)}")
-    if "/" in found[-1] and "/" not in found[0]:
-        both = f"some {kind}s are in class folders ({found[-1]}), others are not ({found[0]})"
-        raise UserError(f"{prefix}: {both}; move all of them into class folders")
-    seen = {}
-    for path in found:
-        if (twin := seen.setdefault(os.path.splitext(path)[0], path)) != path:
+    if "/" in paths[-1] and "/" not in paths[0]:
+        raise UserError(
+            f"{prefix}: some {kind}s are in class folders ({paths[-1]}), others are not "
+            f"({paths[0]}); move all of them into class folders"
+        )
+    by_stem = {}
+    for path in paths:
+        stem, _ = os.path.splitext(path)
+        twin = by_stem.setdefault(stem, path)
+        if twin != path:
             raise UserError(
                 f"{prefix}: {twin} and {path} differ only in their suffix; rename or remove one"
             )
-    classes = {path: os.path.dirname(path) or UNLABELLED for path in found}
+    classes = {path: os.path.dirname(path) or UNLABELLED for path in paths}
     if "none" in classes.values():
         raise UserError(
             f"{prefix}: the class none; --classes none asks for samples without a class; rename "
@@ -116,15 +120,14 @@ def explain_missing(root, kind):
     """Say where a folder has most of its files of a kind, if they are too deep in it, or which
     files it should have.
     """
-    paths = (path for depth in (3, 4) for path in Path(root).glob("/".join(["[!.]*"] * depth)))
-    counts = Counter(path.parents[1] for path in paths if has_suffix(kind, path)).most_common()
-    for place, count in counts[:1]:
-        merge = "".join(
-            f"merge it with {other.name}/ in one folder, or " for other, _ in counts[1:2]
-        )
+    deeper = [*Path(root).glob("[!.]*/[!.]*/[!.]*"), *Path(root).glob("[!.]*/[!.]*/[!.]*/[!.]*")]
+    counts = Counter(path.parents[1] for path in deeper if has_suffix(kind, path))
+    if counts:
+        (folder, count), *others = counts.most_common(2)
+        merge = f"merge it with {others[0][0].name}/ in one folder, or " if others else ""
         return (
-            f"no {kind}s in {root}/<class>; {place}/<class> has {plural(count, kind)}; "
-            f"{merge}pass {place} instead"
+            f"no {kind}s in {root}/<class>; {folder}/<class> has {plural(count, kind)}; "
+            f"{merge}pass {folder} instead"
         )
     advice = "to train on videos, add --video" if kind == "image" else "images need no --video"
     return (
@@ -141,32 +144,38 @@ def scan_videos(root, index_folder=None, images=False):
     Only one rank should call this. Writes the index if its folder exists; else save_index will.
     Raises UserError.
     """
-    found = find_files(root, images, report=True)
-    classes = sorted(set(found.values()))
+    class_names = find_files(root, images, report=True)
+    classes = sorted(set(class_names.values()))
     if images:
-        return Scan(
-            [probe(root, class_name, path) for path, class_name in found.items()], classes, []
-        )
-    known = read_index(index_place(root, index_folder)) if index_folder else {}
-    stamps = {path: file_stamp(root, path) for path in found}
-    entries = {
-        path: known[path] for path in found if path in known and known[path][0] == stamps[path]
-    }
+        videos = [probe(root, class_name, path) for path, class_name in class_names.items()]
+        return Scan(videos, classes, unreadable=[])
+    indexed = read_index(index_path(root, index_folder)) if index_folder else {}
+    stamps = {path: file_stamp(root, path) for path in class_names}
+    entries = {}  # path -> (stamp, Video)
+    new = []
+    for path, stamp in stamps.items():
+        if path in indexed and indexed[path][0] == stamp:
+            entries[path] = indexed[path]
+        else:
+            new.append(path)
     errors = {}  # path -> why it can't be opened
-    new = [path for path in found if path not in entries]
     for path in Bar(new, desc="opening videos", unit="video", disable=not new):
         try:
-            entries[path] = stamps[path], probe(root, found[path], path)
+            entries[path] = stamps[path], probe(root, class_names[path], path)
         except UnreadableError as error:
             errors[path] = error
     if not entries:
-        reason = (
-            f"{plural(len(found), 'file')}), the first is {errors[new[0]]}; convert them: ffmpeg "
-            "-i FILE FILE.mp4"
+        raise CorruptDataError(
+            f"--data-path {root}: can't open any of its videos ({plural(len(new), 'file')}), the "
+            f"first is {errors[new[0]]}; convert them: ffmpeg -i FILE FILE.mp4"
         )
-        raise CorruptDataError(f"--data-path {root}: can't open any of its videos ({reason}")
-    videos = [entries[path][1] for path in found if path in entries]
-    scan = Scan(videos, classes, list(errors), stamps, is_saved=entries == known)
+    scan = Scan(
+        videos=[entries[path][1] for path in class_names if path in entries],
+        classes=classes,
+        unreadable=list(errors),
+        stamps=stamps,
+        is_saved=entries == indexed,
+    )
     if index_folder and os.path.isdir(index_folder):
         save_index(scan, root, index_folder)
     return scan
@@ -185,9 +194,10 @@ def name_hash(name, size=6):
     return hashlib.blake2b(os.fsencode(name), digest_size=size).hexdigest()
 
 
-def index_place(root, folder):
+def index_path(root, folder):
     """The path of a data folder's index in the folder of the runs."""
-    return Path(folder, INDEX_FILE.format(name_hash(os.path.realpath(root))))
+    root_hash = name_hash(os.path.realpath(root))
+    return Path(folder, INDEX_FILE.format(root_hash))
 
 
 def save_index(scan, root, folder):
@@ -195,29 +205,29 @@ def save_index(scan, root, folder):
     if scan.is_saved:
         return
     scan.is_saved = True
-    place = index_place(root, folder)
+    path = index_path(root, folder)
     rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
     # several runs may start at once
-    temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": rows}))
-        os.replace(temporary, place)
+        os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        say(f"{place} could not be written ({error.strerror})")
+        say(f"{path} could not be written ({error.strerror})")
 
 
-def read_index(place):
-    """{path: (stamp, Video)}; empty if there is no valid index."""
+def read_index(path):
+    """{path of a video: (stamp, Video)}; empty if there is no valid index."""
     try:
-        index = read_json(place)
-        if (got := index["format"]) != INDEX_FORMAT:
-            raise ValueError(f"format {got}, expected {INDEX_FORMAT}")
+        index = read_json(path)
+        if index["format"] != INDEX_FORMAT:
+            raise ValueError(f"format {index['format']}, expected {INDEX_FORMAT}")
         return {fields["path"]: (stamp, Video(**fields)) for stamp, fields in index["videos"]}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        say(f"{place} is not a valid index ({error}): building it again")
+        say(f"{path} is not a valid index ({error}): building it again")
         return {}
 
 
@@ -237,14 +247,13 @@ def split_videos(root, videos, val_fraction):
             "validate"
         )
     _, train_keys = find_ucf_lists(root, videos)
-    if train_keys:
-        val = {video for video in videos if video.key not in train_keys}
-    else:
+    if not train_keys:
         num_val = sum(hash_fraction(video) < val_fraction for video in videos)
-        val = set(sorted(videos, key=hash_fraction)[: min(max(num_val, 1), len(videos) - 1)])
-    return [video for video in videos if video not in val], [
-        video for video in videos if video in val
-    ]
+        num_val = min(max(num_val, 1), len(videos) - 1)
+        train_keys = {video.key for video in sorted(videos, key=hash_fraction)[num_val:]}
+    train = [video for video in videos if video.key in train_keys]
+    val = [video for video in videos if video.key not in train_keys]
+    return train, val
 
 
 def hash_fraction(video):
@@ -255,29 +264,38 @@ def hash_fraction(video):
 def find_ucf_lists(root, videos):
     """(folder of UCF lists that split these videos, Class/stem of the first), or (None, set())."""
     for folder in (Path(root, UCF_LISTS), Path(os.path.abspath(root)).parent / UCF_LISTS):
-        if (file := folder / "trainlist01.txt").is_file():
-            # as Python decodes names
-            lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            # "Archery/v_Archery_g08_c01.avi 3"
-            names = (re.sub(r"\s+\d+$", "", line.strip()) for line in lines)
-            train_keys = {os.path.splitext(name)[0] for name in names}
-            if 0 < sum(video.key in train_keys for video in videos) < len(videos):
-                return folder, train_keys
+        train_list = folder / "trainlist01.txt"
+        if not train_list.is_file():
+            continue
+        # as Python decodes names
+        text = train_list.read_text(encoding="utf-8", errors="surrogateescape")
+        # "Archery/v_Archery_g08_c01.avi 3"
+        names = [re.sub(r"\s+\d+$", "", line.strip()) for line in text.splitlines()]
+        train_keys = {os.path.splitext(name)[0] for name in names}
+        num_train = sum(video.key in train_keys for video in videos)
+        if 0 < num_train < len(videos):
+            return folder, train_keys
     return None, set()
 
 
 def copy_ucf_lists(root, videos, folder):
     """Copy the UCF lists that split these videos, if any, to another data folder."""
     lists, _ = find_ucf_lists(root, videos)
-    for file in lists.glob("*.txt") if lists else ():
-        Path(folder, UCF_LISTS).mkdir(exist_ok=True)
+    if lists is None:
+        return
+    copies = Path(folder, UCF_LISTS)
+    copies.mkdir(exist_ok=True)
+    for file in lists.glob("*.txt"):
         # not its mode: a later run must overwrite it
-        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))
+        shutil.copyfile(file, copies / file.name)
 
 
 def fitting_interval(video, num_frames, interval):
     """The largest distance between the frames of a clip, up to `interval`, that fits a video."""
-    return min(interval, (video.num_frames - 1) // (num_frames - 1)) if num_frames > 1 else interval
+    if num_frames == 1:
+        return interval
+    largest = (video.num_frames - 1) // (num_frames - 1)
+    return min(interval, largest)
 
 
 def long_enough(videos, num_frames, kind, flag):
@@ -288,9 +306,10 @@ def long_enough(videos, num_frames, kind, flag):
         advice = "use fewer, or add longer videos"
         if kind == "validation":  # another one may have trained in an earlier phase
             advice = "use fewer, replace it, or start over with a higher --val-fraction"
-        frames = plural(longest.num_frames, "frame")
-        found = f"the longest {kind} video has {frames}: {longest.path}"
-        raise UserError(f"{flag} {num_frames}: {found}; {advice}")
+        raise UserError(
+            f"{flag} {num_frames}: the longest {kind} video has "
+            f"{plural(longest.num_frames, 'frame')}: {longest.path}; {advice}"
+        )
     return kept
 
 
@@ -313,9 +332,9 @@ class Data:
 
     def spare(self, num_frames):
         """The training videos that replace validation videos if none of those can be read."""
-        return [video for video in self.train[min(self.train)] if video.num_frames >= num_frames][
-            :SPARES
-        ]
+        shortest = min(self.train)
+        videos = [video for video in self.train[shortest] if video.num_frames >= num_frames]
+        return videos[:SPARES]
 
 
 def find_data(source, val_fraction, lengths, val_lengths, flag):
@@ -323,19 +342,41 @@ def find_data(source, val_fraction, lengths, val_lengths, flag):
 
     Raises UserError.
     """
-    train, val = split_videos(source.root, source.videos(), val_fraction)
-    of_train = {n: long_enough(train, n, "training", flag) for n in lengths}
+    all_train, all_val = split_videos(source.root, source.videos(), val_fraction)
+    train = {
+        num_frames: long_enough(
+            videos=all_train,
+            num_frames=num_frames,
+            kind="training",
+            flag=flag,
+        )
+        for num_frames in lengths
+    }
     val_flags = dict.fromkeys(val_lengths, "--val-frames") | dict.fromkeys(lengths, flag)
-    of_val = {n: long_enough(val, n, "validation", val_flags[n]) for n in sorted(val_flags)}
+    val = {
+        num_frames: long_enough(
+            videos=all_val,
+            num_frames=num_frames,
+            kind="validation",
+            flag=val_flags[num_frames],
+        )
+        for num_frames in sorted(val_flags)
+    }
     longest = max(lengths)
-    num_too_short = len(train) + len(val) - len(of_train[longest]) - len(of_val[longest])
-    val_too_short = {n: len(val) - len(kept) for n, kept in of_val.items()}
-    return Data(source, of_train, of_val, num_too_short, val_too_short)
+    num_long_enough = len(train[longest]) + len(val[longest])
+    return Data(
+        source=source,
+        train=train,
+        val=val,
+        num_too_short=len(source.videos()) - num_long_enough,
+        val_too_short={n: len(all_val) - len(videos) for n, videos in val.items()},
+    )
 
 
 def name_some(names, most=3):
     """The first few of many names, such as "a, b, c and 5 more"."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 class CorruptVideos:
@@ -358,11 +399,9 @@ class CorruptVideos:
         self.paths.update(dict.fromkeys(new))
         allowed = max(1, int(self.max_fraction * self.total))
         if new and len(self.paths) > allowed:
-            found = (
-                f"{len(self.paths)} of {self.total} files are corrupt, expected at most {allowed}"
-            )
-            advice = "repair, move or delete them, or raise this limit"
             raise CorruptDataError(
-                f"--max-bad-fraction {self.max_fraction}: {found}: {name_some(new)}; {advice}"
+                f"--max-bad-fraction {self.max_fraction}: {len(self.paths)} of {self.total} files "
+                f"are corrupt, expected at most {allowed}: {name_some(new)}; repair, move or "
+                "delete them, or raise this limit"
             )
         return new

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from runtime.cli import UserError, plural
-from video.files import SUFFIXES, UnreadableError, has_suffix, probe, read_frames, resize_and_crop
+from video.files import SUFFIXES, UnreadableError, probe, read_frames, resize_and_crop
 from video.index import list_files
 from video.samples import class_name, read_samples
 
@@ -41,15 +41,17 @@ class InputClip:
 
         Raises UserError.
         """
-        num_frames, seconds, read = self.open()
+        num_frames, seconds, read_stored = self.open()
         closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
         if closest[-1] >= num_frames:
-            count = plural(self.count(seconds_per_frame), "frame")
-            got = f"{count} of {seconds_per_frame:.3g} s, expected {frames[-1] + 1}"
-            raise UserError(f"{self.flag}: {self} has {got}; name a longer clip, or fewer frames")
-        pixels = torch.from_numpy(read(sorted(set(closest)))).permute(0, 3, 1, 2)  # (n, 3, H, W)
-        pixels = resize_and_crop(pixels, image_size)
-        return pixels[np.unique(closest, return_inverse=True)[1]].transpose(0, 1)
+            raise UserError(
+                f"{self.flag}: {self} has {plural(self.count(seconds_per_frame), 'frame')} of "
+                f"{seconds_per_frame:.3g} s, expected {frames[-1] + 1}; name a longer clip, or "
+                "fewer frames"
+            )
+        stored, rows = np.unique(closest, return_inverse=True)  # at a high rate, some frames repeat
+        pixels = torch.from_numpy(read_stored(stored.tolist())).permute(0, 3, 1, 2)  # (n, 3, H, W)
+        return resize_and_crop(pixels, image_size)[rows].transpose(0, 1)
 
     def open(self):
         """(number of frames, seconds between them, function that reads frames by number).
@@ -58,11 +60,8 @@ class InputClip:
         """
         if self.stored is None:
             video = self._decode(probe, "", "", self.path)
-            self.stored = (
-                video.num_frames,
-                1 / video.fps,
-                partial(self._decode, read_frames, "", video),
-            )
+            read_stored = partial(self._decode, read_frames, "", video)
+            self.stored = video.num_frames, 1 / video.fps, read_stored
         return self.stored
 
     def _decode(self, function, *arguments):
@@ -79,34 +78,44 @@ def find_clips(flag, path, kinds, cleared=None):
     sample_gd.py. None may be in the folder `cleared`, from which sample_gd.py removes earlier
     samples.
     """
-    name = f"{flag} {path or repr('')}"
+    flag = f"{flag} {path or repr('')}"
     path = str(path)
     samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")
     if path and os.path.isfile(samples):
-        about, clips, labels = read_samples(name, os.path.dirname(samples))
-        stored = [(len(clip), about["time_scale"], clip.__getitem__) for clip in clips]
-        names = [class_name(about["classes"], label) for label in labels.tolist()]
-        found = [InputClip(name, samples, own, n, stored[n]) for n, own in enumerate(names)]
+        clips = sampled_clips(flag, samples)
     elif not os.path.exists(path):
-        raise UserError(f"{name}: no such file or folder")
+        raise UserError(f"{flag}: no such file or folder")
     else:
-        files = (
-            [os.path.join(path, file) for file in list_files(name, path)]
-            if os.path.isdir(path)
-            else [path]
-        )
-        files = [file for file in files if any(has_suffix(kind, file) for kind in kinds)]
-        found = [InputClip(name, file, Path(os.path.abspath(file)).parent.name) for file in files]
-    if not found:
-        suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
-        raise UserError(
-            f"{name}: no {' or '.join(kinds)}; expected one of {suffixes}, or a folder of "
-            "sample_gd.py"
-        )
-    for clip in found if cleared else ():
+        files = [path]
+        if os.path.isdir(path):
+            files = [os.path.join(path, file) for file in list_files(flag, path)]
+        suffixes = sum([SUFFIXES[kind] for kind in kinds], ())
+        files = [file for file in files if file.lower().endswith(suffixes)]
+        clips = [InputClip(flag, file, Path(os.path.abspath(file)).parent.name) for file in files]
+        if not clips:
+            raise UserError(
+                f"{flag}: no {' or '.join(kinds)}; expected one of {' '.join(suffixes)}, or a "
+                "folder of sample_gd.py"
+            )
+    for clip in clips if cleared else ():
         if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(cleared):
             raise UserError(
-                f"{name}: {clip.path} is in --folder {cleared}, which is cleared; name another "
+                f"{flag}: {clip.path} is in --folder {cleared}, which is cleared; name another "
                 "folder"
             )
-    return found
+    return clips
+
+
+def sampled_clips(flag, path):
+    """The samples in a samples.npz. Raises UserError."""
+    about, videos, labels = read_samples(flag, os.path.dirname(path))
+    return [
+        InputClip(
+            flag=flag,
+            path=path,
+            class_name=class_name(about["classes"], label),
+            number=number,
+            stored=(len(video), about["time_scale"], video.__getitem__),
+        )
+        for number, (video, label) in enumerate(zip(videos, labels.tolist(), strict=True))
+    ]

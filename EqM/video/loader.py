@@ -52,13 +52,12 @@ def make_loader(clips, batches, num_workers, timeout, device):
 
     `batches` yields lists of (num_frames, index).
     """
-    settings = {
-        "batch_sampler": batches,
-        "collate_fn": collate,
-        "pin_memory": device.type == "cuda",
-    }
     return DataLoader(
-        ClipsByFrames(clips, num_workers), **settings, **worker_settings(num_workers, timeout)
+        ClipsByFrames(clips, num_workers),
+        batch_sampler=batches,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        **worker_settings(num_workers, timeout),
     )
 
 
@@ -69,12 +68,10 @@ def worker_settings(num_workers, timeout=0):
     """
     if not num_workers:
         return {}
-    settings = {
+    return {
         "multiprocessing_context": "spawn",
         "persistent_workers": True,
         "prefetch_factor": 4,
-    }
-    return settings | {
         "num_workers": num_workers,
         "worker_init_fn": start_worker,
         "timeout": timeout,
@@ -132,12 +129,11 @@ def _iterate(loader, iterator):
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
-        late = (
-            "no batch for this many seconds; the loader processes are reading "
-            f"{loader.dataset.being_read()}"
-        )
-        advice = "remove or repair the file that hangs, or raise the limit"
-        raise UserError(f"--loader-timeout {loader.timeout:g}: {late}; {advice}") from error
+        raise UserError(
+            f"--loader-timeout {loader.timeout:g}: no batch for this many seconds; the loader "
+            f"processes are reading {loader.dataset.being_read()}; remove or repair the file that "
+            "hangs, or raise the limit"
+        ) from error
 
 
 def on_device(batches, device):

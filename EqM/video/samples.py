@@ -14,7 +14,9 @@ from video.files import has_suffix
 UNFINISHED = "samples.unfinished"  # a file in the folder while samples are written
 NO_LABEL = -1  # in samples.npz: the sample has no label
 WRITTEN = [  # the files of a sample folder, besides samples.json and scores
-    *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png")),
+    "[0-9]" * 6 + ".mp4",
+    "[0-9]" * 6 + ".gif",
+    "[0-9]" * 6 + ".png",
     "samples.npz",
     "samples.npz.tmp",
     "grid.gif",
@@ -35,7 +37,7 @@ def is_sample_folder(folder):
 
 def folders_of_samples(paths):
     """The sample folders among the folders of these paths, sorted. Opens nothing."""
-    marks = {path for path in paths if os.path.basename(path) in ("samples.json", UNFINISHED)}
+    marks = [path for path in paths if os.path.basename(path) in ("samples.json", UNFINISHED)]
     return sorted({os.path.dirname(path) for path in marks})
 
 
@@ -81,40 +83,36 @@ def read_samples(here, folder):
     try:
         about = read_json(Path(folder, "samples.json"))
         check_regular(Path(folder, "samples.npz"))
-        clips, labels = (map_npz(Path(folder, "samples.npz"), name) for name in ("arr_0", "labels"))
-        if (
-            clips.dtype != np.uint8
-            or clips.ndim not in (4, 5)
-            or clips.shape[-1] != 3
-            or 0 in clips.shape
-        ):
+        clips = map_npz(Path(folder, "samples.npz"), "arr_0")
+        labels = map_npz(Path(folder, "samples.npz"), "labels")
+        shape = list(clips.shape)
+        if clips.dtype != np.uint8 or len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
+            raise ValueError(f"got {clips.dtype} {shape}, expected uint8 [N, T, H, W, 3]")
+        num_classes = len(about["classes"])
+        are_labels = NO_LABEL <= labels.min() <= labels.max() < num_classes
+        if len(labels) != len(clips) or not are_labels:
             raise ValueError(
-                f"got {clips.dtype} {list(clips.shape)}, expected uint8 [N, T, H, W, 3]"
-            )
-        if len(labels) != len(clips) or not NO_LABEL <= labels.min() <= labels.max() < len(
-            about["classes"]
-        ):
-            found = (
                 f"{plural(len(clips), 'clip')}, {plural(len(labels), 'label')} up to label "
-                f"{labels.max()}"
+                f"{labels.max()}, {plural(num_classes, 'class')} in samples.json"
             )
-            raise ValueError(f"{found}, {plural(len(about['classes']), 'class')} in samples.json")
         if not about["time_scale"] > 0:
             raise ValueError(f"time_scale is {about['time_scale']}, expected seconds per frame")
         about = {"source": {}, "flags": {}} | about
     except FileNotFoundError as error:
-        found = (
-            f"no {Path(error.filename).name} in it" if os.path.isdir(folder) else "no such folder"
-        )
         if os.path.exists(os.path.join(folder, UNFINISHED)):
             raise UserError(
                 f"{here}: its samples are not finished: run sample_gd.py again"
             ) from error
-        raise UserError(f"{here}: {found}; expected a sample folder of sample_gd.py") from error
+        has_folder = os.path.isdir(folder)
+        reason = f"no {Path(error.filename).name} in it" if has_folder else "no such folder"
+        raise UserError(f"{here}: {reason}; expected a sample folder of sample_gd.py") from error
     except Exception as error:  # the place of the damage decides which one numpy or zipfile raises
-        reason = f"samples.npz or samples.json of sample_gd.py is missing or damaged ({error})"
-        raise UserError(f"{here}: {reason}; sample again") from error
-    return about, clips if clips.ndim == 5 else clips[:, None], labels
+        raise UserError(
+            f"{here}: samples.npz or samples.json of sample_gd.py is missing or damaged ({error}); "
+            "sample again"
+        ) from error
+    videos = clips if clips.ndim == 5 else clips[:, None]
+    return about, videos, labels
 
 
 def map_npz(path, name):

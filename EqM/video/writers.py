@@ -29,7 +29,8 @@ from video.drawing import (
     tile,
 )
 
-MAX_ROWS, MAX_COLUMNS = 16, 32  # most videos and frames on a sheet
+MAX_ROWS = 16  # most videos on a sheet
+MAX_COLUMNS = 32  # most frames of a video on a sheet
 GIF_FRAMES = 64  # most frames in the GIF of a long video
 PALETTE_PIXELS = 2**14  # random pixels of a video, from which its GIF gets a palette
 
@@ -47,41 +48,47 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
     # the pixels: they may not fit into memory, and may come frame by frame
     with TemporaryFile(dir=folder) as file:
         for numbers, first, clips in parts:
-            shape = len(labels), num_frames, *clips.shape[2:]
+            video_shape = (num_frames, *clips.shape[2:])
             for number, frames in zip(numbers, clips, strict=True):
                 file.seek((number * num_frames + first) * frames[0].size)
                 file.write(np.ascontiguousarray(frames))
             file.flush()
             if first + clips.shape[1] == num_frames:
-                videos = np.memmap(file, np.uint8, "r", shape=(numbers[-1] + 1, *shape[1:]))[
-                    numbers[0] :
-                ]
+                count = numbers[-1] + 1
+                videos = np.memmap(file, np.uint8, "r", shape=(count, *video_shape))
                 write_videos(
-                    folder, videos, fps, numbers[0], previews, GIF_FRAMES if first else num_frames
+                    folder=folder,
+                    videos=videos[numbers[0] :],
+                    fps=fps,
+                    first=numbers[0],
+                    gifs=previews,
+                    gif_frames=GIF_FRAMES if first else num_frames,
                 )
-        videos = np.memmap(file, np.uint8, "r", shape=shape)
+        videos = np.memmap(file, np.uint8, "r", shape=(len(labels), *video_shape))
         with atomic_write(folder / "samples.npz") as archive:
             pixels = videos if num_frames > 1 else videos[:, 0]  # images: no axis of time
             np.savez(archive, arr_0=pixels, labels=np.asarray(labels, np.int64))
-        if previews:
-            if num_frames > 1:
-                write_grid(folder / "grid.gif", videos, fps)
-            write_sheet(
-                folder / ("sheet.png" if num_frames > 1 else "grid.png"),
-                videos,
-                names,
-                marked,
-                labels,
-            )
+        if not previews:
+            return
+        if num_frames > 1:
+            write_grid(folder / "grid.gif", videos, fps)
+        write_sheet(
+            path=folder / ("sheet.png" if num_frames > 1 else "grid.png"),
+            videos=videos,
+            names=names,
+            marked=marked,
+            labels=labels,
+        )
 
 
 def write_grid(path, videos, fps):
     """Write the first videos as one GIF. A long video lasts as long, with fewer frames."""
-    (N, T) = videos.shape[:2]
+    N, T = videos.shape[:2]
     most = math.prod(GRID)
-    kept = evenly_spaced(T, GIF_FRAMES)
-    notes = few(most, N, "videos") + few(len(kept), T, "frames")
-    write_gif(path, add_notes(tile(videos[:most, kept]), notes), fps * len(kept) / T)
+    shown = evenly_spaced(T, GIF_FRAMES)
+    notes = few(most, N, "videos") + few(len(shown), T, "frames")
+    grid = tile(videos[:most, shown])
+    write_gif(path, add_notes(grid, notes), fps * len(shown) / T)
 
 
 def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
@@ -99,7 +106,8 @@ def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
         else:
             write_mp4(folder / f"{index:06d}.mp4", video, fps)
             if gifs:
-                write_gif(folder / f"{index:06d}.gif", video[shown], fps * len(shown) / T)
+                gif_fps = fps * len(shown) / T
+                write_gif(folder / f"{index:06d}.gif", video[shown], gif_fps)
 
 
 def write_mp4(path, video, fps):
@@ -111,7 +119,14 @@ def write_mp4(path, video, fps):
     # frames in memory.
     options = {"crf": "12", "rc-lookahead": "8", "threads": "1"}
     with av.open(str(path), "w", format="mp4") as file:
-        encode(file, map(enlarge, video), fps, "libx264", "yuv420p", options)
+        encode(
+            file=file,
+            frames=map(enlarge, video),
+            fps=fps,
+            codec="libx264",
+            pixel_format="yuv420p",
+            options=options,
+        )
 
 
 def write_lossless(path, frames, fps):
@@ -124,20 +139,25 @@ def write_lossless(path, frames, fps):
         atomic_write(path) as file,
         av.open(file, "w", format="matroska", options=bitexact) as movie,
     ):
-        encode(movie, frames, fps, "ffv1", "bgr0", {})  # other formats than RGB round
-
-
-def encode(file, frames, fps, codec, pixel_format, options):
-    """Write an iterator over frames (H, W, 3) to a container of PyAV."""
-    # such as 30000/1001
-    stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-    stream.pix_fmt = pixel_format
-    for number, frame in enumerate(frames):
-        if number == 0:
-            stream.height, stream.width = frame.shape[:2]
-        file.mux(
-            stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+        encode(
+            file=movie,
+            frames=frames,
+            fps=fps,
+            codec="ffv1",
+            pixel_format="bgr0",  # other formats than RGB round
         )
+
+
+def encode(file, frames, fps, codec, pixel_format, options=None):
+    """Write an iterator over frames (H, W, 3) to a container of PyAV."""
+    rate = Fraction(fps).limit_denominator(1001)  # such as 30000/1001
+    stream = file.add_stream(codec, rate=rate, options=options)
+    stream.pix_fmt = pixel_format
+    for number, pixels in enumerate(frames):
+        if number == 0:
+            stream.height, stream.width = pixels.shape[:2]
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        file.mux(stream.encode(frame))
     file.mux(stream.encode())
 
 
@@ -154,12 +174,17 @@ def write_gif(path, video, fps):
     frames = [Image.fromarray(frame) for frame in enlarge(video)]
     if any(frame.getcolors(256) is None for frame in frames):  # None: more than 256 colors
         pixels = video.reshape(-1, 3)
-        drawn = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
-        # stops when 1% change
-        palette = Image.fromarray(drawn[None]).quantize(256, kmeans=PALETTE_PIXELS // 100)
+        chosen = np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)
+        drawn = Image.fromarray(pixels[chosen][None])
+        palette = drawn.quantize(256, kmeans=PALETTE_PIXELS // 100)  # stops when 1% change
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(
-        path, "GIF", save_all=True, append_images=frames[1:], duration=delays.tolist(), loop=0
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=delays.tolist(),
+        loop=0,
     )
 
 
@@ -172,21 +197,20 @@ def write_sheet(path, videos, names=None, marked=None, labels=None, notes=()):
     """
     N, T = videos.shape[:2]
     if T == 1:
-        images = tile(videos, IMAGE_GRID, MIN_SIDE)[0]
-        Image.fromarray(add_notes(images, [*notes, *few(math.prod(IMAGE_GRID), N, "images")])).save(
-            path
-        )
+        (images,) = tile(videos, IMAGE_GRID, MIN_SIDE)
+        notes = [*notes, *few(math.prod(IMAGE_GRID), N, "images")]
+        Image.fromarray(add_notes(images, notes)).save(path)
         return
     shown = evenly_spaced(T, MAX_COLUMNS)
     videos = videos[:MAX_ROWS, shown]
     notes = [*notes, *few(MAX_ROWS, N, "videos"), *few(MAX_COLUMNS, T, "frames")]
-    others = (
-        [f"row {row}" for row in range(N)]
-        if labels is None
-        else [f"class {label}" for label in labels]
-    )
-    pairs = zip((names or [""] * N)[:MAX_ROWS], others, strict=False)
-    names = [drawable(*pair) for pair in pairs]
+    if labels is None:
+        replacements = [f"row {row}" for row in range(N)]
+    else:
+        replacements = [f"class {label}" for label in labels]
+    names = names or [""] * N
+    names = [drawable(*pair) for pair in zip(names[:MAX_ROWS], replacements, strict=False)]
     marks = [np.isin(shown, frames) for frames in marked or [()] * N]
+    sheet = draw_sheet(enlarge(videos), names, marks)
     with writing(path):
-        Image.fromarray(add_notes(draw_sheet(enlarge(videos), names, marks), notes)).save(path)
+        Image.fromarray(add_notes(sheet, notes)).save(path)

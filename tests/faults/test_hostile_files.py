@@ -33,7 +33,7 @@ from training import differences, run_main
 from vae import load_vae
 from video.clips import Clips, collate
 from video.files import UnreadableError, read_all_frames
-from video.index import index_place, long_enough, scan_videos, split_videos
+from video.index import index_path, long_enough, scan_videos, split_videos
 from video.inputs import find_clips
 from video.samples import read_samples
 from video.source import check_data_path, open_source
@@ -131,7 +131,7 @@ def read_videos(folder, images=False):
 def read_index(folder):
     (index,) = folder.glob(".video_index-*.json")
     read_clips(
-        folder, 3, index_folder=shutil.move(index, index_place(folder, folder)).parent
+        folder, 3, index_folder=shutil.move(index, index_path(folder, folder)).parent
     )  # of another path
 
 
