@@ -72,11 +72,10 @@ class EqMConfig:
     objective: str = "eqm"  # what the field is: a name in transport.OBJECTIVES
 
     def __post_init__(self):
-        for name in (field.name for field in fields(self) if field.type is int):
-            if not 1 <= getattr(self, name) <= LARGEST_COUNT:
-                raise ValueError(
-                    f"{name} must be from 1 to {LARGEST_COUNT}, got {getattr(self, name)}"
-                )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not 1 <= value <= LARGEST_COUNT:
+                raise ValueError(f"{field.name} must be from 1 to {LARGEST_COUNT}, got {value}")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
@@ -91,12 +90,10 @@ class EqMConfig:
                 f"depth {self.depth}, hidden_size {self.hidden_size} need over {MOST_WEIGHTS} "
                 "weights"
             )
-        for name, choices in (
-            ("position_table", POSITION_TABLES),
-            ("ebm", EBMS),
-            ("objective", OBJECTIVES),
-        ):
-            if (value := getattr(self, name)) not in choices:
+        allowed = {"position_table": POSITION_TABLES, "ebm": EBMS, "objective": OBJECTIVES}
+        for name, choices in allowed.items():
+            value = getattr(self, name)
+            if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.ebm != "none" and not self.learns.has_equilibria:
             raise ValueError(f"ebm {self.ebm} needs objective eqm, got {self.objective}")
@@ -109,7 +106,8 @@ class EqMConfig:
             return
         self.check_num_frames(self.num_frames)
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
-            if (value := getattr(self, name)) != getattr(EqMConfig, name):
+            value = getattr(self, name)
+            if value != getattr(EqMConfig, name):
                 raise ValueError(f"{name} {value} needs use_rope: without it positions are fixed")
 
     @property
@@ -129,9 +127,11 @@ class EqMConfig:
     @property
     def positions(self):
         """The kind of positions in words, for messages."""
+        if not self.use_rope:
+            return "fixed positions"
         speed = f" of speed {self.rope_speed:g}" if self.rope_speed else ""
-        table = " and a table of space" if self.position_table == "space" else ""
-        return f"rotary positions{speed}{table}" if self.use_rope else "fixed positions"
+        table = " and a table of space" if self.has_table else ""
+        return f"rotary positions{speed}{table}"
 
     @property
     def level_frames(self):
@@ -152,16 +152,19 @@ class EqMConfig:
     def warn_if_narrow(self):
         """Warn if tokens hold more values than the width of the network."""
         if self.values_per_token > self.hidden_size:
-            values = (
-                f"a token holds {self.values_per_token} values and hidden_size is only "
-                f"{self.hidden_size}"
-            )
             warnings.warn(
-                f"{values}, too small to predict them all; use smaller patches", stacklevel=2
+                f"a token holds {self.values_per_token} values and hidden_size is only "
+                f"{self.hidden_size}, too small to predict them all; use smaller patches",
+                stacklevel=2,
             )
 
     def rotary_embedding(self):
-        return RotaryEmbedding3D(self.head_dim, self.rope_theta, self.rope_split, self.rope_speed)
+        return RotaryEmbedding3D(
+            head_dim=self.head_dim,
+            theta=self.rope_theta,
+            split=self.rope_split,
+            speed=self.rope_speed,
+        )
 
     def check_num_frames(self, num_frames):
         """Raise ValueError unless a clip of num_frames fits temporal patch and fixed positions."""
@@ -171,9 +174,12 @@ class EqMConfig:
                 f"{num_frames}"
             )
         if not self.use_rope and num_frames != self.num_frames:
-            tied = f"fixed positions are tied to num_frames {self.num_frames}, got {num_frames}"
-            raise ValueError(f"{tied}; use {self.num_frames}, or train with --use-rope")
-        if (tokens := math.prod(self.grid(num_frames))) > LARGEST_COUNT:
+            raise ValueError(
+                f"fixed positions are tied to num_frames {self.num_frames}, got {num_frames}; use "
+                f"{self.num_frames}, or train with --use-rope"
+            )
+        tokens = math.prod(self.grid(num_frames))
+        if tokens > LARGEST_COUNT:
             raise ValueError(
                 f"{tokens} tokens per clip, more than {LARGEST_COUNT}; use smaller or shorter clips"
             )
@@ -183,33 +189,40 @@ class EqMConfig:
 
         The last temporal patch may be padded.
         """
+        time = math.ceil(num_frames / self.temporal_patch_size)
         side = self.input_size // self.patch_size
-        return math.ceil(num_frames / self.temporal_patch_size), side, side
+        return time, side, side
 
     def flops(self, num_frames):
         """Count the FLOPs of a forward pass of one clip, 2 per multiply-add.
 
         Only matrix products and attention count.
         """
-        N = math.prod(self.grid(num_frames))
+        time, height, width = self.grid(num_frames)
+        N = time * height * width
         D = self.hidden_size
-        # each is told, if frames differ
-        levels = self.grid(num_frames)[0] if self.learns.is_told else 1
-        embedders = 2 * (FEATURES * D + D * D) * (1 + levels * self.learns.is_told)
+        number_embedder = 2 * (FEATURES * D + D * D)
         ends = 2 * N * D * self.values_per_token * 2  # patches in and out
-        ada_ln = 2 * levels * D * (6 * self.depth + 2) * D
-        block = 2 * N * D * (3 + 1 + 4 + 4) * D + 2 * N * N * D * 2  # linear maps, attention
-        return embedders + ends + ada_ln + self.depth * block
+        ada_ln = 2 * D * (6 * self.depth + 2) * D
+        linear_maps = 2 * N * D * (3 + 1 + 4 + 4) * D
+        attention = 2 * N * N * D * 2
+        flops = number_embedder + ends + self.depth * (linear_maps + attention)
+        if not self.learns.is_told:
+            return flops + ada_ln
+        # told a level for each temporal patch
+        return flops + time * (number_embedder + ada_ln)
 
     def training_flops(self, num_frames, grad_checkpoint=None):
         """Count the FLOPs of a training step of one clip.
 
         Backward is twice forward, and an energy doubles both.
         """
-        once = self.flops(num_frames)
+        forward = self.flops(num_frames)
+        if self.ebm != "none":
+            return 6 * forward
         fc1 = 8 * math.prod(self.grid(num_frames)) * self.hidden_size**2
-        again = {None: 0, "full": once, "selective": self.depth * fc1}[grad_checkpoint]
-        return 3 * once + again if self.ebm == "none" else 6 * once
+        recomputed = {None: 0, "full": forward, "selective": self.depth * fc1}
+        return 3 * forward + recomputed[grad_checkpoint]
 
 
 @dataclass(frozen=True)
@@ -217,7 +230,7 @@ class Condition:
     """The condition of a batch of samples, here their classes.
 
     Only this module, the data and the flags look inside. y (B,) int64 is the input of
-    `EqM.forward`; the value null_y means "no condition".
+    `EqM.forward`, which a ClassEmbedder embeds; the value null_y means "no condition".
     """
 
     y: torch.Tensor
@@ -229,16 +242,16 @@ class Condition:
 
         Negative numbers mean no class.
         """
-        return cls(classes.masked_fill(classes < 0, config.num_classes), config.num_classes)
+        null_y = config.num_classes
+        return cls(classes.masked_fill(classes < 0, null_y), null_y)
 
     def to(self, device):
         return replace(self, y=self.y.to(device, non_blocking=True))
 
     def null(self, mask=True):
         """Return this condition, removed from the samples where mask (B,) is true."""
-        return replace(
-            self, y=torch.where(torch.as_tensor(mask, device=self.y.device), self.null_y, self.y)
-        )
+        mask = torch.as_tensor(mask, device=self.y.device)
+        return replace(self, y=torch.where(mask, self.null_y, self.y))
 
     def is_null(self):
         """Return whether no sample has a condition."""
@@ -263,7 +276,8 @@ class PatchEmbed(nn.Module):
 
 def number_features(number):
     """Return the sinusoidal features (..., FEATURES) of numbers (...), cosines first."""
-    exponents = torch.arange(FEATURES // 2, device=number.device).float() / (FEATURES // 2)
+    half = FEATURES // 2
+    exponents = torch.arange(half, device=number.device).float() / half
     angles = number[..., None] * 10_000.0**-exponents
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -275,8 +289,28 @@ class NumberEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FEATURES, D), nn.SiLU(), nn.Linear(D, D))
 
+    def initialize_weights(self):
+        for layer in self.mlp[::2]:
+            nn.init.normal_(layer.weight, std=0.02)
+
     def forward(self, number):
-        return self.mlp(number_features(number).to(self.mlp[0].weight.dtype))
+        features = number_features(number)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class ClassEmbedder(nn.Module):
+    """Embed the condition y of each sample, its class: (B,) int64 -> (B, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        # the last row is for no class
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+
+    def initialize_weights(self):
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, y):
+        return self.embedding_table(y)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -300,8 +334,9 @@ def attend(q, k, v):
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, h, N, N)
         return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
     with torch.autocast("cpu", enabled=False):
-        precise = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v))
-        return F.scaled_dot_product_attention(*precise).to(v.dtype)
+        precise = torch.promote_types(q.dtype, torch.float32)
+        x = F.scaled_dot_product_attention(q.to(precise), k.to(precise), v.to(precise))
+        return x.to(v.dtype)
 
 
 class Attention(nn.Module):
@@ -336,10 +371,10 @@ def modulate(x, shift, scale):
 
 def add_gated(x, gate, branch):
     """Add a branch (B, N, D) to tokens x, times a gate (B, K, D) as in `modulate`."""
-    K = gate.shape[1]
-    return torch.addcmul(
-        x.unflatten(1, (K, -1)), gate[:, :, None], branch.unflatten(1, (K, -1))
-    ).flatten(1, 2)
+    rows = (gate.shape[1], -1)
+    x = x.unflatten(1, rows)  # (B, K, N / K, D)
+    branch = branch.unflatten(1, rows)
+    return torch.addcmul(x, gate[:, :, None], branch).flatten(1, 2)
 
 
 def keep_expensive(context, operation, *args, **_):
@@ -350,10 +385,12 @@ def keep_expensive(context, operation, *args, **_):
     are computed again. So are the scores of the plain attention of CPUs if they are wide, see
     `attend`.
     """
-    # of (inner, outer)
-    is_narrow = operation in PRODUCTS and args[-1].shape[-1] <= 3 * args[-1].shape[-2]
-    # each kind of device has its own kernels
-    keep = is_narrow or "scaled_dot_product" in operation.name()
+    if operation in PRODUCTS:
+        inner, outer = args[-1].shape[-2:]
+        keep = outer <= 3 * inner
+    else:
+        # each kind of device has its own kernels
+        keep = "scaled_dot_product" in operation.name()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -417,9 +454,7 @@ class EqM(nn.Module):
         self.grad_checkpoint = None  # or one of GRAD_CHECKPOINTS
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = NumberEmbedder(config.hidden_size)
-        # the last row is for no class
-        table = nn.Embedding(config.num_classes + 1, config.hidden_size)
-        self.y_embedder = nn.ModuleDict({"embedding_table": table})
+        self.y_embedder = ClassEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.gamma_embedder = NumberEmbedder(config.hidden_size) if config.learns.is_told else None
@@ -442,12 +477,9 @@ class EqM(nn.Module):
                 nn.init.ones_(module.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        of_numbers = [
-            *self.t_embedder.mlp[::2],
-            *(self.gamma_embedder.mlp[::2] if self.gamma_embedder else ()),
-        ]
-        for embedder in (self.y_embedder.embedding_table, *of_numbers):
-            nn.init.normal_(embedder.weight, std=0.02)
+        for embedder in (self.y_embedder, self.t_embedder, self.gamma_embedder):
+            if embedder is not None:
+                embedder.initialize_weights()
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         # The square of a zero output has a zero gradient, so the model would never learn.
@@ -508,7 +540,7 @@ class EqM(nn.Module):
         # would be rounded.
         tokens = self.x_embedder(x).to(x.dtype)  # (B, N, D)
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
-        condition = (self.t_embedder(s) + self.y_embedder.embedding_table(y))[:, None]  # (B, 1, D)
+        condition = (self.t_embedder(s) + self.y_embedder(y))[:, None]  # (B, 1, D)
         if gamma is not None:
             # (B, 1), or one per patch
             levels = gamma.float().reshape(len(x), -1)[:, :: config.temporal_patch_size]
@@ -566,17 +598,22 @@ def position_table(config):
     time, height and width, sines first, then zeros. Images, and videos with use_rope, have the 2D
     table of MAE and the published models: the first half of the channels is for the width.
     """
-    (time, *space) = config.grid(config.num_frames)
+    sizes = config.grid(config.num_frames)
     D = config.hidden_size
+    half = D // 6  # of the channels of an axis
     is_flat = config.use_rope or config.num_frames == config.temporal_patch_size == 1
-    sizes, channels = (space, D // 2) if is_flat else ((time, *space), 2 * (D // 6))
-    # (N, axes)
-    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in sizes))
-    places = places.flip(1) if is_flat else places
-    frequencies = 10_000.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
-    angles = places[:, :, None] * frequencies
+    if is_flat:
+        sizes = sizes[1:]
+        half = D // 4
+    axes = [torch.arange(size, dtype=torch.float64) for size in sizes]
+    positions = torch.cartesian_prod(*axes)  # (N, axes)
+    if is_flat:
+        positions = positions.flip(1)
+    frequencies = 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = positions[:, :, None] * frequencies
     table = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
-    return F.pad(table, (0, D - table.shape[1])).float()[None]
+    padding = D - table.shape[1]
+    return F.pad(table, (0, padding)).float()[None]
 
 
 SIZES = {  # depth, hidden_size, num_heads
@@ -597,7 +634,8 @@ def model_shape(name):
     if name is None:
         return {}
     size, patch_size = name.removeprefix("EqM-").split("/")
-    return dict(zip(SHAPE, (*SIZES[size], int(patch_size)), strict=True))
+    values = [*SIZES[size], int(patch_size)]
+    return dict(zip(SHAPE, values, strict=True))
 
 
 def model_config(name, **overrides):
@@ -606,8 +644,10 @@ def model_config(name, **overrides):
     Its temporal_patch_size is its patch_size unless overridden.
     """
     settings = {"input_size": 32, "in_channels": 4, "num_classes": 1000} | model_shape(name)
-    settings = settings | {"temporal_patch_size": settings["patch_size"]} | overrides
-    return EqMConfig(**{"num_frames": settings["temporal_patch_size"]} | settings)
+    settings["temporal_patch_size"] = settings["patch_size"]
+    settings |= overrides
+    settings.setdefault("num_frames", settings["temporal_patch_size"])
+    return EqMConfig(**settings)
 
 
 def build_model(name, **overrides):
@@ -624,9 +664,10 @@ def model_name(depth, hidden_size, num_heads, patch_size, **_):
 
     Other fields are ignored.
     """
-    names = {shape: name for name, shape in SIZES.items()}
-    unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
-    return f"EqM-{names.get((depth, hidden_size, num_heads), unnamed)}/{patch_size}"
+    for size, shape in SIZES.items():
+        if shape == (depth, hidden_size, num_heads):
+            return f"EqM-{size}/{patch_size}"
+    return f"EqM-(depth {depth}, width {hidden_size}, heads {num_heads})/{patch_size}"
 
 
 # Flags --------------------------------------------------------------------------------------------

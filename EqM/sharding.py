@@ -54,7 +54,7 @@ def empty_network(config, mesh, device, precision):
         network = EqM(config)
     # With an energy only the root: with sharded blocks, double backward fails (torch 2.13)
     splits = config.ebm == "none"
-    table = network.y_embedder.embedding_table
+    table = network.y_embedder
     for part in (table, *network.blocks, network) if splits else (network,):
         # the table is in no product
         rounded = MIXED.get(precision) if splits and part is not table else None
