@@ -32,7 +32,8 @@ class ClipReader:
         # each sample's clip
         self.numbers = [index // per_clip % len(clips) for index in range(len(plan.conditions))]
         self.read = lru_cache(KEPT_CLIPS)(self.read_clip)
-        for number in sorted({self.numbers[index] for index in indices}):
+        needed = {self.numbers[index] for index in indices}
+        for number in sorted(needed):
             self.read(number)
 
     def read_clip(self, number):
@@ -48,20 +49,24 @@ class ClipReader:
 
     def __call__(self, indices):
         """Return clips uint8 (n, 3, T, H, W) and masks (n, T) of the samples `indices`."""
-        clips, masks = zip(*(self.read(self.numbers[index]) for index in indices), strict=True)
-        return torch.stack(clips), torch.stack(masks)
+        pairs = [self.read(self.numbers[index]) for index in indices]
+        clips = torch.stack([clip for clip, _ in pairs])
+        masks = torch.stack([mask for _, mask in pairs])
+        return clips, masks
 
     def about(self):
         """Return what samples.json says about the clip of each sample."""
-        rows = zip(self.numbers, self.plan.names, self.plan.time_scales, strict=True)
+        plan = self.plan
         return [
             {
-                "source": str(self.clips[n]),
-                "frames": as_ranges(self.frames[n]),
+                "source": str(self.clips[number]),
+                "frames": as_ranges(self.frames[number]),
                 "class": name,
                 "time_scale": seconds,
             }
-            for n, name, seconds in rows
+            for number, name, seconds in zip(
+                self.numbers, plan.names, plan.time_scales, strict=True
+            )
         ]
 
 
@@ -71,25 +76,33 @@ def open_given(args, plan, clips, indices):
     Raises UserError. The class of a sample is the folder of its clip if the model has this class,
     else from --classes, else none. With --classes none, no sample has a class.
     """
-    clips = clips[: math.ceil(len(plan.conditions) / args.samples_per_clip)]
-    frames = [choose_frames(args, plan, clip) for clip in clips]
-    given = ClipReader(plan, clips, frames, indices, args.samples_per_clip)
-    clips_of_samples = [clips[number] for number in given.numbers]
+    num_clips = math.ceil(len(plan.conditions) / args.samples_per_clip)
+    clips = clips[:num_clips]
+    given = ClipReader(
+        plan=plan,
+        clips=clips,
+        frames=[choose_frames(args, plan, clip) for clip in clips],
+        indices=indices,
+        per_clip=args.samples_per_clip,
+    )
+    clip_of_sample = [clips[number] for number in given.numbers]
     if isinstance(clips[0], DrawnClip):
-        plan.time_scales = [clip.seconds for clip in clips_of_samples]
+        plan.time_scales = [clip.seconds for clip in clip_of_sample]
     if args.classes != ["none"]:
-        names = [clip.class_name for clip in clips_of_samples]
-        usual = plan.conditions.tolist() if args.classes else [NO_LABEL] * len(names)
-        labels = {name: label for label, name in enumerate(plan.classes)}
-        unknown = [name for name in names if name not in {None, *labels}]
+        labels_by_name = {name: label for label, name in enumerate(plan.classes)}
+        labels = plan.conditions.tolist() if args.classes else [NO_LABEL] * len(plan.conditions)
+        unknown = []
+        for sample, clip in enumerate(clip_of_sample):
+            if clip.class_name in labels_by_name:
+                labels[sample] = labels_by_name[clip.class_name]
+            elif clip.class_name is not None:
+                unknown.append(clip.class_name)
         if unknown and not args.classes:
             say(
                 f"note: the model has no class {unknown[0]}, the folder of a given clip: no "
                 "label; --classes names one"
             )
-        plan.conditions = torch.tensor(
-            [labels.get(name, label) for name, label in zip(names, usual, strict=True)]
-        )
+        plan.conditions = torch.tensor(labels)
         plan.names = class_names(plan.classes, plan.conditions)
     if not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: new frames may not fit the given ones")
@@ -105,25 +118,26 @@ def choose_frames(args, plan, clip):
     config = plan.model.config
     unit = config.level_frames
     count = min(clip.count(plan.time_scale), config.whole_levels(T // 2))
-    frames = args.given_frames or tuple(range(count // unit * unit))
+    first_half = range(count // unit * unit)
+    frames = args.given_frames or tuple(first_half)
     if count < unit and not frames:
         raise UserError(
             f"--given {clip}: has {plural(count, 'frame')}; expected at least {unit}, a temporal "
             "patch"
         )
     if not frames or not set(frames) < set(range(T)):
-        got = f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}"
-        raise UserError(f"{got}; expected some of them, but not all")
+        raise UserError(
+            f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}; expected "
+            "some of them, but not all"
+        )
     patches = {frame // unit for frame in frames}
     end = T if plan.window == T else math.ceil(T / unit) * unit
-    if set(frames) != {frame for frame in range(end) if frame // unit in patches}:
-        why = (
-            f"splits a temporal patch of {unit} frames, which has one noise level in --objective "
-            f"{config.objective}"
-        )
+    in_patches = [frame for frame in range(end) if frame // unit in patches]
+    if sorted(frames) != in_patches:
         raise UserError(
-            f"--given-frames {as_ranges(frames)}: {why}; expected whole patches, such as "
-            f"0-{unit - 1}"
+            f"--given-frames {as_ranges(frames)}: splits a temporal patch of {unit} frames, which "
+            f"has one noise level in --objective {config.objective}; expected whole patches, such "
+            f"as 0-{unit - 1}"
         )
     return frames
 
@@ -174,36 +188,37 @@ class Details:
         self.mask = mask
         self.keep_background = keep_background
         # The last given frame so far: (decoded, as read, is it given?), (n, 1, ...), or empty.
-        self.before = self.real[:, :0], self.real[:, :0], mask[:, :0]
+        self.last = self.real[:, :0], self.real[:, :0], mask[:, :0]
 
     def add(self, videos, first):
         """Return decoded frames uint8 (n, k, H, W, 3) with detail.
 
         Call it in order; `first` is the first frame.
         """
-        part = slice(first, first + videos.shape[1])
-        own = videos, self.real[:, part], self.mask[:, part]
+        end = first + videos.shape[1]
+        real = self.real[:, first:end]
+        mask = self.mask[:, first:end]
         if not self.keep_background:
-            return torch.where(own[2][:, :, None, None, None], own[1], videos)
-        decoded, real, mask = (
-            torch.cat(pair, dim=1) for pair in zip(self.before, own, strict=True)
-        )
+            return torch.where(mask[:, :, None, None, None], real, videos)
+        last_decoded, last_real, last_mask = self.last
+        decoded = torch.cat([last_decoded, videos], dim=1)
+        real = torch.cat([last_real, real], dim=1)
+        mask = torch.cat([last_mask, mask], dim=1)
         nearest = nearest_given(mask)
         rows = torch.arange(len(videos), device=videos.device)
         detailed = []
-        for t in range(decoded.shape[1] - videos.shape[1], decoded.shape[1]):
-            place = rows, nearest[:, t]
+        for t in range(last_decoded.shape[1], decoded.shape[1]):
             # (n, H, W, 3)
-            before = decoded[place].float()
+            given_decoded = decoded[rows, nearest[:, t]].float()
+            given_real = real[rows, nearest[:, t]].float()
+            is_given = mask[rows, nearest[:, t]]  # false without given frames
             frame = decoded[:, t].float()
-            change = (frame - before).abs().amax(dim=-1, keepdim=True)
-            # 0 without given frames
-            static = torch.exp(-((change / STATIC) ** 2)) * mask[place][:, None, None, None]
-            detailed.append(
-                (frame + static * (real[place].float() - before)).round().clamp(0, 255).byte()
-            )
+            change = (frame - given_decoded).abs().amax(dim=-1, keepdim=True)
+            static = torch.exp(-((change / STATIC) ** 2)) * is_given[:, None, None, None]
+            frame = frame + static * (given_real - given_decoded)
+            detailed.append(frame.round().clamp(0, 255).byte())
         last = rows[:, None], nearest[:, -1:]
-        self.before = decoded[last], real[last], mask[last]
+        self.last = decoded[last], real[last], mask[last]
         return torch.stack(detailed, dim=1)
 
 
@@ -212,10 +227,10 @@ def nearest_given(mask):
 
     mask (n, T) is true for given frames.
     """
-    last = (
-        torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(dim=1).values
-    )
-    return torch.where(last >= 0, last, mask.int().argmax(dim=1, keepdim=True))
+    numbers = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, numbers, -1).cummax(dim=1).values
+    first = mask.int().argmax(dim=1, keepdim=True)
+    return torch.where(last >= 0, last, first)
 
 
 def frame_ranges(text):
@@ -226,12 +241,12 @@ def frame_ranges(text):
     frames = set()
     for part in text.split(","):
         match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not numbers:
             raise argparse.ArgumentTypeError(
                 f"got {text!r}, expected numbers of frames such as 0-3,12-15"
             )
-        frames |= set(range(first, last + 1))
+        frames.update(numbers)
     return tuple(sorted(frames))
 
 
@@ -239,4 +254,7 @@ def as_ranges(frames):
     """Return "0-3,12-13" for (0, 1, 2, 3, 12, 13)."""
     starts = [frame for frame in frames if frame - 1 not in frames]
     ends = [frame for frame in frames if frame + 1 not in frames]
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+    ranges = []
+    for start, end in zip(starts, ends, strict=True):
+        ranges.append(str(start) if start == end else f"{start}-{end}")
+    return ",".join(ranges)

@@ -1,7 +1,6 @@
 """Optimizers, learning rates, the check for gradients that overflow in fp16, and the EMA."""
 
 import math
-import operator
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,10 @@ MUON_DECAY = 0.1  # weight decay; without it the weights grow until the learning
 
 def block_matrices(model):
     """The weight matrices of attention and MLP of an EqM."""
-    layers_of = operator.attrgetter("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    return [layer.weight for block in model.blocks for layer in layers_of(block)]
+    layers = []
+    for block in model.blocks:
+        layers += [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
+    return [layer.weight for layer in layers]
 
 
 def make_optimizers(model, args, matrices_of=block_matrices):
@@ -25,11 +26,12 @@ def make_optimizers(model, args, matrices_of=block_matrices):
     Muon gets the weights matrices_of(model).
     """
     matrices = matrices_of(model) if args.optimizer == "muon" else []
-    by_muon = set(map(id, matrices))
-    rest = [weight for weight in model.parameters() if id(weight) not in by_muon]
-    optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=args.weight_decay, fused=True)]
+    by_muon = {id(matrix) for matrix in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in by_muon]
+    decay = args.weight_decay
+    optimizers = [torch.optim.AdamW(others, lr=args.lr, weight_decay=decay, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay))
+        optimizers.append(Muon(matrices, lr=args.muon_lr, weight_decay=decay))
     return optimizers
 
 
@@ -47,26 +49,33 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.ranks = distributed.world_size() if dist.is_initialized() else 1
-        self.batches = assign([weight.flatten(1).shape for weight in matrices], self.ranks)
+        shapes = [weight.flatten(1).shape for weight in matrices]
+        self.batches = assign(shapes, self.ranks)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
         weights = group["params"]
         lr = group["lr"]
-        gradients = [weight.grad for weight in weights]
+        momenta = []
         for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+            state = self.state[weight]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            momenta.append(state["momentum_buffer"])
+        gradients = [weight.grad for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+
+        def nesterov_step(index):
+            return gradients[index].lerp(momenta[index], self.momentum)
+
         exchange = self.scattered if is_sharded(weights[0]) else self.broadcast
-        for index, direction in exchange(
-            lambda index: gradients[index].lerp(momenta[index], self.momentum), weights
-        ):
-            rows, columns = weights[index].flatten(1).shape
+        for index, direction in exchange(nesterov_step, weights):
+            weight = weights[index]
+            rows, columns = weight.flatten(1).shape
             scale = math.sqrt(max(1, rows / columns))
-            weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
+            weight.mul_(1 - lr * group["weight_decay"])
+            weight.add_(direction, alpha=-lr * scale)
 
     def broadcast(self, step_of, weights):
         """Yield (index, orthogonalized step_of(index)) of each matrix; ranks hold full weights."""
@@ -74,16 +83,15 @@ class Muon(torch.optim.Optimizer):
         transfers = []
         for owner, indices in self.batches:
             if self.ranks == 1 or owner == distributed.rank():
-                results.append(
-                    orthogonalize(torch.stack([step_of(index).flatten(1) for index in indices]))
-                )
+                steps = torch.stack([step_of(index).flatten(1) for index in indices])
+                result = orthogonalize(steps)
             else:
-                shape = len(indices), *weights[indices[0]].flatten(1).shape
-                results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
+                matrices = torch.stack([weights[index].flatten(1) for index in indices])
+                result = torch.empty_like(matrices, dtype=torch.bfloat16)
+            results.append(result)
             if self.ranks > 1:  # as bytes: not every backend has bfloat16
-                transfers.append(
-                    dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True)
-                )
+                transfer = dist.broadcast(result.view(torch.uint8), owner, async_op=True)
+                transfers.append(transfer)
         for transfer in transfers:
             transfer.wait()
         for (_, indices), directions in zip(self.batches, results, strict=True):
@@ -96,30 +104,36 @@ class Muon(torch.optim.Optimizer):
         Only its owner keeps the full tensor.
         """
         gathered = []
-        own = {}
         for owner, indices in self.batches:
-            steps = [
-                step.bfloat16()
-                for step in map(full_tensor, map(step_of, indices))
-                if owner == distributed.rank()
-            ]
-            gathered += [(indices, steps)] if steps else []
+            steps = []
+            for index in indices:
+                step = full_tensor(step_of(index))
+                if owner == distributed.rank():
+                    steps.append(step.bfloat16())
+            if steps:
+                gathered.append((indices, torch.stack(steps)))
+        directions = {}  # of this rank's matrices
         for indices, steps in gathered:  # after all gathers, so that no rank waits for this one
-            own |= zip(indices, orthogonalize(torch.stack(steps)), strict=True)
+            directions |= zip(indices, orthogonalize(steps), strict=True)
         for owner, indices in self.batches:
             for index in indices:
-                yield index, scatter(own.pop(index, None), weights[index], owner)
+                yield index, scatter(directions.pop(index, None), weights[index], owner)
 
 
 def assign(shapes, ranks):
     """Assign matrices to ranks by work. Returns [(rank, indices of its matrices of one shape)]."""
+
+    def cost(index):
+        short, long = sorted(shapes[index])
+        return short**2 * (2 * long + short)
+
     work = [0] * ranks
     batches = {}
-    costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
-    for index in sorted(range(len(shapes)), key=costs.__getitem__, reverse=True):
+    for index in sorted(range(len(shapes)), key=cost, reverse=True):
         owner = work.index(min(work))  # the rank with the least work so far
-        work[owner] += costs[index]
-        batches.setdefault((owner, tuple(shapes[index])), []).append(index)
+        work[owner] += cost(index)
+        batch = batches.setdefault((owner, tuple(shapes[index])), [])
+        batch.append(index)
     return [(owner, indices) for (owner, _), indices in batches.items()]
 
 
@@ -129,7 +143,8 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     Newton-Schulz steps (Jordan et al.) map each singular value s to a s + b s^3 + c s^5. They end
     between 0.7 and 1.2, except where s was close to zero.
     """
-    is_tall = x.shape[1] > x.shape[2]
+    _, rows, columns = x.shape
+    is_tall = rows > columns
     x = x.bfloat16()
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = x / norms.clamp(min=1e-7).bfloat16()
@@ -138,7 +153,10 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     for _ in range(steps):
         gram = x.mT @ x if is_tall else x @ x.mT  # of the shorter side
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, factor, beta=a) if is_tall else torch.baddbmm(x, factor, x, beta=a)
+        if is_tall:
+            x = torch.baddbmm(x, x, factor, beta=a)
+        else:
+            x = torch.baddbmm(x, factor, x, beta=a)
     return x.bfloat16()
 
 
@@ -150,15 +168,17 @@ def set_learning_rates(optimizers, args, step, last_step):
     """
     factor = min(1, step / max(args.warmup_steps, 1))
     if args.lr_decay:
-        factor *= min(1, (last_step - step + 1) / (args.lr_decay * last_step))
+        steps_left = last_step - step + 1
+        factor *= min(1, steps_left / (args.lr_decay * last_step))
     for optimizer, lr in zip(optimizers, (args.lr, args.muon_lr), strict=False):
-        optimizer.param_groups[0]["lr"] = lr * factor
+        (group,) = optimizer.param_groups
+        group["lr"] = lr * factor
 
 
 def learning_rates(optimizers):
     """Return {"lr": learning rate of AdamW}, and with Muon also "muon_lr"."""
-    pairs = zip(("lr", "muon_lr"), optimizers, strict=False)
-    return {name: optimizer.param_groups[0]["lr"] for name, optimizer in pairs}
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    return dict(zip(("lr", "muon_lr"), rates, strict=False))
 
 
 def check_fp16(grad_norm, losses):
