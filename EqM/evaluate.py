@@ -2,11 +2,9 @@
 
     python EqM/evaluate.py --metric motion --samples samples --data-path datasets/moving-shapes \
         --out motion.json
-    python EqM/evaluate.py --manifest motion.json --out again.json
 
 docs/evaluation.md lists the metrics. The modules of scoring/ say how each is measured.
 scripts/score.sh samples and scores. The number of ranks changes the values only by rounding.
---manifest repeats a scoring and compares the values. If they do not agree, the exit status is 1.
 """
 
 import uncaught  # noqa: F401
@@ -19,10 +17,8 @@ from runtime import cli, distributed
 from runtime.cli import (
     COUNT,
     NATURAL,
-    NON_NEGATIVE,
     SHARE,
     UserError,
-    fail,
     number,
     one_line_errors,
     plural,
@@ -50,17 +46,6 @@ NUM_REAL = {
     "nearest": 256,
     "census": 1000,
 }
-FREE_FLAGS = {
-    "manifest",
-    "out",
-    "samples",
-    "data_path",
-    "detector",
-    "vae",
-    "cache",
-    "num_workers",
-    "tolerance",
-}
 # file names that sample_gd.py uses in its folders
 OWN = {"samples", "sheet", "grid", "evaluations", "energy"}
 CHOOSES = {
@@ -79,11 +64,13 @@ def parse_args(words=None):
     add(
         "--samples",
         nargs="+",
+        required=True,
         metavar="DIR",
         help="folders of sample_gd.py; with several, --out is a file in each",
     )
     add(
         "--data-path",
+        required=True,
         metavar="DIR",
         help="folder of the training videos or images, not a latent cache",
     )
@@ -165,18 +152,6 @@ def parse_args(words=None):
         help="the manifest; some metrics write pictures beside it",
     )
     add(
-        "--manifest",
-        metavar="FILE",
-        help="repeat this manifest; other flags: only paths, --num-workers, --tolerance",
-    )
-    add(
-        "--tolerance",
-        type=NON_NEGATIVE,
-        default=1e-3,
-        metavar="X",
-        help="values agree: |a - b| <= X max(1, |a|, |b|)",
-    )
-    add(
         "--cache",
         metavar="DIR",
         help="folder for statistics of real clips; default: evaluate-cache beside --out",
@@ -191,27 +166,9 @@ def parse_args(words=None):
     return parser.parse_args(words)
 
 
-def repeat_flags(args):
-    """(flags of --manifest combined with the typed flags, the manifest). Raises UserError."""
-    old = manifest.read_manifest(args.manifest)
-    for name in sorted(args.typed - FREE_FLAGS):
-        raise UserError(
-            f"--{name.replace('_', '-')}: --manifest {args.manifest} sets it; remove the flag"
-        )
-    own = {name: value for name, value in vars(args).items() if name in args.typed}
-    if len(own.get("samples", [])) > 1:
-        raise UserError(f"--samples: --manifest {args.manifest} scores one folder; pass one")
-    return parse_args(manifest.as_words(old["flags"] | own)), old
-
-
 def check_flags(args):
     """Raise UserError for flags that contradict each other or the machine. Touches nothing."""
     cli.check_devices()
-    if args.samples is None or args.data_path is None:
-        raise UserError(
-            f"--{'data-path' if args.samples else 'samples'}: not given; expected a folder (see "
-            "--help)"
-        )
     if (args.detector is None) == (args.metric in frechet.CALLS):
         advice = (
             "expected a TorchScript file (see --help)"
@@ -319,18 +276,15 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     return frechet.score_frechet(*streams, args, detector, new, clips, cache, device)
 
 
-def run(args, samples, real, detector, old, device):
-    """Score samples and write the manifest.
-
-    Returns a line if the values differ from the manifest `old`, else None.
-    """
+def run(args, samples, real, detector, device):
+    """Score samples and write the manifest."""
     out = Path(args.out if len(args.samples) == 1 else samples.folder / args.out)
     *real, new = distributed.broadcast(real)
     out.parent.mkdir(parents=True, exist_ok=True)
     values, result, lines = score(args, samples, out, *real, new, detector, device, corrupt := [])
     corrupt = sorted({path for paths in distributed.gather(corrupt) for path in paths})
     if distributed.rank() != 0:
-        return None
+        return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     machine = {
         "device": name,
@@ -339,25 +293,17 @@ def run(args, samples, real, detector, old, device):
     }
     new |= {"values": values, "result": result, "machine": machine}
     new["real"]["bad_videos"] = corrupt
-    comparison = None
-    if old:
-        new["repeats"], comparison = manifest.compare(args.manifest, old, new, args.tolerance)
     manifest.write_manifest(out, new)
     lines += [f"{path} can't be decoded; it is skipped" for path in corrupt]
-    agrees = old and new["repeats"]["agrees"]
-    for line in (*lines, f"{new['protocol']}: {out}", *([comparison] if agrees else [])):
+    for line in (*lines, f"{new['protocol']}: {out}"):
         say(line)
-    return None if agrees else comparison
 
 
 @one_line_errors()
 def main():
     args = parse_args()
-    old = None
     jobs = []
     with cli.wrong_input():
-        if args.manifest:
-            args, old = repeat_flags(args)
         check_flags(args)
         detector = args.detector and frechet.load_detector(args.detector)
         for folder in dict.fromkeys(args.samples):
@@ -365,17 +311,14 @@ def main():
             samples.check(args.metric, args.keep_background)
             # the others wait in start()
             real = find_real(args, samples, detector) if distributed.rank() == 0 else None
-            if old and real:
-                manifest.check_same(old, real[-1])
             jobs.append((samples, real))
     with one_line_errors(ValueError):  # features that are not finite
         device = distributed.start()
         # no TF32, which changes features and the exact sums of nearest
         distributed.set_precision("fp32")
-        differences = [run(args, *job, detector, old, device) for job in jobs]
+        for samples, real in jobs:
+            run(args, samples, real, detector, device)
     distributed.stop()
-    if any(differences):
-        fail(differences[0], status=1)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# Sample a model and score the samples, or repeat the scores of a manifest.
+# Sample a model and score the samples.
 #
 #   bash scripts/score.sh                                    the demo's motion on Moving Shapes; a minute on a CPU
 #   EXP=ucf DATA=datasets/ucf-101 METRIC="fvd consistency" SAMPLES=2048 DETECTOR=i3d_torchscript.pt \
 #     bash scripts/score.sh --cfg-scale 1 [more flags of EqM/sample_gd.py]
 #   CKPT=FILE DATA=datasets/ucf-101 METRIC=prediction GIVEN=0-7 SAMPLES_PER_CLIP=8 bash scripts/score.sh
-#   MANIFEST=results/demo/motion-16.json bash scripts/score.sh   sample and score again, compare; status 1 if it differs
 #
 #   EXP=demo                an experiment in results/
 #   CKPT                    a checkpoint, or a folder of scripts/export.py; default: the newest best.pt of EXP
-#   DATA                    folder of the real videos; default: datasets/moving-shapes, or the folder in MANIFEST
+#   DATA                    folder of the real videos; default: datasets/moving-shapes
 #   METRIC=motion           one or more of motion fvd fid consistency nearest classifier census, or prediction
 #   FRAMES=16, SAMPLES=96   frames per sample, number of samples
 #   REAL                    number of real clips; default: the default of evaluate.py; for prediction: 256
@@ -18,8 +17,7 @@
 #   SAMPLES_PER_CLIP=1      prediction: samples of each clip
 #   VAL_FRACTION=0.05       share of the videos in val, the same as in training
 #   DETECTOR                a TorchScript file, for fvd and fid
-#   MANIFEST                scores to repeat; CKPT, DATA and DETECTOR replace the paths in it
-#   OUT                     folder of samples and scores; default: samples/score, or samples/again with MANIFEST
+#   OUT                     folder of samples and scores; default: samples/score
 #   GPUS=1                  processes
 #
 # Samples of another run are replaced only with --overwrite. Paths are relative to the repository.
@@ -28,48 +26,27 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 flags_only "$@"
-nearly "EXP CKPT DATA METRIC FRAMES SAMPLES REAL SPLIT GIVEN SAMPLES_PER_CLIP VAL_FRACTION DETECTOR MANIFEST OUT GPUS" \
+nearly "EXP CKPT DATA METRIC FRAMES SAMPLES REAL SPLIT GIVEN SAMPLES_PER_CLIP VAL_FRACTION DETECTOR OUT GPUS" \
   METRICS FRAME NUM_FRAMES SAMPLE NUM_SAMPLES NUM_REAL GIVEN_FRAMES DATA_PATH CHECKPOINT FOLDER
 
-CKPT=${CKPT:-} DATA=${DATA:-} DETECTOR=${DETECTOR:-} MANIFEST=${MANIFEST:-} METRIC=${METRIC:-motion} REAL=${REAL:-}
-FRAMES=${FRAMES:-16} SAMPLES=${SAMPLES:-96} SPLIT=${SPLIT:-val} GIVEN=${GIVEN:-0-7} GPUS=${GPUS:-1} EXP=${EXP:-}
-SAMPLES_PER_CLIP=${SAMPLES_PER_CLIP:-1} VAL_FRACTION=${VAL_FRACTION:-0.05}
+CKPT=${CKPT:-} DATA=${DATA:-datasets/moving-shapes} METRIC=${METRIC:-motion} DETECTOR=${DETECTOR:-} REAL=${REAL:-}
+FRAMES=${FRAMES:-16} SAMPLES=${SAMPLES:-96} SPLIT=${SPLIT:-val} GIVEN=${GIVEN:-0-7} GPUS=${GPUS:-1} EXP=${EXP:-demo}
+OUT=${OUT:-samples/score} SAMPLES_PER_CLIP=${SAMPLES_PER_CLIP:-1} VAL_FRACTION=${VAL_FRACTION:-0.05}
 counts SAMPLES SAMPLES_PER_CLIP ${REAL:+REAL}
 read -ra METRICS <<<"$METRIC"
 KNOWN="motion fvd fid consistency nearest classifier census prediction"
 for metric in "${METRICS[@]}"; do # before anything is sampled
   [[ " $KNOWN " == *" $metric "* ]] || complain "METRIC=$(printf %q "$metric"): unknown metric; expected $KNOWN"
-  [[ $metric != f[iv]d || -n $DETECTOR$MANIFEST ]] ||
+  [[ $metric != f[iv]d || -n $DETECTOR ]] ||
     complain "METRIC=$metric: no detector; set DETECTOR to a TorchScript file"
   [[ $metric != prediction || ${#METRICS[@]} == 1 ]] ||
     complain "METRIC=prediction: makes samples of its own; expected no other metric"
 done
-if [[ -z $CKPT && (-n $EXP || -z $MANIFEST) ]]; then
-  EXP=${EXP:-demo}
-  find_model
-fi
+[[ -n $CKPT ]] || find_model
 activate
 processes
 
-if [[ -n $MANIFEST ]]; then
-  OUT=${OUT:-samples/again}
-  WORDS=$(PYTHONPATH=EqM python -c 'import sys
-from runtime.cli import one_line_errors
-from scoring.manifest import sampling_words
-
-sys.argv[0] = "score.sh"
-with one_line_errors():
-    print(*sampling_words(sys.argv[1]), sep="\n")' "$MANIFEST")
-  mapfile -t AGAIN <<<"$WORDS"
-  CONTINUED= && [[ $WORDS == *--given-split=* ]] && CONTINUED=$DATA # prediction: its clips are also given
-  "${RUN[@]}" EqM/sample_gd.py "${AGAIN[@]}" ${CKPT:+--ckpt="$CKPT"} ${CONTINUED:+--given="$CONTINUED"} \
-    --folder="$OUT" --no-previews --no-overwrite "$@"
-  "${RUN[@]}" EqM/evaluate.py --manifest="$MANIFEST" --samples="$OUT" --out="$OUT/again.json" \
-    ${DATA:+--data-path="$DATA"} ${DETECTOR:+--detector="$DETECTOR"}
-  exit
-fi
-
-OUT=${OUT:-samples/score} DATA=${DATA:-datasets/moving-shapes} KIND=()
+KIND=()
 if [[ $METRIC == prediction ]]; then
   SAMPLES=$((${REAL:-256} * SAMPLES_PER_CLIP)) REAL=
   KIND=(--given="$DATA" --given-split="$SPLIT" --val-fraction="$VAL_FRACTION" --given-frames="$GIVEN")

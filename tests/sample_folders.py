@@ -49,13 +49,11 @@ def write_samples(folder, clips, labels, classes, time_scale=1 / 25, **about):
 
 def run(out, *flags, status=0):
     """The manifest that evaluate.py writes for these flags."""
-    few = FEW[:2] if "--manifest" in flags else FEW
-    run_main(evaluate, *few, "--out", out, *flags, status=status)
+    run_main(evaluate, *FEW, "--out", out, *flags, status=status)
     return json.loads(Path(out).read_text()) if Path(out).is_file() else None
 
 
 def refused(capsys, out, *flags, words=(), status=2):
     """evaluate.py ends with one line that holds the words."""
-    few = FEW[:2] if "--manifest" in flags else FEW
-    line = training.refused(capsys, evaluate, *few, "--out", out, *flags, status=status)
+    line = training.refused(capsys, evaluate, *FEW, "--out", out, *flags, status=status)
     assert all(word in line for word in words), line

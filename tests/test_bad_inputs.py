@@ -5,7 +5,6 @@ The commands run in this process, for speed; test_sample_gd.py runs a wrong one 
 """
 
 import importlib
-import json
 import os
 import pickle
 import shlex
@@ -18,7 +17,6 @@ import torch
 
 import checkpoint
 import published
-from scoring import manifest
 from test_gallery import make_samples as make_shown
 from test_plot_metrics import make_run
 from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
@@ -40,9 +38,6 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "sample images": "sample_gd --ckpt image.pt --folder new",
     "cache": "cache_latents --data-path videos --vae vae --image-size 16 --out new",
     "evaluate": "evaluate --metric=motion --samples=samples --data-path videos --out new.json",
-    "evaluate without --samples": "evaluate --data-path videos --out new.json",
-    "evaluate without --data-path": "evaluate --samples=samples --out new.json",
-    "repeat": "evaluate --manifest m.json --out new.json",
     "export": "export",
     "shapes": "make_moving_shapes --out new",
     "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 "
@@ -291,13 +286,6 @@ CASES = {
         --samples samples --metric consistency => does not say the temporal_patch_size
         --data-path videos --samples slow => --split val has 10 frames; expected at least 25
         => --data-path videos; is for Moving Shapes""",
-    "evaluate without --samples": "=> --samples: not given",
-    "evaluate without --data-path": "=> --data-path: not given",
-    "repeat": """
-        --num-real 96 | --seed 0 => --manifest m.json
-        --samples samples samples => scores one folder
-        --manifest cache/latents.json => has format 1
-        --manifest no/such.json | --manifest list.json => can't be read""",
     "export": """
         no/such.pt new => no such file
         rope.pt => DIR
@@ -308,6 +296,8 @@ CASES = {
         rope.pt new --model EqM-XL/2 => --model EqM-XL/2
         rope.pt new --ebm dot => --ebm gives dot
         rope.pt new --dtype int8 => --dtype
+        rope.pt new --scores cache/latents.json => has format 1
+        rope.pt new --scores no/such.json | rope.pt new --scores list.json => can't be read
         rope.pt --html '' | rope.pt --html videos => expected the name of an HTML file
         rope.pt --html file/x.html => --html file: ; not a writable folder
         rope.pt --html new.html --dtype fp16 => --dtype: has no effect""",
@@ -400,7 +390,6 @@ TEXTS = {  # file: all that is in it
     "broken/b.mp4": "RIFF and no more",
     "no-format/latents.json": "{}",
     "not-json/latents.json": "[",
-    "m.json": json.dumps({"format": manifest.FORMAT, "flags": {}}),
     **dict.fromkeys(
         (
             "begun/samples.unfinished",

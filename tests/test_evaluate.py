@@ -1,4 +1,4 @@
-"""evaluate.py end to end: naive versions, repeats of manifests, one and two ranks, bad input."""
+"""evaluate.py end to end: naive versions, repeats, one and two ranks, bad input."""
 
 import json
 import os
@@ -12,15 +12,13 @@ import pytest
 import scipy.linalg
 import torch
 
-import evaluate
-import sample_gd
 from process import PATH, end, spawn
 from runtime import distributed
 from runtime.untrusted import file_sha256
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import frechet, manifest, sources
-from tiny_data import make_images, random_checkpoint, write_npz
-from training import ROOT, error_of, on_two_ranks, record_calls, run_main, sample_here
+from tiny_data import make_images, random_checkpoint
+from training import ROOT, on_two_ranks, record_calls, sample_here
 
 
 class Detector(torch.nn.Module):
@@ -242,75 +240,13 @@ def test_real_features_are_cached_until_the_file_or_the_data_change(
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_manifest_repeats_bit_for_bit_or_reports_the_differences(shapes, fvd, tmp_path, capsys):
-    old = run(tmp_path / "a.json", *fvd, "--seed", 3)
-    assert old["generated"]["num_clips"] == 12 and old["generated"]["source"] == SOURCE
-    assert old["generated"]["samples_sha256"] == file_sha256(fvd[3] / "samples.npz")
-    repeat = [tmp_path / "b.json", "--manifest", tmp_path / "a.json"]
-    new = run(*repeat)
-    assert new["repeats"]["bit_equal"] and new["repeats"]["agrees"]
-    assert (
-        new["values"] == old["values"]
-        and new["result"]["interval95"] == old["result"]["interval95"]
-    )
-    assert "bit for bit" in capsys.readouterr().out
-
-    moved = [
-        shutil.copytree(path, tmp_path / name) for path, name in ((fvd[5], "data"), (fvd[3], "s"))
-    ]
-    moved.append(shutil.copy(fvd[7], tmp_path))
-    places = ["--data-path", moved[0], "--samples", moved[1], "--detector", moved[2]]
-    assert run(*repeat, *places)["repeats"]["bit_equal"]
-    assert run(tmp_path / "c.json", "--manifest", tmp_path / "b.json")["repeats"]["bit_equal"]
-
-    old["values"]["fvd"] += 0.01
-    (tmp_path / "a.json").write_text(json.dumps(old))
-    refused(capsys, *repeat, "--tolerance", 1e-9, words=["do not agree"], status=1)
-    found = json.loads((tmp_path / "b.json").read_text())["repeats"]
-    assert not found["agrees"] and found["differences"]["fvd"] == pytest.approx(-0.01)
-    assert run(*repeat, "--tolerance", 0.02)["repeats"]["agrees"]
-
-    clips = np.load(moved[1] / "samples.npz")
-    write_npz(
-        moved[1] / "samples.npz", clips["arr_0"] ^ 1, clips["labels"]
-    )  # sampled again, with different rounding
-    assert run(*repeat, *places, "--tolerance", 1)["repeats"]["agrees"]
-    assert "agree with" in (said := capsys.readouterr().out) and "samples" in said
-    about = json.loads((moved[1] / "samples.json").read_text())
-    about["source"]["weights_sha256"] = "b"
-    (moved[1] / "samples.json").write_text(json.dumps(about))
-    refused(
-        capsys,
-        *repeat,
-        *places,
-        words=["--samples: weights_sha256 is b, expected a as in --manifest"],
-    )
-    next(moved[0].glob("*/*g02*")).rename(next(moved[0].glob("*/*g02*")).with_name("another.avi"))
-    refused(capsys, *repeat, *places[:2], words=["--data-path: videos_sha256"])
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "agrees"),
-    [
-        ({"a": 1.0}, {"a": 1.0005}, True),
-        ({"a": 1.0}, {"a": 1.002}, False),
-        ({"a": 1000.0}, {"a": 1000.9}, True),  # relative to large values
-        ({"a": None}, {"a": None}, True),
-        ({"a": None}, {"a": 1.0}, False),
-        ({"a": 1.0}, {"a": None}, False),
-        ({"a": 1.0}, {}, False),
-        ({"a": 1.0}, {"a": 1.0, "b": 2.0}, True),  # a new value
-    ],
-)
-def test_values_agree_within_the_tolerance_and_missing_ones_do_not(old, new, agrees):
-    shared = {"code": "x", "packages": {}, "machine": {}, "generated": {"samples_sha256": "a"}}
-    found, line = manifest.compare(
-        "m.json", shared | {"values": old}, shared | {"values": new, "code": "y"}, 1e-3
-    )
-    assert found["agrees"] == agrees and line.endswith("changed since: code")
-    assert found["bit_equal"] == (
-        old == {name: value for name, value in new.items() if name in old}
-    )
+def test_a_manifest_says_what_was_scored_and_scores_repeat_bit_for_bit(fvd, tmp_path):
+    made = run(tmp_path / "a.json", *fvd)
+    assert made["generated"]["num_clips"] == 12 and made["generated"]["source"] == SOURCE
+    assert made["generated"]["samples_sha256"] == file_sha256(fvd[3] / "samples.npz")
+    again = run(tmp_path / "b.json", *fvd)
+    assert again["values"] == made["values"]
+    assert again["result"]["interval95"] == made["result"]["interval95"]
 
 
 def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
@@ -356,76 +292,24 @@ def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
     assert shared["result"]["interval95"] == pytest.approx(alone["result"]["interval95"], rel=1e-6)
 
 
-def test_score_sh_repeats_the_samples_and_scores_of_a_manifest(shapes, tmp_path):
-    ckpt = random_checkpoint(
-        tmp_path / "a.pt", training={"stop_below": 1e9}, num_frames=4, use_rope=True
-    )
-    flags = [
-        "--num-samples",
-        3,
-        "--num-frames",
-        FRAMES,
-        "--num-sampling-steps",
-        4,
-        "--stop-below",
-        0,
-        "--seed",
-        2,
-    ]
-    run_main(
-        sample_gd, "--video", "--ckpt", ckpt, "--folder", tmp_path / "s", *flags, "--classes", 1, 0
-    )
-    flags = [
-        "--metric",
-        "consistency",
-        "--samples",
-        tmp_path / "s",
-        "--data-path",
-        shapes,
-        "--num-real",
-        4,
-    ]
-    old = run(tmp_path / "m.json", *flags)
+def test_score_sh_samples_a_model_and_scores_the_samples(shapes, tmp_path):
+    ckpt = random_checkpoint(tmp_path / "a.pt", num_frames=4, use_rope=True)
     environment = {
         "PATH": PATH,
-        "MANIFEST": str(tmp_path / "m.json"),
-        "OUT": str(tmp_path / "again"),
+        "CKPT": str(ckpt),
+        "DATA": str(shapes),
+        "METRIC": "consistency nearest",
+        "FRAMES": str(FRAMES),
+        "SAMPLES": "3",
+        "REAL": "4",
+        "OUT": str(tmp_path / "s"),
     }
-    assert "bit for bit" in end(
-        spawn("bash", ROOT / "scripts/score.sh", environment=environment), timeout=240
-    )
-    new = json.loads((tmp_path / "again/again.json").read_text())
-    assert new["generated"]["samples_sha256"] == old["generated"]["samples_sha256"]
-
-
-def test_manifest_flags_may_have_values_that_begin_with_a_dash():
-    flags = {
-        "data_path": "-d",
-        "metric": "motion",
-        "out": "x",
-        "samples": ["s", "t"],
-        "keep_background": True,
-    }
-    words = manifest.as_words(flags | {"split": None})
-    assert words == [
-        "--data-path=-d",
-        "--metric=motion",
-        "--out=x",
-        "--samples",
-        "s",
-        "t",
-        "--keep-background",
-    ]
-    assert vars(evaluate.parse_args(words)).items() >= flags.items()
-
-
-def test_an_older_manifest_is_repeated_or_refused(tmp_path):
-    path = tmp_path / "m.json"
-    about = {"format": manifest.FORMAT, "generated": {"flags": {"num_samples": 3}}}
-    path.write_text(json.dumps(about))
-    assert manifest.sampling_words(path) == ["--num-samples=3", "--stop-below=0"]
-    path.write_text(json.dumps(about | {"generated": {}}))
-    assert "m.json: lacks the flags of its samples" in error_of(manifest.sampling_words, path)
+    command = "bash", ROOT / "scripts/score.sh", "--num-sampling-steps", 4, "--no-previews"
+    end(spawn(*command, environment=environment), timeout=240)
+    for metric in ("consistency", "nearest"):
+        made = json.loads((tmp_path / "s" / f"{metric}.json").read_text())
+        assert made["protocol"] == f"{metric}3_real4_8f"
+        assert made["generated"]["flags"]["num_sampling_steps"] == 4
 
 
 def test_the_commit_in_a_manifest_has_a_plus_if_files_have_changed(tmp_path, monkeypatch):

@@ -1,12 +1,10 @@
-"""Manifests: JSON files of evaluate.py with values and all that they depend on, to repeat them.
+"""Manifests: JSON files of evaluate.py with values and all that they depend on.
 
 values: {name: number or None}; result: intervals and tables; generated: the sample folder, the
-SHA-256 of samples.npz, and how the samples were made; flags: those of the command; repeats: which
-manifest was repeated, with what result.
+SHA-256 of samples.npz, and how the samples were made; flags: those of the command.
 """
 
 import json
-import math
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +15,6 @@ from runtime.untrusted import read_json
 
 FORMAT = 2
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
-# flags of sample_gd.py that don't change samples
-OUTPUT = {"folder", "overwrite", "no_previews", "report_energy"}
 # default of --split; of others: val
 SPLITS = {"fvd": "train", "fid": "train", "classifier": "all", "census": "all"}
 
@@ -64,7 +60,6 @@ def start(args, samples, split, num_real, real, detector):
         "packages": {name: version(name) for name in PACKAGES},
         "machine": None,
         "flags": vars(args) | {"samples": str(samples.folder)},
-        "repeats": None,
     }
 
 
@@ -74,18 +69,17 @@ def write_manifest(path, manifest):
 
 
 def read_manifest(path):
-    """A manifest as a dict. Raises UserError."""
+    """The manifest that scripts/export.py --scores names, a dict. Raises UserError."""
     try:
         manifest = read_json(path)
         got = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         # no such file; not JSON; not a manifest
         raise UserError(
-            f"--manifest {path}: can't be read ({error!r}); expected a file of evaluate.py"
+            f"--scores {path}: can't be read ({error!r}); expected a file of evaluate.py"
         ) from error
     if got != FORMAT:
-        advice = "repeat it with the code that wrote it (format 1: commit f311e33)"
-        raise UserError(f"--manifest {path}: has format {got}, expected {FORMAT}; {advice}")
+        raise UserError(f"--scores {path}: has format {got}, expected {FORMAT}; score again")
     return manifest
 
 
@@ -95,97 +89,6 @@ def is_of_samples(path, folder):
         return Path(read_json(path)["generated"]["samples"]).name == Path(folder).resolve().name
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def as_words(flags):
-    """Flags {name: value} as words of a command line, without those that are None or False."""
-    words = []
-    for name, value in flags.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            # with =, as a value may begin with a dash
-            words.append(flag if value is True else f"{flag}={value}")
-    return words
-
-
-def sampling_words(path):
-    """The flags of sample_gd.py that make the samples of a manifest again, as words.
-
-    Raises UserError.
-    """
-    if not (flags := read_manifest(path).get("generated", {}).get("flags")):
-        raise UserError(
-            f"--manifest {path}: lacks the flags of its samples; expected a file of this code: "
-            "score again"
-        )
-    # older files lack some
-    for name in *OUTPUT, "guidance_chosen", *([] if flags.get("init") else ["init_gamma"]):
-        flags.pop(name, None)
-    flags["no_keep_background"] = not flags.pop("keep_background", True)
-    # 0: off; not given, it is the checkpoint's
-    return as_words(flags | {"stop_below": flags.get("stop_below") or 0})
-
-
-def check_same(old, new):
-    """Raise UserError, naming the flag, unless two manifests depend on the same files."""
-    expected, got = (
-        {
-            "--samples: weights_sha256": manifest["generated"]["source"].get("weights_sha256"),
-            "--samples: weak_sha256": manifest["generated"]["source"].get("weak_sha256"),
-            "--detector: sha256": (manifest["detector"] or {}).get("sha256"),
-            "--data-path: videos_sha256": manifest["real"]["videos_sha256"],
-            # of nearest, census
-            "--data-path: training_sha256": manifest["real"].get("training_sha256"),
-            "--vae: sha256": manifest["real"].get("vae_sha256"),
-        }
-        for manifest in (old, new)
-    )
-    for name, value in expected.items():
-        if got[name] != value:
-            raise UserError(
-                f"{name} is {got[name]}, expected {value} as in --manifest; pass the path of that "
-                "one"
-            )
-
-
-def compare(path, old, new, tolerance):
-    """(how the values of a new manifest compare with the old one's at `path`, the same as a line).
-
-    Numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code
-    lacked don't count.
-    """
-    pairs = {name: (new["values"].get(name), value) for name, value in old["values"].items()}
-    differences = {name: a - b for name, (a, b) in pairs.items() if None not in (a, b)}
-    unequal = [(a, b) for a, b in pairs.values() if a != b]
-    agrees = all(
-        None not in pair and math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance)
-        for pair in unequal
-    )
-    others = [part for part in ("code", "packages", "machine") if old[part] != new[part]]
-    others += ["samples"] * (
-        old["generated"]["samples_sha256"] != new["generated"]["samples_sha256"]
-    )
-    largest = max(differences, key=lambda name: abs(differences[name]), default=None)
-    by = (
-        f"{largest} differs most, by {differences[largest]:.3g}"
-        if largest
-        else "a value is missing"
-    )
-    line = (
-        f"the values {'agree' if agrees else 'do not agree'} with those of {path}: {by}, "
-        f"tolerance {tolerance:g}"
-    )
-    line = line if unequal else f"the values equal those of {path} bit for bit"
-    repeats = {
-        "manifest": str(path),
-        "agrees": agrees,
-        "bit_equal": not unequal,
-        "tolerance": tolerance,
-    }
-    changed = f"; changed since: {', '.join(others)}" if others else ""
-    return repeats | {"differences": differences}, line + changed
 
 
 def code_commit():
