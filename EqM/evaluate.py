@@ -9,6 +9,7 @@ scripts/score.sh samples and scores. The number of ranks changes the values only
 
 import uncaught  # noqa: F401
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -25,17 +26,18 @@ from runtime.cli import (
     say,
 )
 from scoring import (
-    census,
     classifier,
     consistency,
     frechet,
     manifest,
     nearest,
     prediction,
-    shapes,
     sources,
 )
 from video.source import check_data_path
+
+# What is true of one data set only is beside its maker; only its metric imports it.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "datasets"))
 
 # Default number of real clips
 NUM_REAL = {
@@ -237,8 +239,10 @@ def find_real(args, samples, detector):
     if metric in ("nearest", "census"):
         real["training_sha256"] = sources.videos_sha256(args.data_path, training)
     if metric == "census":
-        census.check(samples, clips, place)
-        real["vae_sha256"] = census.find_vae(samples, args.vae).sha256
+        import sprites_census
+
+        sprites_census.check(samples, clips, place)
+        real["vae_sha256"] = sprites_census.find_vae(samples, args.vae).sha256
     elif metric == "classifier":
         classifier.check(samples, clips, training, place, args.classifier_test)
         split = args.classifier_test  # in the name of the protocol
@@ -246,7 +250,11 @@ def find_real(args, samples, detector):
         raise UserError(
             f"{place}: not the videos that {samples.place} continues; pass the folder of those"
         )
-    truth = shapes.find_truth(metric, args.data_path, samples, clips.classes)
+    truth = None
+    if metric in ("motion", "prediction"):
+        import shapes_tracker
+
+        truth = shapes_tracker.find_truth(metric, args.data_path, samples, clips.classes)
     return clips, training, truth, manifest.start(args, samples, split, count, real, about)
 
 
@@ -259,7 +267,9 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     real = sources.real_stream(clips, distributed.own_indices(count or 0), args, corrupt)
     streams = sources.generated_stream(samples), real
     if args.metric == "motion":
-        return shapes.score_shapes(*streams, truth)
+        import shapes_tracker
+
+        return shapes_tracker.score_shapes(*streams, truth)
     if args.metric == "consistency":
         return consistency.score_consistency(*streams, samples.source)
     if args.metric == "nearest":
@@ -271,7 +281,9 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     if args.metric == "classifier":
         return classifier.score_classifier(samples, clips, training, args, corrupt)
     if args.metric == "census":
-        return census.score_census(samples, clips, training, count, args, device)
+        import sprites_census
+
+        return sprites_census.score_census(samples, clips, training, count, args, device)
     cache = Path(args.cache or out.with_name("evaluate-cache"))
     return frechet.score_frechet(*streams, args, detector, new, clips, cache, device)
 

@@ -1,4 +1,4 @@
-"""Puts EqM/ on the path of the scripts beside this module; import errors take one line."""
+"""Puts EqM/ and datasets/ on the path of scripts; import errors take one line."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 sys.path.insert(0, str(ROOT / "EqM"))
+sys.path.append(str(ROOT / "datasets"))
 
 import uncaught  # noqa: E402, F401
 

@@ -112,6 +112,16 @@ def test_imports_go_down_without_a_cycle_and_never_to_an_entry_script():
         assert not own_imports(tree) & set(ENTRY), f"{name} imports an entry script"
 
 
+def test_what_is_true_of_one_data_set_is_imported_by_evaluate_alone_and_only_for_its_metric():
+    of_data_sets = modules(ROOT / "datasets").keys()
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
+                is_late = name == "evaluate" and node not in tree.body
+                assert is_late or not names & of_data_sets, f"{name}, line {node.lineno}"
+
+
 def test_no_module_hides_one_that_is_installed_or_in_the_standard_library():
     installed = set(importlib.metadata.packages_distributions())
     assert not ROOMS & (installed | set(sys.stdlib_module_names))

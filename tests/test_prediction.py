@@ -16,9 +16,8 @@ from make_moving_shapes import draw_clip
 from sample_folders import FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import prediction, sources
 from scoring.plots import plot_prediction
-from scoring.shapes import track
 from scoring.stats import psnr
-from test_shapes import noisy
+from test_shapes_tracker import noisy
 from tiny_data import write_npz
 
 
@@ -165,17 +164,6 @@ def test_predictions_of_one_unit_have_no_interval_and_a_plot(tmp_path):
         place = tmp_path / f"{count}.png"
         plot_prediction(place, result | {"predicted_frames": [1, 2]}, 3, prediction.KINDS)
         assert place.stat().st_size > 1000
-
-
-def test_only_a_clip_with_the_same_color_and_shape_keeps_the_appearance():
-    real = track(moving())
-    others = moving(), moving(shape="Square"), moving(rgb=(80, 130, 250)), np.zeros_like(moving())
-    assert [prediction.keeps_appearance(track(clip), real) for clip in others] == [
-        True,
-        False,
-        False,
-        False,
-    ]
 
 
 # Sample folders that continue real clips ----------------------------------------------------------

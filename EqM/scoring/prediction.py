@@ -5,13 +5,13 @@ last given frame. Where little moves, most of a frame is background. So it also 
 moving pixels alone, where the real frame differs from that given frame. Several samples of a clip
 give a mean, a best one (by its mean over the frames, as in MCVD, arXiv 2205.09853), and an average
 picture. Even a perfect model's sample is one of many futures: its squared error is twice the error
-of their average. For Moving Shapes, the tracker of shapes.py also scores the motion.
+of their average. For Moving Shapes, their tracker also scores the motion.
 """
 
 import numpy as np
 
 from runtime.distributed import rank
-from scoring import plots, shapes
+from scoring import plots
 from scoring.stats import by_unit, cell, gather, half95, interval_units, mean_interval, psnr, table
 from video.drawing import few
 from video.writers import write_sheet
@@ -37,27 +37,21 @@ KINDS = {
 def score_prediction(samples, real, clips, out, truth):
     """Score Samples against `real`, a stream of the Clips that they continue.
 
-    Write a plot and a sheet beside `out`.
+    Write a plot and a sheet beside `out`. truth: shapes_tracker.Truth, to score the motion, too.
     """
     S = samples.about["real"]["samples_per_clip"]
     given = samples.given[0]  # the same for all
 
     def measure(clip, name, time_scale, index):
         predicted = samples.clips[S * index : S * (index + 1)]
-        tracks = None
-        if truth:  # of the first sample
-            tracks = (
-                shapes.track(predicted[0]),
-                shapes.track(clip),
-                truth(name, clip.shape[1], time_scale),
-            )
+        tracks = truth.track_pair(predicted[0], clip, name, time_scale) if truth else None
         return *score_clip(clip, predicted, given), tracks
 
-    scores, baselines, tracks, videos = gather(real, measure)
+    scores, baselines, pairs, videos = gather(real, measure)
     baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
-    result = compare(np.stack(scores), baselines, videos) | (
-        summarize_motion(tracks, videos) if truth else {}
-    )
+    result = compare(np.stack(scores), baselines, videos)
+    if truth:
+        result |= truth.summarize_pairs(pairs, videos)
     lacking = "shares" if truth else ""  # of the motion
     result["interval_units"], line = interval_units(lacking, real=videos)
     others = [frame for frame in range(samples.num_frames) if frame not in given]
@@ -67,12 +61,12 @@ def score_prediction(samples, real, clips, out, truth):
         write_pairs(out.with_suffix(".sheet.png"), samples, clips, given)
     names = [name + kind for name in METRICS for kind in KINDS if name + kind in result]
     values = {name: result[name] for name in names}
-    motion = ("direction_accuracy", "speed_ratio", "appearance_kept") if truth else ()
-    return (
-        values | {name: result["motion"][name] for name in motion},
-        result,
-        [*result_lines(result), line],
-    )
+    lines = result_lines(result)
+    if truth:
+        for name in ("direction_accuracy", "speed_ratio", "appearance_kept"):
+            values[name] = result["motion"][name]
+        lines += truth.pair_lines(result)
+    return values, result, [*lines, line]
 
 
 def score_clip(real, samples, given):
@@ -159,23 +153,6 @@ def or_none(values):
     return np.where(np.isnan(values), None, values).tolist()
 
 
-def keeps_appearance(found, real):
-    """Whether the Track of a predicted clip has the shape and color of the real clip's Track."""
-    if None in (found.shape, found.color, real.color) or found.shape != real.shape:
-        return False
-    return bool(np.linalg.norm(np.subtract(found.color, real.color)) < shapes.MIN_CONTRAST)
-
-
-def summarize_motion(tracks, videos):
-    """{"motion": of the predicted clips, "motion_real": of the real ones} of (Track, Track of the
-    real clip, truth).
-    """
-    found, real, truths = zip(*tracks, strict=True)
-    kept = sum(map(keeps_appearance, found, real)) / len(tracks)
-    motion, motion_real = (shapes.summarize_tracks(own, truths, videos) for own in (found, real))
-    return {"motion": motion | {"appearance_kept": kept}, "motion_real": motion_real}
-
-
 def result_lines(result):
     """The main results, to print."""
     rows = [
@@ -188,13 +165,7 @@ def result_lines(result):
         if f"psnr{kind}" in result:
             cells = [cell(result, name + kind, digits) for name, (_, digits) in METRICS.items()]
             rows.append((title.format(result["samples_per_clip"]), *cells))
-    if "motion" not in result:
-        return table(rows)
-    motion = shapes.result_lines(
-        {"generated": result["motion"], "real": result["motion_real"]}, shapes.TRACKED
-    )
-    kept = f"  shape and color of the real clip kept: {result['motion']['appearance_kept']:.3f}"
-    return [*table(rows), *motion, kept]
+    return table(rows)
 
 
 def write_pairs(path, samples, clips, given):

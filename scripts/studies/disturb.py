@@ -19,8 +19,8 @@ from models import Condition
 from runtime.cli import COUNT, Bar, one_line_errors
 from runtime.rng import generator, normal
 from samplers import guided, sample
-from scoring.shapes import track
 from scoring.stats import share
+from shapes_tracker import track
 from vae import VAE
 
 DEMO = lab.ROOT / "results/demo"

@@ -30,8 +30,8 @@ from objectives import SETTINGS, USUAL
 from runtime.cli import Bar, one_line_errors
 from runtime.rng import normal
 from samplers import guided, sample
-from scoring.shapes import Truth, track
 from scoring.sources import find_real
+from shapes_tracker import Truth, track
 from transport import interpolate
 from vae import VAE
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import lab
 from runtime.metrics import read_metrics
-from scoring.census import ATTRIBUTES, PERCENTS
+from sprites_census import ATTRIBUTES, PERCENTS
 
 TASKS = "census", "classifier", "predicted", "predicted-census"
 LONG = "samples", "validation"  # of --metric census: an entry per clip

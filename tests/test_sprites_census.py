@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import sprites
+import sprites_census
 from sample_folders import FEW, refused, run, write_samples
-from scoring import census, sources
+from scoring import sources
 from tiny_data import make_vae
 from tiny_videos import write_ucf_list, write_video
 from training import on_two_ranks, record_calls
@@ -26,7 +27,7 @@ SIZE = 16
 VALUES = [[0, 1], [0, 1], [0, 1], [0, 1, 2]]
 ORDER = {"Slash": (0, 1, 2, 3, 4, 5, 4, 0), "Walk": (7, 0, 1, 2, 3, 4, 5, 6)}
 CHARACTERS = [*product(*VALUES)]
-PLACES = census.places_of([*ORDER], VALUES)
+PLACES = sprites_census.places_of([*ORDER], VALUES)
 COLORS = np.random.default_rng(0).integers(60, 256, (4, 3, 3))  # attribute, value, RGB
 
 
@@ -46,7 +47,7 @@ def compose(name, who, colors=COLORS):
 
 
 TRUE = {key: compose([*ORDER][c], CHARACTERS[k]) for key, (c, k) in PLACES.items()}
-WORLD = census.World(
+WORLD = sprites_census.World(
     [*ORDER], VALUES, torch.tensor(np.stack([*TRUE.values()])).unflatten(0, (2, -1))
 )
 HELD_OUT = ["0102", "1010", "1101"]
@@ -189,7 +190,7 @@ def test_clips_are_matched_and_decoded_as_step_by_step():
         clips.append(np.where(random.random((T, SIZE, SIZE, 1)) < 0.3, TRUE[one], TRUE[other]))
     clips.append(clips[0][[0, 2, 1, 3, 4, 5, 6, 7]])
     clips.append(random.integers(0, 256, (T, SIZE, SIZE, 3)).astype(np.uint8))
-    found = census.measure(WORLD, np.stack(clips), "")
+    found = sprites_census.measure(WORLD, np.stack(clips), "")
     expected = [naive(clip) for clip in clips]
     for row, (key, distances, margins, decoded, rmse) in enumerate(expected):
         assert tuple(found["place"][row]) == PLACES[key]
@@ -210,7 +211,9 @@ def shades():
     colors = COLORS[:, :1] * np.array([[1], [0.6], [0.3]])  # (attributes, 3, RGB)
     values = [[0, 1, 2]] * 4
     true = {who: compose("Walk", who, colors) for who in product(*values)}
-    return census.World(["Walk"], values, torch.tensor(np.stack([*true.values()]))[None]), true
+    return sprites_census.World(
+        ["Walk"], values, torch.tensor(np.stack([*true.values()]))[None]
+    ), true
 
 
 def test_a_frame_with_one_switched_attribute_shows_the_nearest_value(shades):
@@ -223,7 +226,7 @@ def test_a_frame_with_one_switched_attribute_shows_the_nearest_value(shades):
             continue
         clip = noisy(true[who])
         clip[t] = noisy(true[other])[t]
-        found = census.measure(world, clip[None], "")
+        found = sprites_census.measure(world, clip[None], "")
         expected = [other if frame == t else who for frame in range(T)]
         assert found["decoded"][0].tolist() == [*map(list, expected)], (who, other, t)
         count += 1
@@ -234,7 +237,7 @@ def test_a_frame_with_two_switched_attributes_shows_both(shades):
     world, true = shades
     clip = noisy(true[0, 0, 0, 0])
     clip[3] = noisy(true[0, 2, 0, 1])[3]
-    found = census.measure(world, clip[None], "")
+    found = sprites_census.measure(world, clip[None], "")
     assert found["decoded"][0].tolist() == [[0, 2 * (t == 3), 0, 1 * (t == 3)] for t in range(T)]
 
 
@@ -242,7 +245,7 @@ def test_values_with_a_third_one_between_are_not_blended(shades):
     world, true = shades
     for who, expected in (((1, 1, 1, 1), {0, 2}), ((0, 0, 0, 0), {1}), ((2, 2, 2, 2), {1})):
         for is_own in world.choices_of:
-            choices = census.blendable(world, 0, [*true].index(who), is_own)
+            choices = sprites_census.blendable(world, 0, [*true].index(who), is_own)
             assert set(world.choices[choices, 1].tolist()) == expected
 
 
@@ -255,9 +258,9 @@ def test_limits_let_99_percent_of_the_training_clips_pass_all_of_them(shift):
         "margins": values[:, 5:9],
         "worst_rmse": 20 - values[:, 9],
     }
-    limits = census.find_limits(found)
-    passing = census.reasons(found, limits) == ""
-    failing = (census.limited(found) < limits).sum(axis=0)
+    limits = sprites_census.find_limits(found)
+    passing = sprites_census.reasons(found, limits) == ""
+    failing = (sprites_census.limited(found) < limits).sum(axis=0)
     if shift < 0:  # as many fail each limit
         assert failing.tolist() == [1] * 10 and 0.99 <= passing.mean() < 0.992
     else:  # the limits of distances are 0
@@ -266,19 +269,19 @@ def test_limits_let_99_percent_of_the_training_clips_pass_all_of_them(shift):
 
 
 def test_a_goal_that_is_missed_is_named():
-    result = {f"{name}_blended_40": 0.01 for name in census.ATTRIBUTES} | {
+    result = {f"{name}_blended_40": 0.01 for name in sprites_census.ATTRIBUTES} | {
         "bottomwear_blended_40": 0.124
     }
-    (line,) = census.missed_goals(result)
+    (line,) = sprites_census.missed_goals(result)
     assert line == (
         "  note: of the controls with 40% of another value, at most 5% should be accepted; "
         "missed for bottomwear 12.4%"
     )
-    assert census.missed_goals(result | {"bottomwear_blended_40": 0.05}) == []
+    assert sprites_census.missed_goals(result | {"bottomwear_blended_40": 0.05}) == []
 
 
 def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(census, "load_vae", lambda typed, made, owner: NoisyVAE())
+    monkeypatch.setattr(sprites_census, "load_vae", lambda typed, made, owner: NoisyVAE())
     clip, held_out = (noisy(TRUE[f"Walk/character{who}"]) for who in ("0101", "1101"))
     other_hair, other_body = (noisy(TRUE[f"Walk/character{who}"]) for who in ("0102", "1101"))
     switched, swapped, spot, both = (clip.copy() for _ in range(4))
@@ -333,8 +336,8 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
     assert [values[name] for name in ("attribute_switched", "frames_swapped", "frame_shifted")] == [
         0
     ] * 3
-    for name in census.ATTRIBUTES:
-        curve = [values[f"{name}_blended_{percent}"] for percent in census.PERCENTS]
+    for name in sprites_census.ATTRIBUTES:
+        curve = [values[f"{name}_blended_{percent}"] for percent in sprites_census.PERCENTS]
         assert curve == sorted(curve, reverse=True) and curve[2:] == [0, 0]
     limits = result["limits"]
     margins = [own[3] for own in result["samples"]["margins"]]  # of hair
@@ -404,7 +407,7 @@ def test_a_real_stream_names_the_corrupt_videos_that_it_replaces(data, corrupt_v
 
 
 def test_a_corrupt_video_ends_a_census(data, corrupt_video, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(census, "load_vae", lambda typed, made, owner: NoisyVAE())
+    monkeypatch.setattr(sprites_census, "load_vae", lambda typed, made, owner: NoisyVAE())
     samples = write(tmp_path / "s", [*TRUE.values()][:2], ["Slash"] * 2)
     flags = ["--metric", "census", "--samples", samples, "--data-path", data, "--num-real", 4]
     words = [f"--data-path {data}: {corrupt_video} can't be decoded", "make it again"]
@@ -414,11 +417,13 @@ def test_a_corrupt_video_ends_a_census(data, corrupt_video, tmp_path, capsys, mo
 def test_a_world_is_refused_unless_all_clips_were_read(data, monkeypatch):
     clips, _, _ = sources.find_real(str(data), "all", 0.05, T, 1 / 8, SIZE, None, False)
     args = SimpleNamespace(batch_size=4, num_workers=0, data_path=str(data))
-    world = census.read_world(clips, args, "cpu")
+    world = sprites_census.read_world(clips, args, "cpu")
     assert torch.equal(world.clips, WORLD.clips)
-    monkeypatch.setattr(census, "real_stream", lambda *stream: [*sources.real_stream(*stream)][1:])
+    monkeypatch.setattr(
+        sprites_census, "real_stream", lambda *stream: [*sources.real_stream(*stream)][1:]
+    )
     with pytest.raises(AssertionError, match="1 clips were not read"):
-        census.read_world(clips, args, "cpu")
+        sprites_census.read_world(clips, args, "cpu")
 
 
 SHORT = {"codec": "ffv1", "size": (SIZE, SIZE), "pixel_format": "bgr0"}

@@ -178,6 +178,28 @@ class Truth:
             return Bounce(first["shape"], AXES.index(first["axis"]), speed, low, high)
         return Track(first["direction"], first["shape"], speed, mean("area") * scale**2)
 
+    def track_pair(self, predicted, real, class_name, time_scale):
+        """(Track of a predicted clip, Track of the real clip, what both should show)."""
+        return track(predicted), track(real), self(class_name, real.shape[1], time_scale)
+
+    @staticmethod
+    def summarize_pairs(pairs, videos):
+        """{"motion": of the predicted clips, "motion_real": of the real ones}, of `track_pair`s."""
+        tracks, real_tracks, truths = zip(*pairs, strict=True)
+        motion = summarize_tracks(tracks, truths, videos)
+        motion["appearance_kept"] = sum(map(keeps_appearance, tracks, real_tracks)) / len(pairs)
+        return {"motion": motion, "motion_real": summarize_tracks(real_tracks, truths, videos)}
+
+    @staticmethod
+    def pair_lines(result):
+        """Lines to print, of a result with what `summarize_pairs` returns."""
+        both = {"generated": result["motion"], "real": result["motion_real"]}
+        kept = result["motion"]["appearance_kept"]
+        return [
+            *result_lines(both, TRACKED),
+            f"  shape and color of the real clip kept: {kept:.3f}",
+        ]
+
 
 def find_truth(metric, data_path, samples, classes):
     """The Truth for --metric motion, and for prediction if the motion is straight; else None.
@@ -388,6 +410,13 @@ def summarize_tracks(tracks, expected, videos=()):
         summary[f"{what}_ratio_interval95"] = mean_interval(ratios, videos_of_right)
     reasons = sorted(found.reason for found in tracks if found.direction is None)
     return summary | {"refused": dict(Counter(reasons).most_common())}
+
+
+def keeps_appearance(found, real):
+    """Whether the Track of a predicted clip has the shape and color of the real clip's Track."""
+    if None in (found.shape, found.color, real.color) or found.shape != real.shape:
+        return False
+    return bool(np.linalg.norm(np.subtract(found.color, real.color)) < MIN_CONTRAST)
 
 
 # Bouncing motion ----------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import stdtrit
 
 import make_moving_shapes as drawing
+import shapes_tracker
 from sample_folders import read_clips, refused, run, write_samples
-from scoring import shapes
-from scoring.shapes import Track, track
 from scoring.stats import wilson
+from shapes_tracker import Track, track
 from test_moving_shapes import plan
 from training import error_of
 
@@ -197,13 +197,26 @@ def test_a_static_object_has_a_shape_but_no_direction(frames):
         )
 
 
+def test_only_a_clip_with_the_same_color_and_shape_keeps_the_appearance():
+    centers = line("Right", 8)
+    real = track(clip_of(centers))
+    others = [
+        clip_of(centers),
+        clip_of(centers, shape="Square"),
+        clip_of(centers, color=BLUE),
+        np.zeros((8, 16, 16, 3), np.uint8),
+    ]
+    kept = [shapes_tracker.keeps_appearance(track(clip), real) for clip in others]
+    assert kept == [True, False, False, False]
+
+
 def test_the_truth_of_shapes_json_is_scaled_to_the_clip(request, tmp_path):
-    truth = shapes.Truth(request.getfixturevalue("shapes"))("SquareUp", 16, 3 / 25)
+    truth = shapes_tracker.Truth(request.getfixturevalue("shapes"))("SquareUp", 16, 3 / 25)
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
     assert truth.area == pytest.approx(math.pi * 2.88**2)
     assert "shapes.json: not the shapes.json of a Moving Shapes data set" in error_of(
-        shapes.Truth, tmp_path
+        shapes_tracker.Truth, tmp_path
     )
 
 
@@ -219,7 +232,7 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
         Track(reason="nothing stands out"),
         Track(None, "Square", reason="the object stands still"),
     ]
-    found = shapes.summarize_tracks(tracks, [up] * 4 + [left])
+    found = shapes_tracker.summarize_tracks(tracks, [up] * 4 + [left])
     assert (
         found["clips"],
         found["right"],
@@ -231,20 +244,22 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
     half = stdtrit(1, 0.975) * 0.2  # Student's t of 0.9 and 1.3
     assert found["area_ratio_interval95"] == pytest.approx([1.1 - half, 1.1 + half])
     assert found["refused"] == {"nothing stands out": 1, "the object stands still": 1}
-    tripled = shapes.summarize_tracks(
+    tripled = shapes_tracker.summarize_tracks(
         tracks * 3, ([up] * 4 + [left]) * 3, [*range(5)] * 3
     )  # 3 clips of each video
     assert tripled["area_ratio_interval95"] == pytest.approx(found["area_ratio_interval95"])
     assert tripled["direction_interval95"] is tripled["shape_interval95"] is None  # of 5 videos
-    twice = shapes.summarize_tracks(tracks * 2, ([up] * 4 + [left]) * 2)
-    tripled = shapes.summarize_tracks(tracks * 6, ([up] * 4 + [left]) * 6, [*range(10)] * 3)
+    twice = shapes_tracker.summarize_tracks(tracks * 2, ([up] * 4 + [left]) * 2)
+    tripled = shapes_tracker.summarize_tracks(tracks * 6, ([up] * 4 + [left]) * 6, [*range(10)] * 3)
     for name in ("direction_interval95", "shape_interval95", "area_ratio_interval95"):
         assert tripled[name] == pytest.approx(twice[name])
-    none = shapes.summarize_tracks([Track(reason="x")], [up])
+    none = shapes_tracker.summarize_tracks([Track(reason="x")], [up])
     assert none["speed_ratio"] is none["area_ratio"] is None and none["direction_accuracy"] == 0
     lines = [
         line.split()
-        for line in shapes.result_lines({"generated": found, "real": none}, shapes.TRACKED)
+        for line in shapes_tracker.result_lines(
+            {"generated": found, "real": none}, shapes_tracker.TRACKED
+        )
     ]
     assert ["speed", "/", "true", "speed", "1.000", "(-1.541", "to", "3.541)", "-"] in lines
     assert lines[2][2:6] == ["0.400", "(0.118", "to", "0.769)"] and lines[-1][:3] == [
@@ -290,8 +305,10 @@ def follow(tmp_path_factory):
     path.write_text(
         json.dumps({"size": 32, "videos": dict(enumerate(VIDEOS)), "settings": {"bounce": True}})
     )
-    truth = shapes.Truth(path.parent)
-    return lambda clip, video: shapes.follow(clip, truth(video["class"], len(clip[0]), 1 / 25))
+    truth = shapes_tracker.Truth(path.parent)
+    return lambda clip, video: shapes_tracker.follow(
+        clip, truth(video["class"], len(clip[0]), 1 / 25)
+    )
 
 
 def draw(video, **changes):
@@ -389,9 +406,11 @@ def test_spoiled_bouncing_clips_are_recognized(follow, kind):
 )
 def test_turns_are_the_extremes_of_a_path_despite_jitter(low, high, is_right):
     path = np.array([3, 2.6, 3.1, 5, 4.6, 8, 7.6, 8.2, 8.1, 6, 2, 2.5, 1.8, 2, 4.0])
-    for axis, truth in enumerate(shapes.Bounce("Circle", axis, 1.0, low, high) for axis in (0, 1)):
+    for axis, truth in enumerate(
+        shapes_tracker.Bounce("Circle", axis, 1.0, low, high) for axis in (0, 1)
+    ):
         centers = np.stack([path, np.zeros(15)][:: -1 if axis else 1], axis=1)
-        assert shapes.turns_are_right(centers, truth, unit=1.0) == is_right
+        assert shapes_tracker.turns_are_right(centers, truth, unit=1.0) == is_right
 
 
 def test_evaluate_scores_bouncing_clips_by_windows(tmp_path, capsys):
