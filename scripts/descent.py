@@ -1,7 +1,7 @@
 """Make one HTML file in which a model's field rolls clips downhill. It needs no file or network.
 
 export.py --html calls `make_page`. The template is descent.html, the network descent.js, and its
-kernel descent.wat.
+kernel descent.wasm, translated from descent.wat.
 """
 
 import base64
@@ -13,7 +13,6 @@ from html import escape
 from pathlib import Path
 
 import generation
-import wat
 from models import model_name
 from runtime.cli import UserError
 from samplers import DESCENTS
@@ -22,7 +21,7 @@ from vae import REPOSITORIES
 refuse_to_run(__name__, "scripts/export.py --html")
 
 TEMPLATE, NETWORK, KERNEL = (
-    Path(__file__).with_suffix(suffix) for suffix in (".html", ".js", ".wat")
+    Path(__file__).with_suffix(suffix) for suffix in (".html", ".js", ".wasm")
 )
 MOST_WEIGHTS = 20_000_000  # a file of 55 MB
 MOST_FLOPS = 20e9  # of one evaluation without guidance: about 2 s of one core
@@ -80,7 +79,7 @@ def make_page(name, state, config):
         "healsRegions": bool(training.get("forcing_regions")),
         "shapes": [[name, list(value.shape)] for name, value in tensors.items()],
         "letters": len(weights),
-        "kernel": base64.b64encode(wat.translate(KERNEL.read_text())).decode(),
+        "kernel": base64.b64encode(KERNEL.read_bytes()).decode(),
     }
     size = sum(value.numel() for value in tensors.values()) / 1e6
     about = (

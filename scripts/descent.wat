@@ -1,5 +1,5 @@
 ;; The kernel of descent.js: matrix product, softmax and GELU, 4 floats at a time. All sizes and strides are in bytes,
-;; except the numbers of rows and columns. scripts/wat.py translates this file.
+;; except the numbers of rows and columns. descent.wasm is this file, translated by wasmtime.wat2wasm.
 (module
   (import "env" "memory" (memory 1))
 
