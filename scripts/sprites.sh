@@ -66,7 +66,7 @@ for clip in "$DATA"/*/"$(basename "$(head -n 1 "$DATA/ucfTrainTestlist/testlist0
   mkdir -p "results/$EXP/nine/$class" && cp "$clip" "results/$EXP/nine/$class"
 done
 sample "samples/$EXP-nine" "${GIVEN[@]}" --num-samples 9 --given="results/$EXP/nine"
-python scripts/picture.py "samples/$EXP-f8" "samples/$EXP-nine" --rows 9 --out "samples/$EXP.png"
+python scripts/gallery.py "samples/$EXP-f8" "samples/$EXP-nine" --rows 9 --png "samples/$EXP.png"
 
 RUN=(python) # these metrics compute in one process, which may use all cores
 score "samples/$EXP-census.json" --metric census --samples="samples/$EXP-f8"

@@ -48,7 +48,7 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "people": "people --out new",
     "sprites": "sprites --out new",
     "gallery": "gallery",
-    "picture": "picture --out new.png",
+    "picture": "gallery --png new.png",
     "plot": "plot_metrics --out new/loss.png",
     "plot without --out": "plot_metrics",
 }
@@ -347,10 +347,12 @@ CASES = {
         shown --data-path videos => no class 'Cirque\\ndu "soleil"'
         longer --data-path videos => has the 11 frames of the samples
         shown --data-path cache --out new.html => name the folder of its videos
-        shown --num-samples 0 --out new.html => --num-samples""",
+        shown --num-samples 0 --out new.html => --num-samples
+        shown longer => FOLDER longer: a page shows one folder; remove it or add --png""",
     "picture": """
         begun => not finished: run sample_gd.py again
-        no/such => no/such: no such folder""",
+        shown --out new.html => not allowed with
+        shown --data-path videos => a picture has no real clips; remove it""",
     "plot": """
         no/such => no/such: no metrics.jsonl
         runs/E/0-f4/metrics.jsonl | videos => no metrics.jsonl

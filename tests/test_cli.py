@@ -264,7 +264,7 @@ def test_a_bar_in_a_file_prints_one_line_per_minute_without_escape_codes(capfd, 
     ), err
 
 
-@pytest.mark.parametrize("script", ["EqM/train.py", "datasets/check.py", "scripts/picture.py"])
+@pytest.mark.parametrize("script", ["EqM/train.py", "datasets/check.py", "scripts/gallery.py"])
 def test_a_script_outside_the_environment_names_setup_sh_in_one_line(script):
     process = spawn(sys.executable, "-S", ROOT / script)  # -S: without installed packages
     (line,) = end(process, 1).splitlines()

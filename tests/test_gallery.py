@@ -12,7 +12,6 @@ import pytest
 from PIL import Image, ImageColor
 
 import gallery
-import picture
 from browser import press
 from tiny_data import make_images
 from tiny_videos import decode
@@ -245,31 +244,31 @@ def test_a_page_of_many_samples_shows_the_first_and_says_so(samples, tmp_path, r
 def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_path):
     short = make_samples(tmp_path / "short")
     long = make_samples(tmp_path / "long", LABELS[:2], num_frames=23, size=128, given="0-3")
-    run_main(picture, short, long, "--rows", 2, "--out", tmp_path / "picture.png")
+    run_main(gallery, short, long, "--rows", 2, "--png", tmp_path / "picture.png")
     pixels = np.array(Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
-    step = picture.SIDE + picture.GAP
-    half = picture.SIDE // 2
+    step = gallery.SIDE + gallery.GAP
+    half = gallery.SIDE // 2
     text = len(text_line("title"))
-    second = text + 2 * step - picture.GAP + text
+    second = text + 2 * step - gallery.GAP + text
     tops = [text, text + step, second, second + step]
-    assert pixels.shape == (tops[-1] + picture.SIDE, picture.LEFT + 12 * step - picture.GAP, 3)
+    assert pixels.shape == (tops[-1] + gallery.SIDE, gallery.LEFT + 12 * step - gallery.GAP, 3)
     counts = "2 of 6 samples, 8 frames", "12 of 23 frames"
     for top, words in zip((tops[0], tops[2]), counts, strict=True):  # how a title begins
         line = text_line(words)[:, : -2 * MARGIN]
         assert np.array_equal(pixels[top - text : top, : line.shape[1]], line)
     for row, top in enumerate(tops):
-        line = pixels[top + half, picture.LEFT + half :: step]  # the middle of each frame
+        line = pixels[top + half, gallery.LEFT + half :: step]  # the middle of each frame
         shown = range(8) if row < 2 else range(0, 23, 2)  # 12 of the 23 frames
         assert line[: len(shown)].tolist() == [
             [(20 * frame + 10 * (row % 2)) % 256] * 3 for frame in shown
         ]
         assert (line[len(shown) :] == 255).all()
-        marked = (pixels[top, picture.LEFT + half :: step] == ImageColor.getrgb(MARK)).all(axis=-1)
+        marked = (pixels[top, gallery.LEFT + half :: step] == ImageColor.getrgb(MARK)).all(axis=-1)
         assert marked.tolist() == [
             row >= 2 and frame in (0, 2) for frame in [*shown, *[-1] * (12 - len(shown))]
         ]
         assert (
-            pixels[top : top + picture.SIDE, : picture.LEFT - picture.GAP] < 128
+            pixels[top : top + gallery.SIDE, : gallery.LEFT - gallery.GAP] < 128
         ).any()  # the name
 
 

@@ -11,7 +11,6 @@ import pytest
 
 import checkpoint
 import gallery
-import picture
 import sample_gd
 import train
 from generation import SAMPLER, generate
@@ -193,7 +192,7 @@ def test_more_frames_than_in_training_are_sampled_window_by_window(
     )  # which has other noise, in one window
     if model == "pixels":
         run_main(gallery, folder)
-        run_main(picture, folder, "--out", tmp_path / "picture.png")
+        run_main(gallery, folder, "--png", tmp_path / "picture.png")
         assert (folder / "gallery.html").exists() and (tmp_path / "picture.png").exists()
     sample_here(ckpt, folder, "--num-frames", 12, "--window", 8, "--no-previews")
     assert ("trained without --forcing, or on clips of one" in capsys.readouterr().out) == (
