@@ -20,11 +20,11 @@ from vae import REPOSITORIES
 
 refuse_to_run(__name__, "scripts/export.py --html")
 
-TEMPLATE, NETWORK, KERNEL = (
-    Path(__file__).with_suffix(suffix) for suffix in (".html", ".js", ".wasm")
-)
-MOST_WEIGHTS = 20_000_000  # a file of 55 MB
-MOST_FLOPS = 20e9  # of one evaluation without guidance: about 2 s of one core
+TEMPLATE = Path(__file__).with_suffix(".html")
+NETWORK = Path(__file__).with_suffix(".js")
+KERNEL = Path(__file__).with_suffix(".wasm")
+MOST_WEIGHTS = 20  # millions; a file of 55 MB
+MOST_GFLOPS = 20  # of one evaluation without guidance: about 2 s of one core
 LARGEST = 65_504  # in fp16
 FRAMES = 4, 32  # fewest and most of a clip
 EVALUATIONS = 40  # at most, for the path of the checkpoint's sampler
@@ -35,31 +35,35 @@ def check_runnable(flag, state, config):
     """Raise UserError if the page can't run a model, whose checkpoint is `state` and whose
     EqMConfig is `config`.
     """
+    reason = next(obstacles(state, config), None)
+    if reason:
+        raise UserError(f"--html: {flag} {reason}; remove the flag to export a folder")
+
+
+def obstacles(state, config):
+    """Yield the reasons why the page can't run a model."""
+    tensors = state["ema"].values()
+    training = state["config"]["training"]
     vae = state["config"]["data"]["vae"]
-    size = sum(value.numel() for value in state["ema"].values())
-    highest = max(value.abs().max().item() for value in state["ema"].values())
-    flops = config.flops(frames(config, state["config"]["training"])["usual"])
-    why = {
-        (
-            f"needs the VAE {vae if vae in REPOSITORIES else 'in its folder'}, "
-            "which has no JavaScript"
-        ): vae != "none",
-        f"has {config.in_channels} channels; expected 1 or 3 (pixels)": config.in_channels
-        not in (1, 3),
-        f"has an energy (ebm {config.ebm}), whose gradient has no JavaScript": config.ebm != "none",
-        (
-            f"learned objective {config.objective}, whose field has no equilibria"
-        ): not config.learns.has_equilibria,
-        f"has {size / 1e6:.1f} M weights; expected at most {MOST_WEIGHTS / 1e6:g} M": size
-        > MOST_WEIGHTS,
-        (
-            f"needs {flops / 1e9:.0f} GFLOP per evaluation; expected at most {MOST_FLOPS / 1e9:g}"
-        ): flops > MOST_FLOPS,
-        f"has weights up to {highest:.3g}; expected at most {LARGEST} (fp16)": not highest
-        <= LARGEST,
-    }
-    if reasons := [text for text, is_so in why.items() if is_so]:
-        raise UserError(f"--html: {flag} {reasons[0]}; remove the flag to export a folder")
+    if vae != "none":
+        place = vae if vae in REPOSITORIES else "in its folder"
+        yield f"needs the VAE {place}, which has no JavaScript"
+    if config.in_channels not in (1, 3):
+        yield f"has {config.in_channels} channels; expected 1 or 3 (pixels)"
+    if config.ebm != "none":
+        yield f"has an energy (ebm {config.ebm}), whose gradient has no JavaScript"
+    if not config.learns.has_equilibria:
+        yield f"learned objective {config.objective}, whose field has no equilibria"
+    size = sum(value.numel() for value in tensors) / 1e6
+    if size > MOST_WEIGHTS:
+        yield f"has {size:.1f} M weights; expected at most {MOST_WEIGHTS} M"
+    num_frames = clip_lengths(config, training)["usual"]
+    flops = config.flops(num_frames) / 1e9
+    if flops > MOST_GFLOPS:
+        yield f"needs {flops:.0f} GFLOP per evaluation; expected at most {MOST_GFLOPS}"
+    highest = max(value.abs().max().item() for value in tensors)
+    if not highest <= LARGEST:  # NaN included
+        yield f"has weights up to {highest:.3g}; expected at most {LARGEST} (fp16)"
 
 
 def make_page(name, state, config):
@@ -67,64 +71,72 @@ def make_page(name, state, config):
     data = state["config"]["data"]
     training = state["config"]["training"]
     tensors = state["ema"]
-    weights = base64.b64encode(
-        b"".join(value.half().contiguous().numpy().tobytes() for value in tensors.values())
-    )
+    weights = b""
+    shapes = []
+    size = 0
+    for key, value in tensors.items():
+        weights += value.half().contiguous().numpy().tobytes()
+        shapes.append([key, list(value.shape)])
+        size += value.numel()
+    letters = base64.b64encode(weights).decode()
     facts = {
         "model": asdict(config),
         "classes": data["classes"],
         "timeScale": data["time_scale"],
-        "sampler": sampler(training),
-        "frames": frames(config, training),
+        "sampler": slider_values(training),
+        "frames": clip_lengths(config, training),
         "healsRegions": bool(training.get("forcing_regions")),
-        "shapes": [[name, list(value.shape)] for name, value in tensors.items()],
-        "letters": len(weights),
+        "shapes": shapes,
+        "letters": len(letters),
         "kernel": base64.b64encode(KERNEL.read_bytes()).decode(),
     }
-    size = sum(value.numel() for value in tensors.values()) / 1e6
-    about = (
-        f"{model_name(**asdict(config))}, {size:.1f} M parameters, step {state['step']}, "
-        f"{config.input_size} px"
-    )
+    model = model_name(**facts["model"])
     what = (
-        f"{about}. Sampling is descent on a field without a clock: disturb any state, and it goes "
-        "on from there."
+        f"{model}, {size / 1e6:.1f} M parameters, step {state['step']}, "
+        f"{config.input_size} px. Sampling is descent on a field without a clock: disturb any "
+        "state, and it goes on from there."
     )
     parts = {
         "title": escape(name),
         "what": escape(what),
         "engine": NETWORK.read_text(),
-        "weights": weights.decode(),
+        "weights": letters,
         "facts": json.dumps(facts).replace("<", r"\u003c"),
     }
-    return re.sub(
-        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8")
-    )
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
-def frames(config, training):
-    """Return the least, the most and the usual number of frames of a clip."""
+def clip_lengths(config, training):
+    """Return {"least", "most", "usual"}: the numbers of frames that a clip can have."""
     usual = training["num_frames"]
     if not (config.use_rope and training["video"]):
         return {"least": usual, "most": usual, "usual": usual}
     least = max(FRAMES[0], config.temporal_patch_size)
     most = max(FRAMES[1], config.temporal_patch_size)
-    while most > least and config.flops(most) > MOST_FLOPS:
+    while most > least and config.flops(most) > 1e9 * MOST_GFLOPS:
         most -= 1
-    return {"least": least, "most": most, "usual": min(most, max(least, usual))}
+    usual = max(least, usual)
+    return {"least": least, "most": most, "usual": min(most, usual)}
 
 
-def sampler(training):
+def slider_values(training):
     """Return the first values of the sliders: the checkpoint's sampler with few evaluations."""
-    kept = generation.SAMPLER | {
-        key: training[key] for key in generation.SAMPLER if key in training
-    }
-    if kept["sampler"] not in DESCENTS:
-        kept |= generation.SAMPLER
-    length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
+    settings = sampler_settings(training)
+    if settings["sampler"] not in DESCENTS:
+        settings = generation.SAMPLER
+    length = (settings["num_sampling_steps"] - 1) * settings["stepsize"]
     return {
-        "stepSize": max(kept["stepsize"], length / EVALUATIONS),
-        "guidance": kept["cfg_scale"],
-        "momentum": kept["mu"] if kept["sampler"] == "ngd" else 0,
-        "stopBelow": kept["stop_below"] or REST,
+        "stepSize": max(settings["stepsize"], length / EVALUATIONS),
+        "guidance": settings["cfg_scale"],
+        "momentum": settings["mu"] if settings["sampler"] == "ngd" else 0,
+        "stopBelow": settings["stop_below"] or REST,
     }
+
+
+def sampler_settings(training):
+    """Return {flag: value} of a checkpoint's sampler, from the flags of its training."""
+    settings = dict(generation.SAMPLER)
+    for name in settings:
+        settings[name] = training.get(name, settings[name])
+    return settings

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import checkpoint
 import descent
-import generation
 import models
 import published
 from models import EBMS, NAMES
@@ -106,23 +105,21 @@ def main():
         config = checkpoint.config_of(flag, state, args.model, ebm=args.ebm)
         if args.html:
             descent.check_runnable(flag, state, config)
-        vae = own_vae(args.vae, flag, state["config"]["data"])
+        vae = load_vae_folder(args.vae, flag, state["config"]["data"])
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
-        scores = [score_table(args.ckpt, sha256, path) for path in args.scores]
+        scores = "".join(score_table(args.ckpt, sha256, path) for path in args.scores)
     if args.folder:
+        card = make_card(state, args.dtype, vae, scores)
         with writing(args.folder):
-            published.write_export(
-                args.folder, state, args.dtype, make_card(args, state, vae, scores), vae
-            )
+            published.write_export(args.folder, state, args.dtype, card, vae)
         size = sum(file.stat().st_size for file in Path(args.folder).rglob("*")) / 1e6
-        names = ", ".join(
-            (*published.EXPORT, published.CARD, *([f"{published.VAE_FOLDER}/"] if vae else []))
-        )
-        say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
+        names = [*published.EXPORT, published.CARD]
+        if vae:
+            names.append(f"{published.VAE_FOLDER}/")
+        say(f"{args.folder}: {', '.join(names)}, {size:.1f} MB; use it as --ckpt {args.folder}")
     if args.html:
-        page = descent.make_page(Path(args.ckpt).resolve().name, state, config).encode(
-            "utf-8", "replace"
-        )
+        name = Path(args.ckpt).resolve().name
+        page = descent.make_page(name, state, config).encode("utf-8", "replace")
         with writing(args.html):
             Path(args.html).parent.mkdir(parents=True, exist_ok=True)
             write_file(args.html, page)
@@ -149,26 +146,27 @@ def check_places(args):
         check_writable("--html", Path(args.html).parent)
 
 
-def make_card(args, state, vae, scores):
+def make_card(state, dtype, vae, scores):
     """The model card (README.md) of an exported folder."""
-    video = state["config"]["training"]["video"]
-    rope = state["config"]["model"]["use_rope"]
-    rows = [
-        (key, one_line(str(value)).replace("|", "/"))
-        for key, value in facts(state, args.dtype, vae)
-    ]
+    model = state["config"]["model"]
+    video = "--video " if state["config"]["training"]["video"] else ""
+    rope = "--use-rope " if model["use_rope"] else ""
+    rows = []
+    for key, value in facts(state, dtype, vae):
+        text = one_line(value).replace("|", "/")
+        rows.append(f"| {key} | {text} |")
     return CARD.format(
-        name=models.model_name(**state["config"]["model"]),
-        trained_with=models.EqMConfig(**state["config"]["model"]).learns.title,
-        about="\n".join(f"| {key} | {value} |" for key, value in rows),
-        sample=f"{'--video ' * video}--ckpt FOLDER --num-samples 16 --folder samples",
-        train=f"{'--video ' * video}{'--use-rope ' * rope}--ckpt FOLDER --data-path DATA",
+        name=models.model_name(**model),
+        trained_with=models.EqMConfig(**model).learns.title,
+        about="\n".join(rows),
+        sample=f"{video}--ckpt FOLDER --num-samples 16 --folder samples",
+        train=f"{video}{rope}--ckpt FOLDER --data-path DATA",
         steps=state["step"] + 10_000,
-        scores="".join(scores) or "\nNo scores yet.\n",
+        scores=scores or "\nNo scores yet.\n",
     )
 
 
-def own_vae(place, flag, data):
+def load_vae_folder(place, flag, data):
     """The VAE of a checkpoint if it is a folder, at `place` if it has moved.
 
     None for pixels and downloads.
@@ -182,32 +180,29 @@ def own_vae(place, flag, data):
 
 def facts(state, dtype, vae):
     """Yield the rows of the card's table: (name, value)."""
-    model, data, training = (state["config"][part] for part in ("model", "data", "training"))
+    data = state["config"]["data"]
+    training = state["config"]["training"]
+    classes = data["classes"]
     size = sum(value.numel() for value in state["ema"].values()) / 1e6
     yield "model", f"{size:.1f} M parameters, {dtype}, averaged weights of step {state['step']}"
-    names = data["classes"][:SHOWN] + ["..."] * (len(data["classes"]) > SHOWN)
-    yield "classes", f"{len(data['classes'])}: {', '.join(names)}"
+    names = ", ".join(classes[:SHOWN])
+    names += ", ..." if len(classes) > SHOWN else ""
+    yield "classes", f"{len(classes)}: {names}"
     yield "data", os.path.basename(str(training.get("data_path") or "")) or "not recorded"
     if training["video"]:
-        patch = model["temporal_patch_size"]
-        yield (
-            "clips",
-            (
-                f"{training['num_frames']} frames, {data['time_scale']:.4g} s apart; patches of "
-                f"{patch}"
-            ),
-        )
+        patch = state["config"]["model"]["temporal_patch_size"]
+        time = f"{data['time_scale']:.4g} s apart"
+        yield "clips", f"{training['num_frames']} frames, {time}; patches of {patch}"
     yield "frame size", f"{data['image_size'] or 'see config.json'} px"
-    hub = f"{REPOSITORIES.get(data['vae'])}, downloaded on first use"
-    own = f"its own, in `{published.VAE_FOLDER}/`"
-    yield "VAE", own if vae else "none, the model works on pixels" if data["vae"] == "none" else hub
-    sampler = generation.SAMPLER | {
-        key: training[key] for key in generation.SAMPLER if key in training
-    }
-    yield (
-        "sampler",
-        ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None),
-    )
+    if vae:
+        yield "VAE", f"its own, in `{published.VAE_FOLDER}/`"
+    elif data["vae"] == "none":
+        yield "VAE", "none, the model works on pixels"
+    else:
+        yield "VAE", f"{REPOSITORIES.get(data['vae'])}, downloaded on first use"
+    sampler = descent.sampler_settings(training)
+    settings = [f"{name} {value}" for name, value in sampler.items() if value is not None]
+    yield "sampler", ", ".join(settings)
     if math.isfinite(state["best_loss"]):
         yield "validation loss", f"{state['best_loss']:.4f}, the lowest of the last phase"
 
@@ -219,16 +214,15 @@ def score_table(ckpt, sha256, path):
     """
     scores = manifest.read_manifest(path)
     if scores["generated"]["source"].get("weights_sha256") != sha256:
-        advice = "sample from that checkpoint, then run evaluate.py"
         raise UserError(
             f"--scores {path}: scores of other weights; expected the EMA weights of {ckpt}; "
-            f"{advice}"
+            "sample from that checkpoint, then run evaluate.py"
         )
-    head = f"\n`{scores['protocol']}`, code {scores['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
-    cells = [
-        (key, "-" if value is None else f"{value:.4g}") for key, value in scores["values"].items()
-    ]
-    return head + "".join(f"| {key} | {value} |\n" for key, value in cells)
+    table = f"\n`{scores['protocol']}`, code {scores['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
+    for name, value in scores["values"].items():
+        cell = "-" if value is None else f"{value:.4g}"
+        table += f"| {name} | {cell} |\n"
+    return table
 
 
 if __name__ == "__main__":

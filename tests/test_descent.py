@@ -130,8 +130,8 @@ def test_a_page_and_a_folder_can_be_written_at_once(tmp_path):
         "mu": 0.3,
         "cfg_scale": 3.0,
     }
-    assert descent.sampler(many)["stepSize"] == pytest.approx(249 * 0.002 / descent.EVALUATIONS)
-    assert (descent.sampler(many)["momentum"], descent.sampler(many)["guidance"]) == (0, 3.0)
+    assert descent.slider_values(many)["stepSize"] == pytest.approx(249 * 0.002 / descent.EVALUATIONS)
+    assert (descent.slider_values(many)["momentum"], descent.slider_values(many)["guidance"]) == (0, 3.0)
 
 
 def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatch):
@@ -148,10 +148,10 @@ def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatc
     ckpt = random_checkpoint(tmp_path / "model.pt", **video)
     for limit, words in {
         "MOST_WEIGHTS": "M weights; expected at most",
-        "MOST_FLOPS": "GFLOP per eval",
+        "MOST_GFLOPS": "GFLOP per eval",
     }.items():
         with monkeypatch.context() as patch:
-            patch.setattr(descent, limit, 10)
+            patch.setattr(descent, limit, 1e-5)
             assert words in refused(capsys, export, ckpt, "--html", tmp_path / "page.html")
     state = checkpoint.load(ckpt)
     state["ema"]["final_layer.linear.bias"][0] = 1e5
