@@ -50,18 +50,8 @@ def latents(shapes, tiny_vae, tmp_path_factory):
     from training import run_main
 
     out = tmp_path_factory.mktemp("cache") / "latents"
-    run_main(
-        cache_latents,
-        "--data-path",
-        shapes,
-        "--vae",
-        tiny_vae,
-        "--image-size",
-        16,
-        "--out",
-        out,
-        "--with-flips",
-    )
+    flags = ["--data-path", shapes, "--vae", tiny_vae, "--image-size", 16, "--out", out]
+    run_main(cache_latents, *flags, "--with-flips")
     return out
 
 

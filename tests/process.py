@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,17 +26,20 @@ def spawn(*words, environment=(), **settings):
 
     Its errors go where its output goes, into a pipe. Settings of subprocess.Popen change that.
     """
-    pipes = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "start_new_session": True,
-    }
-    pipes["preexec_fn"] = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # background jobs ignore it
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment)
-    return subprocess.Popen([str(word) for word in words], env=environment, **pipes | settings)
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | settings
+    one_thread = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [str(word) for word in words],
+        env=os.environ | one_thread | dict(environment),
+        start_new_session=True,
+        preexec_fn=obey_interrupts,
+        **settings,
+    )
+
+
+def obey_interrupts():
+    """Undo that background jobs ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def python(code, **environment):
@@ -61,13 +63,13 @@ def free_port():
 
 def run_ranks(code, count, folder):
     """Run Python code on so many ranks. Returns what each rank wrote to its file OUT."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     files = [folder / f"{rank}.pt" for rank in range(count)]
-    started = [
-        python(code, RANK=str(k), LOCAL_RANK=str(k), OUT=str(file), **place)
-        for k, file in enumerate(files)
-    ]
-    for process in started:
+    processes = []
+    for rank, file in enumerate(files):
+        process = python(code, RANK=str(rank), LOCAL_RANK=str(rank), OUT=str(file), **shared)
+        processes.append(process)
+    for process in processes:
         end(process, timeout=120)
     return [torch.load(file, weights_only=True) for file in files]
 
@@ -91,7 +93,8 @@ def end(process, status=0, timeout=GONE_WITHIN):
         output, _ = process.communicate(timeout=timeout)
     finally:
         kill_all(process)
-    assert process.returncode == status if status is not None else process.returncode, output
+    is_expected = process.returncode != 0 if status is None else process.returncode == status
+    assert is_expected, output
     return output
 
 
@@ -100,18 +103,20 @@ def table():
     parents = {}
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
-            state, parent = (place / "stat").read_text().rsplit(")", 1)[1].split()[:2]
-            parents |= {int(place.name): int(parent)} if state not in "ZX" else {}
+            _, _, status = (place / "stat").read_text().rpartition(")")
+            state, parent, *_ = status.split()
+            if state not in "ZX":
+                parents[int(place.name)] = int(parent)
     return parents
 
 
 def descendants(pid):
     """Children, their children and so on, in this order."""
     parents = table()
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+    return family[1:]
 
 
 def ranks(launcher):
@@ -134,5 +139,6 @@ def kill(pid, number=signal.SIGKILL):
 
 def kill_all(process):
     """SIGKILL for a process that still runs, and for all that it has started."""
-    for pid in [process.pid, *descendants(process.pid)] if process.poll() is None else ():
-        kill(pid)
+    if process.poll() is None:
+        for pid in [process.pid, *descendants(process.pid)]:
+            kill(pid)

@@ -3,9 +3,9 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import split
 
 import pytest
-import torch
 
 import checkpoint
 import train
@@ -18,6 +18,7 @@ from training import (
     TINY_VAE,
     Training,
     compare,
+    content,
     counted_steps,
     refused,
     run_here,
@@ -60,30 +61,28 @@ def test_a_run_stopped_after_every_step_ends_like_an_uninterrupted_run(whole, tm
 
 CACHED = [flag for flag in TINY if flag not in ("--vae", "none")]
 KINDS = {  # data, flags that replace TINY's or add to them
-    "bf16, muon": ("shapes", TINY, ["--precision", "bf16", "--optimizer", "muon"]),
+    "bf16, muon": ("shapes", TINY, "--precision bf16 --optimizer muon"),
     # The second start ends in the warm-up, at step 4, which the third logs before its first step
-    "accumulation": (
-        "shapes",
-        TINY,
-        ["--grad-accum", 2, "--disp", "--lr-decay", 0.5, "--warmup-steps", 5],
-    ),
+    "accumulation": ("shapes", TINY, "--grad-accum 2 --disp --lr-decay 0.5 --warmup-steps 5"),
     "an energy": (
         "shapes",
         TINY,
-        ["--ebm", "dot", "--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3],
+        "--ebm dot --forcing 0.5 --gamma-shift 3 --temporal-patch-size 3",
     ),
-    "latents": ("latents", CACHED, ["--forcing", 0.5, "--disp"]),
-    "images": ("images", IMAGES, []),
+    "latents": ("latents", CACHED, "--forcing 0.5 --disp"),
+    "images": ("images", IMAGES, ""),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_training_resumes_bit_for_bit(kind, request, tmp_path):
-    data, base, flags = KINDS[kind]
-    data = (
-        make_images(tmp_path / "images", 8) if data == "images" else request.getfixturevalue(data)
-    )
-    whole = Training(data, tmp_path / "whole", STEPS, base=base, flags=flags)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), 8)
+
+
+@pytest.mark.parametrize(("data", "base", "flags"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_training_resumes_bit_for_bit(data, base, flags, request, tmp_path):
+    data = request.getfixturevalue(data)
+    whole = Training(data, tmp_path / "whole", STEPS, base=base, flags=split(flags))
     assert run_here(whole) == STEPS
     check_in_parts(whole, tmp_path / "parts", (1, 3, None))
 
@@ -116,13 +115,12 @@ def test_no_step_is_logged_twice_by_a_run_that_is_stopped_then_killed(shapes, tm
 
 
 def test_a_resume_links_a_checkpoint_to_its_missing_names(copy):
-    names = {path.name: path.read_bytes() for path in (copy.folder / "checkpoints").iterdir()}
+    checkpoints = copy.folder / "checkpoints"
+    before = content(checkpoints)
     for name in (f"{STEPS:07d}.pt", "latest.pt"):
-        (copy.folder / "checkpoints" / name).unlink()
+        (checkpoints / name).unlink()
         run_here(copy, "--resume")
-        assert {
-            path.name: path.read_bytes() for path in (copy.folder / "checkpoints").iterdir()
-        } == names
+        assert content(checkpoints) == before
 
 
 @pytest.mark.parametrize(
@@ -148,11 +146,11 @@ def test_a_run_that_is_past_the_last_step_of_the_flags_is_refused(end, words, co
 
 def with_other_weights(path, new):
     """Write a copy of a checkpoint, of the same step, whose weights differ."""
-    state = torch.load(path, weights_only=True)
+    state = checkpoint.load(path)
     for part in ("model", "ema"):
         for value in state[part].values():
             value += 1
-    torch.save(state, new)
+    checkpoint.save(new, state)
     return new
 
 
@@ -166,49 +164,46 @@ def test_a_phase_resumes_only_with_its_first_weights(copy, tmp_path, capsys, mon
     moved = Path(shutil.copy(start, tmp_path / "moved.pt"))
     gone = tmp_path / "gone.pt"
 
-    def check(ckpt):
-        """What a resume with this --ckpt prints, if it is accepted."""
+    def accept(ckpt):
+        """What a resume with this --ckpt prints."""
         capsys.readouterr()
-        run_main(train, *longer.command_flags(*OFTEN, "--resume", "--ckpt", ckpt, "--dry-run"))
+        run_here(longer, "--resume", "--ckpt", ckpt, "--dry-run")
         return capsys.readouterr().out
 
-    def check_refused(training, ckpt, words):
+    def refuse(training, ckpt, words):
         line = refused(capsys, train, *training.command_flags(*OFTEN, "--resume", "--ckpt", ckpt))
         assert f"--ckpt {ckpt}: --resume continues {training.folder}, which began {words}" in line
 
+    other_weights = f"from other weights ({start}); remove one of the two"
     for same in (start, start.with_name("latest.pt"), moved, latest):  # latest: the phase's own
-        assert "note: " not in check(same)
+        assert "note: " not in accept(same)
     for wrong in (other, earlier):
-        check_refused(longer, wrong, f"from other weights ({start}); remove one of the two")
-    check_refused(copy, start.parents[2] / "gone.pt", "without it; remove one of the two")
-    assert f"note: --ckpt {gone}: no such file" in check(gone)  # nothing to compare with
+        refuse(longer, wrong, other_weights)
+    refuse(copy, start.parents[2] / "gone.pt", "without it; remove one of the two")
+    assert f"note: --ckpt {gone}: no such file" in accept(gone)  # nothing to compare with
 
-    state = torch.load(latest, weights_only=True)
+    state = checkpoint.load(latest)
     weights = checkpoint.load(start)["model"]
     assert state["config"]["training"]["start_sha256"] == checkpoint.weights_sha256(weights)
     with monkeypatch.context() as patch:  # torchrun repeats a command that was accepted
         patch.setattr(checkpoint, "is_restarted", lambda folder: True)
-        check(other)
+        accept(other)
     del state["config"]["training"]["start_sha256"]
     checkpoint.save(latest, state)  # as an older version wrote it: the steps are known
-    check_refused(longer, earlier, f"from other weights ({start}); remove one of the two")
-    check(other)
+    refuse(longer, earlier, other_weights)
+    accept(other)
     assert run_here(longer, "--resume", "--ckpt", start) == 1
 
 
-@pytest.mark.parametrize("deleted", ["folder", "files"])
-def test_a_run_with_deleted_checkpoints_is_named_and_stays_unchanged(deleted, whole, copy, capsys):
-    shutil.rmtree(copy.folder / "checkpoints")
-    if deleted == "files":
-        (copy.folder / "checkpoints").mkdir()
-    words = (
-        f"--resume: the checkpoints of {copy.folder} were deleted (its metrics reach step "
-        f"{STEPS}): restore one"
-    )
-    assert (
-        words in refused(capsys, train, *copy.command_flags(*OFTEN, "--resume"))
-        and copy.rows() == whole.rows()
-    )
+def test_a_run_with_deleted_checkpoints_is_named_and_stays_unchanged(whole, copy, capsys):
+    checkpoints = copy.folder / "checkpoints"
+    shutil.rmtree(checkpoints)
+    words = f"--resume: the checkpoints of {copy.folder} were deleted (its metrics reach step 7): "
+    for _ in ("without the folder", "with an empty one"):
+        line = refused(capsys, train, *copy.command_flags(*OFTEN, "--resume"))
+        assert f"{words}restore one" in line
+        assert copy.rows() == whole.rows()
+        checkpoints.mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -228,33 +223,35 @@ def test_a_run_without_an_intact_checkpoint_starts_over_in_its_folder(damage, wh
 def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(
     script, whole, tmp_path, capsys, monkeypatch
 ):
-    write = (
-        checkpoint.Writer.write
-    )  # and wait, so that nothing is deleted while the thread adds files to it
-    monkeypatch.setattr(
-        checkpoint.Writer, "write", lambda self, *a, **k: (write(self, *a, **k), self.wait())
-    )
-    run = replace(whole, results=tmp_path / "run", base=TINY if script is train else TINY_VAE)
-    flags = run.command_flags(*(OFTEN if script is train else ["--save-minutes", 1e-9]))
+    write = checkpoint.Writer.write
 
-    def delete(*names):
+    def write_and_wait(self, *arguments, **keywords):
+        write(self, *arguments, **keywords)
+        self.wait()
+
+    # so that nothing is deleted while the thread adds files to it
+    monkeypatch.setattr(checkpoint.Writer, "write", write_and_wait)
+    base = TINY_VAE
+    flags = ["--save-minutes", 1e-9]
+    if script is train:
+        base = TINY
+        flags = OFTEN
+
+    def delete(run, *names):
         for name in names:
             shutil.rmtree(run.folder / name)
 
-    with counted_steps(script, 2, lambda: delete("checkpoints", "samples")):
-        run_main(script, *flags)
-    assert script is train_vae or compare(whole, run) == []
+    run = replace(whole, results=tmp_path / "run", base=base, flags=flags)
+    with counted_steps(script, 2, lambda: delete(run, "checkpoints", "samples")):
+        run_main(script, *run.command_flags())
+    if script is train:
+        assert compare(whole, run) == []
     assert {path.name for path in run.folder.iterdir()} >= {"checkpoints", "samples"}
-    folder = run.folder
-    run = replace(run, results=tmp_path / "again")
-    flags[flags.index("--results-dir") + 1] = run.results
-    with counted_steps(script, 2, lambda: delete("")):
-        run_main(script, *flags, status=1)
-    (line,) = [
-        line for line in capsys.readouterr().err.splitlines() if "error" in line
-    ]  # beside the bar's
-    words = (
-        f"{run.results / folder.name} was deleted or moved during the run; put it back, then "
-        "continue"
-    )
+    again = replace(run, results=tmp_path / "again")
+    with counted_steps(script, 2, lambda: delete(again, "")):
+        run_main(script, *again.command_flags(), status=1)
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if "error" in line]  # beside the bar's
+    folder = again.results / run.folder.name
+    words = f"{folder} was deleted or moved during the run; put it back, then continue"
     assert line.startswith(f"{script.__name__}.py: error: {words}")

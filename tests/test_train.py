@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
+from shlex import split
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,8 +27,10 @@ from transport import OBJECTIVES
 from vae import VAE, load_vae
 from video.index import scan_videos, split_videos
 
-VIDEOS = ["--video", "--model", "EqM-Ti/4", "--depth", 1, "--num-frames", 8, "--use-rope"]
-TRAIN = [*VIDEOS, "--vae", "none", "--image-size", 16, "--global-batch-size", 4]
+VIDEOS = split("--video --model EqM-Ti/4 --depth 1 --num-frames 8 --use-rope")
+TRAIN = [*VIDEOS, *split("--vae none --image-size 16 --global-batch-size 4")]
+CONFIG = model_config("EqM-Ti/4", input_size=16, in_channels=3, num_classes=2, num_frames=8)
+LOGGED = split("--num-workers 0 --log-every 1 --sample-every 0")
 
 
 @pytest.fixture(scope="module")
@@ -34,36 +38,33 @@ def videos(tmp_path_factory):
     return write_equal_videos(tmp_path_factory.mktemp("videos") / "data", 10, size=(16, 16))
 
 
+@pytest.fixture
+def training(videos):
+    """Flags of a run on these videos."""
+    return [*TRAIN, "--data-path", videos]
+
+
 def run_training(results, *flags):
     """The metrics rows and the last checkpoint of a short run in this process."""
-    flags = [
-        *flags,
-        "--results-dir",
-        results,
-        "--num-workers",
-        0,
-        "--log-every",
-        1,
-        "--sample-every",
-        0,
-    ]
-    run_main(train, *flags)
+    run_main(train, *flags, "--results-dir", results, *LOGGED)
     (folder,) = results.glob("[0-9]*")
-    return metrics.read_metrics(folder / "metrics.jsonl")[0], checkpoint.load(
-        folder / "checkpoints/latest.pt"
-    )
+    rows, _ = metrics.read_metrics(folder / "metrics.jsonl")
+    return rows, checkpoint.load(folder / "checkpoints/latest.pt")
 
 
-def test_too_many_processes_are_one_line_from_the_first_rank(videos, monkeypatch, capsys):
+def column(rows, name):
+    """The values of a metric in the rows that have it."""
+    return [row[name] for row in rows if name in row]
+
+
+def test_too_many_processes_are_one_line_from_the_first_rank(training, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (
-        preflight.check_run(SimpleNamespace()) is None
-    )  # without a look at a flag, file or folder
+    preflight.check_run(SimpleNamespace())  # without a look at a flag, file or folder
     monkeypatch.setenv("LOCAL_RANK", "2")
-    line = refused(capsys, train, *TRAIN, "--data-path", videos)
+    line = refused(capsys, train, *training)
     assert "--nproc_per_node=8" in line and "GPUs on this machine: 2" in line
 
 
@@ -82,18 +83,12 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
     """AdamW at 1e-4 without weight decay, uniform gamma, no forcing, label dropout 0.1."""
     monkeypatch.setattr("sys.argv", ["train.py", "--data-path", "x"])
     args = train.parse_args()
-    assert (args.optimizer, args.lr, args.gamma_shift, args.forcing, args.lr_decay) == (
-        "adamw",
-        1e-4,
-        1.0,
-        0.0,
-        0.0,
-    )
+    assert args.optimizer == "adamw"
+    assert args.lr == 1e-4
+    assert args.gamma_shift == 1
+    assert args.forcing == args.lr_decay == 0
     assert args.weight_decay is None  # only --optimizer muon sets it above 0
-    assert (
-        model_config("EqM-S/4", input_size=16, in_channels=3, num_classes=2).class_dropout_prob
-        == 0.1
-    )
+    assert CONFIG.class_dropout_prob == 0.1
 
 
 # A step of every kind -----------------------------------------------------------------------------
@@ -105,27 +100,28 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
         ("--ebm l2 --precision bf16", ("l2", 1, "none")),
         ("--use-rope --disp --grad-accum 2", ("none", 1, "none")),
         (
-            (
-                "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 --ebm "
-                "dot --disp --qk-norm"
-            ),
+            "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 "
+            "--ebm dot --disp --qk-norm",
             ("dot", 4, "space"),
         ),
     ],
 )
 def test_every_kind_of_training_learns(flags, expected, videos, tmp_path):
-    data = videos if "--video" in flags else make_images(tmp_path / "data", 8)
-    shared = [*IMAGES, "--data-path", data, "--global-batch-size", 8, "--lr", 3e-3, *flags.split()]
-    rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 20, "--val-every", 2)
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    is_video = "--video" in flags
+    data = videos if is_video else make_images(tmp_path / "data", 8)
+    steps = split("--global-batch-size 8 --lr 3e-3 --max-steps 20 --val-every 2")
+    rows, state = run_training(tmp_path / "r", *IMAGES, "--data-path", data, *steps, *split(flags))
+    losses = column(rows, "val_loss")
     assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
-    dispersions = [row["disp_loss"] for row in rows if "disp_loss" in row]
-    assert (len(dispersions) == 20 and dispersions[-1] < dispersions[0] <= 0) == ("--disp" in flags)
-    assert (
-        tuple(state["config"]["model"][n] for n in ("ebm", "temporal_patch_size", "position_table"))
-        == expected
-    )
-    assert state["config"]["training"]["video"] == ("--video" in flags)
+    dispersions = column(rows, "disp_loss")
+    if "--disp" in flags:
+        assert len(dispersions) == 20
+        assert dispersions[-1] < dispersions[0] <= 0
+    else:
+        assert dispersions == []
+    model = state["config"]["model"]
+    assert (model["ebm"], model["temporal_patch_size"], model["position_table"]) == expected
+    assert state["config"]["training"]["video"] == is_video
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(videos, tmp_path, monkeypatch, capsys):
@@ -150,12 +146,13 @@ def test_a_validation_loss_that_is_not_finite_is_no_best(videos, tmp_path, monke
     )
 
 
-SHORT = [*TRAIN, "--global-batch-size", 8, "--lr", 1e-3, "--max-steps", 6, "--val-every", 3]
+SHORT = split("--global-batch-size 8 --lr 1e-3 --max-steps 6 --val-every 3")
 
 
 @pytest.fixture(scope="module")
 def plain(videos, tmp_path_factory):
-    return run_training(tmp_path_factory.mktemp("plain") / "r", *SHORT, "--data-path", videos)
+    results = tmp_path_factory.mktemp("plain") / "r"
+    return run_training(results, *TRAIN, *SHORT, "--data-path", videos)
 
 
 @pytest.mark.parametrize(
@@ -166,42 +163,42 @@ def plain(videos, tmp_path_factory):
         (["--precision", "bf16"], 3e-2),
     ],
 )
-def test_a_variant_learns_the_same_as_the_plain_run(flags, tolerance, plain, videos, tmp_path):
-    plain_rows, state = plain
-    rows, same = run_training(tmp_path / "r", *SHORT, "--data-path", videos, *flags)
-    for key in ("train_loss", "grad_norm"):
-        assert [row[key] for row in rows] == pytest.approx(
-            [row[key] for row in plain_rows], rel=tolerance
-        )
-    assert rows[-1]["val_loss"] == pytest.approx(plain_rows[-1]["val_loss"], rel=tolerance)
-    assert same["model"].keys() == state["model"].keys()
+def test_a_variant_learns_the_same_as_the_plain_run(flags, tolerance, plain, training, tmp_path):
+    plain_rows, plain_state = plain
+    rows, state = run_training(tmp_path / "r", *training, *SHORT, *flags)
+    for name in ("train_loss", "grad_norm", "val_loss"):
+        expected = pytest.approx(column(plain_rows, name), rel=tolerance)
+        assert column(rows, name) == expected
+    assert state["model"].keys() == plain_state["model"].keys()
 
 
 def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(
-    videos, tmp_path, monkeypatch
+    training, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(cli, "check_precision", lambda precision: None)  # the CPU can do it, slowly
-    shared = [*TRAIN, "--data-path", videos, "--precision", "fp16"]
-    rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 6)
-    assert all(np.isfinite([row["train_loss"], row["grad_norm"]]).all() for row in rows)
+    fp16 = [*training, "--precision", "fp16"]
+    rows, state = run_training(tmp_path / "r", *fp16, "--max-steps", 6)
+    for name in ("train_loss", "grad_norm"):
+        assert np.isfinite(column(rows, name)).all()
     scale = state["optimizer"]["scaler"]["scale"]
-    assert scale == 65536 * 0.5 ** sum(row["skipped"] for row in rows)
-    best = tmp_path / "r/000-EqM-Ti-4-f8-rope/checkpoints/latest.pt"
-    more, state = run_training(tmp_path / "s", *shared, "--max-steps", 7, "--ckpt", best)
-    assert state["optimizer"]["scaler"]["scale"] == scale * 0.5 ** more[0]["skipped"]
+    assert scale == 65536 * 0.5 ** sum(column(rows, "skipped"))
+    ckpt = tmp_path / "r/000-EqM-Ti-4-f8-rope/checkpoints/latest.pt"
+    (row,), state = run_training(tmp_path / "s", *fp16, "--max-steps", 7, "--ckpt", ckpt)
+    assert state["optimizer"]["scaler"]["scale"] == scale * 0.5 ** row["skipped"]
 
 
-@pytest.mark.parametrize(("flags", "decay"), [([], 0.1), (["--weight-decay", 0], 0.0)])
-def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(
-    flags, decay, plain, videos, tmp_path
-):
+def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(plain, training, tmp_path):
     def weight_decays(state):
         return {saved["param_groups"][0]["weight_decay"] for saved in state["optimizer"]["states"]}
 
-    assert weight_decays(plain[1]) == {0.0}
-    muon = [*TRAIN, "--data-path", videos, "--optimizer", "muon"]
-    for steps, own in ((1, flags), (2, ["--resume"])):
-        _, state = run_training(tmp_path / "r", *muon, *own, "--max-steps", steps)
+    _, adamw = plain
+    assert weight_decays(adamw) == {0.0}
+    muon = [*training, "--optimizer", "muon"]
+    for flags, decay in (([], 0.1), (["--weight-decay", 0], 0.0)):
+        results = tmp_path / str(decay)
+        _, state = run_training(results, *muon, *flags, "--max-steps", 1)
+        assert weight_decays(state) == {decay}
+        _, state = run_training(results, *muon, "--resume", "--max-steps", 2)
         assert weight_decays(state) == {decay}
 
 
@@ -209,18 +206,18 @@ def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(
     ("forcing", "regions", "disp"), [(0.0, 0.0, True), (1.0, 0.0, False), (0.5, 0.5, False)]
 )
 def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regions, disp):
-    seen = []
-    (B, T) = (4, 6)
+    calls = []
 
-    def network(*inputs, **flags):
-        seen.append((inputs, flags))
-        f = torch.zeros_like(inputs[0])
+    def network(x_gamma, y, time_scales, return_features):
+        calls.append((x_gamma, y, time_scales, return_features))
+        f = torch.zeros_like(x_gamma)
         features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
         return (f, features) if disp else f
 
+    B, T = 4, 6
     clips = torch.randint(256, (B, 3, T, 16, 16)).byte()
     y = torch.tensor([0, 1, 1, 0])
-    indices = [0, 1, 2, 3]
+    indices = list(range(B))
     batch = {
         "clips": clips,
         "y": y,
@@ -228,12 +225,14 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
         "indices": torch.tensor(indices),
     }
     args = SimpleNamespace(
-        global_seed=3, gamma_shift=2.0, precision="fp32", disp=disp, forcing=forcing
+        global_seed=3,
+        gamma_shift=2.0,
+        precision="fp32",
+        disp=disp,
+        forcing=forcing,
+        forcing_regions=regions,
     )
-    args.forcing_regions = regions
-    config = model_config(
-        "EqM-S/4", class_dropout_prob=0.5, num_classes=2, use_rope=True, input_size=16
-    )
+    config = replace(CONFIG, class_dropout_prob=0.5)
     losses, target_square = train.training_losses(
         network, VAE("none"), batch, config, args, 5, torch.device("cpu")
     )
@@ -241,25 +240,17 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
     x = clips.float() / 127.5 - 1
     noise = normal(3, "noise", 5, indices, (3, T, 16, 16))
     gamma = transport.draw_gammas(3, 5, indices, T, 4, 2.0, forcing, 1, regions, 16)
-    dropped = uniform(3, "label drop", 5, indices) < transport.condition_dropout(gamma, 0.5)
-    ((inputs, flags),) = seen
-    level = gamma.reshape(B, 1, -1, *((16, 16) if regions else (1, 1)))
-    assert torch.equal(inputs[0], level * x + (1 - level) * noise)
-    assert (
-        torch.equal(inputs[1], torch.where(dropped, 2, y)) and dropped.any() and not dropped.all()
-    )
-    assert (
-        inputs[2].tolist() == pytest.approx([0.08] * B)
-        and len(inputs) == 3
-        and flags == {"return_features": disp}
-    )
-    assert losses.keys() == {"train_loss"} | (
-        {"disp_loss"} if disp else set()
-    )  # apart from that of the field
-    torch.testing.assert_close(
-        losses["train_loss"], OBJECTIVES["eqm"].target(x, noise, gamma).square().mean()
-    )
-    torch.testing.assert_close(target_square, losses["train_loss"])  # as the network predicts zero
+    is_dropped = uniform(3, "label drop", 5, indices) < transport.condition_dropout(gamma, 0.5)
+    assert is_dropped.any() and not is_dropped.all()
+    ((x_gamma, y_seen, time_scales, return_features),) = calls
+    assert torch.equal(x_gamma, transport.interpolate(x, noise, gamma))
+    assert torch.equal(y_seen, torch.where(is_dropped, 2, y))
+    assert time_scales.tolist() == pytest.approx([0.08] * B)
+    assert return_features == disp
+    assert ("disp_loss" in losses) == disp
+    expected = OBJECTIVES["eqm"].target(x, noise, gamma).square().mean()  # as the network predicts zero
+    torch.testing.assert_close(losses["train_loss"], expected)
+    torch.testing.assert_close(target_square, expected)
 
 
 # From a latent cache ------------------------------------------------------------------------------
@@ -268,111 +259,75 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
 def test_training_from_a_cache_equals_encoding_on_the_fly(shapes, latents, tiny_vae, tmp_path):
     shared = [
         *VIDEOS,
-        "--frame-interval",
-        1,
-        2,
-        "--global-batch-size",
-        4,
-        "--lr",
-        1e-3,
-        "--max-steps",
-        4,
+        *split("--frame-interval 1 2 --global-batch-size 4 --lr 1e-3 --max-steps 4 --val-every 2"),
     ]
-    shared += ["--val-every", 2]
-    slow, _ = run_training(
-        tmp_path / "slow", *shared, "--data-path", shapes, "--vae", tiny_vae, "--image-size", 16
-    )
+    encoding = ["--data-path", shapes, "--vae", tiny_vae, "--image-size", 16]
+    slow, _ = run_training(tmp_path / "slow", *shared, *encoding)
     fast, state = run_training(tmp_path / "fast", *shared, "--data-path", latents)
-    for key in ("train_loss", "grad_norm", "val_loss"):
-        assert [row.get(key, 0) for row in fast] == pytest.approx(
-            [row.get(key, 0) for row in slow], rel=1e-3
-        )
+    for name in ("train_loss", "grad_norm", "val_loss"):
+        assert column(fast, name) == pytest.approx(column(slow, name), rel=1e-3)
     data = state["config"]["data"]
-    assert (data["vae"], data["image_size"], data["classes"]) == (
-        str(tiny_vae),
-        16,
-        sorted(CLASSES),
-    )
+    assert data["vae"] == str(tiny_vae)
+    assert data["image_size"] == 16
+    assert data["classes"] == sorted(CLASSES)
     assert data["vae_sha256"] == load_vae(str(tiny_vae)).sha256
 
 
 def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(latents, tmp_path, capsys):
     plain = shutil.copytree(latents, tmp_path / "plain")
-    (plain / "latents.json").write_text(
-        (plain / "latents.json").read_text().replace('"flips": true', '"flips": false')
-    )
-    _, state = run_training(
-        tmp_path / "r", *VIDEOS, "--data-path", plain, "--global-batch-size", 4, "--max-steps", 1
-    )
-    assert (
-        state["config"]["training"]["no_flip"] and "no clip is mirrored" in capsys.readouterr().out
-    )
+    settings = plain / "latents.json"
+    settings.write_text(settings.read_text().replace('"flips": true', '"flips": false'))
+    flags = ["--data-path", plain, "--global-batch-size", 4, "--max-steps", 1]
+    _, state = run_training(tmp_path / "r", *VIDEOS, *flags)
+    assert state["config"]["training"]["no_flip"]
+    assert "no clip is mirrored" in capsys.readouterr().out
 
 
 # What a run says of itself ------------------------------------------------------------------------
 
 
-def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path, monkeypatch):
-    def on_machine(bf16, cores):
-        monkeypatch.setattr(
-            cli, "precisions", lambda: ["bf16", "fp32"] if bf16 else ["fp32", "bf16"]
-        )
+def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(training, tmp_path, monkeypatch):
+    def use_machine(precisions, cores):
+        monkeypatch.setattr(cli, "precisions", lambda: precisions)
         monkeypatch.setattr(train.os, "cpu_count", lambda: cores)
 
-    def in_this_process(clips, batches, num_workers, *rest):
+    def make_loader_here(clips, batches, num_workers, *rest):
         workers.append(num_workers)
         return make_loader(clips, batches, 0, *rest)
 
+    def config_of(name="config.json"):
+        return json.loads((run / name).read_text())
+
     make_loader = train.make_loader
     workers = []
-    monkeypatch.setattr(train, "make_loader", in_this_process)
-    shared = [
-        *TRAIN,
-        "--data-path",
-        videos,
-        "--results-dir",
-        tmp_path,
-        "--max-steps",
-        3,
-        "--sample-every",
-        0,
-    ]
-    on_machine(bf16=True, cores=2)
+    monkeypatch.setattr(train, "make_loader", make_loader_here)
+    flags = [*training, "--results-dir", tmp_path, "--max-steps", 3, "--sample-every", 0]
+    use_machine(["bf16", "fp32"], cores=2)
     with counted_steps(train, stop_after=1):
-        run_main(train, *shared)
+        run_main(train, *flags)
     (run,) = tmp_path.glob("[0-9]*")
     assert workers == [2, 1]  # one loader process is enough for validation
-    on_machine(bf16=False, cores=1)
+    use_machine(["fp32", "bf16"], cores=1)
     with counted_steps(train, stop_after=1):
-        run_main(train, *shared, "--resume")
-    assert "other flags" not in (run / "log.txt").read_text()
-    config = json.loads((run / "config.json").read_text())
-    typed = set(config["typed"])
-    assert {"model", "max_steps", "resume"} < typed and not {
-        "precision",
-        "num_workers",
-        "lr",
-    } & typed
-    assert (config["training"]["precision"], config["training"]["num_workers"]) == ("bf16", 1)
+        run_main(train, *flags, "--resume")
+    log = run / "log.txt"
+    assert "other flags" not in log.read_text()
+    typed = set(config_of()["typed"])
+    assert typed > {"model", "max_steps", "resume"}
+    assert not typed & {"precision", "num_workers", "lr"}
+    assert config_of()["training"]["precision"] == "bf16"
+    assert config_of()["training"]["num_workers"] == 1
 
-    run_main(train, *shared, "--resume", "--lr", 1e-3, "--precision", "fp32")
-    (note,) = [
-        row["note"]
-        for row in metrics.read_metrics(run / "metrics.jsonl", notes=True)[0]
-        if "note" in row
-    ]
+    run_main(train, *flags, "--resume", "--lr", 1e-3, "--precision", "fp32")
+    rows, _ = metrics.read_metrics(run / "metrics.jsonl", notes=True)
+    (note,) = column(rows, "note")
     assert note == "resumed with other flags: lr 0.0001 -> 0.001, precision bf16 -> fp32"
-    assert (run / "log.txt").read_text().count(note) == 1
-    old, new = (
-        json.loads((run / name).read_text())
-        for name in ("config-until-0000002.json", "config.json")
-    )
-    assert (old["training"]["lr"], new["training"]["lr"]) == (1e-4, 1e-3)
-    run_main(train, *shared, "--max-steps", 4, "--resume")  # without these flags
-    assert "max_steps 3 -> 4, lr 0.001 -> 0.0001" in (run / "log.txt").read_text()
-    assert (
-        json.loads((run / "config.json").read_text())["training"]["precision"] == "fp32"
-    )  # a run keeps its own
+    assert log.read_text().count(note) == 1
+    assert config_of("config-until-0000002.json")["training"]["lr"] == 1e-4
+    assert config_of()["training"]["lr"] == 1e-3
+    run_main(train, *flags, "--max-steps", 4, "--resume")  # without these flags
+    assert "max_steps 3 -> 4, lr 0.001 -> 0.0001" in log.read_text()
+    assert config_of()["training"]["precision"] == "fp32"  # a run keeps its own
 
 
 @pytest.mark.filterwarnings("default:a token holds")
@@ -383,41 +338,13 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     for name in ("A/a", "A/b", "B/c", "B/d", "B/e", "B/f"):
         write_video(data / f"{name}.avi", 20, size=(16, 16))
     flags = [
-        *VIDEOS,
-        "--model",
-        "EqM-Ti/2",
-        "--temporal-patch-size",
-        4,
-        "--hidden-size",
-        48,
-        "--num-heads",
-        2,
+        *split("--video --use-rope --model EqM-Ti/2 --depth 1 --temporal-patch-size 4"),
+        *split("--hidden-size 48 --num-heads 2 --num-frames 8 --frame-interval 4"),
+        *split("--optimizer muon --global-batch-size 2 --val-clips 2 --num-workers 0"),
+        *["--data-path", data, "--results-dir", results],
     ]
-    flags += [
-        "--frame-interval",
-        4,
-        "--optimizer",
-        "muon",
-        "--data-path",
-        data,
-        "--global-batch-size",
-        2,
-    ]
-    own = [
-        "--position-table",
-        "space",
-        "--rope-speed",
-        0.5,
-        "--forcing",
-        0.5,
-        "--vae",
-        vae,
-        "--image-size",
-        8,
-    ]
-    rows, state = run_training(
-        results, *flags, *own, "--val-clips", 2, "--resume", "--max-steps", 1
-    )
+    first = split("--position-table space --rope-speed 0.5 --forcing 0.5 --image-size 8")
+    rows, state = run_training(results, *flags, *first, "--vae", vae, "--resume", "--max-steps", 1)
     (run,) = results.glob("[0-9]*")
     log = (run / "log.txt").read_text()
     printed = capsys.readouterr().out
@@ -430,49 +357,37 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     assert log.count("note: a token holds 64 values") == 1  # a warning, as a line
     assert "rotary positions of speed 0.5 and a table of space" in log
     assert state["config"]["data"]["time_scale"] == pytest.approx(2 / 25)  # as the clips were seen
-    assert (rows[-1]["lr"], rows[-1]["muon_lr"]) == (1e-4, 0.01)
+    assert rows[-1]["lr"] == 1e-4
+    assert rows[-1]["muon_lr"] == 0.01
 
-    again = [
-        *flags,
-        "--val-clips",
-        2,
-        "--results-dir",
-        results,
-        "--num-workers",
-        0,
-        "--max-steps",
-        2,
-    ]
+    flags += ["--max-steps", 2]
     for start, named in (
         (["--resume"], f"--resume of {ckpt}"),
         (["--ckpt", ckpt], f"--ckpt {ckpt}"),
     ):
         for other in (["--position-table", "none"], ["--rope-speed", 0.25]):
-            line = refused(capsys, train, *again, *start, *other)
-            assert named in line and other[0] in line
+            line = refused(capsys, train, *flags, *start, *other)
+            assert named in line
+            assert other[0] in line
     (data / "B").rename(data / "C")
     classes = f"has the classes A, C (2), --resume of {ckpt} has A, B (2); pass its data"
-    assert classes in refused(capsys, train, *again, "--resume")
+    assert classes in refused(capsys, train, *flags, "--resume")
     (data / "C").rename(data / "B")
     capsys.readouterr()
-    run_main(train, *again, "--resume", "--dry-run")
+    run_main(train, *flags, "--resume", "--dry-run")
     assert "note: a token holds 64 values" in capsys.readouterr().out
-    run_main(train, *again, "--resume")
-    run_main(train, *again, "--num-frames", 9, "--ckpt", ckpt.with_name("0000001.pt"))
-    assert (
-        "note: --ckpt was trained with --forcing 0.5, this phase is not, so it may"
-        in capsys.readouterr().out
-    )
-    model = checkpoint.load(next(results.glob("001*/checkpoints/latest.pt")))["config"]["model"]
-    assert (model["position_table"], model["rope_speed"]) == ("space", 0.5)
+    run_main(train, *flags, "--resume")
+    run_main(train, *flags, "--num-frames", 9, "--ckpt", ckpt.with_name("0000001.pt"))
+    printed = capsys.readouterr().out
+    assert "note: --ckpt was trained with --forcing 0.5, this phase is not, so it may" in printed
+    (ckpt_of_phase,) = results.glob("001*/checkpoints/latest.pt")
+    model = checkpoint.load(ckpt_of_phase)["config"]["model"]
+    assert model["position_table"] == "space"
+    assert model["rope_speed"] == 0.5
     shutil.move(vae, tmp_path / "moved")
-    for script, new in (
-        (train, [*again, "--max-steps", 3, "--ckpt", ckpt]),
-        (sample_gd, ["--video", "--ckpt", ckpt]),
-    ):
-        assert f"VAE {vae}: not found; pass its new path with --vae" in refused(
-            capsys, script, *new
-        )
+    line = f"VAE {vae}: not found; pass its new path with --vae"
+    assert line in refused(capsys, train, *flags, "--max-steps", 3, "--ckpt", ckpt)
+    assert line in refused(capsys, sample_gd, "--video", "--ckpt", ckpt)
 
 
 @pytest.mark.parametrize("part", ["training", "validation", "neither: it can't be opened"])
@@ -488,19 +403,11 @@ def test_one_unreadable_video_is_named_once_and_counted_and_does_not_stop_a_run(
     else:
         scribble(data / victim.path)
         assert scan_videos(data).unreadable == []  # it opens
-    flags = [
-        *TRAIN,
-        "--num-frames",
-        12,
-        "--data-path",
-        data,
-        "--global-batch-size",
-        9,
-        "--max-steps",
-        1,
-    ]
+    flags = [*TRAIN, *split("--num-frames 12 --global-batch-size 9 --max-steps 1")]
+    flags += ["--data-path", data]
     rows, _ = run_training(tmp_path / "r", *flags)
-    assert rows[-1]["val_loss"] > 0 and rows[-1]["bad_videos"] == 1
+    assert rows[-1]["val_loss"] > 0
+    assert rows[-1]["bad_videos"] == 1
     line = f"{victim.path} can't be decoded; others take its place (corrupt so far: 1 of 10)"
     log = next(tmp_path.glob("r/*/log.txt")).read_text()
     assert log.count(line) == capsys.readouterr().out.count(line) == 1

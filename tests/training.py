@@ -4,11 +4,13 @@ finished runs.
 
 import json
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
@@ -26,45 +28,24 @@ from vae import VAE
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SMALL = ["--image-size", 16, "--global-batch-size", 4, "--num-workers", 0]
-IMAGES = [*SMALL, "--model", "EqM-Ti/4", "--depth", 1, "--vae", "none"]
+SMALL = split("--image-size 16 --global-batch-size 4 --num-workers 0")
+IMAGES = [*SMALL, *split("--model EqM-Ti/4 --depth 1 --vae none")]
 ANY_LENGTH = [
     *IMAGES,
-    "--video",
-    "--use-rope",
-    "--hidden-size",
-    96,
-    "--num-heads",
-    2,
-    "--no-flip",
-    "--frame-interval",
-    1,
-    3,
-    "--val-clips",
-    4,
-    "--lr",
-    1e-3,
+    *split("--video --use-rope --hidden-size 96 --num-heads 2 --no-flip"),
+    *split("--frame-interval 1 3 --val-clips 4 --lr 1e-3"),
 ]
 TINY = [*ANY_LENGTH, "--num-frames", 4]
 TINY_VAE = [
     *SMALL,
-    "--downsample",
-    4,
-    "--widths",
-    8,
-    8,
-    8,
-    "--latent-channels",
-    2,
-    "--log-every",
-    2,
-    "--num-val-frames",
-    20,
-    "--val-every",
-    5,
+    *split("--downsample 4 --widths 8 8 8 --latent-channels 2"),
+    *split("--log-every 2 --num-val-frames 20 --val-every 5"),
 ]
-OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
-OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
+OFTEN = [
+    *split("--log-every 3 --val-every 2 --ckpt-every 4 --keep-last 2"),
+    *split("--sample-every 5 --num-samples 1 --num-sampling-steps 3"),
+]
+FEW_STEPS = split("--num-samples 2 --num-sampling-steps 4 --stepsize 0.05")
 # depends on the clock
 MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}
 
@@ -89,10 +70,9 @@ class Training:
 
     def command_flags(self, *flags):
         paths = ["--data-path", self.data, "--results-dir", self.results]
-        end = (
-            ["--max-steps", self.steps] if self.steps else []
-        )  # 0 or None: a schedule sets the end
-        return [*self.base, *paths, *end, *self.flags, *flags]
+        if self.steps is None:  # a schedule or --epochs sets the end
+            return [*self.base, *paths, *self.flags, *flags]
+        return [*self.base, *paths, "--max-steps", self.steps, *self.flags, *flags]
 
     def start(self, *flags, until=0):
         """Start the launcher and wait until it has logged the step `until`. Returns the process."""
@@ -111,23 +91,20 @@ class Training:
 
     def rows(self):
         """The metrics, without notes and measured times."""
-        rows = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
-        return [
-            {name: row[name] for name in row if name not in MEASURED}
-            for row in rows
-            if "note" not in row
-        ]
+        rows = []
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if "note" not in row:
+                rows.append({name: row[name] for name in row.keys() - MEASURED})
+        return rows
 
     def last_step(self):
         """The last logged step; 0 before the first. The last line may be cut off, as after a
         kill.
         """
-        lines = [
-            line
-            for file in self.results.glob("*/metrics.jsonl")
-            for line in file.read_text().splitlines()
-        ]
-        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+        text = "".join(file.read_text() for file in self.results.glob("*/metrics.jsonl"))
+        steps = re.findall(r'^{"step": (\d+).*}$', text, re.M)
+        return max(map(int, steps), default=0)
 
     def saved(self, name="latest.pt"):
         """The content of a checkpoint."""
@@ -195,22 +172,17 @@ def run_main(script, *flags, status=0):
     assert not status or ended.value.code == status
 
 
-FEW_STEPS = ["--num-samples", 2, "--num-sampling-steps", 4, "--stepsize", 0.05]
-
-
 def sample_here(ckpt, folder, *flags, status=0):
     """Run sample_gd.py in this process. Returns (samples, content of samples.json), or None with a
     status above 0.
     """
-    video = [] if ckpt.stem == "image" else ["--video"]
-    run_main(
-        sample_gd, "--ckpt", ckpt, "--folder", folder, *video, *FEW_STEPS, *flags, status=status
-    )
+    kind = [] if ckpt.stem == "image" else ["--video"]
+    places = ["--ckpt", ckpt, "--folder", folder]
+    run_main(sample_gd, *kind, *places, *FEW_STEPS, *flags, status=status)
     if status:
         return None
-    return np.load(folder / "samples.npz")["arr_0"], json.loads(
-        (folder / "samples.json").read_text()
-    )
+    clips = np.load(folder / "samples.npz")["arr_0"]
+    return clips, json.loads((folder / "samples.json").read_text())
 
 
 def refused(capsys, script, *flags, status=2, late=False):
@@ -224,11 +196,8 @@ def refused(capsys, script, *flags, status=2, late=False):
         if status == 2 and not late:
             patch.setattr(distributed, "start", lambda *_: pytest.fail("a device was touched"))
         run_main(script, *flags, status=status)
-    (line,) = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if line and "opening videos" not in line
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line and "opening videos" not in line]
     assert "error: " in line
     return line
 
@@ -259,11 +228,13 @@ def content(folder):
 
 def snapshot(folder):
     """What is in a folder: for each path its kind and, of a file, its size and time of change."""
-    found = {place: os.lstat(place) for place in folder.rglob("*")}
-    return {
-        at: (stat.st_mode, at.is_dir() or (stat.st_size, stat.st_mtime_ns))
-        for at, stat in found.items()
-    }
+    found = {}
+    for path in folder.rglob("*"):
+        stat = os.lstat(path)
+        found[path] = (stat.st_mode,)
+        if not path.is_dir():
+            found[path] += (stat.st_size, stat.st_mtime_ns)
+    return found
 
 
 def differences(a, b, place="state"):
@@ -275,32 +246,27 @@ def differences(a, b, place="state"):
     if isinstance(a, (list, tuple)):
         a = dict(enumerate(a))
         b = dict(enumerate(b))
-    if isinstance(a, dict):
-        found = (
-            [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"] if a.keys() != b.keys() else []
-        )
-        return found + [
-            line
-            for key in a.keys() & b.keys()
-            for line in differences(a[key], b[key], f"{place}.{key}")
-        ]
-    return [] if a == b else [place]
+    if not isinstance(a, dict):
+        return [] if a == b else [place]
+    found = [f"{place}.{key}" for key in a.keys() ^ b.keys()]
+    for key in a.keys() & b.keys():
+        found += differences(a[key], b[key], f"{place}.{key}")
+    return found
 
 
 def compare(one, other):
     """Return where two finished runs differ: in the content and the names of checkpoints, and in
     metrics.
     """
-    files = [
-        sorted(path.name for path in (run.folder / "checkpoints").iterdir()) for run in (one, other)
-    ]
-    found = [] if files[0] == files[1] else [f"checkpoints {files}"]
-    found += [] if one.rows() == other.rows() else ["metrics"]
-    for name in set(files[0]) & set(files[1]):
+    found = [] if one.rows() == other.rows() else ["metrics"]
+    for run in (one, other):
+        found += [f"left behind: {path}" for path in run.folder.rglob("*.tmp")]
+    names, other_names = (set(os.listdir(run.folder / "checkpoints")) for run in (one, other))
+    found += names ^ other_names
+    for name in names & other_names:
         states = [run.saved(name) for run in (one, other)]
         for state in states:
             state.pop("config")  # holds the flags, --resume among them
             state["phase"].pop("seconds")
         found += differences(*states, name)
-    found += [f"left behind: {path}" for run in (one, other) for path in run.folder.rglob("*.tmp")]
     return found
