@@ -130,8 +130,13 @@ def test_a_page_and_a_folder_can_be_written_at_once(tmp_path):
         "mu": 0.3,
         "cfg_scale": 3.0,
     }
-    assert descent.slider_values(many)["stepSize"] == pytest.approx(249 * 0.002 / descent.EVALUATIONS)
-    assert (descent.slider_values(many)["momentum"], descent.slider_values(many)["guidance"]) == (0, 3.0)
+    assert descent.slider_values(many)["stepSize"] == pytest.approx(
+        249 * 0.002 / descent.EVALUATIONS
+    )
+    assert (descent.slider_values(many)["momentum"], descent.slider_values(many)["guidance"]) == (
+        0,
+        3.0,
+    )
 
 
 def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatch):

@@ -248,7 +248,9 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
     assert time_scales.tolist() == pytest.approx([0.08] * B)
     assert return_features == disp
     assert ("disp_loss" in losses) == disp
-    expected = OBJECTIVES["eqm"].target(x, noise, gamma).square().mean()  # as the network predicts zero
+    expected = (
+        OBJECTIVES["eqm"].target(x, noise, gamma).square().mean()
+    )  # as the network predicts zero
     torch.testing.assert_close(losses["train_loss"], expected)
     torch.testing.assert_close(target_square, expected)
 
