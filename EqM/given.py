@@ -7,8 +7,11 @@ from functools import lru_cache
 
 import torch
 
-from runtime.cli import UserError, plural, say
+from runtime.cli import COUNT, SHARE, UserError, flag_text, plural, say
+from runtime.distributed import rank
+from video.inputs import find_clips
 from video.samples import NO_LABEL, class_names
+from video.source import check_data_path
 
 KEPT_CLIPS = 32  # clips in the memory of a ClipReader
 NOT_FORCED = (
@@ -258,3 +261,97 @@ def as_ranges(frames):
     for start, end in zip(starts, ends, strict=True):
         ranges.append(str(start) if start == end else f"{start}-{end}")
     return ",".join(ranges)
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+
+def add_flags(parser):
+    """Add the flags of clips to continue or to start from to the parser of sample_gd.py."""
+    add = parser.add_argument_group("clips to continue, or to start from").add_argument
+    add(
+        "--given",
+        metavar="PATH",
+        help="continue this video or picture, a folder of them, or earlier samples",
+    )
+    add(
+        "--given-split",
+        choices=["train", "val", "all"],
+        help="continue clips of this split of the folder --given",
+    )
+    add(
+        "--val-fraction",
+        type=SHARE,
+        default=0.05,
+        help="fraction of the videos in val; use the value of training",
+    )
+    add(
+        "--given-frames",
+        type=frame_ranges,
+        metavar="A-B",
+        help="such as 0-3,12-15; default: up to half of a sample",
+    )
+    add(
+        "--samples-per-clip",
+        type=COUNT,
+        default=1,
+        metavar="S",
+        help="samples that continue each clip of --given",
+    )
+    add(
+        "--keep-background",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=(
+            "where nothing moves, restore detail of given frames that the VAE loses; scores need "
+            "the --no- form"
+        ),
+    )
+    add(
+        "--init",
+        metavar="PATH",
+        help="start from this video or picture instead of noise; all frames change",
+    )
+    add(
+        "--init-gamma",
+        type=SHARE,
+        help="share of --init in the initial latents; default: 0.5 with --init",
+    )
+
+
+def check_flags(args):
+    """Raise UserError for contradictions among --given, --init and the flags that need them."""
+    if args.given is None:
+        off = {
+            "given_frames": None,
+            "given_split": None,
+            "samples_per_clip": 1,
+            "keep_background": True,
+        }
+        for name, value in off.items():
+            if getattr(args, name) != value:
+                raise UserError(
+                    f"{flag_text(args, name)}: applies to clips of --given; add that, or remove it"
+                )
+    if None not in (args.given, args.init):
+        raise UserError(
+            f"{flag_text(args, 'given')}: keeps its frames, but --init changes all of them; "
+            "remove one of the two flags"
+        )
+    if args.init_gamma is not None and args.init is None:
+        raise UserError(
+            f"--init-gamma {args.init_gamma}: sets the share of --init in the initial latents; "
+            "add --init, or remove it"
+        )
+
+
+def check_clips(args):
+    """Raise UserError if there are no clips where --given and --init say. Opens no video."""
+    if args.given_split is not None:
+        if rank() == 0:  # the others wait for rank 0 in start()
+            check_data_path(args.given, cached=False)
+    elif args.given is not None:
+        find_clips("--given", args.given, ("video", "image"), args.folder)
+    if args.init is not None:
+        kind = "video" if args.video else "image"
+        find_clips("--init", args.init, (kind,), args.folder)

@@ -1,58 +1,30 @@
 """Resolves all flags once, and checks what a user can get wrong before a GPU or folder is used."""
 
-import json
 import math
 import os
-import statistics
-from dataclasses import asdict, replace
-from pathlib import Path
-
-import torch
+from dataclasses import replace
 
 import checkpoint
 import generation
+import given
 import models
 import optim
+import run
 import schedule
 import transport
-from models import USUAL_NAME, model_config, model_name, model_shape
+from models import USUAL_NAME, model_config, model_shape
 from optim import MUON_DECAY
 from published import is_published
 from runtime import cli, distributed
 from runtime.cli import UserError, flag_text, plural, say
 from runtime.distributed import local_rank, rank, world_size
-from runtime.metrics import import_wandb
 from runtime.runs import check_job
-from runtime.untrusted import is_text, read_json
 from samplers import SOLVERS
 from schedule import Phase, clip_lengths, fill_batches, frames_flag
 from vae import check_same, load_vae, must_differ
-from video.index import CorruptVideos, find_data, fitting_interval, name_some
-from video.inputs import find_clips
-from video.samples import foreign_files
+from video import samples
+from video.index import CorruptVideos, find_data
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
-
-# flags that `note_changes` does not report: harmless, or checked against the checkpoint
-UNREPORTED = {
-    "resume",
-    "ckpt",
-    "inflate",
-    "new_classes",
-    "num_classes",
-    "results_dir",
-    "vae",
-    "num_workers",
-    "loader_timeout",
-    "wandb",
-    "save_minutes",
-    "keep_last",
-    "shard",
-    "grad_checkpoint",
-    "model",
-    "guidance_chosen",
-    *models.FLAGS,
-}
-
 
 # Training -----------------------------------------------------------------------------------------
 
@@ -68,7 +40,7 @@ def check_run(args):
     args = resolve_frames(args)
     check_flags(args)
     check_data_path(args.data_path, images=not args.video)
-    start = checkpoint.find_start(args, run_name(args))
+    start = checkpoint.find_start(args, run.run_name(args))
     args, vae = resolve_latents(args, start)
     config = make_config(args, vae, start)
     args = resolve_settings(args, start, config)
@@ -95,12 +67,12 @@ def check_run(args):
     return args, start, vae, config, data, phases
 
 
-def share_run(run):
+def share_run(checked):
     """What `check_run` found on rank 0, on all ranks.
 
     Raises UserError if machines have other checkpoints or GPUs.
     """
-    args, start, vae, config, data, phases = run or [None] * 6
+    args, start, vae, config, data, phases = checked or [None] * 6
     check_same_start(start)
     state = None
     if start:  # each rank maps the file itself
@@ -108,7 +80,7 @@ def share_run(run):
         start = replace(start, state=None)
     args, start, config, data, phases = distributed.broadcast((args, start, config, data, phases))
     cli.check_precision(args.precision)
-    if run is None:
+    if checked is None:
         vae = load_vae(args.vae)
         state = start.read(args) if start.path else None
     start.state = state
@@ -167,13 +139,7 @@ def check_flags(args):
     schedule.check_flags(args)
     optim.check_flags(args)
     checkpoint.check_flags(args)
-    cli.check_writable("--results-dir", args.results_dir)
-    if not is_text(args.results_dir):
-        raise UserError(
-            f"--results-dir {args.results_dir}: not UTF-8, which TensorBoard needs; name another"
-        )
-    if args.wandb:
-        import_wandb()
+    run.check_flags(args)
     if args.frame_interval != sorted(args.frame_interval)[:2]:
         raise UserError(
             f"{flag_text(args, 'frame_interval')}: expected one number, or two in ascending order"
@@ -394,129 +360,6 @@ def with_new_classes(state, classes, num_classes):
     return state
 
 
-# The record of a run ------------------------------------------------------------------------------
-
-
-def run_name(args):
-    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule.
-
-    A glob pattern if the model is not known yet.
-    """
-    model = (args.model or "EqM-*").replace("/", "-")
-    lengths = "-".join(map(str, clip_lengths(args)))
-    positions = "-rope" if args.use_rope else ""
-    return f"{model}-f{lengths}{positions}"
-
-
-def make_run_config(args, config, phase, data, vae):
-    """The `config` in the checkpoints of a phase: plain values that record how it was trained."""
-    training = vars(args) | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size}
-    if args.frames_schedule:
-        training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
-    videos = data.train[phase.num_frames]
-
-    def time_scale(interval):  # median seconds between two frames of a clip
-        return statistics.median_low(
-            fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos
-        )
-
-    about_data = {
-        "vae": vae.name,
-        "vae_sha256": vae.sha256,
-        "image_size": args.image_size,
-        "fps": statistics.median(video.fps for video in videos),
-        "frame_interval": args.frame_interval,
-        "time_scale": time_scale(args.frame_interval[0]),
-        "longest_time_scale": time_scale(args.frame_interval[-1]),
-        "classes": data.scan.classes,
-    }
-    return {
-        "model": asdict(config) | {"num_frames": phase.num_frames},
-        "data": about_data,
-        "training": training,
-        "typed": sorted(args.typed),
-    }
-
-
-def note_changes(start, run_config, run):
-    """Log the typed flags that changed in a resumed run, and keep its previous config.
-
-    The metrics get them, too.
-    """
-    before = start.config["training"]
-    now = run_config["training"]
-    typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - UNREPORTED
-    changes = [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in now
-        if name in typed and before[name] != now[name]
-    ]
-    if start.resumes and changes and rank() == 0:
-        text = f"resumed with other flags: {', '.join(changes)}"
-        run.log(text)
-        run.metrics.note(start.progress.step, text)
-        (run.folder / f"config-until-{start.progress.step:07d}.json").write_text(
-            json.dumps(start.config, indent=2)
-        )
-
-
-def log_run(run, args, config, model, data, first_step, last_step, device):
-    """Log the model, the data and the machine."""
-    size = sum(map(torch.numel, model.parameters())) / 1e6
-    run.log(
-        f"{run.folder}: {model_name(**asdict(config))}, {size:.1f} M parameters, "
-        f"{config.positions}, objective {config.objective}; {world_size()} x {device.type}, "
-        f"steps {first_step} to {last_step}"
-    )
-    log_data(run.log, args, data)
-    log_skipped(run.log, data)
-
-
-def log_skipped(log, data):
-    """Log how many files are too short for the longest clips, or can't be opened."""
-    longest = max(data.train)
-    short = f"{plural(data.num_too_short, 'file')} with fewer than {plural(longest, 'frame')}"
-    if data.val_too_short[longest]:
-        short += f" ({data.val_too_short[longest]} for validation)"
-    log(f"skipped: {short}, {plural(len(data.scan.unreadable), 'file')} that can't be opened")
-    for num_frames, count in data.val_too_short.items():
-        if num_frames > longest and count:
-            files = plural(count, "validation file")
-            log(f"skipped: {files} with fewer than the {num_frames} frames of --val-frames")
-
-
-def log_data(log, args, data):
-    """Log the number of training files, the validation files, and notes.
-
-    datasets/check.py prints the same.
-    """
-    most = max(data.train)
-    interval = args.frame_interval[-1]
-    kind = "video" if args.video else "image"
-    val = [video.path for video in data.val[most]]
-    log(
-        f"training: {plural(len(data.train[most]), kind)} in "
-        f"{plural(len(data.scan.classes), 'class')}; validation: {plural(len(val), kind)}, "
-        f"{name_some(val, 6)}"
-    )
-    for num_frames, videos in data.train.items():
-        clips = f"clips of {plural(num_frames, 'frame')}"
-        missing = sorted({*data.scan.classes} - {video.class_name for video in videos})
-        if missing:
-            log(
-                f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't "
-                "be learned; add some"
-            )
-        fits = [fitting_interval(video, num_frames, interval) for video in videos]
-        num_short = sum(fit < interval for fit in fits)
-        if num_short:
-            log(
-                f"note: --frame-interval {interval}: {clips} don't fit into {num_short} of "
-                f"{plural(len(videos), f'training {kind}')}; these use the largest interval that "
-                f"fits, {min(fits)} or more"
-            )
-
-
 # Sampling -----------------------------------------------------------------------------------------
 
 
@@ -535,8 +378,8 @@ def resolve_sampling(args):
         if len(lengths) > 1:
             folder = f"{os.path.normpath(args.folder)}-f{num_frames}"
         flags = args.resolve(num_frames=num_frames, folder=folder)
-        check_folder(flags)
-        check_clips(flags)
+        samples.check_folder(flags)
+        given.check_clips(flags)
         flags_of_runs.append(flags)
     runs = []
     for flags in flags_of_runs:  # loading a model takes long, so it comes after all that needs none
@@ -560,40 +403,7 @@ def check_sampling(args):
     for name in ("num_frames", "fps", "time_scale", "given"):
         if not args.video and getattr(args, name) not in (None, [1]):
             raise UserError(f"{flag_text(args, name)}: needs videos; add --video, or remove it")
-    if args.given is None:
-        off = {
-            "given_frames": None,
-            "given_split": None,
-            "samples_per_clip": 1,
-            "keep_background": True,
-        }
-        for name, value in off.items():
-            if getattr(args, name) != value:
-                raise UserError(
-                    f"{flag_text(args, name)}: applies to clips of --given; add that, or remove it"
-                )
-    if None not in (args.given, args.init):
-        raise UserError(
-            f"{flag_text(args, 'given')}: keeps its frames, but --init changes all of them; "
-            "remove one of the two flags"
-        )
-    if args.init_gamma is not None and args.init is None:
-        raise UserError(
-            f"--init-gamma {args.init_gamma}: sets the share of --init in the initial latents; "
-            "add --init, or remove it"
-        )
-
-
-def check_clips(args):
-    """Raise UserError if there are no clips where --given and --init say. Opens no video."""
-    if args.given_split is not None:
-        if rank() == 0:  # the others wait for rank 0 in start()
-            check_data_path(args.given, cached=False)
-    elif args.given is not None:
-        find_clips("--given", args.given, ("video", "image"), args.folder)
-    if args.init is not None:
-        kind = "video" if args.video else "image"
-        find_clips("--init", args.init, (kind,), args.folder)
+    given.check_flags(args)
 
 
 def check_plan(args, plan):
@@ -613,38 +423,6 @@ def check_plan(args, plan):
                 f"{flag_text(args, name)}: the {plan.num_frames} frames are made in windows of "
                 f"{plan.window}; remove it, or add --window {plan.num_frames}"
             )
-
-
-def check_folder(args):
-    """Raise UserError if --folder can't be written, or holds files that must stay.
-
-    These are other files than samples and, without --overwrite, samples of another run.
-    """
-    cli.check_writable("--folder", args.folder)
-    folder = Path(args.folder)
-    others = foreign_files(folder)
-    if others:
-        raise UserError(
-            f"--folder {args.folder}: {others[0].relative_to(folder)} was not made by "
-            "sample_gd.py; name a new folder"
-        )
-    if not (folder / "samples.json").exists() or args.overwrite:
-        return
-    try:
-        ckpt = str(read_json(folder / "samples.json")["flags"]["ckpt"])
-    except (OSError, ValueError, KeyError, TypeError):
-        ckpt = "another program"
-    if model_of(ckpt) != model_of(args.ckpt):
-        raise UserError(
-            f"--folder {args.folder}: has samples of {ckpt}; name another folder, or add "
-            "--overwrite"
-        )
-
-
-def model_of(ckpt):
-    """The run folder of a checkpoint, or the path of another model."""
-    file = Path(ckpt).resolve()
-    return file.parents[1] if file.parent.name == "checkpoints" else file
 
 
 # Training a VAE -----------------------------------------------------------------------------------

@@ -4,58 +4,57 @@ import functools
 import itertools
 import json
 import os
+import statistics
 import time
+from dataclasses import asdict
+
+import torch
 
 import checkpoint
+import models
+from models import model_name
 from runtime import distributed, runs
-from runtime.cli import NON_NEGATIVE, SHARE, number, say, warnings_as_lines, writing
-from runtime.metrics import Metrics, StepStats
+from runtime.cli import (
+    COUNT,
+    NATURAL,
+    NON_NEGATIVE,
+    SHARE,
+    UserError,
+    check_writable,
+    number,
+    plural,
+    say,
+    warnings_as_lines,
+    writing,
+)
+from runtime.distributed import rank, world_size
+from runtime.metrics import Metrics, StepStats, import_wandb
 from runtime.signals import StopSignal
-from video.index import CorruptVideos, save_index
+from runtime.untrusted import is_text
+from schedule import clip_lengths
+from video.index import CorruptVideos, fitting_interval, name_some, save_index
 from video.loader import end_children
 
-
-def add_loading_flags(add, num_workers):
-    """Add the flags that say which videos are read, and how."""
-    add(
-        "--val-fraction",
-        type=number(float, above=0, most=1),
-        default=0.05,
-        help=(
-            "fraction of the videos for validation, at least one video; split files in --data-path "
-            "replace it"
-        ),
-    )
-    add(
-        "--max-bad-fraction",
-        type=SHARE,
-        default=0.1,
-        help="fraction of the files that may be corrupt; one always may",
-    )
-    workers = number(int, least=0, most=1024)
-    add(
-        "--num-workers",
-        type=workers,
-        default=num_workers,
-        help="loader processes per rank; 0 = in-process",
-    )
-    add(
-        "--cache-frames",
-        action="store_true",
-        help=(
-            "decode each video once, into a folder in --results-dir that later runs reuse; at most "
-            "20 GB"
-        ),
-    )
-    add(
-        "--loader-timeout",
-        type=NON_NEGATIVE,
-        default=300.0,
-        help=(
-            "seconds for loader processes to start or load a batch; 0 = no limit, but ranks wait "
-            "600 s at most"
-        ),
-    )
+# flags that `note_changes` does not report: harmless, or checked against the checkpoint
+UNREPORTED = {
+    "resume",
+    "ckpt",
+    "inflate",
+    "new_classes",
+    "num_classes",
+    "results_dir",
+    "vae",
+    "num_workers",
+    "loader_timeout",
+    "wandb",
+    "save_minutes",
+    "keep_last",
+    "shard",
+    "grad_checkpoint",
+    "model",
+    "guidance_chosen",
+    *models.FLAGS,
+}
 
 
 class Run:
@@ -67,12 +66,12 @@ class Run:
     def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
         self.folder = start.folder
         if not self.folder:
-            is_first = distributed.rank() == 0
+            is_first = rank() == 0
             new_folder = runs.make_run_folder(args.results_dir, name) if is_first else None
             self.folder = distributed.broadcast(new_folder)
         self.log = functools.partial(say, log=self.folder / "log.txt")
         warnings_as_lines(self.folder / "log.txt")
-        if distributed.rank() == 0:
+        if rank() == 0:
             save_index(scan, args.data_path, args.results_dir)
         logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
         self.metrics = Metrics(
@@ -88,7 +87,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def write_config(self, run_config):
-        if distributed.rank() == 0:
+        if rank() == 0:
             with writing(self.folder / "config.json"):
                 (self.folder / "config.json").write_text(json.dumps(run_config, indent=2))
 
@@ -135,3 +134,218 @@ class Run:
         self.stop.barrier()
         end_children()  # the end of a DataLoader would wait for processes that are still starting
         self.metrics.close()
+
+
+# What a run records ------------------------------------------------------------------------------
+
+
+def run_name(args):
+    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule.
+
+    A glob pattern if the model is not known yet.
+    """
+    model = (args.model or "EqM-*").replace("/", "-")
+    lengths = "-".join(map(str, clip_lengths(args)))
+    positions = "-rope" if args.use_rope else ""
+    return f"{model}-f{lengths}{positions}"
+
+
+def make_run_config(args, config, phase, data, vae):
+    """The `config` in the checkpoints of a phase: plain values that record how it was trained."""
+    training = vars(args) | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size}
+    if args.frames_schedule:
+        training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
+    videos = data.train[phase.num_frames]
+
+    def time_scale(interval):  # median seconds between two frames of a clip
+        return statistics.median_low(
+            fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos
+        )
+
+    about_data = {
+        "vae": vae.name,
+        "vae_sha256": vae.sha256,
+        "image_size": args.image_size,
+        "fps": statistics.median(video.fps for video in videos),
+        "frame_interval": args.frame_interval,
+        "time_scale": time_scale(args.frame_interval[0]),
+        "longest_time_scale": time_scale(args.frame_interval[-1]),
+        "classes": data.scan.classes,
+    }
+    return {
+        "model": asdict(config) | {"num_frames": phase.num_frames},
+        "data": about_data,
+        "training": training,
+        "typed": sorted(args.typed),
+    }
+
+
+def note_changes(start, run_config, run):
+    """Log the typed flags that changed in a resumed run, and keep its previous config.
+
+    The metrics get them, too.
+    """
+    before = start.config["training"]
+    now = run_config["training"]
+    typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - UNREPORTED
+    changes = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if name in typed and before[name] != now[name]
+    ]
+    if start.resumes and changes and rank() == 0:
+        text = f"resumed with other flags: {', '.join(changes)}"
+        run.log(text)
+        run.metrics.note(start.progress.step, text)
+        (run.folder / f"config-until-{start.progress.step:07d}.json").write_text(
+            json.dumps(start.config, indent=2)
+        )
+
+
+def log_run(run, args, config, model, data, first_step, last_step, device):
+    """Log the model, the data and the machine."""
+    size = sum(map(torch.numel, model.parameters())) / 1e6
+    run.log(
+        f"{run.folder}: {model_name(**asdict(config))}, {size:.1f} M parameters, "
+        f"{config.positions}, objective {config.objective}; {world_size()} x {device.type}, "
+        f"steps {first_step} to {last_step}"
+    )
+    log_data(run.log, args, data)
+    log_skipped(run.log, data)
+
+
+def log_skipped(log, data):
+    """Log how many files are too short for the longest clips, or can't be opened."""
+    longest = max(data.train)
+    short = f"{plural(data.num_too_short, 'file')} with fewer than {plural(longest, 'frame')}"
+    if data.val_too_short[longest]:
+        short += f" ({data.val_too_short[longest]} for validation)"
+    log(f"skipped: {short}, {plural(len(data.scan.unreadable), 'file')} that can't be opened")
+    for num_frames, count in data.val_too_short.items():
+        if num_frames > longest and count:
+            files = plural(count, "validation file")
+            log(f"skipped: {files} with fewer than the {num_frames} frames of --val-frames")
+
+
+def log_data(log, args, data):
+    """Log the number of training files, the validation files, and notes.
+
+    datasets/check.py prints the same.
+    """
+    most = max(data.train)
+    interval = args.frame_interval[-1]
+    kind = "video" if args.video else "image"
+    val = [video.path for video in data.val[most]]
+    log(
+        f"training: {plural(len(data.train[most]), kind)} in "
+        f"{plural(len(data.scan.classes), 'class')}; validation: {plural(len(val), kind)}, "
+        f"{name_some(val, 6)}"
+    )
+    for num_frames, videos in data.train.items():
+        clips = f"clips of {plural(num_frames, 'frame')}"
+        missing = sorted({*data.scan.classes} - {video.class_name for video in videos})
+        if missing:
+            log(
+                f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't "
+                "be learned; add some"
+            )
+        fits = [fitting_interval(video, num_frames, interval) for video in videos]
+        num_short = sum(fit < interval for fit in fits)
+        if num_short:
+            log(
+                f"note: --frame-interval {interval}: {clips} don't fit into {num_short} of "
+                f"{plural(len(videos), f'training {kind}')}; these use the largest interval that "
+                f"fits, {min(fits)} or more"
+            )
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+
+def add_flags(parser):
+    """Add the flags of the run folder and of what is written to it to the parser of train.py."""
+    add = parser.add_argument_group("run").add_argument
+    add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
+    checkpoint.add_flags(add)
+    add("--dry-run", action="store_true", help="check flags, data and checkpoint, then exit")
+    add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
+    add(
+        "--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints, and at the end"
+    )
+    add(
+        "--save-minutes",
+        type=NON_NEGATIVE,
+        default=15.0,
+        help="minutes between checkpoints; 0 = off",
+    )
+    add(
+        "--keep-last",
+        type=COUNT,
+        help="numbered checkpoints to keep, besides the last of each phase; default: all",
+    )
+    add("--val-every", type=COUNT, default=2_500, help="steps between validations, and at the end")
+    add(
+        "--val-frames",
+        type=COUNT,
+        nargs="+",
+        default=[],
+        help="additional clip lengths to validate; default: none",
+    )
+    add("--val-clips", type=COUNT, default=256, help="validation clips, at most 4 per video")
+    add("--sample-every", type=NATURAL, default=10_000, help="steps between samples; 0 = off")
+    add("--num-samples", type=COUNT, default=8, help="clips sampled each time")
+    add("--wandb", action="store_true", help="log to Weights & Biases as well")
+
+
+def check_flags(args):
+    """Raise UserError if the run can't write to its folder or to Weights & Biases."""
+    check_writable("--results-dir", args.results_dir)
+    if not is_text(args.results_dir):
+        raise UserError(
+            f"--results-dir {args.results_dir}: not UTF-8, which TensorBoard needs; name another"
+        )
+    if args.wandb:
+        import_wandb()
+
+
+def add_loading_flags(add, num_workers):
+    """Add the flags that say which videos are read, and how."""
+    add(
+        "--val-fraction",
+        type=number(float, above=0, most=1),
+        default=0.05,
+        help=(
+            "fraction of the videos for validation, at least one video; split files in --data-path "
+            "replace it"
+        ),
+    )
+    add(
+        "--max-bad-fraction",
+        type=SHARE,
+        default=0.1,
+        help="fraction of the files that may be corrupt; one always may",
+    )
+    workers = number(int, least=0, most=1024)
+    add(
+        "--num-workers",
+        type=workers,
+        default=num_workers,
+        help="loader processes per rank; 0 = in-process",
+    )
+    add(
+        "--cache-frames",
+        action="store_true",
+        help=(
+            "decode each video once, into a folder in --results-dir that later runs reuse; at most "
+            "20 GB"
+        ),
+    )
+    add(
+        "--loader-timeout",
+        type=NON_NEGATIVE,
+        default=300.0,
+        help=(
+            "seconds for loader processes to start or load a batch; 0 = no limit, but ranks wait "
+            "600 s at most"
+        ),
+    )

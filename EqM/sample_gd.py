@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 
 import generation
+import given
 import preflight
 from generation import cast_products, generate, provenance, sampling_settings
-from given import ClipReader, DrawnClip, as_ranges, frame_ranges, open_given
+from given import ClipReader, DrawnClip, as_ranges, open_given
 from models import EBMS, NAMES
 from runtime import cli, distributed
 from runtime.atomic import write_file
 from runtime.cli import (
     COUNT,
     NATURAL,
-    SHARE,
     ArgumentParser,
     UserError,
     add_speed_flags,
@@ -117,7 +117,7 @@ def parse_args():
     )
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
-    add_clip_flags(parser)
+    given.add_flags(parser)
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
     add(
@@ -155,58 +155,6 @@ def parse_args():
     add_speed_flags(parser)
     generation.add_flags(parser)
     return parser.parse_args()
-
-
-def add_clip_flags(parser):
-    add = parser.add_argument_group("clips to continue, or to start from").add_argument
-    add(
-        "--given",
-        metavar="PATH",
-        help="continue this video or picture, a folder of them, or earlier samples",
-    )
-    add(
-        "--given-split",
-        choices=["train", "val", "all"],
-        help="continue clips of this split of the folder --given",
-    )
-    add(
-        "--val-fraction",
-        type=SHARE,
-        default=0.05,
-        help="fraction of the videos in val; use the value of training",
-    )
-    add(
-        "--given-frames",
-        type=frame_ranges,
-        metavar="A-B",
-        help="such as 0-3,12-15; default: up to half of a sample",
-    )
-    add(
-        "--samples-per-clip",
-        type=COUNT,
-        default=1,
-        metavar="S",
-        help="samples that continue each clip of --given",
-    )
-    add(
-        "--keep-background",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help=(
-            "where nothing moves, restore detail of given frames that the VAE loses; scores need "
-            "the --no- form"
-        ),
-    )
-    add(
-        "--init",
-        metavar="PATH",
-        help="start from this video or picture instead of noise; all frames change",
-    )
-    add(
-        "--init-gamma",
-        type=SHARE,
-        help="share of --init in the initial latents; default: 0.5 with --init",
-    )
 
 
 @one_line_errors()

@@ -35,9 +35,10 @@ import transport
 from generation import Plan, generate, sampling_settings
 from models import Condition
 from optim import check_fp16, ema_decay, make_optimizers, set_learning_rates, update_ema
-from run import Run, add_loading_flags
+from run import Run, add_loading_flags, log_run, make_run_config, note_changes, run_name
+from run import add_flags as add_run_flags
 from runtime import cli, distributed, runs
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, ArgumentParser, plural, say
+from runtime.cli import COUNT, ArgumentParser, plural, say
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
@@ -134,40 +135,6 @@ def add_speed_flags(parser):
     )
 
 
-def add_run_flags(parser):
-    add = parser.add_argument_group("run").add_argument
-    add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
-    checkpoint.add_flags(add)
-    add("--dry-run", action="store_true", help="check flags, data and checkpoint, then exit")
-    add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
-    add(
-        "--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints, and at the end"
-    )
-    add(
-        "--save-minutes",
-        type=NON_NEGATIVE,
-        default=15.0,
-        help="minutes between checkpoints; 0 = off",
-    )
-    add(
-        "--keep-last",
-        type=COUNT,
-        help="numbered checkpoints to keep, besides the last of each phase; default: all",
-    )
-    add("--val-every", type=COUNT, default=2_500, help="steps between validations, and at the end")
-    add(
-        "--val-frames",
-        type=COUNT,
-        nargs="+",
-        default=[],
-        help="additional clip lengths to validate; default: none",
-    )
-    add("--val-clips", type=COUNT, default=256, help="validation clips, at most 4 per video")
-    add("--sample-every", type=NATURAL, default=10_000, help="steps between samples; 0 = off")
-    add("--num-samples", type=COUNT, default=8, help="clips sampled each time")
-    add("--wandb", action="store_true", help="log to Weights & Biases as well")
-
-
 @cli.one_line_errors()
 def main():
     args = parse_args()
@@ -206,11 +173,11 @@ def main():
 
     # The run folder and its files
     phase = current_phase(phases, progress.first_step)
-    run_config = preflight.make_run_config(args, config, phase=phase, data=data, vae=vae)
+    run_config = make_run_config(args, config, phase=phase, data=data, vae=vae)
     run = Run(
         start,
         args,
-        name=preflight.run_name(args),
+        name=run_name(args),
         run_config=run_config,
         scan=data.scan,
         wandb=args.wandb,
@@ -219,12 +186,12 @@ def main():
     log = run.log
     stop = run.stop
     network = model if args.shard else distributed.parallel(model)
-    preflight.note_changes(start, run_config, run)
+    note_changes(start, run_config, run)
     # or the file would stay open during the run
     start.state = None
     checked = None
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
-    preflight.log_run(
+    log_run(
         run,
         args,
         config=config,
@@ -259,7 +226,7 @@ def main():
                 continue
             stream = progress.first_step  # names the random draws of the phase's samples
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
-            run_config = preflight.make_run_config(args, config, phase=phase, data=data, vae=vae)
+            run_config = make_run_config(args, config, phase=phase, data=data, vae=vae)
             previews = preview_plan(args, ema, vae, data.scan.classes, run_config)
             run.write_config(run_config)
             # A resumed run may log a step before it makes one

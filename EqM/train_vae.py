@@ -26,7 +26,7 @@ import checkpoint
 import optim
 import preflight
 from optim import ema_decay, update_ema
-from run import Run, add_loading_flags
+from run import Run, add_loading_flags, note_changes
 from runtime import cli, distributed
 from runtime.cli import (
     COUNT,
@@ -170,7 +170,7 @@ def main():
     log = run.log
     stop = run.stop
     run.write_config(run_config)
-    preflight.note_changes(start, run_config, run)
+    note_changes(start, run_config, run)
     start.state = None  # or the file would stay open during the run
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     log(

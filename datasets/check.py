@@ -34,6 +34,7 @@ import torch
 
 import models
 import preflight
+import run
 from checkpoint import Progress, Start
 from models import NAMES, EqM, model_shape
 from runtime import cli, distributed
@@ -156,7 +157,7 @@ def main():
         corrupt = describe_videos(args, source)
         refusal = too_many_corrupt(args, source.scan, corrupt)
         data = check_data(args, source, corrupt)
-        preflight.log_data(say, args, data)
+        run.log_data(say, args, data)
         write_clips(args, data, out)
         estimate(args, config, preflight.only_phase(args, Progress(), data).last_step, device)
     except UserError as error:

@@ -15,8 +15,8 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import checkpoint
-import preflight
 from models import EqM_models, model_config
+from run import run_name
 from runtime import runs
 from training import ROOT
 from video.index import INDEX_FORMAT
@@ -193,7 +193,7 @@ def test_the_phases_of_the_readme_continue_each_other(tmp_path, monkeypatch):
         if folder:
             (ckpt,) = Path().glob(run.ckpt)
             assert ckpt.parents[1] == folder
-        folder = runs.make_run_folder(run.results_dir, preflight.run_name(run))
+        folder = runs.make_run_folder(run.results_dir, run_name(run))
         for name in (f"{run.max_steps:07d}", "best", "latest"):
             (folder / "checkpoints" / f"{name}.pt").touch()
     (ckpt,) = Path().glob(sampling.ckpt)

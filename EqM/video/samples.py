@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.cli import UserError, plural
+from runtime.cli import UserError, check_writable, plural
 from runtime.untrusted import check_regular, read_json
 from video.files import has_suffix
 
@@ -133,3 +133,35 @@ def map_npz(path, name):
         file.seek(member.header_offset + 26)
         start += member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return np.memmap(path, dtype, "r", start, shape)
+
+
+def check_folder(args):
+    """Raise UserError if --folder can't be written, or holds files that must stay.
+
+    These are other files than samples and, without --overwrite, samples of another run.
+    """
+    check_writable("--folder", args.folder)
+    folder = Path(args.folder)
+    others = foreign_files(folder)
+    if others:
+        raise UserError(
+            f"--folder {args.folder}: {others[0].relative_to(folder)} was not made by "
+            "sample_gd.py; name a new folder"
+        )
+    if not (folder / "samples.json").exists() or args.overwrite:
+        return
+    try:
+        ckpt = str(read_json(folder / "samples.json")["flags"]["ckpt"])
+    except (OSError, ValueError, KeyError, TypeError):
+        ckpt = "another program"
+    if model_of(ckpt) != model_of(args.ckpt):
+        raise UserError(
+            f"--folder {args.folder}: has samples of {ckpt}; name another folder, or add "
+            "--overwrite"
+        )
+
+
+def model_of(ckpt):
+    """The run folder of a checkpoint, or the path of another model."""
+    file = Path(ckpt).resolve()
+    return file.parents[1] if file.parent.name == "checkpoints" else file
