@@ -23,7 +23,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -46,8 +46,8 @@ VERSION = 1
 KEYS = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
 SAVED_STEP = "saved_step.txt"  # in a run folder: the step of its newest checkpoint
 PARTS = ("model", "ema", "optimizer", "run")  # the parts that hold tensors
-SETTINGS = {  # names that every config has
-    "model": EqMConfig.__annotations__.keys() - {"objective"},  # older files have "eqm"
+SETTINGS = {  # names that every config has; EqMConfig knows the values of others in older files
+    "model": {field.name for field in fields(EqMConfig) if field.default is MISSING},
     "data": {"vae", "image_size", "time_scale", "longest_time_scale"},
     "training": {"model", "num_frames", "video"},
 }
@@ -176,11 +176,14 @@ class Writer:
             return
         tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
         sizes = [pinned_bytes(leaf.nbytes) if leaf.is_cuda else leaf.nbytes for leaf in tensors]
-        needed, free = distributed.broadcast((0 if self.copies else sum(sizes), free_bytes()))
+        needed = 0 if self.copies else sum(sizes)
+        needed, free = distributed.broadcast((needed, free_bytes()))
         if needed > free:
-            takes = f"a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of rank 0"
-            advice = "choose one with more; earlier checkpoints are intact"
-            raise UserError(f"--shard: {takes}, which has {free / 1e9:.3g} GB free: {advice}")
+            raise UserError(
+                f"--shard: a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of "
+                f"rank 0, which has {free / 1e9:.3g} GB free: choose one with more; earlier "
+                "checkpoints are intact"
+            )
 
     def check(self):
         """Raise the error of the thread, if it has ended with one."""
@@ -218,8 +221,11 @@ def load(path, parts=PARTS, model=None, ebm=None):
     """
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
-    elif published := published_parts(state := read_file(path, parts)):
-        state = from_elsewhere(*load_published(path, *published, model, ebm))
+    else:
+        state = read_file(path, parts)
+        published = published_parts(state)
+        if published:
+            state = from_elsewhere(*load_published(path, *published, model, ebm))
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         expected = f"a dict with {', '.join(sorted(KEYS))}"
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {expected}")
@@ -259,18 +265,23 @@ def load_inflated(args):
             f"{flag}: trained with --ebm {config.ebm}; --inflate does not support gradients of "
             "energies"
         )
-    shape = args.num_frames, args.temporal_patch_size, args.rope_theta
     try:
-        weights, config = inflate(state["ema"], config, *shape, data["time_scale"])
+        weights, config = inflate(
+            state["ema"],
+            config,
+            num_frames=args.num_frames,
+            temporal_patch_size=args.temporal_patch_size,
+            rope_theta=args.rope_theta,
+            time_scale=data["time_scale"],
+        )
     except ValueError as error:
         raise UserError(
             f"{flag}: {error}; change --temporal-patch-size, the clips' length or the model"
         ) from error
     # with the settings of its sampler
     training = state["config"]["training"] | {"num_frames": 1, "video": True}
-    return from_elsewhere(
-        {"model": asdict(config), "data": data, "training": training}, weights, weights, 0
-    )
+    inflated = {"model": asdict(config), "data": data, "training": training}
+    return from_elsewhere(inflated, model=weights, ema=weights, step=0)
 
 
 def read_file(path, parts=()):
@@ -295,15 +306,13 @@ def read_file(path, parts=()):
 
 def from_elsewhere(config, model, ema, step, version=VERSION):
     """The dict of a checkpoint of another program than train.py: without optimizer and phase."""
-    state = {
+    return {
         "version": version,
         "config": config,
         "model": model,
         "ema": ema,
         "optimizer": None,
         "step": step,
-    }
-    return state | {
         "phase": {"first_step": step, "position": 0, "ema_start": step},
         "best_loss": math.inf,
     }
@@ -330,13 +339,14 @@ def note_old_best(path, state):
     """Say so if a best.pt is older than the run's newest checkpoint by more than a fifth of the
     steps of its phase.
     """
+    if path.name != "best.pt":
+        return
     with suppress(OSError, ValueError):  # a best.pt that is not in a run folder
-        newest = int((path.parents[1] / SAVED_STEP).read_text()) if path.name == "best.pt" else 0
+        newest = int((path.parents[1] / SAVED_STEP).read_text())
         if newest - state["step"] > (newest - state["phase"]["first_step"]) / 5:
-            steps = f"best.pt has step {state['step']}, latest.pt has step {newest}"
             say(
-                f"note: {steps}: no later validation loss was lower; latest.pt has the newest "
-                "weights"
+                f"note: best.pt has step {state['step']}, latest.pt has step {newest}: no later "
+                "validation loss was lower; latest.pt has the newest weights"
             )
 
 
@@ -353,9 +363,9 @@ def load_run(start, model, ema, optimizers, scaler):
     """Restore everything that is trained from the checkpoint of a Start."""
     state = start.state
     for network, weights in ((model, state["model"]), (ema, state["ema"])):  # sharded or not
-        own = network.state_dict()
+        places = network.state_dict()
         network.load_state_dict(
-            {name: shard_like(value, own[name]) for name, value in weights.items()}
+            {name: shard_like(value, places[name]) for name, value in weights.items()}
         )
     if state["optimizer"]:  # exported and published models have none
         load_optimizers(optimizers, state["optimizer"]["states"])
@@ -371,15 +381,14 @@ def load_optimizers(optimizers, saved):
     """
     for optimizer, state in zip(optimizers, saved, strict=True):
         weights = optimizer.param_groups[0]["params"]
-        parts = {
-            index: {
+        moments = {}
+        for index, values in state["state"].items():
+            moments[index] = {
                 name: shard_like(value, weights[index]) if value.dim() else value
                 for name, value in values.items()
             }
-            for index, values in state["state"].items()
-        }
         optimizer.load_state_dict(
-            {"state": parts, "param_groups": optimizer.state_dict()["param_groups"]}
+            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
         )
         for values in optimizer.state.values():  # on the CPU they still map the file
             values |= {name: value.clone() for name, value in values.items()}
@@ -395,11 +404,12 @@ def config_of(flag, state, model=None, video=None, **asked):
     if model not in (None, training["model"]):
         raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
     if video not in (None, training["video"]):
-        image = (
-            "an image model, --video needs a video model: remove --video, or train from it with "
-            "--inflate"
-        )
-        raise UserError(f"{flag}: holds {image if video else 'a video model: add --video'}")
+        if video:
+            raise UserError(
+                f"{flag}: holds an image model, --video needs a video model: remove --video, or "
+                "train from it with --inflate"
+            )
+        raise UserError(f"{flag}: holds a video model: add --video")
     try:
         config = EqMConfig(**state["config"]["model"])
     except (ValueError, TypeError) as error:
@@ -409,14 +419,15 @@ def config_of(flag, state, model=None, video=None, **asked):
     with torch.device("meta"):  # shapes only, without memory
         expected = {name: value.shape for name, value in EqM(config).state_dict().items()}
     for part in ("model", "ema"):
-        got = {name: value.shape for name, value in state[part].items()}
-        if wrong := [name for name in expected | got if expected.get(name) != got.get(name)]:
-            shapes = " and ".join(
-                str(shape and tuple(shape)) for shape in (got.get(wrong[0]), expected.get(wrong[0]))
-            )
-            raise UserError(
-                f"{flag}: its weights do not match its config: shapes of {wrong[0]} are {shapes}"
-            )
+        shapes = {name: value.shape for name, value in state[part].items()}
+        for name in expected | shapes:
+            if shapes.get(name) != expected.get(name):
+                pair = " and ".join(
+                    str(shape and tuple(shape)) for shape in (shapes.get(name), expected.get(name))
+                )
+                raise UserError(
+                    f"{flag}: its weights do not match its config: shapes of {name} are {pair}"
+                )
     check(flag, config, **asked)
     return config
 
@@ -427,30 +438,33 @@ def check(flag, saved, **asked):
     None is not checked.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
-    if asked.pop("use_rope", saved.use_rope) != saved.use_rope:
-        fixed = "fixed positions cannot be converted: retrain with --use-rope, or remove it"
-        raise UserError(f"{flag}: {'trained with --use-rope: add it' if saved.use_rope else fixed}")
+    use_rope = asked.pop("use_rope", saved.use_rope)
+    if saved.use_rope and not use_rope:
+        raise UserError(f"{flag}: trained with --use-rope: add it")
+    if use_rope and not saved.use_rope:
+        raise UserError(
+            f"{flag}: fixed positions cannot be converted: retrain with --use-rope, or remove it"
+        )
     if saved.use_rope:
         asked.pop("num_frames", None)  # no weight depends on it
-    got = model_name(**asdict(saved))
+    name_of_saved = model_name(**asdict(saved))
     expected = model_name(**asdict(saved) | asked)
-    if got != expected:
-        advice = "remove --model, --depth, --hidden-size and --num-heads: the checkpoint has them"
-        raise UserError(f"{flag}: holds {got}, --model is {expected}: {advice}")
+    if name_of_saved != expected:
+        raise UserError(
+            f"{flag}: holds {name_of_saved}, --model is {expected}: remove --model, --depth, "
+            "--hidden-size and --num-heads: the checkpoint has them"
+        )
     for name in asked.keys() - set(SHAPE):
         if getattr(saved, name) != asked[name]:
-            own = {"input_size": "--image-size", "in_channels": "--vae"}.get(
-                name, f"--{name.replace('_', '-')}"
+            asks = f"--{name.replace('_', '-')}"
+            asks = {"input_size": "--image-size", "in_channels": "--vae"}.get(name, asks)
+            tied = ""
+            if name == "num_frames":
+                tied = " (fixed positions are tied to it; --use-rope models are not)"
+            raise UserError(
+                f"{flag}: has {name.replace('_', ' ')} {getattr(saved, name)}, {asks} gives "
+                f"{asked[name]}: they must agree{tied}; change or remove {asks}"
             )
-            tied = (
-                " (fixed positions are tied to it; --use-rope models are not)"
-                if name == "num_frames"
-                else ""
-            )
-            words = (
-                f"has {name.replace('_', ' ')} {getattr(saved, name)}, {own} gives {asked[name]}"
-            )
-            raise UserError(f"{flag}: {words}: they must agree{tied}; change or remove {own}")
 
 
 # Where training starts ----------------------------------------------------------------------------
@@ -474,11 +488,9 @@ class Start:
     @property
     def flag(self):
         """The checkpoint's name in messages."""
-        return (
-            f"--resume of {self.path}"
-            if self.resumes
-            else f"--{'inflate' if self.inflates else 'ckpt'} {self.path}"
-        )
+        if self.resumes:
+            return f"--resume of {self.path}"
+        return f"--inflate {self.path}" if self.inflates else f"--ckpt {self.path}"
 
     @property
     def config(self):
@@ -491,11 +503,9 @@ class Start:
 
     def read(self, args):
         """The content of the checkpoint for the flags of train.py. Raises UserError."""
-        return (
-            load_inflated(args)
-            if self.inflates
-            else load(self.path, model=args.model, ebm=args.ebm)
-        )
+        if self.inflates:
+            return load_inflated(args)
+        return load(self.path, model=args.model, ebm=args.ebm)
 
 
 def find_start(args, name):
@@ -518,12 +528,10 @@ def find_start(args, name):
         check_optimizer(start, args)
     if distributed.rank() == 0:
         start.sha256 = start_weights(args, args.model)[0]
-    state = start.state
     step = start.state["step"]
     check_last_step(args, step, least=step + 1)
-    start.progress = Progress(
-        step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"]
-    )
+    ema_start = step if args.new_classes else start.state["phase"]["ema_start"]
+    start.progress = Progress(step, first_step=step, ema_start=ema_start)
     return start
 
 
@@ -576,9 +584,10 @@ def check_last_step(args, step, least):
     if args.max_steps is None or args.max_steps >= least:
         return
     flag = "--frames-schedule to step" if getattr(args, "frames_schedule", None) else "--max-steps"
-    done = f"the checkpoint is at step {step} already"
-    advice = "steps are counted over all phases; give a larger number"
-    raise UserError(f"{flag} {args.max_steps}: {done}; {advice}")
+    raise UserError(
+        f"{flag} {args.max_steps}: the checkpoint is at step {step} already; steps are counted "
+        "over all phases; give a larger number"
+    )
 
 
 def check_began_from(start, args, path):
@@ -620,18 +629,15 @@ def check_not_deleted(folder):
 
     A run killed before it saved starts over.
     """
-    place = Path(folder, "checkpoints")
+    checkpoints = Path(folder, "checkpoints")
     metrics = Path(folder, "metrics.jsonl")
     rows = read_metrics(metrics)[0] if metrics.exists() else []
-    if (
-        rows
-        and (Path(folder, SAVED_STEP).exists() or not place.exists())
-        and not any(place.glob("*.pt"))
-    ):
-        reached = (
-            f"the checkpoints of {folder} were deleted (its metrics reach step {rows[-1]['step']})"
+    had_saved = Path(folder, SAVED_STEP).exists() or not checkpoints.exists()
+    if rows and had_saved and not any(checkpoints.glob("*.pt")):
+        raise UserError(
+            f"--resume: the checkpoints of {folder} were deleted (its metrics reach step "
+            f"{rows[-1]['step']}): restore one, or remove --resume to start a new run"
         )
-        raise UserError(f"--resume: {reached}: restore one, or remove --resume to start a new run")
 
 
 def newest_checkpoint(folder, read=load):
