@@ -78,7 +78,8 @@ def make_plan(model=None, vae=None, count=5, **changes):
     plan = {
         "time_scales": torch.linspace(0.04, 0.2, count).tolist(),
         "num_frames": 3,
-        "labels": torch.arange(count),
+        "conditions": torch.arange(count),
+        "names": list("ABCDEFGHIJ")[:count],
     }
     return Plan(
         model or Quadratic(),
@@ -95,7 +96,7 @@ def windows_of(num_frames, window=None, overlap=0):
         tiny(in_channels=3),
         VAE("none"),
         count=3,
-        labels=torch.tensor([0, 1, 0]),
+        conditions=torch.tensor([0, 1, 0]),
         num_frames=num_frames,
         window=window,
         overlap=overlap,
@@ -105,7 +106,9 @@ def windows_of(num_frames, window=None, overlap=0):
 def parts_of(plan, batch_size=16, **changes):
     """What `generate` yields; changes replace SETTINGS or are arguments of `generate`."""
     settings = {name: changes.pop(name, value) for name, value in SETTINGS.items()}
-    return list(generate(plan, range(len(plan.labels)), 0, "cpu", settings, batch_size, **changes))
+    return list(
+        generate(plan, range(len(plan.conditions)), 0, "cpu", settings, batch_size, **changes)
+    )
 
 
 def run(plan, batch_size=16, **changes):
@@ -156,7 +159,7 @@ def test_samples_do_not_depend_on_the_batch_size_or_on_other_frame_rates(stop_be
 
 def test_a_batch_without_a_condition_has_no_guidance(monkeypatch):
     sizes = record_calls(monkeypatch, Quadratic, "__call__", lambda self, x, *others: len(x))
-    plan = make_plan(count=4, labels=torch.tensor([-1, -1, -1, 2]))
+    plan = make_plan(count=4, conditions=torch.tensor([-1, -1, -1, 2]))
     plain = clips_of(plan, batch_size=3, guidance=1.0)
     assert sizes == [3] * 5 + [1] * 5
     sizes.clear()

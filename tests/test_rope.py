@@ -160,9 +160,11 @@ def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(
         "EqM-Ti/4", input_size=8, in_channels=3, depth=1, use_rope=True, num_frames=8
     )
     model = EqM(config)  # trained on positions 0 and 1, of patches of 4 frames
-    data = {"fps": 25.0, "frame_interval": [1], "time_scale": 1 / 25}
-    generation.scale_rope(
-        SimpleNamespace(rope_scale=method, ckpt="a.pt"), model, data, 8, num_frames, time_scale
+    model.rope.stretch = generation.rope_stretch(
+        SimpleNamespace(rope_scale=method, ckpt="a.pt"),
+        config,
+        trained=(8, 1 / 25),
+        sampled=(num_frames, time_scale),
     )
     cos, sin = model.rope(config.grid(num_frames), torch.tensor([time_scale]))
     angles = torch.atan2(sin, cos).unflatten(2, config.grid(num_frames))[0, 0, :, 0, 0]

@@ -94,45 +94,41 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None):
         names = [action.dest for action in self._actions if action.dest != "help"]
-        found, rest = self.parse_known_args(
-            args, argparse.Namespace(**dict.fromkeys(names, UNTYPED))
-        )
+        untyped = argparse.Namespace(**dict.fromkeys(names, UNTYPED))
+        namespace, rest = self.parse_known_args(args, untyped)
+        values = vars(namespace)
         if rest:
-            self.error(self.explain(rest[0].split("=")[0], found))
-        typed = [name for name in names if getattr(found, name) is not UNTYPED]
-        return Flags(
-            vars(found) | {name: self.get_default(name) for name in names if name not in typed},
-            typed,
-        )
+            self.error(self.explain(rest[0].split("=")[0], values))
+        typed = [name for name in names if values[name] is not UNTYPED]
+        for name in names:
+            if name not in typed:
+                values[name] = self.get_default(name)
+        return Flags(values, typed)
 
-    def explain(self, word, found):
+    def explain(self, word, values):
         """Say why a word of the command line is wrong: a mistyped flag, an unexpected argument."""
         if not word.startswith("-"):
-            got = [
-                f", {one.metavar} is {getattr(found, one.dest)}"
-                for one in self._get_positional_actions()
-            ]
+            positional = ""
+            for action in self._get_positional_actions():
+                positional += f", {action.metavar} is {values[action.dest]}"
             return (
-                f"{word}: unexpected argument{''.join(got)}; if a pattern matches several files, "
+                f"{word}: unexpected argument{positional}; if a pattern matches several files, "
                 "name one of them"
             )
         close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
-        return f"{word}: no such flag; {f'did you mean {close[0]}?' if close else 'see --help'}"
+        advice = f"did you mean {close[0]}?" if close else "see --help"
+        return f"{word}: no such flag; {advice}"
 
 
 def flag_text(args, name):
     """A flag with its value as a user types it, such as "--num-frames 4"."""
     value = getattr(args, name)
-    value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-    return f"--{'no-' * (value is False)}{name.replace('_', '-')}" + (
-        "" if isinstance(value, bool) else f" {value}"
-    )
-
-
-def refuse_if(args, name, is_wrong, text):
-    """Raise a UserError that begins with a flag and its value if is_wrong."""
-    if is_wrong:
-        raise UserError(f"{flag_text(args, name)}: {text}")
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, value))
+    return f"--{flag} {value}"
 
 
 def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
@@ -169,9 +165,8 @@ def add_speed_flags(parser):
         choices=["fp32", "tf32", "bf16", "fp16"],
         help=(
             "bf16 and fp16: mixed precision; tf32: matrix products are rounded; tf32 and fp16 "
-            "need a "
-            "GPU; default: "
-            "bf16 on a GPU that has it, else fp32; fp32 with an energy; a resumed run keeps its own"
+            "need a GPU; default: bf16 on a GPU that has it, else fp32; fp32 with an energy; a "
+            "resumed run keeps its own"
         ),
     )
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
@@ -201,11 +196,9 @@ def precisions():
 def check_precision(precision):
     """Raise UserError if this machine does not support that --precision; None is not checked."""
     if precision not in (None, *precisions()):
-        device = (
-            torch.cuda.get_device_name(local_rank())
-            if torch.cuda.is_available()
-            else "a machine without a GPU"
-        )
+        device = "a machine without a GPU"
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name(local_rank())
         raise UserError(
             f"--precision {precision}: does not work on {device}; use {' or '.join(precisions())}"
         )
@@ -230,9 +223,9 @@ def resolve_precision(precision, energy, kept=None):
 def check_devices():
     """Raise UserError if torchrun started more processes than this machine has GPUs (if any)."""
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
-        found = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
+        count = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
         raise UserError(
-            f"--nproc_per_node={found}: GPUs on this machine: {torch.cuda.device_count()}; start "
+            f"--nproc_per_node={count}: GPUs on this machine: {torch.cuda.device_count()}; start "
             "as many"
         )
 
@@ -241,20 +234,21 @@ def check_writable(flag, folder):
     """Raise UserError unless `folder` is writable or can be made. Leaves nothing behind."""
     if not str(folder):
         raise UserError(f"{flag} '': an empty name; name a folder")
-    place = Path(folder).absolute()
-    if any(len(os.fsencode(part)) > 255 for part in place.parts):
+    parent = Path(folder).absolute()
+    if any(len(os.fsencode(part)) > 255 for part in parent.parts):
         raise UserError(
             f"{flag} {str(folder)[:50]}...: a name of more than 255 bytes; use a shorter one"
         )
-    if not os.path.exists(place):
-        place = Path(os.path.normpath(place))  # new/../file is `file` once the folder `new` is made
-    while not os.path.lexists(place):  # a broken link blocks a folder, as a file does
-        place = place.parent
+    if not os.path.exists(parent):
+        # new/../file is `file` once the folder `new` is made
+        parent = Path(os.path.normpath(parent))
+    while not os.path.lexists(parent):  # a broken link blocks a folder, as a file does
+        parent = parent.parent
     try:
-        os.rmdir(tempfile.mkdtemp(dir=place))  # os.access allows root to write to /proc
+        os.rmdir(tempfile.mkdtemp(dir=parent))  # os.access allows root to write to /proc
     except OSError as error:
         raise UserError(
-            f"{flag} {folder}: {place} is not a writable folder; name another"
+            f"{flag} {folder}: {parent} is not a writable folder; name another"
         ) from error
 
 
