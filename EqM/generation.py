@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -501,61 +502,68 @@ def generate(
     the new frames uint8 (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without
     `energy`.
     """
-    starts = plan.window_starts
     most = count_evaluations(settings)
-    settings = settings | {"start_gamma": init_gamma}
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-    total = len(batches) * len(starts) * most
-    with Bar(
-        total=total, desc="sampling", unit="evaluation", leave=False, disable=rank() != 0
-    ) as bar:
+    bar = Bar(
+        total=len(batches) * len(plan.window_starts) * most,
+        desc="sampling",
+        unit="evaluation",
+        leave=False,
+        disable=rank() != 0,
+    )
 
-        def step(running):
-            bar.set_postfix_str(f"{running} running", refresh=False)
-            bar.update()
-            before_evaluation()
+    def step(running):
+        bar.set_postfix_str(f"{running} running", refresh=False)
+        bar.update()
+        before_evaluation()
 
+    with bar:
         for batch in batches:
-            condition = Condition.of(plan.conditions[batch], plan.model.config).to(device)
-            time_scale = torch.tensor([plan.time_scales[index] for index in batch], device=device)
-            clips = None
-            mask = None
-            tail = None
-            if given:
-                clips, mask = given(batch)
-                clips = clips.to(device)
-                mask = mask.to(device)
-                details = Details(clips, mask, keep_background)
-            for number, start in enumerate(starts):
-                end = bar.n + most
-                x = initial_latents(
-                    plan,
-                    batch,
-                    seed=seed,
-                    device=device,
-                    init=init,
-                    init_gamma=init_gamma,
-                    window=number,
-                )
-                masked = masked_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
-                latents, evaluations, energies = sample_window(
-                    plan,
-                    x,
-                    condition=condition,
-                    time_scale=time_scale,
-                    masked=masked,
-                    settings=settings,
-                    energy=energy,
-                    strict=strict,
-                    step=step,
-                )
+            start_of = partial(
+                initial_latents,
+                plan,
+                batch,
+                seed=seed,
+                device=device,
+                init=init,
+                init_gamma=init_gamma,
+            )
+            follow = partial(
+                sample_window,
+                plan,
+                condition=Condition.of(plan.conditions[batch], plan.model.config).to(device),
+                time_scale=torch.tensor([plan.time_scales[i] for i in batch], device=device),
+                settings=settings | {"start_gamma": init_gamma},
+                energy=energy,
+                strict=strict,
+                step=step,
+            )
+            clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
+            end = bar.n
+            for part in sample_windows(plan, start_of, follow, clips, mask, keep_background):
+                end += most
                 bar.update(end - bar.n)  # samples may all stop early
-                tail = latents[:, :, -plan.overlap :]
-                first = plan.overlap if number else 0
-                videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
-                if given:
-                    videos = details.add(videos, start + first)
-                yield batch, start + first, videos, evaluations, energies
+                yield batch, *part
+
+
+def sample_windows(plan, start_of, follow, clips, mask, keep_background):
+    """Sample the windows of a batch one after the other, and decode them.
+
+    start_of(window=number) returns initial latents; follow(x, masked=...) is `sample_window`.
+    clips, mask: the given frames, or None. Yields what `generate` does, without the indices.
+    """
+    details = None if mask is None else Details(clips, mask, keep_background)
+    tail = None
+    for window, start in enumerate(plan.window_starts):
+        x = start_of(window=window)
+        masked = masked_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
+        latents, evaluations, energies = follow(x, masked=masked)
+        tail = latents[:, :, -plan.overlap :]
+        first = plan.overlap if window else 0
+        videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
+        if details:
+            videos = details.add(videos, start + first)
+        yield start + first, videos, evaluations, energies
 
 
 def sample_window(plan, x, condition, time_scale, masked, settings, energy, strict, step):

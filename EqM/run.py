@@ -22,7 +22,6 @@ from runtime.cli import (
     UserError,
     check_writable,
     number,
-    plural,
     say,
     warnings_as_lines,
     writing,
@@ -32,7 +31,7 @@ from runtime.metrics import Metrics, StepStats, import_wandb
 from runtime.signals import StopSignal
 from runtime.untrusted import is_text
 from schedule import clip_lengths
-from video.index import CorruptVideos, fitting_interval, name_some, save_index
+from video.index import CorruptVideos, fitting_interval, log_data, log_skipped, save_index
 from video.loader import end_children
 
 # flags that `note_changes` does not report: harmless, or checked against the checkpoint
@@ -212,51 +211,6 @@ def log_run(run, args, config, model, data, first_step, last_step, device):
     )
     log_data(run.log, args, data)
     log_skipped(run.log, data)
-
-
-def log_skipped(log, data):
-    """Log how many files are too short for the longest clips, or can't be opened."""
-    longest = max(data.train)
-    short = f"{plural(data.num_too_short, 'file')} with fewer than {plural(longest, 'frame')}"
-    if data.val_too_short[longest]:
-        short += f" ({data.val_too_short[longest]} for validation)"
-    log(f"skipped: {short}, {plural(len(data.scan.unreadable), 'file')} that can't be opened")
-    for num_frames, count in data.val_too_short.items():
-        if num_frames > longest and count:
-            files = plural(count, "validation file")
-            log(f"skipped: {files} with fewer than the {num_frames} frames of --val-frames")
-
-
-def log_data(log, args, data):
-    """Log the number of training files, the validation files, and notes.
-
-    datasets/check.py prints the same.
-    """
-    most = max(data.train)
-    interval = args.frame_interval[-1]
-    kind = "video" if args.video else "image"
-    val = [video.path for video in data.val[most]]
-    log(
-        f"training: {plural(len(data.train[most]), kind)} in "
-        f"{plural(len(data.scan.classes), 'class')}; validation: {plural(len(val), kind)}, "
-        f"{name_some(val, 6)}"
-    )
-    for num_frames, videos in data.train.items():
-        clips = f"clips of {plural(num_frames, 'frame')}"
-        missing = sorted({*data.scan.classes} - {video.class_name for video in videos})
-        if missing:
-            log(
-                f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't "
-                "be learned; add some"
-            )
-        fits = [fitting_interval(video, num_frames, interval) for video in videos]
-        num_short = sum(fit < interval for fit in fits)
-        if num_short:
-            log(
-                f"note: --frame-interval {interval}: {clips} don't fit into {num_short} of "
-                f"{plural(len(videos), f'training {kind}')}; these use the largest interval that "
-                f"fits, {min(fits)} or more"
-            )
 
 
 # Flags --------------------------------------------------------------------------------------------

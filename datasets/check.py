@@ -34,7 +34,6 @@ import torch
 
 import models
 import preflight
-import run
 from checkpoint import Progress, Start
 from models import NAMES, EqM, model_shape
 from runtime import cli, distributed
@@ -55,7 +54,7 @@ from vae import REPOSITORIES, load_vae
 from video.clips import Clips
 from video.drawing import drawable, evenly_spaced
 from video.files import has_suffix, read_all_frames, why_unreadable
-from video.index import CorruptDataError, CorruptVideos, find_data, find_files, name_some
+from video.index import CorruptDataError, CorruptVideos, find_data, find_files, log_data, name_some
 from video.samples import is_sample_folder
 from video.source import THREADS, check_data_path, latents_settings, open_source, write_each
 from video.writers import MAX_ROWS, write_sheet
@@ -157,9 +156,11 @@ def main():
         corrupt = describe_videos(args, source)
         refusal = too_many_corrupt(args, source.scan, corrupt)
         data = check_data(args, source, corrupt)
-        run.log_data(say, args, data)
+        log_data(say, args, data)
         write_clips(args, data, out)
-        estimate(args, config, preflight.only_phase(args, Progress(), data).last_step, device)
+        estimate(
+            args, config, preflight.only_phase(args, Start(Progress()), data).last_step, device
+        )
     except UserError as error:
         refusal = refusal or error
     if source and not isinstance(refusal, CorruptDataError):

@@ -51,9 +51,11 @@ NAME_CLASSES = {  # what the others name without knowing it
     "train": {
         "classes",
         "class_dropout_prob",
+        "class_names",
         "labels",
     },  # of folders; of dropped conditions; of samples
     "train_vae": {"classes"},
+    "run": {"classes", "new_classes", "num_classes"},  # in the config of a run; two flags
     "checkpoint": {"new_classes"},  # a flag
     "runtime.cli": {"formatter_class"},  # of argparse
 }

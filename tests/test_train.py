@@ -76,7 +76,7 @@ def test_a_run_ends_at_its_global_step_or_after_its_epochs(max_steps, epochs, ex
     args = SimpleNamespace(max_steps=max_steps, epochs=epochs, num_frames=8, global_batch_size=4)
     data = SimpleNamespace(train={8: range(10)})
     progress = checkpoint.Progress(step=50, first_step=50)
-    assert preflight.only_phase(args, progress, data).last_step == expected
+    assert preflight.only_phase(args, checkpoint.Start(progress), data).last_step == expected
 
 
 def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypatch):
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(videos, tmp_path, monkeypatch, c
 
 
 def test_a_validation_loss_that_is_not_finite_is_no_best(videos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": torch.nan}, []))
+    monkeypatch.setattr(train, "validate", lambda *_, **__: ({"val_loss": torch.nan}, []))
     run_training(tmp_path / "r", *TRAIN, "--data-path", videos, "--max-steps", 2)
     assert (
         "step 2: validation loss nan; not finite: best.pt stays as it is" in capsys.readouterr().out
@@ -293,9 +293,9 @@ def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(training, tmp_pa
         monkeypatch.setattr(cli, "precisions", lambda: precisions)
         monkeypatch.setattr(train.os, "cpu_count", lambda: cores)
 
-    def make_loader_here(clips, batches, num_workers, *rest):
+    def make_loader_here(clips, batches, num_workers, **settings):
         workers.append(num_workers)
-        return make_loader(clips, batches, 0, *rest)
+        return make_loader(clips, batches, num_workers=0, **settings)
 
     def config_of(name="config.json"):
         return json.loads((run / name).read_text())

@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 
 import cache_latents
-import run
 import tiny_videos as tiny
 from training import error_of, no_space, record_calls, run_main
 from video.files import Video
-from video.index import find_data, index_path, save_index, scan_videos, split_videos
+from video.index import find_data, index_path, log_skipped, save_index, scan_videos, split_videos
 from video.inputs import find_clips
 from video.source import Files, check_data_path, open_source
 
@@ -277,7 +276,7 @@ def test_short_validation_videos_are_counted_and_the_longest_is_named_if_all_are
     assert {n: len(videos) for n, videos in data.val.items()} == {4: 3, 16: 1, 30: 1, 40: 1}
     assert data.num_too_short == 2
     log = []
-    run.log_skipped(log.append, data)
+    log_skipped(log.append, data)
     opened = "0 files that can't be opened"
     assert log[0] == f"skipped: 2 files with fewer than 16 frames (2 for validation), {opened}"
     for line, frames in zip(log[1:], (30, 40), strict=True):

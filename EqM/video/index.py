@@ -405,3 +405,48 @@ class CorruptVideos:
                 "delete them, or raise this limit"
             )
         return new
+
+
+def log_skipped(log, data):
+    """Log how many files are too short for the longest clips, or can't be opened."""
+    longest = max(data.train)
+    short = f"{plural(data.num_too_short, 'file')} with fewer than {plural(longest, 'frame')}"
+    if data.val_too_short[longest]:
+        short += f" ({data.val_too_short[longest]} for validation)"
+    log(f"skipped: {short}, {plural(len(data.scan.unreadable), 'file')} that can't be opened")
+    for num_frames, count in data.val_too_short.items():
+        if num_frames > longest and count:
+            files = plural(count, "validation file")
+            log(f"skipped: {files} with fewer than the {num_frames} frames of --val-frames")
+
+
+def log_data(log, args, data):
+    """Log the number of training files, the validation files, and notes.
+
+    datasets/check.py prints the same.
+    """
+    most = max(data.train)
+    interval = args.frame_interval[-1]
+    kind = "video" if args.video else "image"
+    val = [video.path for video in data.val[most]]
+    log(
+        f"training: {plural(len(data.train[most]), kind)} in "
+        f"{plural(len(data.scan.classes), 'class')}; validation: {plural(len(val), kind)}, "
+        f"{name_some(val, 6)}"
+    )
+    for num_frames, videos in data.train.items():
+        clips = f"clips of {plural(num_frames, 'frame')}"
+        missing = sorted({*data.scan.classes} - {video.class_name for video in videos})
+        if missing:
+            log(
+                f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't "
+                "be learned; add some"
+            )
+        fits = [fitting_interval(video, num_frames, interval) for video in videos]
+        num_short = sum(fit < interval for fit in fits)
+        if num_short:
+            log(
+                f"note: --frame-interval {interval}: {clips} don't fit into {num_short} of "
+                f"{plural(len(videos), f'training {kind}')}; these use the largest interval that "
+                f"fits, {min(fits)} or more"
+            )
