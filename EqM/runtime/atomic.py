@@ -44,8 +44,8 @@ def link(path, name):
     It replaces an older file of that name in one step.
     """
     path = Path(path)
-    # renaming would leave both
-    if path.with_name(name).exists() and path.samefile(path.with_name(name)):
+    target = path.with_name(name)
+    if target.exists() and path.samefile(target):  # renaming would leave both
         return
     temporary = path.with_name(name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def link(path, name):
     except OSError:  # a file system without hard links
         shutil.copyfile(path, temporary)
         sync(temporary)
-    os.replace(temporary, path.with_name(name))
+    os.replace(temporary, target)
     sync(path.parent)
 
 
@@ -74,7 +74,8 @@ def why_unwritable(path, error, needed=None):
     needed: the size of the file in bytes, if it is known.
     """
     path = Path(path)
-    if missing := [folder for folder in path.absolute().parents if not folder.exists()]:
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    if missing:
         return (
             f"{missing[-1]} was deleted or moved during the run; put it back, then continue "
             "(training: --resume)"
@@ -82,7 +83,8 @@ def why_unwritable(path, error, needed=None):
     if error.errno not in FULL:
         return f"{path} can't be written ({error.strerror or error})"
     disk = next(folder for folder in path.resolve().parents if folder.is_mount())
-    reason = f"{error.strerror}; the disk {disk} has {size_text(shutil.disk_usage(disk).free)} free"
+    free = size_text(shutil.disk_usage(disk).free)
+    reason = f"{error.strerror}; the disk {disk} has {free} free"
     if needed is not None:
         reason += f", the file needs {size_text(needed)}"
     return f"{path} can't be written ({reason}); {what_to_delete(path)}"
@@ -93,12 +95,13 @@ def what_to_delete(path):
     latest.pt do not share.
     """
     run = next((folder for folder in path.parents if (folder / "lock").exists()), path)
-    older = [
-        file for file in sorted(run.glob("checkpoints/[0-9]*.pt")) if file.stat().st_nlink == 1
-    ]
+    numbered = sorted(run.glob("checkpoints/[0-9]*.pt"))
+    older = [file for file in numbered if file.stat().st_nlink == 1]
     if not older:
         return "free some space there"
-    names = " to ".join(file.name for file in dict.fromkeys((older[0], older[-1])))
+    names = older[0].name
+    if len(older) > 1:
+        names += f" to {older[-1].name}"
     size = size_text(sum(file.stat().st_size for file in older))
     return f"free some space there, for example delete {names} ({size}) in {older[0].parent}"
 

@@ -64,8 +64,13 @@ def start(timeout=SHARE_TIME):
     if "RANK" in os.environ:
         # Python values need no GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        ranks = {"rank": rank(), "world_size": world_size()}
-        dist.init_process_group(backend, store=rendezvous_store(), timeout=timeout, **ranks)
+        dist.init_process_group(
+            backend,
+            store=rendezvous_store(),
+            timeout=timeout,
+            rank=rank(),
+            world_size=world_size(),
+        )
     return device
 
 
@@ -87,26 +92,28 @@ def rendezvous_store():
     """
     # torchrun started it before this process
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            socket.create_connection(place, STORE_TIME).close()
+            socket.create_connection(address, STORE_TIME).close()
         except OSError as error:
             raise ConnectionError(f"torchrun does not answer ({error}): start it again") from error
     store, _, _ = next(dist.rendezvous("env://", timeout=SHARE_TIME))
     # When torchrun restarts its ranks, its store still holds the addresses of the dead ranks (torch
     # 2.13). So rank 0 chooses a random prefix, and each other rank continues once rank 0 has
     # answered it under that prefix.
-    mine = uuid.uuid4().hex
+    word = uuid.uuid4().hex
     if rank() == 0:
-        store.set("attempt", mine)
+        store.set("attempt", word)
         for other in range(1, world_size()):
-            store.set(f"{mine}/{other}/answer", store.get(f"{mine}/{other}"))
-        return dist.PrefixStore(mine, store)
+            question = store.get(f"{word}/{other}")
+            store.set(f"{word}/{other}/answer", question)
+        return dist.PrefixStore(word, store)
     while True:
         attempt = store.get("attempt").decode()  # at first perhaps of an earlier attempt
-        store.set(f"{attempt}/{rank()}", mine)
-        answer = f"{attempt}/{rank()}/answer"
-        if store.check([answer]) and store.get(answer).decode() == mine:
+        question = f"{attempt}/{rank()}"
+        answer = f"{question}/answer"
+        store.set(question, word)
+        if store.check([answer]) and store.get(answer).decode() == word:
             return dist.PrefixStore(attempt, store)
         time.sleep(0.05)
 
@@ -140,7 +147,10 @@ def autocast(device, precision):
     # Casts are not cached: no weight is used twice, and the cache of a sharded network would
     # hold all weights
     return torch.autocast(
-        device.type, MIXED.get(precision), enabled=precision in MIXED, cache_enabled=False
+        device.type,
+        dtype=MIXED.get(precision),
+        enabled=precision in MIXED,
+        cache_enabled=False,
     )
 
 
@@ -191,7 +201,8 @@ def gather_in_order(rows):
     Every rank gets them.
     """
     rows = sorted(itertools.chain(*gather(rows)), key=lambda row: row[0])
-    return list(zip(*rows, strict=True))[1:]
+    _, *columns = zip(*rows, strict=True)
+    return columns
 
 
 def call_and_wait(function):
@@ -226,5 +237,8 @@ def collect(indices, items):
     if rank() != 0:
         return None
     # a rank without indices passes any tensor
-    indices, items = zip(*(part for part in parts if part[0]), strict=True)
-    return torch.cat(items)[torch.tensor(list(itertools.chain(*indices))).argsort()]
+    parts = [(indices, items) for indices, items in parts if indices]
+    indices = itertools.chain(*(indices for indices, _ in parts))
+    items = torch.cat([items for _, items in parts])
+    order = torch.tensor(list(indices)).argsort()
+    return items[order]

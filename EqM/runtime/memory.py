@@ -20,12 +20,13 @@ def free_bytes():
     """
     if sys.platform != "linux":
         return math.inf
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    machine = dict(line.split(":") for line in lines)  # "MemAvailable: 1024 kB"
+    free = int(machine["MemAvailable"].split()[0]) * 1024
     with suppress(OSError, ValueError):  # without a limit there is no such file, or "max" in it
-        limit, used = (
-            int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
-        )
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        stat = dict(line.split() for line in lines)
         free = min(free, limit - used + int(stat["inactive_file"]))  # the file cache can be freed
     return free

@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
 
+import itertools
 import json
 import math
 import re
@@ -53,10 +54,12 @@ def peak_tflops(name, precision):
 
     None if unknown, as in fp32, which uses other units.
     """
-    rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name))
-    # laptop chips have the names of faster ones
-    rate = None if "Laptop" in name else next(rates, None)
-    return rate and {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
+    if "Laptop" in name:  # laptop chips have the names of faster ones
+        return None
+    for model, rate in PEAK_TFLOPS.items():
+        if re.search(rf"\b{model}\b", name):
+            return {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
+    return None
 
 
 def device_stats(device, precision, tflops_per_s):
@@ -92,9 +95,8 @@ def read_metrics(path, notes=False):
         for line in file:
             try:
                 row = json.loads(line)
-                rows += (
-                    [row] if isinstance(row["step"], int) and (notes or "note" not in row) else []
-                )
+                if isinstance(row["step"], int) and (notes or "note" not in row):
+                    rows.append(row)
             except (ValueError, LookupError, TypeError, RecursionError):
                 torn += 1
     return rows, torn
@@ -117,7 +119,8 @@ class Metrics:
     """
 
     def __init__(self, folder, resume_step=0, wandb=False, config=None):
-        self.board = self.wandb = None
+        self.board = None
+        self.wandb = None
         if distributed.rank() != 0:
             return
         # takes a second to load; needed on rank 0 only
@@ -126,10 +129,9 @@ class Metrics:
         self.path = Path(folder, "metrics.jsonl")
         if self.path.exists():
             rows, _ = read_metrics(self.path, notes=True)
+            kept = [row for row in rows if row["step"] <= resume_step]
             with atomic_write(self.path) as file:
-                file.writelines(
-                    json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= resume_step
-                )
+                file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
         self.wandb = _start_wandb(Path(folder), config) if wandb else None
         self.board = SummaryWriter(str(folder), purge_step=resume_step + 1)
         self.path.touch()
@@ -174,14 +176,15 @@ class Metrics:
         if gif is not None:  # add_video would need moviepy to make the same GIF
             from tensorboard.compat.proto.summary_pb2 import Summary
 
-            value = Summary.Value(
-                tag=f"{name}_moving", image=Summary.Image(encoded_image_string=gif)
-            )
+            image = Summary.Image(encoded_image_string=gif)
+            value = Summary.Value(tag=f"{name}_moving", image=image)
             self.board.file_writer.add_summary(Summary(value=[value]), step)
         if self.wandb:
             wandb = import_wandb()
-            moving = {f"{name}_moving": wandb.Video(str(mp4), format="mp4")} if mp4 else {}
-            self.wandb.log({name: wandb.Image(sheet)} | moving, step=step)
+            pictures = {name: wandb.Image(sheet)}
+            if mp4:
+                pictures[f"{name}_moving"] = wandb.Video(str(mp4), format="mp4")
+            self.wandb.log(pictures, step=step)
 
     def close(self):
         if self.board is not None:
@@ -197,9 +200,15 @@ def _start_wandb(folder, config):
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex)
-    own = {"name": folder.name, "dir": folder, "config": config, "id": id_file.read_text()}
     try:
-        return wandb.init(project="EqM-Video", resume="allow", **own)
+        return wandb.init(
+            project="EqM-Video",
+            name=folder.name,
+            dir=folder,
+            config=config,
+            id=id_file.read_text(),
+            resume="allow",
+        )
     except wandb.Error as error:  # not logged in, no network
         raise UserError(
             f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
@@ -262,11 +271,10 @@ class StepStats:
         if "skipped" in self.names:
             nonfinite &= rows[:, self.names.index("skipped"), None] == 0
         if nonfinite.any():
-            self.raise_nonfinite(step, nonfinite.any(1).nonzero()[0].item())
-        return {
-            "names": self.names,
-            "rows": torch.cat([self.earlier.reshape(-1, rows.shape[1]), rows]),
-        }
+            index = nonfinite.any(1).nonzero()[0].item()
+            self.raise_nonfinite(step, index)
+        earlier = self.earlier.reshape(-1, rows.shape[1])
+        return {"names": self.names, "rows": torch.cat([earlier, rows])}
 
     def averages(self):
         return distributed.average(torch.stack(self.rows)).cpu()
@@ -278,21 +286,18 @@ class StepStats:
         """
         rows = self.averages()
         norm = self.names.index("grad_norm")
-        index %= len(rows)
         name = self.names[(~rows[index].isfinite()).nonzero()[0].item()]
-        own = self.rows[index].clone()
-        own[norm] = 0  # it is the same on all ranks, so it does not show the cause
-        parts = distributed.gather((own.isfinite().all().item(), self.files[index]))
-        ranks = [rank for rank, (is_finite, _) in enumerate(parts) if not is_finite] or range(
-            len(parts)
-        )
-        files = dict.fromkeys(file for rank in ranks for file in parts[rank][1])
-        norms = ", ".join(f"{value:.3g}" for value in rows[: index + 1, norm].tolist()[-8:])
+        values = self.rows[index].clone()
+        values[norm] = 0  # it is the same on all ranks, so it does not show the cause
+        parts = distributed.gather((values.isfinite().all().item(), self.files[index]))
+        ranks = [rank for rank, (is_finite, _) in enumerate(parts) if not is_finite]
+        ranks = ranks or range(len(parts))
+        files = dict.fromkeys(itertools.chain(*(parts[rank][1] for rank in ranks)))
+        norms = [f"{value:.3g}" for value in rows[: index + 1, norm].tolist()]
         raise UserError(
             f"the {name} of step {step - len(rows) + 1 + index} is not finite, on rank "
-            f"{', '.join(map(str, ranks))}, "
-            f"of {', '.join(files)}; gradient norms up to it: {norms}; the last checkpoint is "
-            "intact: try a lower --lr"
+            f"{', '.join(map(str, ranks))}, of {', '.join(files)}; gradient norms up to it: "
+            f"{', '.join(norms[-8:])}; the last checkpoint is intact: try a lower --lr"
         )
 
     def summary(self, step, global_batch):
@@ -300,7 +305,8 @@ class StepStats:
 
         The speeds are clips_per_s, tflops_per_s and wait_frac.
         """
-        columns = dict(zip(self.names, self.averaged(step)["rows"].double().unbind(1), strict=True))
+        rows = self.averaged(step)["rows"].double()
+        columns = dict(zip(self.names, rows.unbind(1), strict=True))
         skipped = columns.pop("skipped", None)
         counted = slice(None) if skipped is None else skipped == 0
         means = {name: values[counted].mean().item() for name, values in columns.items()}

@@ -30,7 +30,8 @@ def make_run_folder(results_dir, name):
     root = Path(results_dir)
     root.mkdir(parents=True, exist_ok=True)
     while True:
-        folder = root / f"{max(map(run_number, root.iterdir()), default=-1) + 1:03d}-{name}"
+        last = max(map(run_number, root.iterdir()), default=-1)
+        folder = root / f"{last + 1:03d}-{name}"
         with suppress(FileExistsError):  # two runs that start at once
             folder.mkdir()
             break
@@ -50,19 +51,20 @@ def name_similar(results_dir, name):
 
     "" if there is none.
     """
-    asked = RUN_NAME.fullmatch(f"0-{name}")
+    expected = RUN_NAME.fullmatch(f"0-{name}")
+    if not expected:
+        return ""
     for folder in sorted(Path(results_dir).glob("[0-9]*-EqM-*"), key=run_number, reverse=True):
-        if asked and (found := RUN_NAME.fullmatch(folder.name)):
-            flags = [
-                flag
-                for flag, value in asked.groupdict("").items()
-                if not fnmatch(found[flag] or "", value)
-            ]
-            if len(flags) == 1:
-                return (
-                    f"; {folder.name} differs only in --{flags[0].replace('_', '-')}: change it "
-                    "to resume that run"
-                )
+        run = RUN_NAME.fullmatch(folder.name)
+        if not run:
+            continue
+        flags = expected.groupdict("").items()
+        different = [flag for flag, value in flags if not fnmatch(run[flag] or "", value)]
+        if len(different) == 1:
+            return (
+                f"; {folder.name} differs only in --{different[0].replace('_', '-')}: change it to "
+                "resume that run"
+            )
     return ""
 
 
@@ -71,8 +73,11 @@ def results_of(ckpt):
 
     None for any other file and for a value that is not a path.
     """
-    place = Path(ckpt).parent if isinstance(ckpt, str) else Path()
-    return place.parent.parent if place.name == "checkpoints" and place.is_dir() else None
+    if not isinstance(ckpt, str):
+        return None
+    folder = Path(ckpt).parent
+    is_run = folder.name == "checkpoints" and folder.is_dir()
+    return folder.parent.parent if is_run else None
 
 
 def remove_temporary_files(folder):
@@ -134,10 +139,9 @@ def lock(folder):
                 ) from None
             time.sleep(0.1)
         except OSError as error:
-            reason = f"its file system has no file locks ({error.strerror})"
             say(
-                f"note: {folder} is not protected against a second writer, as {reason}: start one "
-                "run there at a time"
+                f"note: {folder} is not protected against a second writer, as its file system has "
+                f"no file locks ({error.strerror}): start one run there at a time"
             )
             break
     with writing(file.name):
