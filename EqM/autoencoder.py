@@ -1,5 +1,6 @@
 """The small VAE of train_vae.py: network, losses, PSNR, and the folder of --vae DIR."""
 
+import itertools
 import math
 import os
 import shutil
@@ -60,12 +61,8 @@ def residual_blocks(model):
 
 def hidden_matrices(model):
     """The weights that Muon trains: of the convolutions in these parts."""
-    return [
-        layer.weight
-        for part in hidden_parts(model)
-        for layer in part.modules()
-        if isinstance(layer, nn.Conv2d)
-    ]
+    layers = itertools.chain(*(part.modules() for part in hidden_parts(model)))
+    return [layer.weight for layer in layers if isinstance(layer, nn.Conv2d)]
 
 
 class Autoencoder(nn.Module):
@@ -80,11 +77,9 @@ class Autoencoder(nn.Module):
         of the latents).
         """
         posterior = self.model.encode(x).latent_dist
-        return (
-            self.model.decode(posterior.mean + posterior.std * noise).sample,
-            posterior.mean,
-            posterior.logvar,
-        )
+        latents = posterior.mean + posterior.std * noise
+        reconstruction = self.model.decode(latents).sample
+        return reconstruction, posterior.mean, posterior.logvar
 
 
 def draw_colors(random, most):
@@ -94,8 +89,10 @@ def draw_colors(random, most):
     """
     saturation = most * torch.rand((), generator=random)  # 0: gray
     gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
-    colors = torch.lerp(torch.full((3, 3), 1 / 3), torch.eye(3), saturation)
-    return gain * colors, 0.2 * torch.rand(3, 1, 1, generator=random) - 0.1
+    offset = 0.2 * torch.rand(3, 1, 1, generator=random) - 0.1
+    gray = torch.full((3, 3), 1 / 3)
+    colors = torch.lerp(gray, torch.eye(3), saturation)
+    return gain * colors, offset
 
 
 def jitter_colors(x, seed, indices, share):
@@ -110,11 +107,11 @@ def jitter_colors(x, seed, indices, share):
         random = generator(seed, "colors", 0, index)
         if torch.rand((), generator=random) < share:
             colors, shift = draw_colors(random, most=4)  # pale videos become colorful
-            matrix.copy_(colors[torch.randperm(3, generator=random)])
+            order = torch.randperm(3, generator=random)
+            matrix.copy_(colors[order])
             offset.copy_(shift)
-    return (torch.einsum("bij,bjhw->bihw", matrices.to(x.device), x) + offsets.to(x.device)).clamp(
-        -1, 1
-    )
+    x = torch.einsum("bij,bjhw->bihw", matrices.to(x.device), x)
+    return (x + offsets.to(x.device)).clamp(-1, 1)
 
 
 def losses_of(x, reconstruction, mean, logvar):
@@ -122,9 +119,14 @@ def losses_of(x, reconstruction, mean, logvar):
     divergence per latent value (Kingma and Welling, arXiv 1312.6114, appendix B).
     """
     error = reconstruction.float() - x
-    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
-    return {"pixel_loss": error.abs().mean(), "gradient_loss": gradient, "kl_loss": KL_WEIGHT * kl}
+    mean = mean.float()
+    logvar = logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return {
+        "pixel_loss": error.abs().mean(),
+        "gradient_loss": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
+        "kl_loss": KL_WEIGHT * kl,
+    }
 
 
 def psnr(real, decoded):
@@ -146,7 +148,9 @@ def measure(model, loader, device):
     rows = []
     corrupt = []
     vae = VAE("measured", model)
-    vae.scale, vae.shift = 1.0, 0.0  # the values of an earlier export would change the last bits
+    # the values of an earlier export would change the last bits
+    vae.scale = 1.0
+    vae.shift = 0.0
     for batch in batches_of(loader):
         clips = batch["clips"].to(device)  # (B, 3, 1, H, W)
         mean, std = vae.posterior(clips)  # in float32, like caches and samples
@@ -154,17 +158,13 @@ def measure(model, loader, device):
         mean = mean.double().flatten(1)
         std = std.double().flatten(1)
         second_moments = (mean.square() + std.square()).mean(dim=1)
-        columns = batch["indices"], errors, mean.mean(dim=1), second_moments
+        columns = [batch["indices"], errors, mean.mean(dim=1), second_moments]
         rows += torch.stack([column.double().cpu() for column in columns], dim=1).tolist()
         corrupt += batch["corrupt"]
-    values, means, squares = (
-        math.fsum(column) / len(column) for column in distributed.gather_in_order(rows)
-    )
-    return {
-        "psnr": values,
-        "latent_mean": means,
-        "latent_std": math.sqrt(squares - means**2),
-    }, corrupt
+    columns = distributed.gather_in_order(rows)
+    mean_psnr, mean, second_moment = [math.fsum(column) / len(column) for column in columns]
+    std = math.sqrt(second_moment - mean**2)
+    return {"psnr": mean_psnr, "latent_mean": mean, "latent_std": std}, corrupt
 
 
 def export(model, folder, statistics):
@@ -173,9 +173,10 @@ def export(model, folder, statistics):
     A kill may leave no folder, but never half of one.
     """
     folder = Path(folder)
-    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(folder.name + ".new")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+    shutil.rmtree(old, ignore_errors=True)
     model.register_to_config(
         scaling_factor=1 / statistics["latent_std"], shift_factor=statistics["latent_mean"]
     )

@@ -37,28 +37,28 @@ def inflate(
     rotary time or the temporal patch.
     """
     pt = temporal_patch_size or config.patch_size
-    time = {}
+    positions = {}
     if not config.use_rope:
-        split = f"{split_head(config.head_dim)[0]},0,0"
-        time = {
+        time_channels, _, _ = split_head(config.head_dim)
+        positions = {
             "use_rope": True,
             "rope_theta": rope_theta or config.rope_theta,
-            "rope_split": split,
+            "rope_split": f"{time_channels},0,0",
+            "position_table": "space",
         }
-        time |= {"position_table": "space"}
-    config = replace(config, num_frames=num_frames, temporal_patch_size=pt, **time)
+    config = replace(config, num_frames=num_frames, temporal_patch_size=pt, **positions)
     config.check_num_frames(num_frames)
 
-    kernel, of_rate, bias = (
-        weights[name].float()
-        for name in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias")
-    )
+    kernel = weights["x_embedder.proj.weight"].float()
+    of_rate = weights["t_embedder.mlp.0.weight"].float()
+    bias = weights["t_embedder.mlp.0.bias"].float()
     # of the image model's frame rate
     features = number_features(torch.log2(torch.tensor(REFERENCE_FPS * time_scale)))
-    output = [f"final_layer.linear.{name}" for name in ("weight", "bias")]
-    return weights | {
+    inflated = weights | {
         "x_embedder.proj.weight": kernel.expand(-1, -1, pt, -1, -1) / pt,  # (D, C, pt, p, p)
         "t_embedder.mlp.0.weight": torch.zeros_like(of_rate),
         "t_embedder.mlp.0.bias": bias + of_rate @ features,
-        **{name: torch.cat([weights[name]] * pt) for name in output},  # (pt p q c, ...)
-    }, config
+    }
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        inflated[name] = torch.cat([weights[name]] * pt)  # (pt p q c, ...)
+    return inflated, config

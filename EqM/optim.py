@@ -153,10 +153,8 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     for _ in range(steps):
         gram = x.mT @ x if is_tall else x @ x.mT  # of the shorter side
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        if is_tall:
-            x = torch.baddbmm(x, x, factor, beta=a)
-        else:
-            x = torch.baddbmm(x, factor, x, beta=a)
+        left, right = (x, factor) if is_tall else (factor, x)
+        x = torch.baddbmm(x, left, right, beta=a)
     return x.bfloat16()
 
 

@@ -12,12 +12,15 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from models import SHAPE, EqMConfig, model_name, model_shape, position_table
+from models import EqMConfig, model_name, model_shape, position_table
 from runtime.cli import UserError
 from runtime.untrusted import read_json
 
-EXPORT = ("model.safetensors", "config.json")
-CARD, VAE_FOLDER = "README.md", "vae"
+# of an exported folder
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+CARD = "README.md"
+VAE_FOLDER = "vae"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # mean nothing on another machine
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "inflate", "vae"}
@@ -33,24 +36,28 @@ def write_export(folder, state, dtype, card, vae=None):
     config = state["config"]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
-    training = {
-        name: value for name, value in config["training"].items() if name not in LOCAL_FLAGS
+    flags = config["training"].items()
+    about = {
+        "version": state["version"],
+        "step": state["step"],
+        "dtype": dtype,
+        **config,
+        "training": {name: value for name, value in flags if name not in LOCAL_FLAGS},
     }
-    data = config["data"] | ({"vae": VAE_FOLDER, "vae_sha256": vae.sha256} if vae else {})
-    own = {"version": state["version"], "step": state["step"], "dtype": dtype}
-    about = own | config | {"data": data, "training": training}
+    if vae:
+        about["data"] = config["data"] | {"vae": VAE_FOLDER, "vae_sha256": vae.sha256}
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
     temporary.mkdir(parents=True)
     try:
-        (temporary / EXPORT[0]).write_bytes(
-            safetensors.torch.save(weights, metadata={"format": "pt"})
-        )
-        (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
+        content = safetensors.torch.save(weights, metadata={"format": "pt"})
+        (temporary / WEIGHTS).write_bytes(content)
+        (temporary / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
         (temporary / CARD).write_text(card, encoding="utf-8")
         if vae:
             (temporary / VAE_FOLDER).mkdir()
-            for file in (*Path(vae.name).glob("*.json"), *Path(vae.name).glob("*.safetensors")):
-                shutil.copyfile(file, temporary / VAE_FOLDER / file.name)
+            for file in Path(vae.name).iterdir():
+                if file.suffix in (".json", ".safetensors"):
+                    shutil.copyfile(file, temporary / VAE_FOLDER / file.name)
         os.replace(temporary, folder)
     except OSError:
         shutil.rmtree(temporary)
@@ -63,27 +70,22 @@ def read_export(folder):
     Raises UserError.
     """
     flag = f"--ckpt {folder}"
-    (weights, about) = (Path(folder, name) for name in EXPORT)
-    if missing := [path.name for path in (weights, about) if not path.is_file()]:
-        files = [
-            *Path(folder).glob("checkpoints/best.pt"),
-            *Path(folder).glob("*/checkpoints/best.pt"),
-        ]
-        best = max(files, key=os.path.getmtime, default=None)
-        expected = (
-            f"a checkpoint file such as {best}"
-            if best
-            else "a checkpoint file or what scripts/export.py wrote"
-        )
-        raise UserError(f"{flag}: a folder without {missing[0]}; expected {expected}")
+    folder = Path(folder)
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            files = [*folder.glob("checkpoints/best.pt"), *folder.glob("*/checkpoints/best.pt")]
+            best = max(files, key=os.path.getmtime, default=None)
+            example = f"such as {best}" if best else "or what scripts/export.py wrote"
+            raise UserError(
+                f"{flag}: a folder without {name}; expected a checkpoint file {example}"
+            )
     try:
-        about = read_json(about)
+        about = read_json(folder / CONFIG)
         config = {part: about[part] for part in ("model", "data", "training")}
         if config["data"].get("vae") == VAE_FOLDER:
-            config["data"]["vae"] = os.path.abspath(Path(folder, VAE_FOLDER))
-        weights = {
-            name: value.float() for name, value in safetensors.torch.load_file(weights).items()
-        }
+            config["data"]["vae"] = os.path.abspath(folder / VAE_FOLDER)
+        stored = safetensors.torch.load_file(folder / WEIGHTS)
+        weights = {name: value.float() for name, value in stored.items()}
         return config, weights, weights, about["step"], about["version"]
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"{flag}: damaged ({str(error)[:200]}); copy or export it again") from error
@@ -96,17 +98,22 @@ def published_parts(state):
     """(weights, EMA weights, args as a dict) of a published file; None if it is something else."""
 
     def is_network(part):
-        names = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
-        return isinstance(part, dict) and all(torch.is_tensor(part.get(name)) for name in names)
+        if not isinstance(part, dict):
+            return False
+        names = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight")
+        return all(torch.is_tensor(part.get(name)) for name in names)
 
     if is_network(state):
         return state, state, {}
     if not isinstance(state, dict) or {"version", "config"} & state.keys():
         return None
     networks = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
+    if not networks:
+        return None
     args = state.get("args") or {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return (networks[0], networks[-1], args) if networks else None
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return networks[0], networks[-1], args
 
 
 def load_published(path, model, ema, args, name, ebm):
@@ -155,11 +162,14 @@ def published_config(state, name, ebm):
     if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    depth = len({weight.split(".")[1] for weight in state if weight.startswith("blocks.")})
-    num_heads = model_shape(name)["num_heads"]  # not visible in weights
-    shape = dict(zip(SHAPE, (depth, width, num_heads, patch_size), strict=True))
-    if (got := model_name(**shape)) != name:
-        raise ValueError(f"holds {got}, expected {name}; pass another --model")
+    shape = {
+        "depth": len({weight.split(".")[1] for weight in state if weight.startswith("blocks.")}),
+        "hidden_size": width,
+        "num_heads": model_shape(name)["num_heads"],  # not visible in weights
+        "patch_size": patch_size,
+    }
+    if model_name(**shape) != name:
+        raise ValueError(f"holds {model_name(**shape)}, expected {name}; pass another --model")
     return EqMConfig(
         input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         temporal_patch_size=1,
@@ -177,19 +187,21 @@ def convert_published(state, config):
     """
     state = dict(state)
     table = position_table(config)
-    theirs = state.pop("pos_embed")
-    rounded = table.to(theirs.dtype).float()  # their file may be in half precision
-    if theirs.shape != table.shape or not torch.allclose(theirs.float(), rounded, atol=1e-5):
-        side = f"{config.input_size} x {config.input_size} in patches of {config.patch_size}"
+    published_table = state.pop("pos_embed")
+    table = table.to(published_table.dtype).float()  # their file may be in half precision
+    is_equal = published_table.shape == table.shape and torch.allclose(
+        published_table.float(), table, atol=1e-5
+    )
+    if not is_equal:
         raise ValueError(
-            f"its pos_embed is not our table for {side}; a model with other positions can't be used"
+            f"its pos_embed is not our table for {config.input_size} x {config.input_size} in "
+            f"patches of {config.patch_size}; a model with other positions can't be used"
         )
-    # (D, C, 1, p, p)
-    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)
-    values = config.values_per_token
+    kernel = state["x_embedder.proj.weight"]
+    state["x_embedder.proj.weight"] = kernel.unsqueeze(2)  # (D, C, 1, p, p)
     C = config.in_channels
-    # without their unused second half, sigma
-    for name in "final_layer.linear.weight", "final_layer.linear.bias":
-        if name in state and len(state[name]) == 2 * values:
-            state[name] = state[name].unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in state and len(state[name]) == 2 * config.values_per_token:
+            field_and_sigma = state[name].unflatten(0, (-1, 2 * C))
+            state[name] = field_and_sigma[:, :C].flatten(0, 1)  # sigma is not used
     return state

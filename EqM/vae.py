@@ -18,7 +18,8 @@ from runtime.rng import normal
 from runtime.untrusted import file_sha256
 
 REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHUNK = 8  # frames per call of the model; 64 frames of 256 px at once would not fit on many GPUs
 
 
@@ -29,7 +30,11 @@ class VAE(nn.Module):
     weights. Without a model, latents are pixels.
     """
 
-    channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
+    # of pixels
+    channels = 3
+    downsample = 1
+    scale = 1.0
+    shift = 0.0
 
     def __init__(self, name, model=None, sha256=None):
         super().__init__()
@@ -37,10 +42,11 @@ class VAE(nn.Module):
         self.model = model
         self.sha256 = sha256
         if model is not None:
-            self.channels = model.config.latent_channels
-            self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
-            self.scale = model.config.scaling_factor
-            self.shift = model.config.shift_factor or 0.0
+            config = model.config
+            self.channels = config.latent_channels
+            self.downsample = 2 ** (len(config.block_out_channels) - 1)
+            self.scale = config.scaling_factor
+            self.shift = config.shift_factor or 0.0
 
     @torch.no_grad()
     def posterior(self, clips):
@@ -59,7 +65,8 @@ class VAE(nn.Module):
 
     def encode(self, clips):
         """uint8 (B, 3, T, H, W) -> scaled mean latents (B, C, T, h, w)"""
-        return (self.posterior(clips)[0] - self.shift) * self.scale
+        mean, _ = self.posterior(clips)
+        return (mean - self.shift) * self.scale
 
     def latents_of(self, clips, seed, stream, indices):
         """Scaled latents (B, C, T, h, w) of a batch, with posterior noise that depends only on
@@ -68,13 +75,20 @@ class VAE(nn.Module):
         clips: uint8 (B, 3, T, H, W), or mean and std from a latent cache, float16 (B, 2, C, T, h,
         w).
         """
-        latents, std = (
-            self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
-        )
+        if clips.dtype == torch.uint8:
+            latents, std = self.posterior(clips)
+        else:
+            latents, std = clips.float().unbind(1)
         if std is not None:
-            latents = latents + std * normal(
-                seed, "posterior", stream, indices, std.shape[1:], std.device
+            noise = normal(
+                seed=seed,
+                purpose="posterior",
+                stream=stream,
+                indices=indices,
+                shape=std.shape[1:],
+                device=std.device,
             )
+            latents = latents + std * noise
         return (latents - self.shift) * self.scale
 
     @torch.no_grad()
@@ -85,11 +99,8 @@ class VAE(nn.Module):
             pixels = frames if self.model is None else self.model.decode(frames).sample
             return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-        return (
-            _by_frames(decode, latents.float() / self.scale + self.shift)
-            .permute(0, 2, 3, 4, 1)
-            .contiguous()
-        )
+        videos = _by_frames(decode, latents.float() / self.scale + self.shift)
+        return videos.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def must_differ(name, made):
@@ -97,11 +108,9 @@ def must_differ(name, made):
 
     The name of a directory says nothing.
     """
-    return (
-        bool(made)
-        and name != made
-        and ("none" in (name, made) or {name, made} <= REPOSITORIES.keys())
-    )
+    if not made or name == made:
+        return False
+    return "none" in (name, made) or {name, made} <= REPOSITORIES.keys()
 
 
 def load_vae(typed, made=None, owner=None):
@@ -127,36 +136,42 @@ def load_vae(typed, made=None, owner=None):
     from diffusers.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)  # our line says what is wrong
-    settings = {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        model, info = AutoencoderKL.from_pretrained(directory, use_safetensors=True, **settings)
+        model, info = AutoencoderKL.from_pretrained(
+            directory,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
     except Exception as error:  # missing and damaged files raise errors of many kinds
         reason = textwrap.shorten(str(error), 300).rstrip(".")
         raise UserError(
             f"--vae {name}: {reason}; pass the directory of a diffusers AutoencoderKL"
         ) from error
-    if missing := info["missing_keys"]:  # diffusers would initialize them at random
+    missing = info["missing_keys"]
+    if missing:  # diffusers would initialize them at random
         raise UserError(
             f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} "
             "first"
         )
-    parts = [file_sha256(path) for path in sorted(Path(directory).glob("*.safetensors"))]
-    sha256 = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    place = name if name in REPOSITORIES else os.path.abspath(name)
-    return VAE(place, model.requires_grad_(False).eval(), sha256)
+    hashes = [file_sha256(path) for path in sorted(Path(directory).glob("*.safetensors"))]
+    sha256 = hashes[0]
+    if len(hashes) > 1:
+        sha256 = hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    name = name if name in REPOSITORIES else os.path.abspath(name)
+    return VAE(name, model.requires_grad_(False).eval(), sha256)
 
 
-def check_same(vae, sha256, place):
+def check_same(vae, sha256, owner):
     """Raise UserError unless a VAE's weights have this SHA-256.
 
     None, as in older files, is not checked.
     """
     if sha256 not in (None, vae.sha256):
-        hashes = (
-            f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with "
-            f"{sha256[:12]}..."
+        raise UserError(
+            f"--vae {vae.name}: another VAE: its weights have SHA-256 {str(vae.sha256)[:12]}..., "
+            f"{owner} was made with {sha256[:12]}...; pass the path of that one"
         )
-        raise UserError(f"--vae {vae.name}: another VAE: {hashes}; pass the path of that one")
 
 
 def _download(name):
@@ -169,24 +184,27 @@ def _download(name):
 
     repo = REPOSITORIES[name]
     try:
-        files = [hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)]
+        hf_hub_download(repo, CONFIG, local_files_only=True)
+        weights = hf_hub_download(repo, WEIGHTS, local_files_only=True)
     except LocalEntryNotFoundError:
         say(
             f"--vae {name}: downloading {repo} (335 MB, once; without internet, pass a directory "
             "that holds it)"
         )
         try:
-            files = [hf_hub_download(repo, file) for file in (CONFIG, WEIGHTS)]
+            hf_hub_download(repo, CONFIG)
+            weights = hf_hub_download(repo, WEIGHTS)
         except OSError as error:  # huggingface_hub's errors: no connection, HTTP status, disk full
-            advice = "copy it to this machine and pass its directory, or use --vae none"
             raise UserError(
-                f"--vae {name}: can't download {repo} ({type(error).__name__}): {advice}"
+                f"--vae {name}: can't download {repo} ({type(error).__name__}): copy it to this "
+                "machine and pass its directory, or use --vae none"
             ) from error
-    return os.path.dirname(files[0])
+    return os.path.dirname(weights)
 
 
 def _by_frames(function, clips):
     """Apply a function of frames (n, C, H, W) to clips (B, C, T, H, W), CHUNK frames at a time."""
+    B, _, T = clips.shape[:3]
     frames = clips.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
     frames = torch.cat([function(part) for part in frames.split(CHUNK)])
-    return frames.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
+    return frames.unflatten(0, (B, T)).transpose(1, 2)

@@ -113,7 +113,7 @@ def main():
         with writing(args.folder):
             published.write_export(args.folder, state, args.dtype, card, vae)
         size = sum(file.stat().st_size for file in Path(args.folder).rglob("*")) / 1e6
-        names = [*published.EXPORT, published.CARD]
+        names = [published.WEIGHTS, published.CONFIG, published.CARD]
         if vae:
             names.append(f"{published.VAE_FOLDER}/")
         say(f"{args.folder}: {', '.join(names)}, {size:.1f} MB; use it as --ckpt {args.folder}")
