@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from runtime.cli import (
     ArgumentParser,
@@ -34,13 +34,12 @@ from scoring.plots import COLORS, plt, save_figure
 from video.drawing import drawable
 
 METRICS = "metrics.jsonl"
+COMPUTE = {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
+TIME = {"days": 86400, "h": 3600, "min": 60, "s": 1}
 X_AXES = {  # key in metrics.jsonl -> name of the axis, its units in units of the logged value
     "step": ("step", {"": 1}),
-    "flops": (
-        "training compute",
-        {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6},
-    ),
-    "seconds": ("wall time", {"days": 86400, "h": 3600, "min": 60, "s": 1}),
+    "flops": ("training compute", COMPUTE),
+    "seconds": ("wall time", TIME),
 }
 CUMULATIVE = "flops", "seconds"  # counted from the start of a run
 CURVES = [{"color": color, "linestyle": dashes} for dashes in ("-", "--", ":") for color in COLORS]
@@ -91,21 +90,22 @@ def load_runs(places):
     """
     runs = {}
     for place in map(Path, places):
-        files = (
-            [place / METRICS] if (place / METRICS).exists() else sorted(place.glob(f"*/{METRICS}"))
-        )
-        found = {}
+        files = sorted(place.glob(f"*/{METRICS}"))
+        if (place / METRICS).exists():
+            files = [place / METRICS]
+        logged = {}
         for file in files:
             rows, torn = read_metrics(file)
-            found |= {file.parent.resolve(): rows} if rows else {}
+            if rows:
+                logged[file.parent.resolve()] = rows
             if torn:
                 say(f"{file}: {plural(torn, 'torn line')} skipped")
-        if not found:
+        if not logged:
             what = f"{METRICS} has no step yet" if files else f"no {METRICS}, nor a folder with one"
             raise UserError(
                 f"RUN {place}: {what}; name a run folder of train.py that has logged a step"
             )
-        runs |= found
+        runs |= logged
     return runs
 
 
@@ -121,44 +121,49 @@ def find_start(folder, runs):
 
     None if the folder is not in `runs`.
     """
-    first = runs[folder][0]["step"]
     config = json.loads((folder / "config.json").read_text())
-    if not config["training"]["ckpt"]:
+    ckpt = config["training"]["ckpt"]
+    if not ckpt:
         return None  # from scratch
-    ckpt = Path(config["training"]["ckpt"])
+    ckpt = Path(ckpt)
     run = ckpt.parts[-4:-2]  # EXP/RUN of EXP/RUN/checkpoints/FILE; folders above EXP may have moved
-    step = int(ckpt.stem) if ckpt.stem.isdecimal() else first - 1  # best.pt has no step in its name
-    found = [
-        other
-        for other, rows in runs.items()
-        if other.parts[-len(run) :] == run and rows[0]["step"] <= step
-    ]
-    if run and found:
-        # its own experiment first
-        return step, min(found, key=lambda other: other.parent != folder.parent)
-    say(
-        f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count from "
-        "there"
-    )
-    return None
+    first = runs[folder][0]
+    step = first["step"] - 1
+    if ckpt.stem.isdecimal():  # best.pt has no step in its name
+        step = int(ckpt.stem)
+    candidates = []
+    for other, rows in runs.items():
+        if other.parts[-len(run) :] == run and rows[0]["step"] <= step:
+            candidates.append(other)
+    if not candidates:
+        say(
+            f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count "
+            "from there"
+        )
+        return None
+    # its own experiment first
+    return step, min(candidates, key=lambda other: other.parent != folder.parent)
 
 
 def make_curve(folder, runs, starts):
     """The Curve of a run and all its predecessors."""
     chain = [(math.inf, folder)]  # (last step on the curve, run)
-    while start := starts[chain[0][1]]:
+    start = starts[folder]
+    while start:
         chain.insert(0, start)
+        start = starts[start[1]]
     phases = []
-    before = {}
-    for last, part in chain:
-        rows = [row for row in runs[part] if row["step"] <= last]
-        rows = [
-            row | {name: row[name] + before.get(name, 0) for name in CUMULATIVE if name in row}
-            for row in rows
-        ]
-        before = {name: rows[-1].get(name, 0) for name in CUMULATIVE}
+    before = dict.fromkeys(CUMULATIVE, 0)
+    for last, run in chain:
+        rows = [dict(row) for row in runs[run] if row["step"] <= last]
+        for name in CUMULATIVE:
+            for row in rows:
+                if name in row:
+                    row[name] += before[name]
+            before[name] = rows[-1].get(name, 0)
         for num_frames, group in itertools.groupby(rows, key=lambda row: row.get("num_frames")):
-            phases.append((f"f{num_frames}" if num_frames else part.name, list(group)))
+            name = f"f{num_frames}" if num_frames else run.name
+            phases.append((name, list(group)))
     return Curve(f"{folder.parent.name}/{folder.name}", phases)
 
 
@@ -169,34 +174,40 @@ def plot_curves(curves, relative=False):
     """The figure: rows for training and validation losses, columns for X_AXES of all curves."""
     rows = [row for curve in curves for row in curve.rows]
     longest = max(len(curve.rows) for curve in curves)
-    # window: lines that a thick curve averages
-    names = {*itertools.chain(*rows)}
-    window = max(1, longest // 20)
-    losses = {
-        "training": "train_loss" + "_rel" * relative,
-        "validation": validation_loss(rows, relative),
-    }
-    losses = {title: name for title, name in losses.items() if title == "training" or name in names}
-    axes = [axis for axis in X_AXES if all(axis in row for row in rows)]
-    size = 1 + 5.5 * len(axes), 3 + 3.5 * len(losses)
+    window = max(1, longest // 20)  # lines that a thick curve averages
+    losses = {"training": "train_loss_rel" if relative else "train_loss"}
+    validation = validation_loss(rows, relative)
+    if any(validation in row for row in rows):
+        losses["validation"] = validation
+    logged = set(rows[0]).intersection(*rows)  # by each run at each step
+    axes = [axis for axis in X_AXES if axis in logged]
     figure, grid = plt.subplots(
-        len(losses), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False
+        nrows=len(losses),
+        ncols=len(axes),
+        figsize=(1 + 5.5 * len(axes), 3 + 3.5 * len(losses)),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
     )
-    for panels, axis in zip(grid.T, axes, strict=True):
-        plot_column(panels, axis, curves, [*losses.values()], window)
-    for panel, (title, name) in zip(grid[:, 0], losses.items(), strict=True):
-        scale_losses(panel)
-        panel.set_ylabel(f"{title} loss" + (" / loss of zero" if name.endswith("_rel") else ""))
-    labels = [drawable(curve.label, f"run {number}") for number, curve in enumerate(curves)]
-    lines = [style | {"label": label} for label, style in zip(labels, itertools.cycle(CURVES))]
-    if window > 1:
-        lines.append(
-            {
-                "color": "none",
-                "label": f"training: thin as logged, thick the mean of {window} lines",
-            }
+    for column, axis in enumerate(axes):
+        plot_column(
+            panels=grid[:, column],
+            axis=axis,
+            curves=curves,
+            losses=list(losses.values()),
+            window=window,
         )
-    handles = [plt.Line2D([], [], linewidth=2, **line) for line in lines]
+    for panel, title in zip(grid[:, 0], losses, strict=True):
+        scale_losses(panel)
+        unit = " / loss of zero" if losses[title].endswith("_rel") else ""
+        panel.set_ylabel(f"{title} loss{unit}")
+    handles = []
+    for number, (curve, style) in enumerate(zip(curves, itertools.cycle(CURVES))):
+        label = drawable(curve.label, f"run {number}")
+        handles.append(plt.Line2D([], [], linewidth=2, label=label, **style))
+    if window > 1:
+        note = f"training: thin as logged, thick the mean of {window} lines"
+        handles.append(plt.Line2D([], [], color="none", label=note))
     figure.legend(handles=handles, loc="outside lower center", frameon=False)
     return figure
 
@@ -214,23 +225,25 @@ def plot_column(panels, axis, curves, losses, window):
 
     losses: their names.
     """
-    (name, units) = X_AXES[axis]
+    name, units = X_AXES[axis]
     longest = max(curve.rows[-1][axis] for curve in curves)
-    unit, size = next(
-        (pair for pair in units.items() if longest >= 2 * pair[1]), [*units.items()][-1]
-    )
+    large = [unit for unit in units if longest >= 2 * units[unit]]
+    unit = large[0] if large else min(units, key=units.get)
+    size = units[unit]
+    training, *others = panels
     for curve, style in zip(curves, itertools.cycle(CURVES)):
+        thick = style | {"linewidth": 2}
         line = partial(points, curve, axis, size)
         if window > 1:
-            panels[0].plot(*line(losses[0]), **style, linewidth=0.8, alpha=0.6)
-        panels[0].plot(*line(losses[0], window), **style, linewidth=2)
-        for panel, loss in zip(panels[1:], losses[1:], strict=True):
-            panel.plot(*line(loss), **style, linewidth=2, marker=".", markersize=8)
-    mark_phases(panels, curves, axis, size)
-    panels[-1].set_xlabel(f"{name} ({unit})" if unit else name)
-    panels[-1].xaxis.set(
-        major_locator=MaxNLocator(5), major_formatter=FuncFormatter(lambda x, _: f"{x:,.10g}")
-    )
+            training.plot(*line(losses[0]), **style, linewidth=0.8, alpha=0.6)
+        training.plot(*line(losses[0], window), **thick)
+        for panel in others:
+            panel.plot(*line(losses[1]), **thick, marker=".", markersize=8)
+    mark_phases(panels=panels, curves=curves, axis=axis, size=size)
+    lowest = panels[-1]
+    lowest.set_xlabel(f"{name} ({unit})" if unit else name)
+    lowest.xaxis.set_major_locator(MaxNLocator(5))
+    lowest.xaxis.set_major_formatter("{x:,.10g}")
 
 
 def points(curve, axis, size, name, window=1):
@@ -240,59 +253,82 @@ def points(curve, axis, size, name, window=1):
     """
     parts = []
     for _, rows in curve.phases:
-        pairs = [(row[axis] / size, row[name]) for row in rows if name in row]
-        x, y = np.array(pairs, float).reshape(-1, 2).T
-        parts.append((x, smooth(y, window) if window > 1 else y))
+        rows = [row for row in rows if name in row]
+        x = [row[axis] / size for row in rows]
+        y = np.array([row[name] for row in rows], float)
+        if window > 1:
+            y = smooth(y, window)
+        parts.append((x, y))
     return np.hstack(parts)
 
 
 def smooth(y, window):
     """Mean over `window` values around each value of y (n,), fewer at both ends, without NaNs."""
     first = np.arange(len(y)) - window // 2
-    first, last = first.clip(0), (first + window).clip(max=len(y))
-    sums, counts = (np.cumsum([0, *part]) for part in (np.nan_to_num(y), np.isfinite(y)))
+    last = (first + window).clip(max=len(y))
+    first = first.clip(0)
+    sums = np.cumsum([0, *np.nan_to_num(y)])
+    counts = np.cumsum([0, *np.isfinite(y)])
     with np.errstate(invalid="ignore"):  # a window of NaNs only
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
 
 
 def mark_phases(panels, curves, axis, size):
     """Gray bands and names for the first curve's phases, dotted lines at borders of the others'."""
-    ends = [[rows[-1][axis] / size for _, rows in curve.phases] for curve in curves]
-    borders = [curves[0].rows[0][axis] / size, *ends[0]]
-    place = panels[0].get_xaxis_transform()
-    for i, (frames, _) in enumerate(curves[0].phases if len(ends[0]) > 1 else []):
+    first = curves[0]
+    right = first.rows[0][axis] / size
+    borders = [right]
+    for name, rows in first.phases:
+        left = right
+        right = rows[-1][axis] / size
+        borders.append(right)
+        if len(first.phases) == 1:
+            continue
         for panel in panels:
-            panel.axvspan(
-                *borders[i : i + 2], color="black", alpha=0.02 + 0.07 * (i % 2), linewidth=0
-            )
-        middle = sum(borders[i : i + 2]) / 2
-        panels[0].text(middle, 1.01, frames, ha="center", va="bottom", fontsize=12, transform=place)
-    for own, style in zip(ends, itertools.cycle(CURVES)):
-        for end, panel in itertools.product(
-            [end for end in own[:-1] if end not in borders], panels
-        ):
-            panel.axvline(end, color=style["color"], linestyle=":", linewidth=1.5)
+            alpha = 0.02 + 0.07 * (len(borders) % 2)
+            panel.axvspan(left, right, color="black", alpha=alpha, linewidth=0)
+        panels[0].text(
+            (left + right) / 2,
+            1.01,
+            name,
+            ha="center",
+            va="bottom",
+            fontsize=12,
+            transform=panels[0].get_xaxis_transform(),
+        )
+    for curve, style in zip(curves, itertools.cycle(CURVES)):
+        for _, rows in curve.phases[:-1]:
+            end = rows[-1][axis] / size
+            if end in borders:
+                continue
+            for panel in panels:
+                panel.axvline(end, color=style["color"], linestyle=":", linewidth=1.5)
 
 
 def scale_losses(panel):
     """Make the axis logarithmic if the losses span more than LOG_RATIO."""
     low, high = panel.dataLim.intervaly
-    if 0 < low < high / LOG_RATIO:
-        panel.set_yscale("log")
-        ticks = LogLocator(subs=(1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 7))
-        plain = FuncFormatter(lambda y, _: f"{y:g}")
-        panel.yaxis.set(major_locator=ticks, major_formatter=plain, minor_locator=NullLocator())
+    if not 0 < low < high / LOG_RATIO:
+        return
+    panel.set_yscale("log")
+    digits = (1, 1.5, 2, 3, 4, 5, 7)
+    if high / low > 20:
+        digits = (1, 2, 5)
+    panel.yaxis.set_major_locator(LogLocator(subs=digits))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
 @one_line_errors()
 def main():
     args = parse_args()
+    out = Path(args.out)
     with wrong_input():
-        if not args.out.lower().endswith(".png") or Path(args.out).is_dir():
+        if not args.out.lower().endswith(".png") or out.is_dir():
             raise UserError(
                 f"--out {args.out}: not the name of a PNG file; expected one such as loss.png"
             )
-        check_writable("--out", Path(args.out).parent)
+        check_writable("--out", out.parent)
         curves = make_curves(load_runs(args.runs))
         loss = "train_loss_rel" if args.relative else "train_loss"
         for curve in curves:
@@ -303,8 +339,8 @@ def main():
             for axis in X_AXES:
                 if not all(axis in row for row in curve.rows):
                     say(f"no {axis} logged, so no curves against {X_AXES[axis][0]}: {curve.label}")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    save_figure(plot_curves(curves, args.relative), args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(plot_curves(curves, args.relative), out)
     say(f"{args.out}: {plural(len(curves), 'curve')}")
 
 
