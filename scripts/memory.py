@@ -64,16 +64,18 @@ class Alive(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for storage in [
-            part.untyped_storage() for part in tree_leaves(made) if torch.is_tensor(part)
-        ]:
-            if (key := storage._cdata) not in self.sizes:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if not torch.is_tensor(result):
+                continue
+            storage = result.untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes:
                 self.sizes[key] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self.forget, key)
         self.peak = max(self.peak, self.now)
-        return made
+        return results
 
     def forget(self, key):
         self.now -= self.sizes.pop(key)
@@ -85,17 +87,23 @@ def count_step(name, flag, clips, depth):
     As on a GPU, one kernel computes attention, and autocast has addcmul compute in float32.
     """
     addcmul = torch.addcmul
-    in_float = patch.object(
-        torch, "addcmul", lambda *parts: addcmul(*(part.float() for part in parts))
-    )
-    with FakeTensorMode(), in_float, patch.object(models, "attend", F.scaled_dot_product_attention):
+
+    def addcmul_in_float(x, a, b):
+        return addcmul(x.float(), a.float(), b.float())
+
+    with (
+        FakeTensorMode(),
+        patch.object(torch, "addcmul", addcmul_in_float),
+        patch.object(models, "attend", F.scaled_dot_product_attention),
+    ):
         model = EqM_models[f"EqM-{name}"](depth=depth, **SETTINGS)
         model.grad_checkpoint = flag
-        for weight in model.parameters():
-            weight.grad = torch.zeros_like(weight)  # in the buckets of DDP all the time
         x = torch.empty(clips, 4, COUNTED, 32, 32)
         y = torch.zeros(clips, dtype=torch.long)
-        given = x, y, *model.parameters(), *(weight.grad for weight in model.parameters())
+        given = [x, y]
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)  # in the buckets of DDP all the time
+            given += [weight, weight.grad]
         with Alive(given) as alive:
             with distributed.autocast(x.device, "bf16"):
                 f = model(x, y)
@@ -113,27 +121,27 @@ def measure(name, flag):
     """
     with torch.device("meta"):
         model = EqM_models[f"EqM-{name}"](**SETTINGS)
-    weights, block = (sum(map(torch.numel, part.parameters())) for part in (model, model.blocks[0]))
-    pinned = SAVED * sum(pinned_bytes(weight.nbytes) for weight in model.parameters())
-    # depth: 1, 2
-    steps = {at: np.array(count_step(name, flag, *at)) for at in itertools.product(BATCHES, (1, 2))}
-    few, many = (
-        steps[clips, 1] + (len(model.blocks) - 1) * (steps[clips, 2] - steps[clips, 1])
-        for clips in BATCHES
-    )
+    weights = list(model.parameters())
+    pinned = SAVED * sum(pinned_bytes(weight.nbytes) for weight in weights)
+    sizes = []
+    for clips in BATCHES:
+        shallow = np.array(count_step(name=name, flag=flag, clips=clips, depth=1))
+        deep = np.array(count_step(name=name, flag=flag, clips=clips, depth=2))
+        sizes.append(shallow + (len(model.blocks) - 1) * (deep - shallow))
+    few, many = sizes
     per_clip = (many - few) / (BATCHES[1] - BATCHES[0])
-    # once: rounded weights
-    (kept, peak) = per_clip.tolist()
-    once = (few - BATCHES[0] * per_clip).tolist()
+    once = few - BATCHES[0] * per_clip  # rounded weights
+    kept, peak = per_clip.tolist()
+    kept_once, peak_once = once.tolist()
     return {
         "model": name,
         "flag": flag or "off",
-        "weights": weights,
-        "block": block,
+        "weights": sum(map(torch.numel, weights)),
+        "block": sum(map(torch.numel, model.blocks[0].parameters())),
         "kept_mb": kept / 1e6,
         "peak_mb": peak / 1e6,
-        "kept_once_mb": once[0] / 1e6,
-        "peak_once_mb": once[1] / 1e6,
+        "kept_once_mb": kept_once / 1e6,
+        "peak_once_mb": peak_once / 1e6,
         "gflops": model.config.training_flops(COUNTED, flag) / 1e9,
         "pinned_mb": pinned / 1e6,
     }
@@ -145,10 +153,12 @@ def read_rows():
 
 def fitting_clips(row, frames, gb, ranks):
     """How many clips of so many frames a GPU of so many GB can train on at once."""
-    # --shard gathers rounded weights
-    once = GATHERED * row["block"] if ranks > 1 else 1e6 * row["peak_once_mb"]
+    once = 1e6 * row["peak_once_mb"]
+    if ranks > 1:  # --shard gathers rounded weights
+        once = GATHERED * row["block"]
     free = USABLE * 1e9 * gb - STATES * row["weights"] / ranks - once
-    return max(0, math.floor(free / (1e6 * row["peak_mb"] * frames / COUNTED)))
+    clip = 1e6 * row["peak_mb"] * frames / COUNTED
+    return max(0, math.floor(free / clip))
 
 
 def tables(rows):
@@ -159,32 +169,45 @@ def tables(rows):
     ]
     for row in rows:
         off = next(other for other in rows if other["model"] == row["model"])
-        cells = (
-            f"{row['kept_mb']:.0f} | {row['kept_once_mb']:.0f} | "
-            f"{row['gflops'] / off['gflops']:.3f}"
-        )
-        lines.append(f"| {row['model']} | {row['flag']} | {cells} |")
+        flops = row["gflops"] / off["gflops"]
+        sizes = f"{row['kept_mb']:.0f} | {row['kept_once_mb']:.0f}"
+        lines.append(f"| {row['model']} | {row['flag']} | {sizes} | {flops:.3f} |")
+    titles = "".join(f" {gb} GB |" for gb in GPUS)
     for frames in FRAMES:
-        titles = " | ".join(f"{gb} GB" for gb in GPUS)
-        lines += ["", f"## Clips of {frames} frames that fit on a GPU", ""]
-        lines += [f"| model | `--grad-checkpoint` | {titles} |", f"|---|---|{'---|' * len(GPUS)}"]
+        lines += [
+            "",
+            f"## Clips of {frames} frames that fit on a GPU",
+            "",
+            f"| model | `--grad-checkpoint` |{titles}",
+            f"|---|---|{'---|' * len(GPUS)}",
+        ]
         for ranks, row in itertools.product((1, RANKS), rows):
-            cells = " | ".join(str(fitting_clips(row, frames, gb, ranks)) for gb in GPUS)
-            lines.append(
-                f"| {row['model']}{', `--shard`' if ranks > 1 else ''} | {row['flag']} | {cells} |"
-            )
-    lines += ["", "## Copy of a checkpoint in the host memory of rank 0", ""]
-    lines += ["| model | checkpoint (GB) | pinned memory (GB) |", "|---|---|---|"]
+            name = row["model"]
+            if ranks > 1:
+                name += ", `--shard`"
+            line = f"| {name} | {row['flag']} |"
+            for gb in GPUS:
+                clips = fitting_clips(row=row, frames=frames, gb=gb, ranks=ranks)
+                line += f" {clips} |"
+            lines.append(line)
+    lines += [
+        "",
+        "## Copy of a checkpoint in the host memory of rank 0",
+        "",
+        "| model | checkpoint (GB) | pinned memory (GB) |",
+        "|---|---|---|",
+    ]
     for row in rows[:: len(FLAGS)]:  # --grad-checkpoint changes nothing
         checkpoint = 4 * SAVED * row["weights"] / 1e9
-        lines.append(f"| {row['model']} | {checkpoint:.2f} | {row['pinned_mb'] / 1e3:.2f} |")
+        pinned = row["pinned_mb"] / 1e3
+        lines.append(f"| {row['model']} | {checkpoint:.2f} | {pinned:.2f} |")
     return lines
 
 
 @one_line_errors()
 def main():
     parse_args()
-    rows = [measure(*both) for both in itertools.product(MODELS, FLAGS)]
+    rows = [measure(name, flag) for name, flag in itertools.product(MODELS, FLAGS)]
     content = {"made": made(), "rows": rows}
     (ROOT / "results/memory.json").write_text(json.dumps(content, indent=1) + "\n")
     title = f"# Memory of training, counted with torch {torch.__version__}"
