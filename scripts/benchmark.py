@@ -55,7 +55,7 @@ from scoring.manifest import code_commit
 ON_GPU = torch.cuda.is_available()
 NUM_CLASSES = 101
 NEARLY_NO_CHANGE = argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0)
-FRAMES = 4, 8, 16  # of the parts memory and sizes
+FRAMES = 4, 8, 16  # of the part sizes
 VARIABLES = "GPUS", "PRECISION"  # of the environment, which shell scripts read that a study starts
 WARM_UP = 2  # untimed calls at the start
 synchronize = torch.cuda.synchronize if ON_GPU else lambda: None
@@ -118,12 +118,17 @@ def measure_ratios(a, b, pairs):
     a and b take turns in going first.
     """
     for _ in range(WARM_UP):
-        a(), b()
-    seconds = np.empty((pairs, 2))
+        a()
+        b()
+    seconds_a = np.empty(pairs)
+    seconds_b = np.empty(pairs)
     for pair in range(pairs):
-        for side in (1, 0) if pair % 2 else (0, 1):
-            seconds[pair, side] = seconds_of((a, b)[side])
-    return seconds[:, 0] / seconds[:, 1], *np.median(seconds, axis=0)
+        if pair % 2:
+            seconds_b[pair] = seconds_of(b)
+        seconds_a[pair] = seconds_of(a)
+        if not pair % 2:
+            seconds_b[pair] = seconds_of(b)
+    return seconds_a / seconds_b, np.median(seconds_a), np.median(seconds_b)
 
 
 class Report:
@@ -133,7 +138,7 @@ class Report:
         self.rows = []
 
     def add(self, name, values, goal=None, note=""):
-        low, middle, high = np.quantile(np.atleast_1d(values), [0.25, 0.5, 0.75]).tolist()
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
         row = {
             "ratio": name,
             "median": middle,
@@ -142,25 +147,22 @@ class Report:
             "note": note,
         }
         self.rows.append(row)
-        print(
-            f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}){f', goal {goal}' if goal else ''}; "
-            f"{note}",
-            flush=True,
-        )
+        line = f"{name}: {middle:.3f} ({low:.3f} to {high:.3f})"
+        if goal:
+            line += f", goal {goal}"
+        print(f"{line}; {note}", flush=True)
 
     def compare(self, name, a, b, pairs, goal=None, note="{:.3f} and {:.3f} s"):
         """Add a row for the time of a / the time of b. The note shows both medians."""
-        values, *seconds = measure_ratios(a, b, pairs)
-        self.add(name, values, goal, note.format(*seconds))
+        ratios, seconds_a, seconds_b = measure_ratios(a, b, pairs)
+        self.add(name=name, values=ratios, goal=goal, note=note.format(seconds_a, seconds_b))
 
     def markdown(self):
         lines = ["| ratio | median | quartiles | goal | details |", "|---|---|---|---|---|"]
         for row in self.rows:
-            spread = "{:.3g} - {:.3g}".format(*row["quartiles"])
-            lines.append(
-                f"| {row['ratio']} | {row['median']:.3g} | {spread} | {row['goal'] or ''} | "
-                f"{row['note']} |"
-            )
+            low, high = row["quartiles"]
+            value = f"{row['median']:.3g} | {low:.3g} - {high:.3g}"
+            lines.append(f"| {row['ratio']} | {value} | {row['goal'] or ''} | {row['note']} |")
         return "\n".join(lines)
 
 
@@ -177,12 +179,8 @@ class Step:
         self.forcing = forcing
         self.device = torch.device("cuda" if ON_GPU else "cpu")
         torch.manual_seed(0)
-        settings = {
-            "num_classes": NUM_CLASSES,
-            "num_frames": args.num_frames,
-            "use_rope": True,
-        } | settings
-        self.model = EqM_models[args.model](**settings).to(self.device)
+        usual = {"num_classes": NUM_CLASSES, "num_frames": args.num_frames, "use_rope": True}
+        self.model = EqM_models[args.model](**usual | settings).to(self.device)
         with torch.no_grad():
             # some layers start at zero, which may be faster
             for parameter in self.model.parameters():
@@ -191,24 +189,29 @@ class Step:
         if args.compile:
             self.model.compile_blocks()
         self.optimizers = optim.make_optimizers(self.model, NEARLY_NO_CHANGE)
-        side = self.model.config.input_size
-        channels = self.model.config.in_channels
-        shape = args.batch_size, channels, args.num_frames, side, side
-        self.x, self.noise = (torch.randn(shape, device=self.device) for _ in range(2))
+        self.config = self.model.config
+        side = self.config.input_size
+        shape = (args.batch_size, self.config.in_channels, args.num_frames, side, side)
+        self.x = torch.randn(shape, device=self.device)
+        self.noise = torch.randn(shape, device=self.device)
         self.y = torch.randint(NUM_CLASSES, shape[:1], device=self.device)
         self.indices = range(args.batch_size)
-        self.flops = args.batch_size * self.model.config.training_flops(args.num_frames)
+        self.flops = args.batch_size * self.config.training_flops(args.num_frames)
 
     def backward(self):
         """Run forward and backward, with new noise levels each time."""
         self.indices = range(self.indices.stop, self.indices.stop + len(self.x))
-        frames = self.x.shape[2]
-        patch = self.model.config.temporal_patch_size
-        gamma = transport.draw_gammas(0, 0, self.indices, frames, patch, share=self.forcing).to(
-            self.device
+        gamma = transport.draw_gammas(
+            0,
+            0,
+            self.indices,
+            self.x.shape[2],
+            self.config.temporal_patch_size,
+            share=self.forcing,
         )
+        gamma = gamma.to(self.device)
         with distributed.autocast(self.device, self.precision):
-            losses, *_ = self.model.config.learns.losses(
+            losses, *_ = self.config.learns.losses(
                 self.model, self.x, self.noise, gamma, self.y, None
             )
             loss = losses.mean()
@@ -230,17 +233,18 @@ class Step:
 
         Both forward and backward.
         """
-        D = self.model.config.hidden_size
-        N = len(self.x) * math.prod(self.model.config.grid(self.x.shape[2]))
-        random = partial(
-            torch.randn,
-            device=self.device,
-            dtype=distributed.MIXED.get(self.precision, torch.float32),
-        )
-        sizes = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
-        layers = [
-            (random(N, inner), random(outer, inner), random(N, outer)) for inner, outer in sizes
-        ]
+        D = self.config.hidden_size
+        N = len(self.x) * math.prod(self.config.grid(self.x.shape[2]))
+        dtype = distributed.MIXED.get(self.precision, torch.float32)
+        random = partial(torch.randn, device=self.device, dtype=dtype)
+        layers = []
+        flops = 0
+        for inner, outer in ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)):
+            x = random(N, inner)
+            weight = random(outer, inner)
+            gradient = random(N, outer)
+            layers.append((x, weight, gradient))
+            flops += 3 * 2 * N * inner * outer
 
         def run():
             for x, weight, gradient in layers:
@@ -248,47 +252,88 @@ class Step:
                 torch.mm(gradient, weight)
                 torch.mm(gradient.T, x)
 
-        return sum(3 * 2 * N * inner * outer for inner, outer in sizes), run
+        return flops, run
 
 
 def measure_step(args, report):
     """Measure a step and its parts against the matrix-product floor, and bf16 against fp32."""
     ours = Step(args)
     updated = Step(args)
+
+    def backward():
+        ours.backward()
+        ours.model.zero_grad()
+
     product_flops, products = ours.products()
     scale = ours.flops / product_flops
     values, seconds, product_seconds = measure_ratios(ours, products, args.pairs)
     floor = scale * product_seconds
     rate = product_flops / product_seconds / 1e9
     note = f"{seconds:.3f} s; floor {floor:.3f} s at {rate:.0f} GFLOP/s"
-    report.add(f"{args.precision} step / matrix-product floor", values / scale, "<= 1.15", note)
-    values, seconds, _ = measure_ratios(
-        lambda: (ours.backward(), ours.model.zero_grad()), products, args.pairs
+    report.add(
+        name=f"{args.precision} step / matrix-product floor",
+        values=values / scale,
+        goal="<= 1.15",
+        note=note,
     )
+    values, seconds, _ = measure_ratios(backward, products, args.pairs)
     name = f"{args.precision} forward and backward / matrix-product floor"
-    report.add(name, values / scale, None, f"{seconds:.3f} s")
+    report.add(name, values / scale, note=f"{seconds:.3f} s")
     updated.backward()
     report.compare(
-        "EMA + optimizer + clipping / step", updated.update, ours, args.pairs, "<= 0.08", "{:.3f} s"
+        name="EMA + optimizer + clipping / step",
+        a=updated.update,
+        b=ours,
+        pairs=args.pairs,
+        goal="<= 0.08",
+        note="{:.3f} s",
     )
     if args.precision == "fp32":
         report.compare(
-            "bf16 step / fp32 step",
-            Step(changed(args, precision="bf16")),
-            ours,
-            args.pairs,
-            "<= 0.65",
+            name="bf16 step / fp32 step",
+            a=Step(changed(args, precision="bf16")),
+            b=ours,
+            pairs=args.pairs,
+            goal="<= 0.65",
         )
 
 
-def compare_steps(rows, args, report):
-    """Measure steps with some settings against others.
+def measure_positions(args, report):
+    rotary = Step(args)
+    report.compare(
+        name="step with rotary positions / with fixed positions",
+        a=rotary,
+        b=Step(args, use_rope=False),
+        pairs=2 * args.pairs,
+        goal="<= 1.01",
+    )
+    report.compare(
+        name="rotary step with table and speed / without",
+        a=Step(args, position_table="space", rope_speed=0.5),
+        b=rotary,
+        pairs=2 * args.pairs,
+        goal="<= 1.03",
+    )
 
-    torch.compile can't differentiate EqM-E twice.
-    """
-    for name, settings, others, goal in rows:
-        own = changed(args, compile=args.compile and "ebm" not in settings)
-        report.compare(name, Step(own, **settings), Step(own, **others), 2 * args.pairs, goal)
+
+def measure_forcing(args, report):
+    report.compare(
+        name="step with --forcing 0.5 / without",
+        a=Step(args, forcing=0.5),
+        b=Step(args),
+        pairs=2 * args.pairs,
+        goal="<= 1.03",
+    )
+
+
+def measure_energy(args, report):
+    args = changed(args, compile=False)  # torch.compile can't differentiate EqM-E twice
+    report.compare(
+        name="step with --ebm dot / without",
+        a=Step(args, ebm="dot"),
+        b=Step(args),
+        pairs=2 * args.pairs,
+    )
 
 
 def measure_sampling(args, report):
@@ -301,23 +346,24 @@ def measure_sampling(args, report):
     x = step.x
     y = step.y
     time_scale = torch.full((len(x),), 0.04, device=step.device)
-    both = torch.cat([x, x]), torch.cat([y, y]), torch.cat([time_scale, time_scale])
+    both_x = torch.cat([x, x])
+    both_y = torch.cat([y, y])
+    both_scales = torch.cat([time_scale, time_scale])
     field = guided(model, Condition(y, NUM_CLASSES), time_scale, guidance=4.0)
 
     def forward():
         for _ in range(evaluations):
-            model(*both)
+            model(both_x, both_y, both_scales)
 
     sampling = partial(sample, field, x, "ngd", evaluations + 1)
-    note = f"{{:.2f}} and {{:.2f}} s for {evaluations} evaluations"
     with torch.no_grad(), distributed.autocast(step.device, args.precision):
         report.compare(
-            "guided sampling / its evaluations alone",
-            sampling,
-            forward,
-            args.pairs,
-            "<= 1.05",
-            note,
+            name="guided sampling / its evaluations alone",
+            a=sampling,
+            b=forward,
+            pairs=args.pairs,
+            goal="<= 1.05",
+            note=f"{{:.2f}} and {{:.2f}} s for {evaluations} evaluations",
         )
 
 
@@ -326,15 +372,20 @@ def measure_sampling(args, report):
 
 def measure_memory(args, report):
     """Measure peak memory over the number of frames, each in its own process."""
-    goals = {"": ("<= 2.0", "<= 4.0"), ", --grad-checkpoint": ("<= 1.5", "<= 2.5")}
-    for flag in goals:
-        sizes = (changed(args, num_frames=num_frames) for num_frames in FRAMES)
-        first, *peaks = (
-            in_new_process(peak_memory, size, "full" if flag else None) for size in sizes
-        )
-        for num_frames, peak, goal in zip(FRAMES[1:], peaks, goals[flag], strict=True):
-            note = f"{peak:.0f} and {first:.0f} MB, with model, optimizer and EMA"
-            report.add(f"peak memory at {num_frames} frames / at 4{flag}", peak / first, goal, note)
+    for flag, recompute, goals in (
+        ("", None, {8: "<= 2.0", 16: "<= 4.0"}),
+        (", --grad-checkpoint", "full", {8: "<= 1.5", 16: "<= 2.5"}),
+    ):
+        first = in_new_process(peak_memory, changed(args, num_frames=4), recompute)
+        for num_frames, goal in goals.items():
+            size = changed(args, num_frames=num_frames)
+            peak = in_new_process(peak_memory, size, recompute)
+            report.add(
+                name=f"peak memory at {num_frames} frames / at 4{flag}",
+                values=peak / first,
+                goal=goal,
+                note=f"{peak:.0f} and {first:.0f} MB, with model, optimizer and EMA",
+            )
 
 
 def in_new_process(function, *args):
@@ -348,14 +399,18 @@ def peak_memory(args, recompute):
     """
 
     def resident(field):  # Linux only
-        return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+)", status)[1]) / 1e3
 
     distributed.keep_freed_memory()  # as every run on the CPU does
     before = resident("VmRSS")
     step = Step(args)
     step.model.grad_checkpoint = recompute
-    step(), step()
-    return torch.cuda.max_memory_allocated() / 1e6 if ON_GPU else resident("VmHWM") - before
+    step()
+    step()
+    if ON_GPU:
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resident("VmHWM") - before
 
 
 def measure_growth(args, report):
@@ -364,17 +419,18 @@ def measure_growth(args, report):
     steps = [Step(changed(args, num_frames=num_frames)) for num_frames in frames]
     for step in WARM_UP * steps:
         step()
-    seconds = np.array(
-        [[seconds_of(step) for step in steps] for _ in range(max(3, args.pairs // 3))]
-    )
-    for last, goal in ((3, "<= 1.3"), (5, None)):
-        exponents = np.polyfit(np.log(frames[:last]), np.log(seconds[:, :last]).T, 1)[0]
-        note = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0)) + " s"
+    rounds = max(3, args.pairs // 3)
+    seconds = np.array([[seconds_of(step) for step in steps] for _ in range(rounds)])
+    medians = [f"{value:.2f}" for value in np.median(seconds, axis=0)]
+    for count, goal in ((3, "<= 1.3"), (5, None)):
+        x = np.log(frames[:count])
+        y = np.log(seconds[:, :count])
+        slopes, _ = np.polyfit(x, y.T, deg=1)
         report.add(
-            f"growth exponent of the step time up to {frames[last - 1]} frames",
-            exponents,
-            goal,
-            note,
+            name=f"growth exponent of the step time up to {frames[count - 1]} frames",
+            values=slopes,
+            goal=goal,
+            note=f"{', '.join(medians[:count])} s",
         )
 
 
@@ -382,37 +438,26 @@ def measure_sizes(args, report):
     """Print clips per second, TFLOP/s and MFU (share of the device's peak) for some models and
     numbers of frames.
     """
-    header = [
-        "model",
-        "frames",
-        "clips a step",
-        "s a step",
-        "clips/s",
-        "TFLOP/s",
-        "MFU",
-        "peak memory, GB",
-    ]
-    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for (model, tokens), num_frames in itertools.product(SIZES.items(), FRAMES):
-        clips = max(1, tokens // math.prod(model_config(model).grid(num_frames)))
-        cells = None
-        while clips and not cells:
+    titles = "clips a step | s a step | clips/s | TFLOP/s | MFU | peak memory, GB"
+    print(f"| model | frames | {titles} |\n|{'---|' * 8}")
+    for model, num_frames in itertools.product(SIZES, FRAMES):
+        tokens = math.prod(model_config(model).grid(num_frames))
+        clips = max(1, SIZES[model] // tokens)
+        cells = "does not fit | - | - | - | - | -"
+        while clips:
             try:
-                cells = time_step(
-                    changed(args, model=model, num_frames=num_frames, batch_size=clips)
-                )
+                size = changed(args, model=model, num_frames=num_frames, batch_size=clips)
+                cells = time_step(size)
+                clips = 0
             except torch.OutOfMemoryError:
                 clips //= 2
             gc.collect()  # not in the handler, where the error still holds what did not fit
             torch.cuda.empty_cache()
-        print(
-            f"| {' | '.join([model, str(num_frames), *(cells or ['does not fit', *'-----'])])} |",
-            flush=True,
-        )
+        print(f"| {model} | {num_frames} | {cells} |", flush=True)
 
 
 def time_step(args):
-    """The cells [clips, seconds, clips/s, TFLOP/s, MFU, peak memory] of a training step.
+    """The cells "clips | seconds | clips/s | TFLOP/s | MFU | peak memory" of a training step.
 
     "-" if unknown.
     """
@@ -422,43 +467,20 @@ def time_step(args):
         step()
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    seconds = float(np.median([seconds_of(step) for _ in range(args.pairs)]))
+    seconds = np.median([seconds_of(step) for _ in range(args.pairs)])
+    rate = args.batch_size / seconds
     tflops = step.flops / seconds / 1e12
     stats = device_stats(step.device, args.precision, tflops)
-    forms = {"mfu": ".1%", "gpu_memory_gb": ".1f"}
-    known = (format(stats[name], form) if name in stats else "-" for name, form in forms.items())
-    return [
-        str(args.batch_size),
-        f"{seconds:.3g}",
-        f"{args.batch_size / seconds:.4g}",
-        f"{tflops:.3g}",
-        *known,
-    ]
+    mfu = f"{stats['mfu']:.1%}" if "mfu" in stats else "-"
+    memory = f"{stats['gpu_memory_gb']:.1f}" if "gpu_memory_gb" in stats else "-"
+    return f"{args.batch_size} | {seconds:.3g} | {rate:.4g} | {tflops:.3g} | {mfu} | {memory}"
 
 
 PARTS = {
     "step": measure_step,
-    "positions": partial(
-        compare_steps,
-        [
-            (
-                "step with rotary positions / with fixed positions",
-                {},
-                {"use_rope": False},
-                "<= 1.01",
-            ),
-            (
-                "rotary step with table and speed / without",
-                {"position_table": "space", "rope_speed": 0.5},
-                {},
-                "<= 1.03",
-            ),
-        ],
-    ),
-    "forcing": partial(
-        compare_steps, [("step with --forcing 0.5 / without", {"forcing": 0.5}, {}, "<= 1.03")]
-    ),
-    "energy": partial(compare_steps, [("step with --ebm dot / without", {"ebm": "dot"}, {}, None)]),
+    "positions": measure_positions,
+    "forcing": measure_forcing,
+    "energy": measure_energy,
     "memory": measure_memory,
     "growth": measure_growth,
     "sampling": measure_sampling,
@@ -473,11 +495,13 @@ def main():
         check_speed_flags(args)
     distributed.set_precision(args.precision)
     distributed.keep_freed_memory()  # as every run on the CPU does
+    precision = args.precision
+    if args.compile:
+        precision += ", compiled"
     title = (
-        f"{machine()}, torch {torch.__version__}, "
-        f"{args.precision}{', compiled' if args.compile else ''}: "
+        f"{machine()}, torch {torch.__version__}, {precision}: {args.model}, {args.batch_size} "
+        f"clips of {args.num_frames} x 32 x 32 latents"
     )
-    title += f"{args.model}, {args.batch_size} clips of {args.num_frames} x 32 x 32 latents"
     print(title, flush=True)
     report = Report()
     began = time.monotonic()
@@ -496,8 +520,10 @@ def machine():
     if ON_GPU:
         return torch.cuda.get_device_name()
     about = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
-    return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+    text = about.read_text() if about.exists() else ""
+    match = re.search(r"model name\s*: (.*)", text)
+    name = match[1] if match else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def made():

@@ -63,7 +63,8 @@ class Rows:
         self.part = None
 
     def pytest_runtest_logreport(self, report):
-        for part, row in report.user_properties if report.when == "call" else ():
+        rows = report.user_properties if report.when == "call" else []
+        for part, row in rows:
             if part != self.part:
                 self.lines += [
                     "",
@@ -88,35 +89,37 @@ def measure_speed(rows):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
-            rows.lines += [line.rstrip()] if line.startswith("|") else []
-    rows.failed += [f"speed (status {process.returncode})"] if process.returncode else []
+            if line.startswith("|"):
+                rows.lines.append(line.rstrip())
+    if process.returncode:
+        rows.failed.append(f"speed (status {process.returncode})")
 
 
 @one_line_errors()
 def main():
     args = parse_args()
-    found = torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count()
     rows = Rows()
-    ranks = args.gpus or found or 2
+    ranks = args.gpus or num_gpus or 2
     out = args.out or (ROOT / "results/gpu.md" if ON_GPU else None)
     with wrong_input():
-        if ON_GPU and ranks > found:
-            raise UserError(f"GPUS {ranks}: this machine has {found}; expected at most {found}")
+        if ON_GPU and ranks > num_gpus:
+            raise UserError(
+                f"GPUS {ranks}: this machine has {num_gpus}; expected at most {num_gpus}"
+            )
         if out:
             check_writable("--out", out.parent)
             if out.is_dir():
                 raise UserError(f"--out {out}: is a folder; name a file")
-    title = (
-        f"GPU check: {ranks} x {torch.cuda.get_device_name()}"
-        if ON_GPU
-        else "Check WITHOUT a GPU: tiny sizes"
-    )
+    title = "Check WITHOUT a GPU: tiny sizes"
+    if ON_GPU:
+        title = f"GPU check: {ranks} x {torch.cuda.get_device_name()}"
     print(title)
     os.environ["GPUS"] = str(ranks)
-    status = pytest.main(
-        [str(ROOT / "tests/gpu_checks.py"), "-vv", "-p", "no:cacheprovider"], plugins=[rows]
-    )
-    rows.failed += ["pytest"] if status and not rows.failed else []
+    checks = str(ROOT / "tests/gpu_checks.py")
+    status = pytest.main([checks, "-vv", "-p", "no:cacheprovider"], plugins=[rows])
+    if status and not rows.failed:
+        rows.failed.append("pytest")
     measure_speed(rows)
     verdict = f"FAILED: {'; '.join(rows.failed)}" if rows.failed else "All checks are ok"
     if out:
@@ -126,7 +129,7 @@ def main():
         write_file(out.with_suffix(".json"), json.dumps([made()], indent=1).encode() + b"\n")
     if rows.failed:
         fail(f"{verdict}; the reasons are above", status=1)
-    print(f"{verdict}{f'; see {out}' if out else ''}")
+    print(f"{verdict}; see {out}" if out else verdict)
 
 
 if __name__ == "__main__":
