@@ -88,22 +88,24 @@ def check(samples, clips, place):
     videos = {video.key: video for video in clips.videos}
     values = values_of(clips)
     wrong = sorted(videos.keys() ^ places_of(clips.classes, values).keys())
-    if wrong or min(map(len, values)) < 2:
-        got = (
-            f"{wrong[0]} is {'not expected' if wrong[0] in videos else 'missing'}"
-            if wrong
-            else "one value each"
-        )
+    problem = None
+    if wrong:
+        state = "not expected" if wrong[0] in videos else "missing"
+        problem = f"{wrong[0]} is {state}"
+    elif min(map(len, values)) < 2:
+        problem = "one value each"
+    if problem:
         expected = (
             "expected <class>/characterABCD.mkv of all characters, from datasets/prepare_sprites.py"
         )
         raise UserError(
-            f"{place}: not the complete Sprites data set: {got}; {expected}; pass that folder"
+            f"{place}: not the complete Sprites data set: {problem}; {expected}; pass that folder"
         )
-    expected = samples.num_frames, samples.image_size, samples.image_size
+    size = samples.image_size
     for key, video in videos.items():
-        if (got := (video.num_frames, video.height, video.width)) != expected:
-            got, expected = (f"{T} frames of {H} x {W} px" for T, H, W in (got, expected))
+        if (video.num_frames, video.height, video.width) != (samples.num_frames, size, size):
+            expected = f"{samples.num_frames} frames of {size} x {size} px"
+            got = f"{video.num_frames} frames of {video.height} x {video.width} px"
             raise UserError(
                 f"{samples.place}: has {expected}, {place}: {key} has {got}; sample clips like "
                 "those"
@@ -112,27 +114,30 @@ def check(samples, clips, place):
 
 def values_of(clips):
     """The values of each attribute in the names of the videos: ascending integers each."""
-    names = [
-        found[1] for video in clips.videos if (found := re.search(r"/character(\d{4})$", video.key))
-    ]
+    matches = [re.search(r"/character(\d{4})$", video.key) for video in clips.videos]
+    names = [match[1] for match in matches if match]
     return [sorted({int(name[a]) for name in names}) for a in range(len(ATTRIBUTES))]
 
 
 def places_of(classes, values):
     """{Class/characterABCD: place, numbers of its class and character} of all clips, in order."""
-    characters = [*product(*values)]
-    pairs = product(enumerate(classes), enumerate(characters))
-    return {f"{name}/character{''.join(map(str, who))}": (c, k) for (c, name), (k, who) in pairs}
+    places = {}
+    for number, name in enumerate(classes):
+        for character, attributes in enumerate(product(*values)):
+            digits = "".join(map(str, attributes))
+            places[f"{name}/character{digits}"] = (number, character)
+    return places
 
 
 def find_vae(samples, typed):
     """The VAE of the model that made Samples; typed: its new path or None. Raises UserError."""
-    if (made := samples.source.get("vae")) in (None, "none"):
-        got = (
-            "its samples.json names no VAE" if made is None else "its model has no VAE (--vae none)"
+    made = samples.source.get("vae")
+    if made in (None, "none"):
+        got = "its model has no VAE (--vae none)" if made else "its samples.json names no VAE"
+        raise UserError(
+            f"{samples.place}: {got}, whose loss sets the limits of --metric census; use a model "
+            "with a VAE"
         )
-        advice = "whose loss sets the limits of --metric census; use a model with a VAE"
-        raise UserError(f"{samples.place}: {got}, {advice}")
     vae = load_vae(typed, made, samples.place)
     check_same(vae, samples.source.get("vae_sha256"), samples.place)
     return vae
@@ -151,46 +156,61 @@ class World:
         self.places = places_of(classes, values)
         self.clips = frames
         self.frames = frames.flatten(3).to(device)  # (classes, characters, T, P)
-        # (classes, T, P): not black in all
-        self.seen = torch.stack([(own != 0).any(dim=0) for own in self.frames])
+        # (classes, T, P): not black in all characters; a class at a time, as this takes memory
+        self.seen = torch.stack([(of_class != 0).any(dim=0) for of_class in self.frames])
         self.seen_once = self.seen.flatten(0, 1).any(dim=0)  # (P,)
         self.cropped = self.frames[..., self.seen_once]
         self.same = SAME**2 * self.frames.shape[-1]
-        squares = [own.double().square().sum(dim=-1) for own in self.frames.flatten(0, 1)]
+        squares = [clip.double().square().sum(dim=-1) for clip in self.frames.flatten(0, 1)]
         self.squares = torch.stack(squares).unflatten(0, self.frames.shape[:2])  # |frame|^2
-        every = [*product(*values)]
-        choices = [(a, value) for a, own in enumerate(values) for value in own]
-        changed = [
-            [every.index((*who[:a], value, *who[a + 1 :])) for a, value in choices] for who in every
-        ]
-        # (characters, attributes); (M, 2); (characters, M): the character's number after a choice
-        self.characters, self.choices, self.changed = map(torch.tensor, (every, choices, changed))
-        # each attribute: bool (M,)
-        self.choices_of = [self.choices[:, 0] == a for a in range(len(values))]
+        characters = [*product(*values)]
+        self.characters = torch.tensor(characters)  # (characters, attributes)
+        choices = [(a, value) for a, of_attribute in enumerate(values) for value in of_attribute]
+        changed = []
+        for attributes in characters:
+            for a, value in choices:
+                other = (*attributes[:a], value, *attributes[a + 1 :])
+                changed.append(characters.index(other))
+        # (characters, M): the character's number after a choice
+        self.changed = torch.tensor(changed).view(len(characters), len(choices))
+        attribute_of = torch.tensor([a for a, _ in choices])
+        # of each attribute: bool (M,)
+        self.choices_of = [attribute_of == a for a in range(len(values))]
 
 
 def read_world(clips, args, device):
     """The World of the videos of Clips. Raises UserError if one can't be decoded."""
     size = clips.source.image_size
     values = values_of(clips)
-    corrupt = []
     places = places_of(clips.classes, values)
     numbers = {video.path: places[video.key] for video in clips.videos}
-    counts = len(clips.classes), len(places) // len(clips.classes)
-    frames = torch.zeros(*counts, clips.num_frames, size, size, 3, dtype=torch.uint8)
+    num_characters = len(places) // len(clips.classes)
+    shape = (len(clips.classes), num_characters, clips.num_frames, size, size, 3)
+    frames = torch.zeros(shape, dtype=torch.uint8)
     unread = set(numbers)
-    for _, clip, *_, path in real_stream(
-        clips, range(len(places)), args, corrupt, "reading all clips"
-    ):
+    corrupt = []
+    stream = real_stream(
+        clips,
+        indices=range(len(places)),
+        args=args,
+        corrupt=corrupt,
+        title="reading all clips",
+    )
+    for _, clip, _, _, path in stream:
         if corrupt:
-            advice = "expected all clips of Sprites; make it again"
             raise UserError(
-                f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; {advice}"
+                f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; expected all clips "
+                "of Sprites; make it again"
             )
         frames[numbers[path]] = torch.from_numpy(clip)
         unread.discard(path)
     assert not unread, f"{len(unread)} clips were not read, {min(unread)} first"
-    return World(clips.classes, values, frames, device)
+    return World(
+        classes=clips.classes,
+        values=values,
+        frames=frames,
+        device=device,
+    )
 
 
 def match(world, clips):
@@ -199,12 +219,14 @@ def match(world, clips):
     They have the least |other|^2 - 2 clip.other.
     """
     errors = world.squares.sum(dim=-1).repeat(len(clips), 1, 1)  # (n, classes, characters)
-    for name, (frames, seen) in enumerate(zip(world.frames, world.seen, strict=True)):
-        for t, own in enumerate(seen):  # rounding is far below the difference of two clips
-            errors[:, name] -= 2 * (clips[:, t, own].float() @ frames[:, t, own].float().T).double()
-    return torch.stack(
-        torch.unravel_index(errors.flatten(1).argmin(dim=1), errors.shape[1:]), dim=1
-    )
+    for name, frames in enumerate(world.frames):
+        for t, seen in enumerate(world.seen[name]):
+            # float32, as rounding is far below the difference of two clips
+            others = frames[:, t, seen].float()
+            products = clips[:, t, seen].float() @ others.T
+            errors[:, name] -= 2 * products.double()
+    closest = errors.flatten(1).argmin(dim=1)
+    return torch.stack(torch.unravel_index(closest, errors.shape[1:]), dim=1)
 
 
 def along_lines(error, best, others, squares, same):
@@ -214,11 +236,13 @@ def along_lines(error, best, others, squares, same):
     products (T, M): error.(other - best); squares (T, M): |other - best|^2. Both are 0 where the
     squares are below `same`. Float64 sums are exact.
     """
-    along, best_others = (torch.stack([error, best], dim=1) @ others.mT).unbind(dim=1)
-    along = along - (error * best).sum(dim=-1, keepdim=True)
-    length = squares - 2 * best_others + best.square().sum(dim=-1, keepdim=True)
-    is_other = length >= same
-    return torch.where(is_other, along, 0).cpu(), torch.where(is_other, length, 0).cpu()
+    error_others, best_others = (torch.stack([error, best], dim=1) @ others.mT).unbind(dim=1)
+    products = error_others - (error * best).sum(dim=-1, keepdim=True)
+    lengths = squares - 2 * best_others + best.square().sum(dim=-1, keepdim=True)
+    is_other = lengths >= same
+    products = torch.where(is_other, products, 0)
+    lengths = torch.where(is_other, lengths, 0)
+    return products.cpu(), lengths.cpu()
 
 
 def margins(products, squares):
@@ -237,60 +261,70 @@ def distances(products, squares, size):
     """The distances from halfway, in gray levels, of frames of `size` values; infinite without a
     line.
     """
-    found = -gains(products, squares) / (2 * (size * squares).sqrt())
-    return torch.where(squares > 0, found, torch.inf)
+    levels = -gains(products, squares) / (2 * (size * squares).sqrt())
+    return torch.where(squares > 0, levels, torch.inf)
 
 
 def decode(world, place, clip):
     """Decode a clip uint8 (T, P) that is matched with the clip at a place.
 
-    Returns its DISTANCES, the smallest margins of the clip (attributes,), the values of the
-    attributes (T, attributes) and the RMSE (T,) of its frames. A frame that is closer to another
-    pose than to another attribute shows the attributes that it has in that pose.
+    Returns a dict of arrays: its DISTANCES; the smallest margins of the clip (attributes,); the
+    values of the attributes (T, attributes) that its frames show; their RMSE (T,). A frame that is
+    closer to another pose than to another attribute shows the attributes that it has in that pose.
     """
-    (name, who) = place
-    T = len(clip)
+    name, who = place
+    T, P = clip.shape
     clip = clip.double()
     cropped = clip[:, world.seen_once]
 
-    def compare(c, t, shown, *others):  # the clip's frames with frames at (c, shown, t) and others
-        best = world.cropped[c, shown, t].double()
-        frames = world.cropped[others].double()
-        return along_lines(cropped - best, best, frames, world.squares[others], world.same)
+    def compare(shown, others):
+        """The clip's frames on the lines from frames shown to others: indices of world.frames."""
+        best = world.cropped[shown].double()
+        return along_lines(
+            error=cropped - best,
+            best=best,
+            others=world.cropped[others].double(),
+            squares=world.squares[others],
+            same=world.same,
+        )
 
-    def compare_attributes(c, t, shown):
-        return compare(c, t, shown, c[:, None], world.changed[shown], t[:, None])
+    def compare_attributes(c, shown, t):
+        changed = (c[:, None], world.changed[shown], t[:, None])
+        return compare((c, shown, t), changed)
 
     c = torch.full((T,), name)
     t = torch.arange(T)
-    every = torch.arange(len(world.classes) * T)[None]
     shown = torch.full((T,), who)
-    poses = compare(c, t, shown, every // T, who, every % T)
-    attributes = compare_attributes(c, t, shown)
-    best_gain, pose = gains(*poses).max(dim=1)
-    if (moved := best_gain > gains(*attributes).max(dim=1).values.clamp(min=0)).any():
-        c = torch.where(moved, pose // T, c)
-        t = torch.where(moved, pose % T, t)
-        attributes = compare_attributes(c, t, shown)
+    every = torch.arange(len(world.classes) * T)[None]
+    poses = compare((c, shown, t), (every // T, who, every % T))
+    attributes = compare_attributes(c, shown, t)
+    pose_gain, pose = gains(*poses).max(dim=1)
+    attribute_gain = gains(*attributes).max(dim=1).values.clamp(min=0)
+    is_other_pose = pose_gain > attribute_gain
+    if is_other_pose.any():
+        c = torch.where(is_other_pose, pose // T, c)
+        t = torch.where(is_other_pose, pose % T, t)
+        attributes = compare_attributes(c, shown, t)
     changes = attributes
     for _ in ATTRIBUTES:  # one attribute after the other, as long as a frame gets closer
         gain, choice = gains(*changes).max(dim=1)
         if not (gain > 0).any():
             break
         shown = torch.where(gain > 0, world.changed[shown, choice], shown)
-        changes = compare_attributes(c, t, shown)
-    by_frame = distances(*attributes, clip.shape[-1])
-    of_clip = margins(*(columns.sum(dim=0) for columns in attributes))
+        changes = compare_attributes(c, shown, t)
+    products, squares = attributes
+    by_frame = distances(products, squares, P)
+    of_clip = margins(products.sum(dim=0), squares.sum(dim=0))
     smallest = [by_frame[:, choices].min() for choices in world.choices_of]
-    smallest.append(distances(*poses, clip.shape[-1]).min())
+    smallest.append(distances(*poses, P).min())
     smallest_of_clip = [of_clip[choices].min() for choices in world.choices_of]
     rmse = (clip - world.frames[name, who]).square().mean(dim=-1).sqrt()
-    return (
-        torch.stack(smallest).clamp(max=255).numpy(),  # infinite for what no frame shows
-        torch.stack(smallest_of_clip).clamp(max=1).numpy(),
-        world.characters[shown].numpy(),
-        rmse.cpu().numpy(),
-    )
+    return {
+        "distances": torch.stack(smallest).clamp(max=255).numpy(),  # infinite if no frame shows it
+        "margins": torch.stack(smallest_of_clip).clamp(max=1).numpy(),
+        "decoded": world.characters[shown].numpy(),
+        "rmse": rmse.cpu().numpy(),
+    }
 
 
 def measure(world, clips, title):
@@ -298,60 +332,59 @@ def measure(world, clips, title):
     distances (n, DISTANCES), margins (n, attributes), decoded (n, T, attributes) and rmse (n, T) of
     `decode`; worst_rmse and clip_rmse (n,).
     """
-
-    def rows():
+    rows = []
+    with Bar(desc=title, total=len(clips), unit="clip", leave=False) as progress:
         for first in range(0, len(clips), CHUNK):
-            part = (
-                torch.from_numpy(np.array(clips[first : first + CHUNK]))
-                .flatten(2)
-                .to(world.frames.device)
-            )
-            for place, clip in zip(match(world, part).tolist(), part, strict=True):
-                yield place, *decode(world, place, clip)
-
-    columns = zip(*Bar(rows(), desc=title, total=len(clips), unit="clip", leave=False), strict=True)
-    found = dict(
-        zip(
-            ("place", "distances", "margins", "decoded", "rmse"),
-            map(np.array, columns),
-            strict=True,
-        )
-    )
-    return found | {
-        "worst_rmse": found["rmse"].max(axis=1),
-        "clip_rmse": np.sqrt(np.square(found["rmse"]).mean(axis=1)),
-    }
+            part = torch.from_numpy(np.array(clips[first : first + CHUNK]))
+            part = part.flatten(2).to(world.frames.device)
+            places = match(world, part).tolist()
+            for place, clip in zip(places, part, strict=True):
+                rows.append({"place": place} | decode(world, place, clip))
+                progress.update(1)
+    measured = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    measured["worst_rmse"] = measured["rmse"].max(axis=1)
+    measured["clip_rmse"] = np.sqrt(np.square(measured["rmse"]).mean(axis=1))
+    return measured
 
 
-def limited(found):
-    """What LIMITED names, of clips that `measure` found: (n, LIMITED), larger is better."""
-    return np.column_stack([found["distances"], found["margins"], -found["worst_rmse"]])
+def limited(measured):
+    """What LIMITED names, of clips from `measure`: (n, LIMITED), larger is better."""
+    return np.column_stack([measured["distances"], measured["margins"], -measured["worst_rmse"]])
 
 
-def find_limits(found):
+def find_limits(measured):
     """The limits of `limited` from training clips of `measure`; a share PASS of them passes all.
 
     A limit is halfway between the last clip that fails and the first that passes.
     """
-    values = limited(found)
+    values = limited(measured)
     ordered = np.sort(values, axis=0)
     most = np.full(len(LIMITED), np.inf)
     most[: len(DISTANCES)] = 0
     limits = np.minimum(ordered[0], most)
     for failing in range(1, len(values)):  # clips, by each limit
-        stricter = np.minimum((ordered[failing - 1] + ordered[failing]) / 2, most)
-        if (values >= stricter).all(axis=1).mean() < PASS:
+        halfway = (ordered[failing - 1] + ordered[failing]) / 2
+        stricter = np.minimum(halfway, most)
+        passes = (values >= stricter).all(axis=1)
+        if passes.mean() < PASS:
             break
         limits = stricter
     return limits
 
 
-def reasons(found, limits):
-    """Why each clip that `measure` found is not valid, an array of REASONS; "" for valid clips."""
-    fails = limited(found) < limits
+def reasons(measured, limits):
+    """Why each clip from `measure` is not valid, an array of REASONS; "" for valid clips."""
+    fails = limited(measured) < limits
     attributes, pose, margins, rmse = np.split(fails, [4, 5, 9], axis=1)
     cases = [part.any(axis=1) for part in (attributes, pose, margins, rmse)]
     return np.select(cases, REASONS, default="")
+
+
+def draw(options, seed, *key):
+    """One of the options. The seed and the key determine it."""
+    random = generator(seed, "census", *key)
+    number = torch.randint(len(options), (), generator=random)
+    return options[int(number)]
 
 
 def make_controls(world, places, made, through, seed):
@@ -359,47 +392,44 @@ def make_controls(world, places, made, through, seed):
 
     A change is drawn from those that the true frames show.
     """
-    (_, T, H, W, _) = made.shape
-    drawn = []
+    _, T, H, W, _ = made.shape
     # in a frame with a border of SHIFT
     moves = (0, SHIFT), (2 * SHIFT, SHIFT), (SHIFT, 0), (SHIFT, 2 * SHIFT)
-    for index, (name, who) in enumerate(places.tolist()):
-        true = world.cropped[name, who].int()
-        others = world.cropped[name, world.changed[who]].int()
-        differ = ((others - true).square().sum(dim=-1) > world.same).cpu()  # (M, T)
-        pairs = ((true[:, None] - true).square().sum(dim=-1) > world.same).nonzero().cpu()
-        options = differ.nonzero(), pairs, range(T), moves
-        drawn.append([])
-        for number, own in enumerate(options):
-            random = generator(seed, "census", number, index)
-            drawn[-1].append(own[int(torch.randint(len(own), (), generator=random))])
-    changes, pairs, times, moves = zip(*drawn, strict=True)
-
-    every = range(len(places))
-    (choices, frames) = torch.stack(changes).T
-    others = world.clips[places[:, 0], world.changed[places[:, 1], choices]]  # true clips
     switched = made.clone()
     swapped = made.clone()
     shifted = made.clone()
-    switched[every, frames] = through(others[every, frames][:, None])[:, 0]
-    yield "attribute_switched", switched
-    for index, (pair, t, (down, right)) in enumerate(zip(pairs, times, moves, strict=True)):
+    switches = []
+    frames = []
+    for index, (name, who) in enumerate(places.tolist()):
+        true = world.cropped[name, who].int()  # (T, P)
+        others = world.cropped[name, world.changed[who]].int()  # (M, T, P)
+        differ = (others - true).square().sum(dim=-1) > world.same  # (M, T)
+        choice, t = draw(differ.nonzero().cpu(), seed, 0, index)
+        switches.append(t)
+        frames.append(world.clips[name, world.changed[who, choice], t])
+        differ = (true[:, None] - true).square().sum(dim=-1) > world.same  # (T, T)
+        pair = draw(differ.nonzero().cpu(), seed, 1, index)
         swapped[index, pair] = made[index, pair.flip(0)]
+        t = draw(range(T), seed, 2, index)
+        down, right = draw(moves, seed, 3, index)
         bordered = F.pad(made[index, t], (0, 0, SHIFT, SHIFT, SHIFT, SHIFT))
         shifted[index, t] = bordered[down : down + H, right : right + W]
+    frames = through(torch.stack(frames)[:, None])[:, 0]
+    switched[range(len(places)), torch.stack(switches)] = frames
+    yield "attribute_switched", switched
     yield "frames_swapped", swapped
     yield "frame_shifted", shifted
 
 
-def blendable(world, name, who, is_own):
+def blendable(world, place, is_own):
     """The choices of an attribute that can be blended into the true clip at a place.
 
     Values that no frame shows can't be, nor values with a third one between: half light and half
-    dark skin is medium skin, so the blend is a right clip.
+    dark skin is medium skin, so the blend is a right clip. is_own: bool (M,).
     """
-    changes = (
-        world.cropped[name, world.changed[who, is_own]].double() - world.cropped[name, who].double()
-    )
+    name, who = place
+    others = world.cropped[name, world.changed[who, is_own]]
+    changes = others.double() - world.cropped[name, who]
     can_be = (changes.square().sum(dim=-1) > world.same).any(dim=1)
     changes = changes.flatten(1)
     products = changes @ changes.T
@@ -415,14 +445,11 @@ def blendable(world, name, who, is_own):
 def make_blends(world, places, made, through, seed):
     """Yield (name, clips like `made`): PERCENTS of another value of an attribute, in all frames."""
     for attribute, is_own in zip(ATTRIBUTES, world.choices_of, strict=True):
-        choices = []
-        for index, (name, who) in enumerate(places.tolist()):
-            options = blendable(world, name, who, is_own)
-            random = generator(seed, "census", attribute, index)
-            choices.append(options[torch.randint(len(options), (), generator=random)])
-        others = through(
-            world.clips[places[:, 0], world.changed[places[:, 1], torch.stack(choices)]]
-        )
+        characters = []
+        for index, place in enumerate(places.tolist()):
+            choice = draw(blendable(world, place, is_own), seed, attribute, index)
+            characters.append(world.changed[place[1], choice])
+        others = through(world.clips[places[:, 0], torch.stack(characters)])
         for percent in PERCENTS:
             blended = (100 - percent) * made.int() + percent * others.int()
             yield f"{attribute}_blended_{percent}", ((blended + 50) // 100).byte()
@@ -434,47 +461,64 @@ def calibrate(world, clips, training, count, args, vae, device):
     """
 
     def through(clips):
-        parts = Bar(
+        parts = []
+        for part in Bar(
             clips.split(args.batch_size),
             desc="real clips through the VAE",
             unit="part",
             leave=False,
-        )
-        return torch.cat(
-            [vae.decode(vae.encode(part.permute(0, 4, 1, 2, 3).to(device))).cpu() for part in parts]
-        )
+        ):
+            latents = vae.encode(part.permute(0, 4, 1, 2, 3).to(device))
+            parts.append(vae.decode(latents).cpu())
+        return torch.cat(parts)
 
-    def some(videos, name):  # (places, clips through the VAE)
-        order = torch.randperm(len(videos), generator=generator(args.seed, "census", name))[
-            :count
-        ].tolist()
-        places = torch.tensor([world.places[videos[n].key] for n in order])
-        return places, through(world.clips[*places.T])
+    def draw_places(videos, name):
+        random = generator(args.seed, "census", name)
+        order = torch.randperm(len(videos), generator=random)[:count]
+        return torch.tensor([world.places[videos[number].key] for number in order.tolist()])
 
     keys = {place: key for key, place in world.places.items()}
 
     def keys_of(places):  # a character may have several clips
         return [keys[tuple(place)] for place in places.tolist()]
 
+    places = draw_places(training, "train")
+    measured = measure(world, through(world.clips[*places.T]), "training clips")
+    limits = find_limits(measured)
+    result = shares({"train_valid": reasons(measured, limits) == ""}, keys_of(places))
     known = set(training)
-    places, made = some(training, "train")
-    found = measure(world, made, "training clips")
-    limits = find_limits(found)
-    result = shares({"train_valid": reasons(found, limits) == ""}, keys_of(places))
-    places, made = some([video for video in clips.videos if video not in known], "val")
-    found = measure(world, made, "validation clips")
-    hits = {"real_valid": reasons(found, limits) == ""}
-    hits["real_true"] = (found["place"] == places.numpy()).all(axis=1)
+    places = draw_places([video for video in clips.videos if video not in known], "val")
+    made = through(world.clips[*places.T])
+    measured = measure(world, made, "validation clips")
+    hits = {
+        "real_valid": reasons(measured, limits) == "",
+        "real_true": (measured["place"] == places.numpy()).all(axis=1),
+    }
     few = math.ceil(len(places) / BLENDED)
-    controls = make_controls(world, places, made, through, args.seed)
-    blends = make_blends(world, places[:few], made[:few], through, args.seed)
+    controls = make_controls(
+        world,
+        places=places,
+        made=made,
+        through=through,
+        seed=args.seed,
+    )
+    blends = make_blends(
+        world,
+        places=places[:few],
+        made=made[:few],
+        through=through,
+        seed=args.seed,
+    )
     for name, wrong in chain(controls, blends):
         hits[name] = reasons(measure(world, wrong, name), limits) == ""
-    own = keys_of(places)
+    validation = keys_of(places)
     for name, hit in hits.items():
-        result |= shares({name: hit}, own[: len(hit)])  # blends are of the first ones
-    result |= {"rmse_real": found["clip_rmse"].mean(), "num_real": len(own)}
-    return limits, result | {"num_blended": few, "validation": own}
+        result |= shares({name: hit}, validation[: len(hit)])  # blends are of the first ones
+    result["rmse_real"] = measured["clip_rmse"].mean()
+    result["num_real"] = len(validation)
+    result["num_blended"] = few
+    result["validation"] = validation
+    return limits, result
 
 
 def score_census(samples, clips, training, count, args, device):
@@ -487,49 +531,71 @@ def score_census(samples, clips, training, count, args, device):
     key = vae.sha256, args.data_path, count, args.seed
     if key not in CALIBRATED:
         world = read_world(clips, args, device)
-        CALIBRATED[key] = world, *calibrate(world, clips, training, count, args, vae, device)
+        limits, result = calibrate(
+            world,
+            clips=clips,
+            training=training,
+            count=count,
+            args=args,
+            vae=vae,
+            device=device,
+        )
+        CALIBRATED[key] = world, limits, result
     world, limits, result = CALIBRATED[key]
-    found = measure(world, samples.clips, "samples")
-    videos = samples.videos
-    keys = list(world.places)
-    why = reasons(found, limits)
-    rmse = found["clip_rmse"]
-    (name, who) = found["place"].T
+    measured = measure(world, samples.clips, "samples")
+    why = reasons(measured, limits)
     valid = why == ""
     known = {world.places[video.key][1] for video in training}
-    K = len(world.characters)
-    result = result | shares({"valid": valid} | hits_of(world, samples, found), videos)
+    result = result | summarize(world, samples, measured, valid, known)
     result["limits"] = dict(zip(LIMITED, [*limits[:-1].tolist(), -limits[-1]], strict=True))
-    result |= shares({"held_out": ~np.isin(who, [*known])[valid]}, np.array(videos)[valid].tolist())
-    result |= {"held_out_expected": 1 - len(known) / K, "characters": len({*who[valid].tolist()})}
-    result["characters_expected"] = K * (1 - (1 - 1 / K) ** int(valid.sum()))
-    result |= {"rmse": rmse.mean(), "rmse_interval95": mean_interval(rmse, videos)}
     result["failures"] = {reason: int((why == reason).sum()) for reason in REASONS}
+    keys = [*world.places]
+    matched = measured["place"] @ [len(world.characters), 1]
     result["samples"] = {
-        "matched": [keys[number] for number in name * K + who],
+        "matched": [keys[number] for number in matched],
         "valid": valid.tolist(),
         "reason": why.tolist(),
-        "distances": found["distances"].tolist(),
-        "margins": found["margins"].tolist(),
-        "worst_rmse": found["worst_rmse"].tolist(),
+        "distances": measured["distances"].tolist(),
+        "margins": measured["margins"].tolist(),
+        "worst_rmse": measured["worst_rmse"].tolist(),
     }
     values, lines = report(result, TITLES)
-    values |= {name: result[name] for name in ("characters", "characters_expected")}
-    result["interval_units"], line = interval_units(samples=videos, validation=result["validation"])
+    for name in ("characters", "characters_expected"):
+        values[name] = result[name]
+    result["interval_units"], line = interval_units(
+        samples=samples.videos, validation=result["validation"]
+    )
+    failures = ", ".join(f"{reason} {number}" for reason, number in result["failures"].items())
     lines += [
         (
             f"  characters of the valid samples: {result['characters']}, expected "
             f"{result['characters_expected']:.1f}"
         ),
-        (
-            "  not valid because of: "
-            f"{', '.join(f'{name} {count}' for name, count in result['failures'].items())}"
-        ),
+        f"  not valid because of: {failures}",
         f"  limits: {limits_line(result['limits'])}",
         line,
     ]
     lines += missed_goals(result)
     return values, result, lines
+
+
+def summarize(world, samples, measured, valid, known):
+    """What is true of the clips of Samples, a plain dict.
+
+    measured: from `measure`; valid: bool (n,); known: numbers of the characters that train.
+    """
+    videos = samples.videos
+    result = shares({"valid": valid} | hits_of(world, samples, measured), videos)
+    who = measured["place"][valid, 1]
+    result |= shares({"held_out": ~np.isin(who, [*known])}, np.array(videos)[valid].tolist())
+    num_characters = len(world.characters)
+    result["held_out_expected"] = 1 - len(known) / num_characters
+    result["characters"] = len({*who.tolist()})
+    missed = (1 - 1 / num_characters) ** len(who)  # by draws from all
+    result["characters_expected"] = num_characters * (1 - missed)
+    result["rmse"] = measured["clip_rmse"].mean()
+    result["rmse_interval95"] = mean_interval(measured["clip_rmse"], videos)
+    return result
 
 
 def limits_line(limits):
@@ -547,27 +613,30 @@ def missed_goals(result):
     percent, most = GOAL
     accepted = {name: result[f"{name}_blended_{percent}"] for name in ATTRIBUTES}
     missed = [f"{name} {share:.1%}" for name, share in accepted.items() if share > most]
+    if not missed:
+        return []
     goal = (
         f"of the controls with {percent}% of another value, at most {most:.0%} should be accepted"
     )
-    return [f"  note: {goal}; missed for {', '.join(missed)}"] if missed else []
+    return [f"  note: {goal}; missed for {', '.join(missed)}"]
 
 
-def hits_of(world, samples, found):
+def hits_of(world, samples, measured):
     """{name in TITLES: bool (n,)} of the requested class, each attribute and, if samples continue
     clips, the clips.
     """
-    decoded = found["decoded"]
-    place = found["place"]
-    hits = {"class_right": place[:, 0] == [world.classes.index(name) for name in samples.names]}
-    hits |= dict(zip(ATTRIBUTES, (decoded == decoded[:, :1]).all(axis=1).T, strict=True))
-    keys = [
-        "/".join(PurePosixPath(str(video)).with_suffix("").parts[-2:]) for video in samples.videos
-    ]
+    decoded = measured["decoded"]
+    place = measured["place"]
+    requested = [world.classes.index(name) for name in samples.names]
+    hits = {"class_right": place[:, 0] == requested}
+    is_constant = (decoded == decoded[:, :1]).all(axis=1)
+    hits |= dict(zip(ATTRIBUTES, is_constant.T, strict=True))
+    paths = [PurePosixPath(str(video)).with_suffix("") for video in samples.videos]
+    keys = ["/".join(path.parts[-2:]) for path in paths]
     if all(key in world.places for key in keys):
         true = np.array([world.places[key] for key in keys])
-        hits["true_attributes"] = (decoded == world.characters.numpy()[true[:, 1], None]).all(
-            axis=(1, 2)
-        )
-        hits["true_clip"] = (place == true).all(axis=1) & (found["distances"] > 0).all(axis=1)
+        characters = world.characters.numpy()[true[:, 1], None]
+        hits["true_attributes"] = (decoded == characters).all(axis=(1, 2))
+        is_closest = (measured["distances"] > 0).all(axis=1)
+        hits["true_clip"] = (place == true).all(axis=1) & is_closest
     return hits

@@ -245,8 +245,8 @@ def test_values_with_a_third_one_between_are_not_blended(shades):
     world, true = shades
     for who, expected in (((1, 1, 1, 1), {0, 2}), ((0, 0, 0, 0), {1}), ((2, 2, 2, 2), {1})):
         for is_own in world.choices_of:
-            choices = sprites_census.blendable(world, 0, [*true].index(who), is_own)
-            assert set(world.choices[choices, 1].tolist()) == expected
+            choices = sprites_census.blendable(world, (0, [*true].index(who)), is_own)
+            assert set((choices % 3).tolist()) == expected
 
 
 @pytest.mark.parametrize("shift", [-20, 20])
@@ -420,7 +420,9 @@ def test_a_world_is_refused_unless_all_clips_were_read(data, monkeypatch):
     world = sprites_census.read_world(clips, args, "cpu")
     assert torch.equal(world.clips, WORLD.clips)
     monkeypatch.setattr(
-        sprites_census, "real_stream", lambda *stream: [*sources.real_stream(*stream)][1:]
+        sprites_census,
+        "real_stream",
+        lambda *args, **settings: [*sources.real_stream(*args, **settings)][1:],
     )
     with pytest.raises(AssertionError, match="1 clips were not read"):
         sprites_census.read_world(clips, args, "cpu")
