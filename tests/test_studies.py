@@ -168,7 +168,8 @@ def compared(commands, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objectives, "COUNTS", (2,))
         patch.setattr(objectives, "LIMITS", (1,))
-        patch.setattr(objectives, "SEEDS", {"eqm": 1, "flow": 1, "blind": 0})
+        two_arms = {name: objectives.ARMS[name] for name in objectives.PRIMARY}
+        patch.setattr(objectives, "ARMS", two_arms)
         run_main(objectives, "--miniature", "--out", out, "--seeds", 0)
     return out
 
@@ -377,15 +378,15 @@ def test_compute_of_an_image_model_counts_once():
     )
     assert lines[-1] == "- Seed 0: compute to 80.0% valid samples: 0.50 free, 0.70 counted."
     assert (
-        inflation.compute_needed(0.6, (0.2, 0.4), (0.6, 0.7), 0.1)
+        inflation.compute_needed(0.6, {0.2: 0.6, 0.4: 0.7}, 0.1)
         == "at most 0.20 free, 0.30 counted"
     )
-    assert inflation.compute_needed(0.8, (0.2, 0.4), (0.6, 0.7), 0.1) == "more than 0.40"
+    assert inflation.compute_needed(0.8, {0.2: 0.6, 0.4: 0.7}, 0.1) == "more than 0.40"
 
 
 def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):
-    out, (*_, data) = trained
-    flags = ["--miniature", "--out", tmp_path, "--only", TWO_ARMS[0], "--data-path", data]
+    out, _ = trained
+    flags = ["--miniature", "--out", tmp_path, "--only", TWO_ARMS[0]]
     with counted_steps(train, stop_after=2):
         run_main(study, *flags, status=1)
     assert "the training was stopped; run the same command to continue" in capsys.readouterr().err
@@ -406,7 +407,7 @@ def test_a_study_starts_no_run_that_exceeds_its_minutes(tmp_path, capsys):
 
 
 def a_study(out, only=None):
-    args = {"out": out, "data_path": None, "only": only, "miniature": False, "compile": False}
+    args = {"out": out, "only": only, "miniature": False, "compile": False}
     return study.Study(Namespace(**args))
 
 
@@ -491,12 +492,18 @@ def test_intervals_cover_as_often_in_a_small_simulation(tmp_path):
 def test_a_table_of_experiments_keeps_the_columns_of_other_runs(tmp_path, monkeypatch):
     runs = {"eqm": {"psnr": 30}, "flow": {"objective": "flow", "psnr": 20}, "again": {"psnr": 31}}
     runs = {name: {"hours": 1, "seed": 0} | run for name, run in runs.items()}
-    made = lab.ExperimentTable(
-        "", "census", "", "census.sh", runs.__getitem__, lambda run: {"PSNR": str(run["psnr"])}
+    table = lab.ExperimentTable(
+        about="",
+        name="census",
+        title="",
+        script="census.sh",
+        read_run=runs.__getitem__,
+        rows_of=lambda run: {"PSNR": str(run["psnr"])},
+        brackets="",
     )
     for names in (["flow", "eqm"], ["again"]):
         monkeypatch.setattr("sys.argv", ["census.py", *names, "--out", str(tmp_path)])
-        made.main()
+        table.main()
     lines = (tmp_path / "census.md").read_text().splitlines()
     assert lines[-3::2] == ["| | HOURS=1, seed 0 | HOURS=1, seed 0, flow |", "| PSNR | 31 | 20 |"]
 
@@ -542,8 +549,8 @@ def test_the_committed_report_matches_the_committed_rows(tmp_path):
     ],
 )
 def test_differences_are_paired_by_seed_and_say_if_they_may_be_zero(values, others, text):
-    gap = lab.difference("a", "b", "Loss", dict(enumerate(values)), dict(enumerate(others)))
-    (line,) = lab.difference_lines([gap])
+    arms = {"a": dict(enumerate(values)), "b": dict(enumerate(others))}
+    (line,) = lab.difference_lines([lab.difference(arms, ("a", "b"), "Loss")])
     assert text in line
 
 
@@ -576,25 +583,24 @@ def test_holm_rejects_what_its_definition_rejects():
 
 def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
     # t is 4 sqrt(3), so p = 1 - sqrt(48 / 50) = 0.0202, and five times that in a table of five
-    gap = lab.difference("a", "b", "Loss", {0: 1.3, 1: 1.4, 2: 1.5}, dict.fromkeys(range(3), 1.0))
-    others = [
-        lab.difference("a", "b", "Loss", {0: 1.0, 1: 1.1, 2: 0.9}, dict.fromkeys(range(3), 1.0))
-    ] * 4
+    values = {"a": {0: 1.3, 1: 1.4, 2: 1.5}, "b": {0: 1.0, 1: 1.0, 2: 1.0}}
+    gap = lab.difference(values, ("a", "b"), "Loss")
+    other = lab.difference(values | {"a": {0: 1.0, 1: 1.1, 2: 0.9}}, ("a", "b"), "Loss")
     alone = lab.difference_lines([gap])
-    (among, *_) = lab.difference_lines([gap, *others])
+    (among, *_) = lab.difference_lines([gap] + [other] * 4)
     assert alone[0].endswith("p 0.020, by Holm 0.020): higher.")
     assert among.endswith("p 0.020, by Holm 0.101): no significant difference.")
 
 
 def test_ratios_of_seeds_have_a_geometric_mean_and_an_interval_of_their_logarithms():
-    (line,) = lab.difference_lines([report.ratio("a", "b", "Compute", [0.5, 1.0, 2.0])])
+    (line,) = lab.difference_lines([report.ratio("Compute, a / b", [0.5, 1.0, 2.0])])
     # ln 2 x 4.3027 / sqrt(3) = 1.7219, and exp(1.7219) = 5.59
     words = (
         "- Compute, a / b: the geometric mean is 1.00 (each seed: 0.50; 1.00; 2.00; 95% 0.18 to "
         "5.59; p 1.000, "
     )
     assert line == f"{words}by Holm 1.000): no significant difference."
-    assert report.ratio("a", "b", "Compute", [0.5]).p is None
+    assert report.ratio("Compute, a / b", [0.5]).p is None
 
 
 def test_compute_to_reach_a_goal_is_interpolated_or_unknown():

@@ -59,14 +59,14 @@ ARMS = [
     Arm("4-8-16 table mix", "B", TABLE + INTERVALS, mix=0.2, **CURRICULUM),
     Arm("4-8-16 moving", "BC", MOVING + INTERVALS, shares=SHARES, **CURRICULUM),
     *(Arm(f"16 {name}", "D", flags, seeds=5, lengths=LENGTHS) for name, flags in SPEEDS.items()),
-    *(
-        # the table does not win
-        Arm(f"16 {name} {pace}", "D", flags, seeds=2 if name == "table" else 5, pace=pace)
-        for pace in ("slow", "fast")
-        for name, flags in (POSITIONS | {"speed 1": SPEEDS["speed 1"]}).items()
-        if name != "rotary"
-    ),
 ]
+for pace in ("slow", "fast"):
+    ARMS += [
+        Arm(f"16 fixed {pace}", "D", seeds=5, pace=pace),
+        Arm(f"16 table {pace}", "D", TABLE, seeds=2, pace=pace),  # does not win
+        Arm(f"16 moving {pace}", "D", MOVING, seeds=5, pace=pace),
+        Arm(f"16 speed 1 {pace}", "D", SPEEDS["speed 1"], seeds=5, pace=pace),
+    ]
 BY_NAME = {arm.name: arm for arm in ARMS}
 RECOMMENDED = BY_NAME["4-8-16 moving"]
 
@@ -124,9 +124,15 @@ BASE = [
 
 def config_of(size):
     """The EqMConfig for counting FLOPs, which do not depend on the positions."""
-    own = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads}
     return model_config(
-        "EqM-Ti/2", **own, input_size=16, in_channels=3, temporal_patch_size=4, num_classes=12
+        "EqM-Ti/2",
+        depth=size.depth,
+        hidden_size=size.width,
+        num_heads=size.heads,
+        input_size=16,
+        in_channels=3,
+        temporal_patch_size=4,
+        num_classes=12,
     )
 
 
@@ -149,13 +155,13 @@ def plan_phases(config, shares, mix, steps):
     earlier = []
     for num_frames, part in shares:
         batch_size = TOKENS // math.prod(config.grid(num_frames))
-        own = config.training_flops(num_frames)
-        mixed = sum(earlier) / len(earlier) if earlier else own
-        per_step = batch_size * ((1 - mix) * own + mix * mixed)
+        per_clip = config.training_flops(num_frames)
+        mixed = sum(earlier) / len(earlier) if earlier else per_clip
+        per_step = batch_size * ((1 - mix) * per_clip + mix * mixed)
         steps = max(1, round(part * compute / per_step))
-        last_step = last_step + steps
-        flops = flops + steps * per_step
-        earlier = [*earlier, own]
+        last_step += steps
+        flops += steps * per_step
+        earlier.append(per_clip)
         phases.append((num_frames, last_step, batch_size))
     return phases, flops
 
@@ -172,37 +178,30 @@ def phase_flags(phases, mix):
             "--global-batch-size",
             batch_size,
         ]
-    return ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", mix]
+    schedule = ",".join(f"{a}:{b}:{c}" for a, b, c in phases)
+    return ["--frames-schedule", schedule, "--mix", mix]
+
+
+def validation_flags(phases):
+    _, last_step, _ = phases[-1]
+    return ["--val-every", max(1, last_step // VALIDATIONS)]
 
 
 def recipe_flags(arm, seed, share, size):
     """The flags of train.py that determine a run, without paths."""
     phases, _ = plan(arm, share, size)
-    flags = [
-        "--video",
-        *BASE,
-        "--depth",
-        size.depth,
-        "--hidden-size",
-        size.width,
-        "--num-heads",
-        size.heads,
-    ]
-    flags += ["--global-seed", seed, *phase_flags(phases, arm.mix)]
-    flags += [*arm.flags.split(), "--val-frames", 16, "--val-clips", size.val_clips]
-    return [str(flag) for flag in [*flags, "--val-every", max(1, phases[-1][1] // VALIDATIONS)]]
+    flags = ["--video", *BASE, "--depth", size.depth]
+    flags += ["--hidden-size", size.width, "--num-heads", size.heads]
+    flags += ["--global-seed", seed, *phase_flags(phases, arm.mix), *arm.flags.split()]
+    flags += ["--val-frames", 16, "--val-clips", size.val_clips, *validation_flags(phases)]
+    return list(map(str, flags))
 
 
 def sampling_flags(size):
     """The flags of sample_gd.py that all studies use."""
+    step_size = PATH_LENGTH / (size.points - 1)
     flags = ["--sampler", "ngd", "--num-sampling-steps", size.points, "--cfg-scale", GUIDANCE]
-    return [
-        *flags,
-        "--stepsize",
-        f"{PATH_LENGTH / (size.points - 1):.4g}",
-        "--precision",
-        lab.PRECISION,
-    ]
+    return [*flags, "--stepsize", f"{step_size:.4g}", "--precision", lab.PRECISION]
 
 
 def sampling_flops(num_frames, size):
@@ -214,9 +213,13 @@ def size_of(args):
     return MINIATURE if args.miniature else FULL
 
 
-def training(args, arm, seed, share, *more):
-    """The fields `training` and `last_step` of a lab.Run."""
+def training(args, arm, seed, flags, share=1.0):
+    """The fields `training` and `last_step` of a lab.Run. flags: of train.py, beside the arm's."""
+    size = size_of(args)
     # The last --precision counts: a CPU without fast bf16 follows the same recipe in fp32
-    flags = [*recipe_flags(arm, seed, share, size_of(args)), "--precision", lab.PRECISION, *more]
-    flags += ["--compile"] * args.compile
-    return {"training": flags, "last_step": plan(arm, share, size_of(args))[0][-1][1]}
+    flags = [*recipe_flags(arm, seed, share, size), "--precision", lab.PRECISION, *flags]
+    if args.compile:
+        flags.append("--compile")
+    phases, _ = plan(arm, share, size)
+    _, last_step, _ = phases[-1]
+    return {"training": flags, "last_step": last_step}

@@ -7,6 +7,7 @@ between units, half between the clips of a unit. The intervals are those of EqM/
 those of earlier versions are beside them. The script writes results/coverage.md and .json.
 """
 
+import itertools
 import operator
 
 import lab
@@ -68,48 +69,62 @@ def holds(interval, true):
 def cover_means(repeats, kinds=DRAWS, counts=UNITS):
     """A row for each kind of values and number of units: coverage of the mean's intervals."""
     rows = []
-    for kind in kinds:
-        for count in counts:
-            random = np.random.default_rng([SEED, count])
-            values = draw_clustered(DRAWS[kind], random, count, repeats)
-            units = stats.by_unit(values, videos_of(count)).numpy()
-            half = stats.half95(units)
-            middle = units.mean(axis=0)
-            row = {"values": kind, "units": count, "t": holds((middle - half, middle + half), 0)}
-            row["bootstrap"] = holds(bootstrap_before(units, random), 0)
-            row["normal"] = holds(normal_before(units), 0)
-            rows.append(row)
+    for kind, count in itertools.product(kinds, counts):
+        random = np.random.default_rng([SEED, count])
+        values = draw_clustered(
+            DRAWS[kind],
+            random=random,
+            count=count,
+            repeats=repeats,
+        )
+        units = stats.by_unit(values, videos_of(count)).numpy()
+        half = stats.half95(units)
+        middle = units.mean(axis=0)
+        rows.append(
+            {
+                "values": kind,
+                "units": count,
+                "t": holds((middle - half, middle + half), 0),
+                "bootstrap": holds(bootstrap_before(units, random), 0),
+                "normal": holds(normal_before(units), 0),
+            }
+        )
     return rows
 
 
 def cover_shares(repeats):
     """A row for each share and number of units: coverage over units, and over clips."""
     rows = []
-    for true in SHARES:
-        for count in MANY_UNITS:
-            random = np.random.default_rng([SEED, count])
-            # half of the variance is between units
-            chances = random.beta(true, 1 - true, (repeats, count))
-            hits = random.random((repeats, CLIPS, count)) < chances[:, None]
-            hits = hits.reshape(repeats, CLIPS * count)
-            videos = videos_of(count)
-            over_units = [stats.share(own, videos)[1] for own in hits]
-            over_clips = [stats.share(own)[1] for own in hits]
-            row = {"share": true, "units": count}
-            row["over_units"] = holds(np.transpose(over_units), true)
-            row["over_clips"] = holds(np.transpose(over_clips), true)
-            rows.append(row)
+    for true, count in itertools.product(SHARES, MANY_UNITS):
+        random = np.random.default_rng([SEED, count])
+        # half of the variance is between units
+        chances = random.beta(true, 1 - true, (repeats, count))
+        hits = random.random((repeats, CLIPS, count)) < chances[:, None]
+        hits = hits.reshape(repeats, CLIPS * count)
+        rows.append(
+            {
+                "share": true,
+                "units": count,
+                "over_units": holds_share(hits, true, videos_of(count)),
+                "over_clips": holds_share(hits, true),
+            }
+        )
     return rows
+
+
+def holds_share(hits, true, videos=()):
+    """The share of Wilson's intervals of hits (repeats, N) that hold the true share."""
+    intervals = [stats.share(row, videos)[1] for row in hits]
+    return holds(np.transpose(intervals), true)
 
 
 def cover_independent_shares(repeats):
     """A row for each share and number of independent clips: coverage of Wilson's interval."""
     rows = []
-    for true in SHARES:
-        for count in (3, 5, *MANY_UNITS):
-            random = np.random.default_rng([SEED, count])
-            found = [stats.share(own)[1] for own in random.random((repeats, count)) < true]
-            rows.append({"share": true, "clips": count, "wilson": holds(np.transpose(found), true)})
+    for true, count in itertools.product(SHARES, (3, 5, *MANY_UNITS)):
+        random = np.random.default_rng([SEED, count])
+        hits = random.random((repeats, count)) < true
+        rows.append({"share": true, "clips": count, "wilson": holds_share(hits, true)})
     return rows
 
 
@@ -118,27 +133,29 @@ def cover_ratios(repeats):
     rows = []
     for count in MANY_UNITS:
         random = np.random.default_rng([SEED, count])
-        real = 1 + draw_clustered(DRAWS["normal"], random, count, repeats) / 4
+        noise = draw_clustered(
+            DRAWS["normal"],
+            random=random,
+            count=count,
+            repeats=repeats,
+        )
+        real = 1 + noise / 4
         generated = 1 + random.normal(size=(GENERATED, repeats)) / 4
         videos = range(GENERATED), videos_of(count)
-        found = [
+        intervals = [
             stats.ratio_interval(operator.truediv, both, videos, "coverage")
             for both in zip(generated.T, real.T, strict=True)
         ]
-        rows.append({"units": count, "bootstrap": holds(np.transpose(found), 1)})
+        rows.append({"units": count, "bootstrap": holds(np.transpose(intervals), 1)})
     return rows
 
 
-def percent(value):
-    return f"{100 * value:.1f}"
-
-
-def cells(rows, count, *shares):
-    """Rows of a table: the value `count` of each row, then its shares in percent."""
-    found = []
+def percent_table(titles, rows, count, *shares):
+    """Lines of markdown: the value `count` of each row, then its shares in percent."""
+    cells = []
     for row in rows:
-        found.append([str(row[count]), *(percent(row[name]) for name in shares)])
-    return found
+        cells.append([str(row[count]), *(f"{100 * row[name]:.1f}" for name in shares)])
+    return lab.table(titles, cells)
 
 
 def markdown(content):
@@ -148,49 +165,41 @@ def markdown(content):
     lines = [
         "# Coverage of the 95% intervals",
         "",
-        (
-            "`scripts/studies/coverage.py` wrote these tables. A cell is the share (%) of "
-            "simulated data"
-        ),
-        (
-            "sets whose 95% interval holds the true value, so about 95 is right. Each unit (a "
-            "video, or"
-        ),
+        "`scripts/studies/coverage.py` wrote these tables. A cell is the share (%) of simulated "
+        "data",
+        "sets whose 95% interval holds the true value, so about 95 is right. Each unit (a video, "
+        "or",
         f"videos of one person) has {CLIPS} clips. Half of the variance is between units.",
         "",
         "## Means",
         "",
-        (
-            f"{content['repeats_of_means']:,} data sets each. *Bootstrap* and *1.96* are the "
-            "intervals of"
-        ),
-        (
-            "earlier versions: quantiles of a bootstrap of the units, and 1.96 standard errors "
-            "that divide"
-        ),
+        f"{content['repeats_of_means']:,} data sets each. *Bootstrap* and *1.96* are the intervals "
+        "of",
+        "earlier versions: quantiles of a bootstrap of the units, and 1.96 standard errors that "
+        "divide",
         "by n. Skewed values are exponential.",
         "",
     ]
     for kind in DRAWS:
-        rows = [row for row in content["means"] if row["values"] == kind]
         titles = [f"units, {kind} values", "Student's t", "bootstrap", "1.96"]
-        lines += lab.table(titles, cells(rows, "units", "t", "bootstrap", "normal"))
+        rows = lab.rows_with({"values": kind}, content["means"])
+        lines += percent_table(titles, rows, "units", "t", "bootstrap", "normal")
 
     lines += ["## Shares of clips that share units", ""]
     lines += [f"{few}. *Over clips*: as if the clips were independent. {missing}", ""]
     titles = ["units", "true share (%)", "Wilson over units", "Wilson over clips"]
-    lines += lab.table(
-        titles, cells(content["shares"], "units", "share", "over_units", "over_clips")
-    )
+    rows = content["shares"]
+    lines += percent_table(titles, rows, "units", "share", "over_units", "over_clips")
 
     lines += ["## Shares of independent clips", "", f"{few}.", ""]
-    rows = cells(content["independent_shares"], "clips", "share", "wilson")
-    lines += lab.table(["clips", "true share (%)", "Wilson"], rows)
+    titles = ["clips", "true share (%)", "Wilson"]
+    rows = content["independent_shares"]
+    lines += percent_table(titles, rows, "clips", "share", "wilson")
 
     lines += ["## Ratios of two means", ""]
     lines += [f"{few}, with {GENERATED} independent generated clips. {missing}", ""]
-    rows = cells(content["ratios"], "units", "bootstrap")
-    return lines + lab.table(["units of the real clips", "bootstrap"], rows)
+    titles = ["units of the real clips", "bootstrap"]
+    return lines + percent_table(titles, content["ratios"], "units", "bootstrap")
 
 
 def parse_args():

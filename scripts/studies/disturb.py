@@ -24,10 +24,14 @@ from shapes_tracker import track
 from vae import VAE
 
 DEMO = lab.ROOT / "results/demo"
-BATCH, FRAMES, SQUARE = 24, 16, 6
-FIRST, AGAIN = 19, 15  # evaluations before and after a disturbance
+BATCH = 24
+FRAMES = 16
+SQUARE = 6
+FIRST = 19  # evaluations before a disturbance
+AGAIN = 15  # evaluations after it
 LEVELS = 0.0, 0.3, 0.6  # shares of the clip that are kept
 KINDS = "direction", "shape"
+LEFT = "left half of every frame"
 
 
 def regions(shape, batch):
@@ -36,27 +40,27 @@ def regions(shape, batch):
     The square is anywhere.
     """
     B, _, T, H, W = shape
-    row, column = (torch.arange(n) for n in (H, W))
-    tops, lefts = torch.randint(
-        0, H - SQUARE + 1, (2, B, 1), generator=generator(0, "square", batch)
-    )
-    # (B, H)
-    rows = (row >= tops) & (row < tops + SQUARE)
-    columns = (column >= lefts) & (column < lefts + SQUARE)
+    corners = torch.randint(0, H - SQUARE + 1, (2, B, 1), generator=generator(0, "square", batch))
+    tops, lefts = corners
+    row = torch.arange(H)
+    column = torch.arange(W)
+    rows = (row >= tops) & (row < tops + SQUARE)  # (B, H)
+    columns = (column >= lefts) & (column < lefts + SQUARE)  # (B, W)
+    square = rows[:, :, None] & columns[:, None]
     return {
         "later half of the frames": (torch.arange(T) >= T / 2)[:, None, None],
-        "left half of every frame": column < W / 2,
-        f"square of {SQUARE} px in every frame": (rows[:, :, None] & columns[:, None])[
-            :, None, None
-        ],
+        LEFT: column < W / 2,
+        f"square of {SQUARE} px in every frame": square[:, None, None],
         "everything": torch.tensor(True),
     }
 
 
 def blur(x):
     """Average each pixel of (B, C, T, H, W) with its neighbors, by weights 1 2 1 both ways."""
-    padded = torch.nn.functional.pad(x.flatten(0, 2)[:, None], (1, 1, 1, 1), mode="replicate")
-    weights = torch.tensor([1.0, 2, 1])[:, None] * torch.tensor([1.0, 2, 1]) / 16
+    frames = x.flatten(0, 2)[:, None]
+    padded = torch.nn.functional.pad(frames, (1, 1, 1, 1), mode="replicate")
+    weights = torch.tensor([1.0, 2, 1])
+    weights = weights[:, None] * weights / 16
     return torch.nn.functional.conv2d(padded, weights[None, None]).view_as(x)
 
 
@@ -64,23 +68,16 @@ def disturbances(x, labels, classes, batch):
     """Yield (name, disturbed clips, classes to descend to) of finished clips x (B, C, T, H, W)."""
     noise = normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:])
     other = (labels + 1) % classes
-    found = regions(x.shape, batch)
-    for name, mask in found.items():
+    noisy = {level: level * x + (1 - level) * noise for level in LEVELS}
+    masks = regions(x.shape, batch)
+    for name, mask in masks.items():
         for level in LEVELS:
-            yield (
-                f"{name}, keeps {level:.0%}",
-                torch.where(mask, level * x + (1 - level) * noise, x),
-                labels,
-            )
+            yield f"{name}, keeps {level:.0%}", torch.where(mask, noisy[level], x), labels
     yield "blurred", blur(x), labels
-    yield (
-        "left half mirrored",
-        torch.where(found["left half of every frame"], x.flip(-1), x),
-        labels,
-    )
+    yield "left half mirrored", torch.where(masks[LEFT], x.flip(-1), x), labels
     yield "another class", x, other
     for level in LEVELS:
-        yield f"another class, everything keeps {level:.0%}", level * x + (1 - level) * noise, other
+        yield f"another class, everything keeps {level:.0%}", noisy[level], other
 
 
 def descend(model, x, labels, evaluations, training):
@@ -88,18 +85,25 @@ def descend(model, x, labels, evaluations, training):
     condition = Condition.of(labels, model.config)
     scale = torch.full((len(x),), 0.04)
     field = guided(model, condition, scale, training["cfg_scale"])
-    return sample(field, x, "ngd", evaluations + 1, training["stepsize"], training["mu"])[0]
+    x, _ = sample(
+        field,
+        x,
+        "ngd",
+        num_steps=evaluations + 1,
+        step_size=training["stepsize"],
+        momentum=training["mu"],
+    )
+    return x
 
 
 def right(x, labels, names):
     """{"direction": bools, "shape": bools}: whether clips move and look as "CircleLeft" says."""
-    tracks = [track(clip) for clip in VAE("none").decode(x).numpy()]
-    pairs = [(one, names[label]) for one, label in zip(tracks, labels.tolist(), strict=True)]
-    directions = [name.endswith(str(one.direction)) for one, name in pairs]
-    return {
-        "direction": directions,
-        "shape": [name.startswith(str(one.shape)) for one, name in pairs],
-    }
+    hits = {kind: [] for kind in KINDS}
+    for clip, label in zip(VAE("none").decode(x).numpy(), labels.tolist(), strict=True):
+        shape = track(clip)
+        hits["direction"].append(names[label].endswith(str(shape.direction)))
+        hits["shape"].append(names[label].startswith(str(shape.shape)))
+    return hits
 
 
 @torch.no_grad()
@@ -110,11 +114,30 @@ def measure(model, config, indices):
     size = model.config.input_size
     labels = torch.tensor([index % len(names) for index in indices])
     noise = normal(0, "sample", 0, indices, (3, FRAMES, size, size))
-    x = descend(model, noise, labels, FIRST, training)
-    ends = {"before": (x, labels)}
-    for name, start, own in disturbances(x, labels, len(names), indices[0]):
-        ends[name] = descend(model, start, own, AGAIN, training), own
-    return {name: right(*end, names) for name, end in ends.items()}
+    x = descend(
+        model,
+        noise,
+        labels=labels,
+        evaluations=FIRST,
+        training=training,
+    )
+    hits = {"before": right(x, labels, names)}
+    cases = disturbances(
+        x,
+        labels=labels,
+        classes=len(names),
+        batch=indices[0],
+    )
+    for name, start, goals in cases:
+        end = descend(
+            model,
+            start,
+            labels=goals,
+            evaluations=AGAIN,
+            training=training,
+        )
+        hits[name] = right(end, goals, names)
+    return hits
 
 
 def cell(hits):
@@ -131,36 +154,29 @@ def parse_args():
 def markdown(content):
     rows = content["rows"]
     count = len(rows["before"]["shape"])
-    about = (
+    lines = lab.heading(
+        "Disturbances",
         f"`scripts/studies/disturb.py` wrote this table from {count} clips of the demo model: "
-        f"{FIRST} evaluations, "
+        f"{FIRST} evaluations, a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson).",
     )
-    about += f"a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson)."
-    cells = [[name, *(cell(own[kind]) for kind in KINDS)] for name, own in rows.items()]
-    return [
-        "# Disturbances",
-        "",
-        about,
-        "",
-        *lab.table(["", *(f"{kind} right (%)" for kind in KINDS)], cells),
-    ]
+    titles = ["", *(f"{kind} right (%)" for kind in KINDS)]
+    cells = [[name, *(cell(hits[kind]) for kind in KINDS)] for name, hits in rows.items()]
+    return lines + lab.table(titles, cells)
 
 
 @one_line_errors()
 def main():
     args = parse_args()
     model, config, _ = checkpoint.load_model(DEMO)
-    path = Path(args.out, "disturb.json")
-    saved = lab.read_rows(path) if path.exists() else {}
-    rows = saved.get("rows", saved)  # files of earlier versions are the rows
+    saved = lab.read_rows(Path(args.out, "disturb.json"))
+    rows = saved.get("rows", saved) if saved else {}  # files of earlier versions are the rows
     known = len(rows["before"]["shape"]) if rows else 0
     for first in Bar(range(known, args.num_clips, BATCH), desc="disturb", unit="part"):
-        for name, own in measure(
-            model, config, range(first, min(first + BATCH, args.num_clips))
-        ).items():
+        indices = range(first, min(first + BATCH, args.num_clips))
+        for name, hits in measure(model, config, indices).items():
             row = rows.setdefault(name, {kind: [] for kind in KINDS})
             for kind in KINDS:
-                row[kind] += own[kind]
+                row[kind] += hits[kind]
         content = {"rows": rows}
         lab.write_results(args.out, "disturb", markdown(content), content)
 

@@ -12,11 +12,12 @@ results/given_frames.md and .json, with several objectives results/given_frames_
 .json. Models, samples and scores are in results/given-frames (see lab.py).
 """
 
+import itertools
 from pathlib import Path
 
 import lab
 from arms import GUIDANCE, RECOMMENDED, size_of, training
-from objectives import SETTINGS, USUAL, sampling
+from objectives import ARMS, USUAL, sampling
 from runtime.cli import SHARE, one_line_errors
 
 TASKS = {  # row of the table: (flags of sample_gd.py, metric)
@@ -33,11 +34,11 @@ TASKS = {  # row of the table: (flags of sample_gd.py, metric)
     "nothing given, 24 frames at once": ("--num-frames 24 --window 24", "motion"),
 }
 UNALIGNED = "1 of 16 given"  # ends within a temporal patch: not for flow
-COLUMNS = {  # title: (value of a manifest, factor, digits)
-    "direction accuracy (%)": ("direction_accuracy", 100, 1),
-    "PSNR gain (dB)": ("psnr_gain", 1, 1),
-    "color and shape kept (%)": ("appearance_kept", 100, 1),
-    "speed / true": ("speed_ratio", 1, 2),
+COLUMNS = {
+    "direction accuracy (%)": lab.Column("direction_accuracy", 100, 1),
+    "PSNR gain (dB)": lab.Column("psnr_gain", 1, 1),
+    "color and shape kept (%)": lab.Column("appearance_kept", 100, 1),
+    "speed / true": lab.Column("speed_ratio", 1, 2),
 }
 
 
@@ -46,43 +47,28 @@ def make_run(args, share, seed, objective="eqm"):
     root = Path(args.out, "given-frames")
     clips = num_clips(args)
     size = size_of(args)
-    setting = SETTINGS[objective]
-    data = lab.data_sets(root / "moving-shapes", size.videos, max(2, clips // 12), "--seconds", 1.4)
+    arm = ARMS[objective]
+    data = lab.data_sets(root / "moving-shapes", size.videos, max(2, clips // 12))
     videos, test = data
-    flags = [
-        "--num-samples",
-        clips,
-        "--seed",
-        seed,
-        "--cfg-scale",
-        GUIDANCE,
-        "--precision",
-        lab.PRECISION,
-    ]
-    flags += sampling(setting.way, USUAL)
-    own = [
-        "--forcing",
-        share,
-        "--objective",
-        objective,
-        "--gamma-shift",
-        setting.shift,
-        "--data-path",
-        videos,
-    ]
+    flags = ["--num-samples", clips, "--seed", seed, "--cfg-scale", GUIDANCE]
+    flags += ["--precision", lab.PRECISION, *sampling(arm.way, USUAL)]
     given = {
         "prediction": ["--given", test, "--given-split", "all", "--no-keep-background"],
         "motion": [],
     }
+    tasks = {
+        task: ([*words.split(), *flags, *given[metric]], [metric])
+        for task, (words, metric) in TASKS.items()
+    }
+    if objective == "flow":
+        tasks.pop(UNALIGNED, None)
+    training_flags = ["--forcing", share, *arm.flags.split()]
+    training_flags += ["--gamma-shift", arm.shift, "--data-path", videos]
     return lab.Run(
-        root / f"forcing{share:g}-{objective}-{setting.shift:g}-{setting.way}-seed{seed}",
+        root / f"forcing{share:g}-{objective}-{arm.shift:g}-{arm.way}-seed{seed}",
         data,
-        **training(args, RECOMMENDED, seed, 1.0, *own),
-        tasks={
-            task: ([*words.split(), *flags, *given[metric]], [metric])
-            for task, (words, metric) in TASKS.items()
-            if objective != "flow" or task != UNALIGNED
-        },
+        **training(args, RECOMMENDED, seed=seed, flags=training_flags),
+        tasks=tasks,
         metrics={
             "prediction": ["--data-path", test],
             "motion": ["--data-path", test, "--split", "all", "--num-real", clips],
@@ -95,39 +81,47 @@ def num_clips(args):
 
 
 def markdown(content):
-    tasks = content["tasks"]
     seeds = len(content["seeds"])
-    lines = [
-        "# Given frames",
-        "",
-        "`scripts/studies/given_frames.py` wrote these tables. It trains the study's 4-8-16 "
-        "recipe with a share of "
-        f"forced clips (`--forcing`) and completes {content['videos']} test videos, with {seeds} "
-        "seeds each. PSNR "
-        "gain is relative to repeating the last given frame. Cells hold the mean over seeds "
-        "(lowest to highest).",
-        "",
-    ]
-    for share in dict.fromkeys(share for found in tasks.values() for share in found):
-        rows = {task: found[share] for task, found in tasks.items() if share in found}
-        lines += [f"## --forcing {share}", "", *lab.seed_table(rows, COLUMNS)]
+    lines = lab.heading(
+        "Given frames",
+        "`scripts/studies/given_frames.py` wrote these tables. It trains the study's 4-8-16 recipe "
+        "with a share of forced clips (`--forcing`) and completes "
+        f"{content['videos']} test videos, with {seeds} seeds each. PSNR gain is relative to "
+        "repeating the last given frame. Cells hold the mean over seeds (lowest to highest).",
+    )
+    tasks = content["tasks"]
+    for model in dict.fromkeys(itertools.chain.from_iterable(tasks.values())):
+        names = [task for task, models in tasks.items() if model in models]
+        values = {}
+        for title in COLUMNS:
+            values[title] = {task: seed_values(tasks[task], model, title) for task in names}
+        lines += [f"## --forcing {model}", "", *lab.seed_table(names, COLUMNS, values)]
+    direction, gain, *_ = COLUMNS
     differences = []
-    for task, found in tasks.items():
-        pairs = [(share, share.partition(" ")[0]) for share in found if " " in share]  # objectives
-        if task.startswith("nothing"):  # the cost of forcing for clips without given frames
-            pairs += [
-                (share, "0")
-                for share in found
-                if "0" in found and " " not in share and share != "0"
-            ]
-        for share, base in pairs:
-            for title in [*COLUMNS][: 2 if " " in share else 1]:
-                values, others = (dict(enumerate(found[key][title])) for key in (share, base))
-                if values:  # clips without given frames have no PSNR
-                    name = f"--forcing {share}"
-                    what = f"{task}, {title}"
-                    differences.append(lab.difference(name, base, what, values, others, digits=1))
+    for task, models in tasks.items():
+        for model in models:
+            base, _, objective = model.partition(" ")
+            titles = [direction]
+            if objective:
+                titles.append(gain)
+            elif task.startswith("nothing") and model != "0" and "0" in models:
+                base = "0"  # the cost of forcing for clips without given frames
+            else:
+                continue
+            for title in titles:
+                first = f"--forcing {model}"
+                values = {first: seed_values(models, model, title)}
+                values[base] = seed_values(models, base, title)
+                if values[first]:  # clips without given frames have no PSNR
+                    differences.append(
+                        lab.difference(values, (first, base), what=f"{task}, {title}", digits=1)
+                    )
     return lines + lab.difference_lines(differences)
+
+
+def seed_values(models, model, title):
+    """{seed: value} of a model's column, by the order of the seeds."""
+    return dict(enumerate(models.get(model, {}).get(title, ())))
 
 
 def parse_args():
@@ -141,7 +135,7 @@ def parse_args():
     )
     parser.add_argument(
         "--objectives",
-        choices=SETTINGS,
+        choices=ARMS,
         nargs="+",
         default=["eqm"],
         help="what the models are trained to predict, a model each",
@@ -152,22 +146,19 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    runs = {
-        f"{share:g}" + ("" if objective == "eqm" else f" --objective {objective}"): [
-            make_run(args, share, seed, objective) for seed in args.seeds
-        ]
-        for share in args.shares
-        for objective in args.objectives
-    }
-    lab.run_all([run for group in zip(*runs.values(), strict=True) for run in group])
-    tasks = {
-        task: {
-            name: lab.collect(group, task, COLUMNS)
-            for name, group in runs.items()
-            if task in group[0].tasks
-        }
-        for task in TASKS
-    }
+    runs = {}  # {model: its runs}
+    for share, objective in itertools.product(args.shares, args.objectives):
+        model = f"{share:g}"
+        if objective != "eqm":
+            model += f" --objective {objective}"
+        runs[model] = [make_run(args, share, seed, objective) for seed in args.seeds]
+    lab.run_all(list(itertools.chain.from_iterable(zip(*runs.values(), strict=True))))
+    tasks = {}
+    for task in TASKS:
+        tasks[task] = {}
+        for model, group in runs.items():
+            if task in group[0].tasks:
+                tasks[task][model] = lab.collect(group, task, COLUMNS)
     content = {"videos": num_clips(args), "seeds": args.seeds, "tasks": tasks}
     name = "given_frames" if args.objectives == ["eqm"] else "given_frames_objectives"
     lab.write_results(args.out, name, markdown(content), content)

@@ -30,11 +30,20 @@ from pathlib import Path
 import torch
 
 import lab
-from arms import BASE, FULL, ROTARY, TOKENS, VALIDATIONS, config_of, phase_flags, plan_phases
+from arms import (
+    BASE,
+    FULL,
+    ROTARY,
+    TOKENS,
+    config_of,
+    phase_flags,
+    plan_phases,
+    validation_flags,
+)
 from checkpoint import from_elsewhere, load, save
 from inflate import inflate
 from models import EqMConfig
-from positions import DATA_SETS, TINY, TINY_SAMPLES, PositionsRun, score_all
+from positions import DATA_SETS, TINY, ScoredTogether, common_sampling, score_all, size_flags
 from report import compute_to
 from runtime.cli import fail, one_line_errors
 
@@ -75,36 +84,34 @@ DATA = {
 
 def common(args, name, seed):
     """(config, data of a lab.Run, flags of train.py) that all runs of a data set share."""
-    own = DATA[name]
-    root = Path(args.out, "inflation")
-    config = replace(own.config, **TINY if args.miniature else {})
-    counts = (2, 2) if args.miniature else (60, 2)
-    data = (
-        lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4) if name == "shapes" else {}
-    )
-    flags = [
-        "--video",
-        *own.flags.split(),
-        "--forcing",
-        0,
-        "--global-seed",
-        seed,
-        "--val-clips",
-        256,
-    ]
-    for field in TINY:
-        flags += [f"--{field.replace('_', '-')}", getattr(config, field)]
-    flags += ["--data-path", *([*data][:1] or [args.latents])]
-    return config, data, [*flags, *["--compile"] * args.compile]
+    frames = DATA[name]
+    config = replace(frames.config, **TINY if args.miniature else {})
+    data = {}
+    videos = args.latents
+    if name == "shapes":
+        folder = Path(args.out, "inflation", "moving-shapes")
+        data = lab.data_sets(folder, 2 if args.miniature else 60, 2)
+        videos, _ = data
+    flags = ["--video", *frames.flags.split(), "--forcing", 0, "--global-seed", seed]
+    flags += ["--val-clips", 256, *size_flags(config), "--data-path", videos]
+    if args.compile:
+        flags.append("--compile")
+    return config, data, flags
 
 
 def image_run(args, name, seed):
     """The lab.Run of a model of single frames, and its FLOPs."""
     config, data, flags = common(args, name, seed)
-    phases, flops = plan_phases(config, ((1, 1.0),), 0, 2 if args.miniature else DATA[name].steps)
+    phases, flops = plan_phases(
+        config,
+        shares=((1, 1.0),),
+        mix=0,
+        steps=2 if args.miniature else DATA[name].steps,
+    )
+    _, last_step, _ = phases[-1]
     flags += ["--temporal-patch-size", 1, *phase_flags(phases, 0)]
     folder = Path(args.out, "inflation", f"{name}-image-seed{seed}")
-    return lab.Run(folder, data, training=flags, last_step=phases[-1][1]), flops
+    return lab.Run(folder, data, training=flags, last_step=last_step), flops
 
 
 class StartedRun(lab.JsonRun):
@@ -114,7 +121,6 @@ class StartedRun(lab.JsonRun):
 
     def train(self):
         if self.image and self.checkpoint() is None:
-            self.image.folder.mkdir(parents=True, exist_ok=True)
             with lab.file_lock(self.image.folder / "lock"):  # another process may train it
                 ckpt = self.image.train()
             self.training = [*self.training, *self.start_flags(ckpt)]
@@ -135,16 +141,16 @@ class KernelRun(StartedRun):
     1 step has a learning rate of almost zero.
     """
 
-    def __init__(self, args, name, seed, patch, spread, steps):
-        about = {"data": name, "seed": seed, "patch": patch, "spread": spread, "steps": steps}
+    def __init__(self, args, about):
+        name, seed, patch, _, steps = about.values()
         config, data, flags = common(args, name, seed)
         frames = DATA[name].num_frames
-        batch = TOKENS // math.prod(
-            replace(config, temporal_patch_size=patch, num_frames=frames).grid(frames)
-        )
+        config = replace(config, temporal_patch_size=patch, num_frames=frames)
+        batch = TOKENS // math.prod(config.grid(frames))
         flags += ["--use-rope", "--temporal-patch-size", patch, "--num-frames", frames]
         flags += ["--max-steps", steps, "--global-batch-size", batch]
-        flags += ["--lr", 1e-12, "--muon-lr", 1e-12] if steps == 1 else []
+        if steps == 1:
+            flags += ["--lr", 1e-12, "--muon-lr", 1e-12]
         folder = "-".join(map(str, about.values())).replace("/", "-").replace(" ", "-")
         super().__init__(
             Path(args.out, "inflation", folder),
@@ -170,45 +176,31 @@ class KernelRun(StartedRun):
 
 
 def kernels_markdown(rows):
-    about = (
+    lines = lab.heading(
+        "Kernels of an inflated patch embedding",
         "`scripts/studies/inflation.py kernels` wrote these tables: validation losses of clips "
-        "whose frames "
+        "whose frames have independent noise. Cells hold the mean over seeds, and the range. "
+        "`val_loss_rel` is relative to predicting zero, `val_loss_gamma_0.2` covers gamma from 0.2 "
+        "to 0.4. `--inflate` spreads by the mean.",
     )
-    about += (
-        "have independent noise. Cells hold the mean over seeds, and the range. `val_loss_rel` is "
-        "relative to "
-    )
-    about += (
-        "predicting zero, `val_loss_gamma_0.2` covers gamma from 0.2 to 0.4. `--inflate` spreads "
-        "by the mean."
-    )
-    lines = ["# Kernels of an inflated patch embedding", "", about, ""]
-    groups = itertools.groupby(sorted(rows, key=group_of), key=group_of)
-    for (name, patch, steps), group in groups:
-        found = {}  # {spread: {column: {seed: loss}}}
-        for row in group:
-            for column in (column for column in row if is_loss(column)):
-                found.setdefault(row["spread"], {}).setdefault(column, {})[row["seed"]] = row[
-                    column
-                ]
-        columns = {column: (column, 1, 3) for column in next(iter(found.values()))}
+    cases = sorted({(row["data"], row["patch"], row["steps"]) for row in rows})
+    for name, patch, steps in cases:
+        about = {"data": name, "patch": patch, "steps": steps}
+        group = lab.rows_with(about, rows)
+        columns = {loss: lab.Column(loss, 1, 3) for loss in group[0] if is_loss(loss)}
+        values = {}  # {loss: {spread: {seed: value}}}
+        for loss, column in columns.items():
+            values[loss] = {}
+            for spread in SPREADS:
+                values[loss][spread] = lab.by_seed(group, {"spread": spread}, column)
         when = "at the start" if steps == 1 else f"after {steps} steps"
-        table = {
-            spread: {column: [*values.values()] for column, values in found[spread].items()}
-            for spread in SPREADS
-            if spread in found
-        }
-        lines += [f"## {name}, temporal patch {patch}, {when}", "", *lab.seed_table(table, columns)]
-        differences = []
-        for spread in [*SPREADS][1:]:
-            pair = (found.get(one, {}).get(LOSS, {}) for one in (spread, "mean"))
-            differences.append(lab.difference(spread, "mean", LOSS, *pair))
+        lines += [f"## {name}, temporal patch {patch}, {when}", ""]
+        spreads = [spread for spread in SPREADS if values[LOSS][spread]]
+        lines += lab.seed_table(spreads, columns, values)
+        first, *others = SPREADS
+        differences = [lab.difference(values[LOSS], (spread, first), LOSS) for spread in others]
         lines += [*lab.difference_lines(differences), ""]
     return lines
-
-
-def group_of(row):
-    return row["data"], row["patch"], row["steps"]
 
 
 def is_loss(name):
@@ -219,29 +211,30 @@ def is_loss(name):
 # Does it pay? -------------------------------------------------------------------------------------
 
 
-class PayRun(StartedRun):
+class PayRun(ScoredTogether, StartedRun):
     """Clips of Sprites from scratch or from an image model ("images"), at this share of compute."""
-
-    # score_all scores all samples at once
-    is_done = PositionsRun.is_done
-    score = PositionsRun.score
 
     def __init__(self, args, arm, share, seed):
         config, data, flags = common(args, "sprites", seed)
-        steps = max(4, share * (4 if args.miniature else SPRITES.steps))
-        phases, self.flops = plan_phases(config, SPRITES.phases, SPRITES.mix, steps)
+        steps = 4 if args.miniature else SPRITES.steps
+        phases, self.flops = plan_phases(
+            config,
+            shares=SPRITES.phases,
+            mix=SPRITES.mix,
+            steps=max(4, share * steps),
+        )
+        _, last_step, _ = phases[-1]
         flags += [*ROTARY.split(), *phase_flags(phases, SPRITES.mix), "--forcing", 0.7]
-        flags += ["--val-every", max(1, phases[-1][1] // VALIDATIONS)]
-        flags += ["--position-table", "space"] if arm == "scratch" else []
+        flags += validation_flags(phases)
+        if arm == "scratch":
+            flags += ["--position-table", "space"]
         words, metrics = TASK
-        sampling = ["--precision", lab.PRECISION, "--batch-size", 16, "--seed", seed]
-        sampling += TINY_SAMPLES.split() * args.miniature
         super().__init__(
             Path(args.out, "inflation", f"pay-{arm}-{share}-seed{seed}"),
             data,
             training=flags,
-            last_step=phases[-1][1],
-            tasks={"samples": ([*words.split(), *sampling], metrics)},
+            last_step=last_step,
+            tasks={"samples": ([*words.split(), *common_sampling(args, seed)], metrics)},
             metrics=dict.fromkeys(metrics, ["--data-path", args.data_path]),
             out=Path(args.out, "inflation_pay.json"),
             about={"arm": arm, "share": share, "seed": seed},
@@ -253,67 +246,65 @@ class PayRun(StartedRun):
         return ["--inflate", ckpt]
 
     def row(self):
-        own = super().row()
-        return own | {
-            VALID: own["values"]["samples"][VALID],
-            "flops": self.flops,
-            "image_flops": self.image_flops,
-        }
+        row = super().row()
+        row[VALID] = row["values"]["samples"][VALID]
+        return row | {"image_flops": self.image_flops}
 
 
 def pay_markdown(rows):
-    about = (
+    lines = lab.heading(
+        "Does a start from images pay?",
         "`scripts/studies/inflation.py pay` wrote this table. Compute is relative to the longest "
-        "run from scratch. "
+        "run from scratch. Cells hold the mean over seeds, and the range. The image model has "
+        "learned frames of the same videos, which is the best case, and the temporal patch is one "
+        "frame. Only the runs from scratch have rotary positions in height and width, too.",
     )
-    about += (
-        "Cells hold the mean over seeds, and the range. The image model has learned frames of the "
-        "same videos, "
-    )
-    about += (
-        "which is the best case, and the temporal patch is one frame. Only the runs from scratch "
-        "have rotary "
-    )
-    about += "positions in height and width, too."
-    # {(arm, share): {seed: row}}
-    lines, values = (["# Does a start from images pay?", "", about, ""], {})
+    by_arm = {}  # {(arm, share): {seed: row}}
     for row in sorted(rows, key=lambda row: (row["arm"] != "scratch", row["share"], row["seed"])):
-        values.setdefault((row["arm"], row["share"]), {})[row["seed"]] = row
+        by_arm.setdefault((row["arm"], row["share"]), {})[row["seed"]] = row
     cells = []
-    for (arm, share), found in values.items():
-        loss, valid = (
-            [factor * row[name] for row in found.values()]
-            for name, factor in ((LOSS, 1), (VALID, 100))
+    for (arm, share), seeds in by_arm.items():
+        row = next(iter(seeds.values()))
+        counted = share
+        if arm == "images":
+            counted *= 1 + row["image_flops"] / row["flops"]
+        cells.append(
+            [
+                arm,
+                f"{100 * share:.0f}",
+                f"{100 * counted:.0f}",
+                lab.mean_cell({seed: row[LOSS] for seed, row in seeds.items()}, 3),
+                lab.mean_cell({seed: 100 * row[VALID] for seed, row in seeds.items()}, 1),
+            ]
         )
-        row = next(iter(found.values()))
-        counted = share * (1 + (arm == "images") * row["image_flops"] / row["flops"])
-        compute = [f"{100 * part:.0f}" for part in (share, counted)]
-        cells.append([arm, *compute, lab.mean_cell(loss, 3), lab.mean_cell(valid, 1)])
-    compute = ["compute (%)", "with the image model (%)"]
-    lines += lab.table(["start", *compute, "validation loss", "valid samples (%)"], cells)
-    for seed, goal in values.get(("scratch", 1.0), {}).items():
-        shares = [share for share in SHARES["images"] if seed in values.get(("images", share), {})]
-        if shares:
-            valid = [values["images", share][seed][VALID] for share in shares]
-            needs = compute_needed(goal[VALID], shares, valid, goal["image_flops"] / goal["flops"])
+    titles = ["start", "compute (%)", "with the image model (%)"]
+    lines += lab.table([*titles, "validation loss", "valid samples (%)"], cells)
+    for seed, goal in by_arm.get(("scratch", 1.0), {}).items():
+        valid = {}  # {share: value}
+        for share in SHARES["images"]:
+            row = by_arm.get(("images", share), {}).get(seed)
+            if row:
+                valid[share] = row[VALID]
+        if valid:
+            needs = compute_needed(goal[VALID], valid, goal["image_flops"] / goal["flops"])
             lines.append(
                 f"- Seed {seed}: compute to {100 * goal[VALID]:.1f}% valid samples: {needs}."
             )
     return lines
 
 
-def compute_needed(goal, shares, valid, images):
-    """In words: the share of the compute to the goal, if the image model (its own share: images) is
-    free or counted.
+def compute_needed(goal, valid, images):
+    """In words: the share of the compute to the goal, if the image model is free or counted.
+
+    valid: {share of the compute: share of valid samples}; images: the image model's own share.
     """
-    if valid[0] >= goal:
+    shares = list(valid)
+    if valid[shares[0]] >= goal:
         return f"at most {shares[0]:.2f} free, {shares[0] + images:.2f} counted"
-    free = compute_to(goal, shares, valid)
-    return (
-        f"more than {shares[-1]:.2f}"
-        if math.isnan(free)
-        else f"{free:.2f} free, {free + images:.2f} counted"
-    )
+    free = compute_to(goal, shares, list(valid.values()))
+    if math.isnan(free):
+        return f"more than {shares[-1]:.2f}"
+    return f"{free:.2f} free, {free + images:.2f} counted"
 
 
 # The command --------------------------------------------------------------------------------------
@@ -331,30 +322,35 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    if not (args.data_path and args.latents) and (
-        args.part == "pay" or args.data_path or args.latents
-    ):
+    has_sprites = bool(args.data_path and args.latents)
+    if not has_sprites and (args.part == "pay" or args.data_path or args.latents):
         fail(
             "--data-path, --latents: expected the videos and the latent cache of Sprites; see "
             "scripts/sprites.sh"
         )
     if args.part == "kernels":
-        names = DATA if args.latents else ["shapes"]
-        later = 2 if args.miniature else LATER
-        cases = itertools.product((1, later), args.seeds, names, SPREADS)
-        runs = [
-            KernelRun(args, name, seed, patch, spread, steps)
-            for steps, seed, name, spread in cases
-            for patch in DATA[name].patches
-        ]
+        write = kernels_markdown
+        runs = kernel_runs(args, DATA if has_sprites else ["shapes"])
         lab.run_all(runs)
     else:
-        cases = [(arm, share) for arm, shares in SHARES.items() for share in shares]
-        runs = [PayRun(args, arm, share, seed) for seed in args.seeds for arm, share in cases]
+        write = pay_markdown
+        runs = []
+        for seed, (arm, shares) in itertools.product(args.seeds, SHARES.items()):
+            runs += [PayRun(args, arm, share, seed) for share in shares]
         lab.run_all(runs)
         score_all(runs)
-    write = kernels_markdown if args.part == "kernels" else pay_markdown
-    lab.write_results(args.out, f"inflation_{args.part}", write(lab.read_rows(runs[0].out)))
+    out = runs[0].out
+    lab.write_results(args.out, out.stem, write(lab.read_rows(out)))
+
+
+def kernel_runs(args, names):
+    runs = []
+    later = 2 if args.miniature else LATER
+    for steps, seed, name in itertools.product((1, later), args.seeds, names):
+        for spread, patch in itertools.product(SPREADS, DATA[name].patches):
+            about = {"data": name, "seed": seed, "patch": patch, "spread": spread, "steps": steps}
+            runs.append(KernelRun(args, about))
+    return runs
 
 
 if __name__ == "__main__":

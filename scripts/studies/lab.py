@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 # Waiting threads sleep instead of spinning, here and in child processes: on a busy machine,
@@ -47,7 +48,7 @@ from runtime.cli import (
     wrong_input,
 )
 from runtime.metrics import read_metrics
-from scoring.stats import cell, half95, mean_and_error  # noqa: F401 (cell: for people.py)
+from scoring.stats import half95, mean_and_error
 
 refuse_to_run(__name__, "another script in scripts/studies/")
 
@@ -98,10 +99,11 @@ def writable(folder):
 
 @contextmanager
 def file_lock(path, wait=True):
-    """Lock a file until the context or this process ends.
+    """Lock a file, in a folder that is made if missing, until the context or this process ends.
 
     Yields whether this process has the lock.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         is_locked = False
         with suppress(BlockingIOError):
@@ -128,12 +130,12 @@ class Run:
 
     def unscored(self, metric):
         """The sample folders without a score of this metric."""
-        paths = [
-            self.path(task, f"{metric}.json")
-            for task, (_, metrics) in self.tasks.items()
-            if metric in metrics
-        ]
-        return [path.parent for path in paths if not path.exists()]
+        folders = []
+        for task, (_, metrics) in self.tasks.items():
+            path = self.path(task, f"{metric}.json")
+            if metric in metrics and not path.exists():
+                folders.append(path.parent)
+        return folders
 
     @property
     def is_done(self):
@@ -149,18 +151,18 @@ class Run:
 
     def values(self, task):
         """{name: value} of all metrics of a task."""
-        found = {}
-        for metric in self.tasks[task][1]:
-            found |= self.scores(task, metric)["values"]
-        return found
+        values = {}
+        _, metrics = self.tasks[task]
+        for metric in metrics:
+            values |= self.scores(task, metric)["values"]
+        return values
 
     def validations(self):
         """The rows of metrics.jsonl with a validation loss."""
-        rows = [
-            row
-            for path in sorted(self.folder.glob("*/metrics.jsonl"))[-1:]
-            for row in read_metrics(path)[0]
-        ]
+        paths = sorted(self.folder.glob("*/metrics.jsonl"))
+        if not paths:
+            return []
+        rows, *_ = read_metrics(paths[-1])
         return [row for row in rows if row.get("val_loss") is not None]
 
     def checkpoint(self):
@@ -173,19 +175,16 @@ class Run:
 
         It stops if this process dies. Raises UserError.
         """
-        log = self.folder / f"{Path(words[0]).stem}.log"
-        command = [
-            "bash" if words[0].endswith(".sh") else sys.executable,
-            ROOT / words[0],
-            *words[1:],
-        ]
-        settings = {
-            "env": os.environ | environment,
-            "preexec_fn": partial(distributed.die_with_parent, signal.SIGTERM),
-        }
+        name, *flags = map(str, words)
+        log = self.folder / f"{Path(name).stem}.log"
+        program = "bash" if name.endswith(".sh") else sys.executable
         with open(log, "a") as file:
             process = subprocess.Popen(
-                [str(word) for word in command], stdout=file, stderr=file, **settings
+                [program, ROOT / name, *flags],
+                stdout=file,
+                stderr=file,
+                env=os.environ | environment,
+                preexec_fn=partial(distributed.die_with_parent, signal.SIGTERM),
             )
             try:
                 status = process.wait()
@@ -194,7 +193,7 @@ class Run:
                 raise
         if status:
             last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise UserError(f"{words[0]} ended with status {status} ({last_line}); see {log}")
+            raise UserError(f"{name} ended with status {status} ({last_line}); see {log}")
 
     def make_data(self):
         for folder, flags in self.data.items():
@@ -204,7 +203,9 @@ class Run:
     def train(self):
         """Train or resume to the last step. Returns the path of latest.pt. Raises UserError."""
         if self.checkpoint() is None:
-            flags = [
+            self.script(
+                "EqM/train.py",
+                *self.training,
                 "--results-dir",
                 self.folder,
                 "--resume",
@@ -212,9 +213,10 @@ class Run:
                 self.last_step,
                 "--sample-every",
                 0,
-            ]
-            self.script(
-                "EqM/train.py", *self.training, *flags, "--ckpt-every", 250, "--keep-last", 1
+                "--ckpt-every",
+                250,
+                "--keep-last",
+                1,
             )
         if self.checkpoint() is None:
             raise UserError(
@@ -224,16 +226,18 @@ class Run:
 
     def sample(self, ckpt):
         for task, (flags, _) in self.tasks.items():
-            if not self.path(task).exists():
-                words = [
+            path = self.path(task)
+            if not path.exists():
+                self.script(
+                    "EqM/sample_gd.py",
                     "--video",
                     "--ckpt",
                     ckpt,
                     "--folder",
-                    self.path(task).parent,
+                    path.parent,
                     "--no-previews",
-                ]
-                self.script("EqM/sample_gd.py", *words, *flags)
+                    *flags,
+                )
 
     def score(self):
         score([self])
@@ -257,7 +261,7 @@ class JsonRun(Run):
 
     @property
     def has_row(self):
-        rows = (row for row in read_rows(self.out) if self.about.items() <= row.items())
+        rows = rows_with(self.about, read_rows(self.out))
         return any(self.tasks.keys() <= row["values"].keys() for row in rows)
 
     @property
@@ -279,19 +283,22 @@ def read_rows(path):
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def rows_with(about, rows):
+    """The rows that contain the dict `about`."""
+    return [row for row in rows if about.items() <= row.items()]
+
+
 def add_rows(path, rows, replaces=None):
     """Add rows, with what `made` says, to a json file, to which other processes may add meanwhile.
 
     replaces: a dict; rows that contain it are removed.
     """
-    rows = [row | made() for row in rows]
     with file_lock(path.with_name(f".{path.stem}.lock")):
-        kept = [
-            row
-            for row in read_rows(path)
-            if replaces is None or not replaces.items() <= row.items()
-        ]
-        write_file(path, json.dumps([*kept, *rows], indent=1).encode() + b"\n")
+        kept = read_rows(path)
+        replaced = rows_with(replaces, kept) if replaces else []
+        kept = [row for row in kept if row not in replaced]
+        kept += [row | made() for row in rows]
+        write_file(path, f"{json.dumps(kept, indent=1)}\n".encode())
 
 
 def run_all(runs, minutes=math.inf):
@@ -302,12 +309,12 @@ def run_all(runs, minutes=math.inf):
     end = time.monotonic() + 60 * minutes
     while waiting := [run for run in runs if not run.is_done]:
         for run in waiting:
-            run.folder.mkdir(parents=True, exist_ok=True)
             with file_lock(run.folder / "lock", wait=False) as is_mine:
                 if is_mine and not run.is_done:
-                    if time.monotonic() + run.estimate() >= end:
+                    seconds = run.estimate()
+                    if time.monotonic() + seconds >= end:
                         say(
-                            f"{run.folder.name} takes about {run.estimate() / 60:.1f} minutes; "
+                            f"{run.folder.name} takes about {seconds / 60:.1f} minutes; "
                             "run again to continue"
                         )
                         return
@@ -327,14 +334,27 @@ def score(runs):
 
     Raises UserError.
     """
-    for metric in runs[0].metrics if runs else ():
-        if folders := [folder for run in runs for folder in run.unscored(metric)]:
-            out = f"{metric}.json" if len(folders) > 1 else folders[0] / f"{metric}.json"
-            words = ["--metric", metric, "--samples", *folders, "--num-workers", 0, "--out", out]
-            runs[0].script("EqM/evaluate.py", *words, *runs[0].metrics[metric])
+    first = runs[0]
+    for metric, flags in first.metrics.items():
+        folders = [folder for run in runs for folder in run.unscored(metric)]
+        if not folders:
+            continue
+        name = f"{metric}.json"
+        first.script(
+            "EqM/evaluate.py",
+            "--metric",
+            metric,
+            "--samples",
+            *folders,
+            "--num-workers",
+            0,
+            "--out",
+            name if len(folders) > 1 else folders[0] / name,
+            *flags,
+        )
 
 
-def data_sets(folder, count, test_count, *flags):
+def data_sets(folder, count, test_count, flags=("--seconds", 1.4)):
     """The `data` of a Run: `count` videos per class in `folder`, and a test set in FOLDER-test.
 
     The test set has another seed.
@@ -349,50 +369,79 @@ def data_sets(folder, count, test_count, *flags):
 # Tables -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: a value, in the unit of the table."""
+
+    value: str
+    factor: float
+    digits: int
+    task: str | None = None  # whose value it is, in rows of a JsonRun
+
+    def number(self, row):
+        """The column's number in a row; None if it is missing."""
+        values = row if self.task is None else row["values"].get(self.task, {})
+        value = values.get(self.value)
+        return None if value is None else self.factor * value
+
+
+def collect(runs, task, columns):
+    """{title: values of the runs}. columns: {title: Column}."""
+    scores = [run.values(task) for run in runs]
+    values = {}
+    for title, column in columns.items():
+        numbers = map(column.number, scores)
+        values[title] = [number for number in numbers if number is not None]
+    return values
+
+
+def by_seed(rows, about, column):
+    """{seed: number} of a Column, of the rows that contain the dict `about`."""
+    numbers = {}
+    for row in sorted(rows_with(about, rows), key=itemgetter("seed")):
+        number = column.number(row)
+        if number is not None:
+            numbers[row["seed"]] = number
+    return numbers
+
+
 def mean_cell(values, digits):
-    """A table cell of the values of several seeds: mean (lowest to highest)."""
-    ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{ends}" if values else ""
+    """A table cell of {seed: value}: mean (lowest to highest)."""
+    if not values:
+        return ""
+    numbers = values.values()
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def heading(title, about):
+    """Lines of markdown: the title of a page, and what it shows."""
+    return [f"# {title}", "", about, ""]
 
 
 def table(titles, rows):
     """Lines of markdown: a table and an empty line."""
     head = " ".join(f"| {title}".strip() for title in titles)
-    return [
-        f"{head} |",
-        "|---" * len(titles) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]
+    lines = [f"{head} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        lines.append(f"| {' | '.join(row)} |")
+    return [*lines, ""]
 
 
-def collect(runs, task, columns):
-    """{title: values of the runs in units of the table}.
+def seed_table(names, columns, values):
+    """Lines of markdown: a table with a row per name.
 
-    columns: {title: (value of a manifest, factor, digits)}.
+    columns: {title: Column}; values: {title: {name: {seed: value}}}.
     """
-    values = [run.values(task) for run in runs]
-    return {
-        title: [factor * own[name] for own in values if own.get(name) is not None]
-        for title, (name, factor, _) in columns.items()
-    }
-
-
-def seed_table(rows, columns):
-    """Lines of markdown: a table with a row for each {name: result of `collect`}."""
-    return table(
-        ["", *columns],
-        [
-            [
-                name,
-                *(
-                    mean_cell(found.get(title, []), digits)
-                    for title, (_, _, digits) in columns.items()
-                ),
-            ]
-            for name, found in rows.items()
-        ],
-    )
+    rows = []
+    for name in names:
+        cells = [
+            mean_cell(values[title].get(name), column.digits) for title, column in columns.items()
+        ]
+        rows.append([name, *cells])
+    return table(["", *columns], rows)
 
 
 @dataclass
@@ -407,9 +456,16 @@ class Difference:
     p: float | None = None
 
 
-def difference(first, second, what, values, others, digits=3):
-    """The Difference of two arms' {seed: value}, paired by seed, where both values are finite."""
-    gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+def difference(values, pair, what, digits=3):
+    """The Difference of a pair of arms, paired by seed, where both values are finite.
+
+    values: {arm: {seed: value}}.
+    """
+    first, second = pair
+    firsts = values.get(first, {})
+    seconds = values.get(second, {})
+    seeds = sorted(firsts.keys() & seconds.keys())
+    gaps = [firsts[seed] - seconds[seed] for seed in seeds]
     gaps = [gap for gap in gaps if math.isfinite(gap)]
     mean, error = mean_and_error(gaps)
     if mean is None:
@@ -418,7 +474,7 @@ def difference(first, second, what, values, others, digits=3):
     if error is None:
         return Difference(f"{text} (one seed, no interval).")
     half = half95(gaps)
-    text = f"{text} (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds"
+    text += f" (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds"
     return Difference(text, mean, student_p(gaps))
 
 
@@ -434,9 +490,11 @@ def holm(p_values):
     """The p values of the comparisons in one table, adjusted for their number (Holm, 1979)."""
     adjusted = [1.0] * len(p_values)
     largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, (len(p_values) - rank) * p_values[index])
+    left = len(p_values)
+    for index in sorted(range(left), key=p_values.__getitem__):
+        largest = max(largest, left * p_values[index])
         adjusted[index] = min(1.0, largest)
+        left -= 1
     return adjusted
 
 
@@ -467,7 +525,21 @@ def newest_metrics(name, kind):
     """The metrics rows of the newest run of this kind (VAE or EqM) in an experiment."""
     folder = Path("results", name)
     names = f"[0-9]*-{kind}-*"
-    return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
+    newest = max(folder.glob(names), default=folder / names)
+    rows, *_ = read_metrics(newest / "metrics.jsonl")
+    return rows
+
+
+def settings_file(name):
+    return Path("results", name, "settings")
+
+
+def read_scores(name, tasks):
+    """{task: manifest} of the samples of an experiment of a shell script.
+
+    Raises FileNotFoundError.
+    """
+    return {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
 
 
 def read_settings(name):
@@ -475,7 +547,7 @@ def read_settings(name):
 
     Raises FileNotFoundError.
     """
-    words = shlex.split(Path("results", name, "settings").read_text())
+    words = shlex.split(settings_file(name).read_text())
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
@@ -485,11 +557,11 @@ def experiment_made(name, script, score):
 
     Raises FileNotFoundError.
     """
-    settings = Path("results", name, "settings").read_text().strip()
-    own = {"command": f"EXP={shlex.quote(name)} {settings} bash scripts/{script}"}
-    if score.get("code"):
-        own["code"] = score["code"]
-    return made() | own
+    settings = settings_file(name).read_text().strip()
+    record = made()
+    record["command"] = f"EXP={shlex.quote(name)} {settings} bash scripts/{script}"
+    record["code"] = score.get("code") or record["code"]
+    return record
 
 
 @dataclass
@@ -506,7 +578,7 @@ class ExperimentTable:
     script: str
     read_run: Callable
     rows_of: Callable
-    brackets: str = "Brackets hold 95% intervals over units, as docs/evaluation.md explains."
+    brackets: str  # what the intervals are
 
     def parse_args(self):
         parser = out_parser(self.about, f"{self.name}.md and {self.name}.json")
@@ -517,38 +589,36 @@ class ExperimentTable:
 
     def markdown(self, runs):
         """The lines of NAME.md, with a column per run."""
+        columns = list(map(self.column, runs))
         about = (
             f"`scripts/studies/{self.name}.py` wrote this table from runs of "
-            f"`scripts/{self.script}`. "
+            f"`scripts/{self.script}`. {self.brackets}"
         )
-        about += self.brackets
-        notes = {}
-        for run in runs:
+        concerned = {}  # {note: columns}
+        for run, column in zip(runs, columns, strict=True):
             for note in run.get("notes", ()):
-                notes.setdefault(note, []).append(self.column(run))
-        for note, concerned in notes.items():
-            about += (
-                f" {note}" if len(concerned) == len(runs) else f" {'; '.join(concerned)}: {note}"
-            )
-        columns = list(map(self.rows_of, runs))
-        rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
-        lines = [f"# {self.title}", "", about, "", *table(["", *map(self.column, runs)], rows)]
-        for run in runs:
+                concerned.setdefault(note, []).append(column)
+        for note, titles in concerned.items():
+            about += f" {note}" if titles == columns else f" {'; '.join(titles)}: {note}"
+        texts = list(map(self.rows_of, runs))
+        rows = [[what, *(text.get(what, "-") for text in texts)] for what in texts[0]]
+        lines = heading(self.title, about) + table(["", *columns], rows)
+        for run, column in zip(runs, columns, strict=True):
             if "command" in run:
                 record = f"commit {run['code'][:10]}, {run['date']}, {run['machine']}"
-                lines.append(f"- {self.column(run)}: `{run['command']}`; {record}.")
-                lines[-1] += f" Note: {run['note']}." if "note" in run else ""
+                note = f" Note: {run['note']}." if "note" in run else ""
+                lines.append(f"- {column}: `{run['command']}`; {record}.{note}")
         return lines
 
     @staticmethod
     def column(run):
         """The title of a run's column. A run replaces older ones with the same title."""
-        words = (
-            f"HOURS={run['hours']:g}",
-            f"seed {run['seed']}" if "seed" in run else "",
-            run.get("objective", ""),
-        )
-        return ", ".join(filter(None, words))
+        words = [f"HOURS={run['hours']:g}"]
+        if "seed" in run:
+            words.append(f"seed {run['seed']}")
+        if "objective" in run:
+            words.append(run["objective"])
+        return ", ".join(words)
 
     @one_line_errors()
     def main(self):
@@ -575,7 +645,6 @@ def write_results(out, name, lines, content=None):
     if content is not None:
         content = stamped(path, content) if isinstance(content, dict) else content
         files[path] = json.dumps(content, indent=1)
-    Path(out).mkdir(parents=True, exist_ok=True)
     with file_lock(Path(out, f".{name}.lock")):  # another process may write the same
         for path, text in files.items():
             write_file(path, f"{text}\n".encode())
@@ -591,7 +660,7 @@ def stamped(path, content):
     If the file at `path` has the same numbers, they keep what it says there.
     """
     known = read_rows(path)
-    own = known.pop("made", None) if isinstance(known, dict) else None
-    if own is None or json.dumps(known) != json.dumps(content):
-        own = made()
-    return {"made": own} | content
+    record = known.pop("made", None) if isinstance(known, dict) else None
+    if record is None or json.dumps(known) != json.dumps(content):
+        record = made()
+    return {"made": record} | content

@@ -16,6 +16,7 @@ given_frames.py; missing ones are trained. The script writes results/no_clock.md
 saves each cell when it is done. Several processes can share the cells.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ import objectives
 from arms import GUIDANCE
 from checkpoint import load_model
 from models import Condition
-from objectives import SETTINGS, USUAL
+from objectives import ARMS, USUAL
 from runtime.cli import Bar, one_line_errors
 from runtime.rng import normal
 from samplers import guided, sample
@@ -36,17 +37,16 @@ from transport import interpolate
 from vae import VAE
 
 PIXELS = VAE("none")
-# of a clip; gammas to which flow adds noise to a noisy clip
-FRAMES = 16
-AGAIN = (0.2, 0.4, 0.6, 0.8)
+FRAMES = 16  # of a clip
+AGAIN = (0.2, 0.4, 0.6, 0.8)  # gammas to which flow adds noise to a noisy clip
 PARTS = {"noisy clips": (0.2, 0.4, 0.6, 0.8), "noisy half": (0.0, 0.3, 0.6)}  # and their gammas
 CLEAN = 0.95  # patches with a higher estimate count as clean
 FAIR = "flow, estimated"  # the fair baseline that we expect to be best
 METHODS = {"eqm": "eqm", "flow, told": "flow", FAIR: "flow"}  # {method: objective}
 METHODS |= {f"flow, noised again to {gamma}": "flow" for gamma in AGAIN}
 COLUMNS = {
-    "both": ("both right (%)", 100, 1),
-    "rmse": ("RMSE to the clean clip (gray levels)", 1, 1),
+    "both right (%)": lab.Column("both", 100, 1),
+    "RMSE to the clean clip (gray levels)": lab.Column("rmse", 1, 1),
 }
 
 
@@ -60,39 +60,55 @@ def estimate_gammas(x, patch):
     return [max(0.0, 1 - median / (0.6745 * 2**0.5)) for median in medians]
 
 
-def start_of(method, x, level, is_clean, patch, seed):
-    """(start, its gamma, which frames (T,) are kept) of a method of METHODS for flow."""
+def start_of(case, x, is_clean, patch):
+    """(start, its gamma, which frames (T,) are kept) of a method for flow, from x (B, C, T, H, W).
+
+    is_clean (T,): the frames without noise; patch: frames of a temporal patch.
+    """
+    method = case["method"]
     if method == "flow, told":
-        return x, level, is_clean
+        return x, case["gamma"], is_clean
     if method == FAIR:
         gammas = estimate_gammas(x, patch)
-        clean = torch.tensor([gamma > CLEAN for gamma in gammas]).repeat_interleave(patch)[
-            : x.shape[2]
-        ]
         noisy = [gamma for gamma in gammas if gamma <= CLEAN]
-        return x, sum(noisy) / max(1, len(noisy)), clean
-    gamma = float(method.rpartition(" ")[2])
-    again = normal(seed, "noised again", 0, range(len(x)), x.shape[1:])
+        is_clean = torch.tensor([gamma > CLEAN for gamma in gammas]).repeat_interleave(patch)
+        return x, sum(noisy) / max(1, len(noisy)), is_clean[: x.shape[2]]
+    *_, gamma = method.split()
+    gamma = float(gamma)
+    again = normal(case["seed"], "noised again", 0, range(len(x)), x.shape[1:])
     return interpolate(x, again, torch.full((len(x),), gamma)), gamma, torch.zeros_like(is_clean)
 
 
-def run_method(method, model, x, is_clean, labels, time_scale, level, seed):
-    """Sample from x (B, C, T, H, W) by a method of METHODS.
+def run_method(case, field, x, is_clean, config):
+    """Sample from x (B, C, T, H, W) by the method of a case.
 
-    is_clean (T,): the frames without noise.
+    is_clean (T,): the frames without noise; config: an EqMConfig.
     """
-    setting = SETTINGS[model.config.objective]
-    condition = Condition.of(labels, model.config)
-    field = guided(model, condition, torch.full((len(x),), time_scale), GUIDANCE)
-    if model.config.learns.has_equilibria:
-        return sample(field, x, "ngd", USUAL + 1, setting.way / USUAL)[0]
-    x, gamma, clean = start_of(method, x, level, is_clean, model.config.temporal_patch_size, seed)
-    masked = (
-        {"given": x, "mask": clean.expand(len(x), 1, -1)[..., None, None]} if clean.any() else {}
+    arm = ARMS[METHODS[case["method"]]]
+    if arm.descends:
+        x, _ = sample(field, x, "ngd", num_steps=USUAL + 1, step_size=arm.way / USUAL)
+        return x
+    x, gamma, is_kept = start_of(
+        case,
+        x,
+        is_clean=is_clean,
+        patch=config.temporal_patch_size,
     )
-    points = (USUAL + 3) // 2 if setting.way == "heun" else USUAL + 1
-    flow = {"objective": model.config.learns, "shift": setting.shift, "start_gamma": gamma}
-    return sample(field, x, setting.way, points, **flow, **masked)[0]
+    kept = {}
+    if is_kept.any():
+        kept = {"given": x, "mask": is_kept.expand(len(x), 1, -1)[..., None, None]}
+    solver, points = objectives.solver_and_points(arm.way, USUAL)
+    x, _ = sample(
+        field,
+        x,
+        solver,
+        num_steps=points,
+        objective=config.learns,
+        shift=arm.shift,
+        start_gamma=gamma,
+        **kept,
+    )
+    return x
 
 
 def open_models(args, part, seed):
@@ -100,23 +116,31 @@ def open_models(args, part, seed):
 
     Trains what is missing, and makes the test videos.
     """
-    found = {}
+    models = {}
     for objective in ("eqm", "flow"):
         run = objectives.main_run(args, objective, seed)
         run.make_data()
         if part == "noisy half":
-            run = given_frames.make_run(args, 0.75, seed, objective)
-        run.folder.mkdir(parents=True, exist_ok=True)
+            run = given_frames.make_run(args, share=0.75, seed=seed, objective=objective)
         with lab.file_lock(run.folder / "lock"):
             run.make_data()
             model, config, _ = load_model(run.train())
-        found[objective] = model, config["data"]["time_scale"]
-    return found
+        models[objective] = model, config["data"]["time_scale"]
+    return models
 
 
 def real_clips(data, count, time_scale):
     """(clips uint8 (N, 3, T, H, W), labels (N,), what each shows) of a Moving Shapes data set."""
-    clips, *_ = find_real(data, "all", 0.05, FRAMES, time_scale, 16, None, images=False)
+    clips, *_ = find_real(
+        data,
+        split="all",
+        val_fraction=0.05,
+        num_frames=FRAMES,
+        time_scale=time_scale,
+        image_size=16,
+        ckpt=None,
+        images=False,
+    )
     samples = [clips[index] for index in range(count)]
     truth = Truth(data)
     labels = torch.tensor([sample["y"] for sample in samples])
@@ -125,63 +149,61 @@ def real_clips(data, count, time_scale):
 
 
 @torch.no_grad()
-def measure(method, model, time_scale, part, level, seed, clips, labels, expected):
-    """{name: value} of COLUMNS for one method and level."""
+def measure(case, model, time_scale, real):
+    """{name: value} of COLUMNS. case: {part, seed, gamma, method}; real: see `real_clips`."""
+    clips, labels, expected = real
     x = PIXELS.encode(clips)
-    is_clean = torch.arange(FRAMES) < (FRAMES // 2 if part == "noisy half" else 0)
-    noise = normal(seed, "no clock", 0, range(len(x)), x.shape[1:])
-    start = interpolate(x, noise, torch.where(is_clean, 1.0, level).expand(len(x), -1))
+    is_clean = torch.arange(FRAMES) < (FRAMES // 2 if case["part"] == "noisy half" else 0)
+    noise = normal(case["seed"], "no clock", 0, range(len(x)), x.shape[1:])
+    start = interpolate(x, noise, torch.where(is_clean, 1.0, case["gamma"]).expand(len(x), -1))
+    condition = Condition.of(labels, model.config)
+    field = guided(model, condition, torch.full((len(x),), time_scale), GUIDANCE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run_method(method, model, start, is_clean, labels, time_scale, level, seed)
-    videos = PIXELS.decode(found)
-    tracks = [track(video) for video in videos.numpy()]
-    pairs = zip(tracks, expected, strict=True)
-    right = [own.direction == true.direction and own.shape == true.shape for own, true in pairs]
+        x = run_method(
+            case,
+            field,
+            x=start,
+            is_clean=is_clean,
+            config=model.config,
+        )
+    videos = PIXELS.decode(x)
+    right = 0
+    for video, true in zip(videos.numpy(), expected, strict=True):
+        shape = track(video)
+        right += shape.direction == true.direction and shape.shape == true.shape
     error = (videos.permute(0, 4, 1, 2, 3).float() - clips).square().mean().sqrt()
-    return {"both": sum(right) / len(right), "rmse": error.item()}
+    return {"both": right / len(clips), "rmse": error.item()}
 
 
 def markdown(rows):
-    about = (
+    lines = lab.heading(
+        "Unknown noise levels",
         "`scripts/studies/no_clock.py` wrote these tables. Cells hold the mean over seeds, and "
-        "the range."
+        "the range.",
     )
-    lines = ["# Unknown noise levels", "", about, ""]
-    for part, levels in PARTS.items():
-        for name, (title, factor, digits) in COLUMNS.items():
-            found = {method: values_of(rows, part, method, name, factor) for method in METHODS}
-            cells = [
-                [
-                    method,
-                    *(
-                        lab.mean_cell([*own.get(level, {}).values()], digits)
-                        for level in (*levels, "mean")
-                    ),
-                ]
-                for method, own in found.items()
-            ]
-            lines += [
-                f"## {part}: {title}",
-                "",
-                *lab.table(["gamma", *map(str, levels), "mean"], cells),
-            ]
-            means = found["eqm"]["mean"], found[FAIR]["mean"]
-            gap = lab.difference("eqm", FAIR, f"{part}, mean over gamma", *means, digits)
+    for part, gammas in PARTS.items():
+        for title, column in COLUMNS.items():
+            cells = []
+            means = {}  # {method: {seed: mean over the gammas}}
+            for method in METHODS:
+                about = {"part": part, "method": method}
+                by_gamma = [lab.by_seed(rows, about | {"gamma": gamma}, column) for gamma in gammas]
+                means[method] = mean_over_gammas(by_gamma)
+                values = [*by_gamma, means[method]]
+                cells.append([method, *(lab.mean_cell(seeds, column.digits) for seeds in values)])
+            gap = lab.difference(
+                means, ("eqm", FAIR), what=f"{part}, mean over gamma", digits=column.digits
+            )
+            lines += [f"## {part}: {title}", ""]
+            lines += lab.table(["gamma", *map(str, gammas), "mean"], cells)
             lines += [*lab.difference_lines([gap]), ""]
     return lines
 
 
-def values_of(rows, part, method, name, factor):
-    """{gamma: {seed: value}}, with the mean over all gammas of the part as "mean"."""
-    found = {level: {} for level in PARTS[part]}
-    for row in rows:
-        if (row["part"], row["method"]) == (part, method):
-            found[row["gamma"]][row["seed"]] = factor * row[name]
-    whole = set.intersection(*map(set, found.values()))  # seeds with all gammas
-    found["mean"] = {
-        seed: sum(own[seed] for own in found.values()) / len(found) for seed in sorted(whole)
-    }
-    return found
+def mean_over_gammas(by_gamma):
+    """{seed: mean} of a list of {seed: value}, for seeds that all of them have."""
+    seeds = sorted(set.intersection(*map(set, by_gamma)))
+    return {seed: sum(values[seed] for values in by_gamma) / len(by_gamma) for seed in seeds}
 
 
 parse_args = lab.study_parser(__doc__, seeds=[0, 1, 2]).parse_args
@@ -192,30 +214,23 @@ def main():
     args = parse_args()
     out = Path(args.out, "no_clock.json")
     locks = Path(args.out, "objectives", "no-clock")
-    locks.mkdir(parents=True, exist_ok=True)
-    cases = [
-        {"part": part, "seed": seed, "gamma": level, "method": method}
-        for seed in args.seeds
-        for part, levels in PARTS.items()
-        for level in levels
-        for method in METHODS
-    ]
-    opened = {}
+    _, test = objectives.data_sets(args)
+    cases = []
+    for seed, (part, gammas) in itertools.product(args.seeds, PARTS.items()):
+        for gamma, method in itertools.product(gammas, METHODS):
+            cases.append({"part": part, "seed": seed, "gamma": gamma, "method": method})
+    opened = None
     for case in Bar(cases, desc="no clock", unit="cell"):
-        part = case["part"]
-        seed = case["seed"]
-        with lab.file_lock(
-            locks / f"{'-'.join(map(str, case.values()))}.lock", wait=False
-        ) as is_mine:
-            if not is_mine or any(case.items() <= row.items() for row in lab.read_rows(out)):
+        lock = locks / f"{'-'.join(map(str, case.values()))}.lock"
+        with lab.file_lock(lock, wait=False) as is_mine:
+            if not is_mine or lab.rows_with(case, lab.read_rows(out)):
                 continue
-            if (part, seed) not in opened:
-                opened = {(part, seed): open_models(args, part, seed)}
-            model, time_scale = opened[part, seed][METHODS[case["method"]]]
-            _, test = objectives.data_sets(args)
-            own = real_clips(test, 4 if args.miniature else 144, time_scale)
-            row = case | measure(case["method"], model, time_scale, part, case["gamma"], seed, *own)
-            lab.add_rows(out, [row])
+            if opened != (case["part"], case["seed"]):
+                opened = case["part"], case["seed"]
+                models = open_models(args, case["part"], case["seed"])
+            model, time_scale = models[METHODS[case["method"]]]
+            real = real_clips(test, 4 if args.miniature else 144, time_scale)
+            lab.add_rows(out, [case | measure(case, model, time_scale, real)])
     lab.write_results(args.out, "no_clock", markdown(lab.read_rows(out)))
 
 

@@ -14,24 +14,65 @@ results/objectives.md and .json, with --tune or --few results/objectives_tuning 
 Models, samples and scores are in results/objectives (see lab.py).
 """
 
+import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import lab
 from arms import GUIDANCE, PATH_LENGTH, RECOMMENDED, size_of, training
 from runtime.cli import fail, one_line_errors
 
-SEEDS = {"eqm": 10, "flow": 10, "blind": 3}
+
+@dataclass(frozen=True)
+class Arm:
+    """An objective, and how its models train and sample. --tune has chosen `shift` and `way`."""
+
+    flags: str  # of train.py
+    seeds: int
+    shift: float  # --gamma-shift of training; solvers sample on its grid
+    way: float | str  # path length of the descent, or solver
+    tuned_ways: tuple
+
+    @property
+    def descends(self):
+        return not isinstance(self.way, str)
+
+
+ARMS = {
+    "eqm": Arm(
+        flags="--objective eqm",
+        seeds=10,
+        shift=1,
+        way=PATH_LENGTH,
+        tuned_ways=(PATH_LENGTH, 0.6),
+    ),
+    "flow": Arm(
+        flags="--objective flow",
+        seeds=10,
+        shift=1,
+        way="heun",
+        tuned_ways=("euler", "heun"),
+    ),
+    "blind": Arm(
+        flags="--objective blind",
+        seeds=3,
+        shift=1,
+        way="heun",
+        tuned_ways=("euler", "heun"),
+    ),
+}
 TUNING_SEED = 10
-FEW, TRIED = 6, 3  # seeds with other numbers of evaluations; with all IDEAS and --stop-below
-SHIFTS = 0.5, 1, 3  # --gamma-shift of training; solvers sample on its grid
-# objective: path lengths or solvers
-WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}
+TUNED_SHIFTS = 0.5, 1, 3
+SCALES = (1, GUIDANCE, 2, 3)  # of guidance: does the usual one favor an objective?
 COUNTS = (2, 4, 8, 15, 30)  # evaluations
 USUAL = 15
-LIMITS = (0.5, 1, 2)  # eqm: --stop-below
-STOPS = (10, 12, 20, 30)  # eqm: evaluations with steps of the usual size
+COUNTS_SEEDS = 6  # with other numbers of evaluations
+LIMITS = (0.5, 1, 2)  # descents: --stop-below
+STOPS = (10, 12, 20, 30)  # descents: evaluations with steps of the usual size
+TRIED_SEEDS = 3  # with LIMITS and STOPS, and with all IDEAS
 SHORT = PATH_LENGTH / 2  # while c(gamma) is 4, a path of 0.25 leads from noise to data
 IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more flags)
     "no momentum": (PATH_LENGTH, ("--mu", 0)),
@@ -42,38 +83,37 @@ IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more 
 BEST = "Euler steps"
 COMPARED = (2, 4, 8, 30)  # evaluations with the best idea
 TRIED_COUNTS = (2, 4)  # evaluations with all ideas
-SCALES = (1, 2, 3)  # of guidance, in addition to the usual one, to see if it favors one objective
-BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
-COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
-    BOTH: ("both_accuracy", 100, 1),
-    "directions right (%)": ("direction_accuracy", 100, 1),
-    "shapes right (%)": ("shape_accuracy", 100, 1),
-    NEAREST: ("rmse_ratio", 1, 2),
-}
 MAIN = f"16 frames, {USUAL} evaluations"
+BOTH = "both right (%)"
+BOTH_RIGHT = lab.Column("both_accuracy", 100, 1)
+COLUMNS = {  # of MAIN
+    BOTH: BOTH_RIGHT,
+    "directions right (%)": lab.Column("direction_accuracy", 100, 1),
+    "shapes right (%)": lab.Column("shape_accuracy", 100, 1),
+    "RMSE to the nearest training clip / of held-out clips": lab.Column("rmse_ratio", 1, 2),
+}
+EVALUATIONS = lab.Column("evaluations", 1, 1)
+PRIMARY = ("eqm", "flow")  # this pair is compared in all tasks
+COMPARISONS = {PRIMARY: tuple(COLUMNS), ("eqm", "blind"): (BOTH,)}  # of MAIN, fixed in advance
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How an objective trains and samples."""
-
-    shift: float
-    way: float | str  # path length of the descent, or solver
-
-
-# by --tune
-SETTINGS = {"eqm": Setting(1, PATH_LENGTH), "flow": Setting(1, "heun"), "blind": Setting(1, "heun")}
-
-
-def sampling(way, evaluations):
-    """Flags of sample_gd.py for so many evaluations.
+def solver_and_points(way, evaluations):
+    """(solver, --num-sampling-steps) for so many evaluations of a solver.
 
     Heun's method takes an odd number, so Euler's does for others.
     """
-    way = "euler" if way == "heun" and evaluations % 2 == 0 else way
-    points = (evaluations + 3) // 2 if way == "heun" else evaluations + 1
-    flags = ["--sampler", way if isinstance(way, str) else "ngd", "--num-sampling-steps", points]
-    return flags if isinstance(way, str) else [*flags, "--stepsize", f"{way / evaluations:.4g}"]
+    if way == "heun" and evaluations % 2:
+        return "heun", (evaluations + 3) // 2
+    return "euler", evaluations + 1
+
+
+def sampling(way, evaluations):
+    """Flags of sample_gd.py for so many evaluations of a solver, or of a path of this length."""
+    if isinstance(way, str):
+        solver, points = solver_and_points(way, evaluations)
+        return ["--sampler", solver, "--num-sampling-steps", points]
+    flags = ["--sampler", "ngd", "--num-sampling-steps", evaluations + 1]
+    return [*flags, "--stepsize", f"{way / evaluations:.4g}"]
 
 
 def make_task(
@@ -84,59 +124,56 @@ def make_task(
     return [*flags, *sampling(way, evaluations), *more], metrics
 
 
-def make_tasks(objective, setting, seed, clips, fewer):
+def make_tasks(arm, seed, clips, fewer):
     """{name: (flags of sample_gd.py, metrics)} of a run.
 
     fewer: number of clips of the secondary tasks.
     """
-
-    def task(evaluations, *more, count=fewer, **options):
-        return make_task(setting.way, evaluations, count, *more, **options)
-
-    tasks = {MAIN: task(USUAL, count=clips, metrics=("motion", "nearest"))}
-    tasks |= {f"{frames} frames": task(USUAL, num_frames=frames) for frames in (24, 32)}
-    for count in COUNTS if seed < FEW else ():
-        tasks |= {f"{count} evaluations": task(count)} if count != USUAL else {}
-        tasks[f"{count} evaluations, no guidance"] = task(count, guidance=1)
-    if objective == "eqm" and seed < TRIED:
+    usual = partial(make_task, arm.way, USUAL)
+    tasks = {MAIN: usual(clips, metrics=("motion", "nearest"))}
+    for frames in (24, 32):
+        tasks[f"{frames} frames"] = usual(fewer, num_frames=frames)
+    for count in COUNTS if seed < COUNTS_SEEDS else ():
+        if count != USUAL:
+            tasks[f"{count} evaluations"] = make_task(arm.way, count, fewer)
+        tasks[f"{count} evaluations, no guidance"] = make_task(arm.way, count, fewer, guidance=1)
+    if arm.descends and seed < TRIED_SEEDS:
         for limit in LIMITS:
-            flags = "--num-sampling-steps", 2 * USUAL + 1, "--stop-below", limit
-            tasks[f"until the field is below {limit:g}"] = task(USUAL, *flags)
-        tasks |= {
-            f"{n} steps of the usual size": task(USUAL, "--num-sampling-steps", n + 1)
-            for n in STOPS
-        }
+            flags = ["--num-sampling-steps", 2 * USUAL + 1, "--stop-below", limit]
+            tasks[f"until the field is below {limit:g}"] = usual(fewer, *flags)
+        for count in STOPS:
+            flags = ["--num-sampling-steps", count + 1]
+            tasks[f"{count} steps of the usual size"] = usual(fewer, *flags)
     return tasks
 
 
 def data_sets(args):
     """The `data` of a lab.Run: training videos and test videos."""
     folder = Path(args.out, "objectives", "moving-shapes")
-    return lab.data_sets(
-        folder, size_of(args).videos, 2 if args.miniature else 24, "--seconds", 1.4
-    )
+    return lab.data_sets(folder, size_of(args).videos, 2 if args.miniature else 24)
 
 
 class ObjectiveRun(lab.JsonRun):
-    """A model of an objective with a Setting and a seed."""
+    """A model of an arm with a seed. name: the arm's name in ARMS."""
 
-    def __init__(self, args, objective, setting, seed, tasks, table="objectives"):
+    def __init__(self, args, name, arm, seed, tasks, table="objectives"):
         size = size_of(args)
         data = data_sets(args)
         videos, test = data
-        about = {"objective": objective, "shift": setting.shift, "way": setting.way, "seed": seed}
-        about |= {"size": size.name} if args.miniature else {}
-        flags = ["--objective", objective, "--gamma-shift", setting.shift, "--data-path", videos]
+        about = {"objective": name, "shift": arm.shift, "way": arm.way, "seed": seed}
+        if args.miniature:
+            about["size"] = size.name
+        flags = [*arm.flags.split(), "--gamma-shift", arm.shift, "--data-path", videos]
         common = ["--seed", seed, "--precision", lab.PRECISION, "--batch-size", 32]
-        motion = ["--data-path", test, "--split", "all", "--num-real", size.clips]
+        count = ["--num-real", size.clips]
         super().__init__(
             Path(args.out, "objectives", "-".join(map(str, about.values()))),
             data,
-            **training(args, RECOMMENDED, seed, 1.0, *flags),
-            tasks={name: ([*words, *common], metrics) for name, (words, metrics) in tasks.items()},
+            **training(args, RECOMMENDED, seed, flags),
+            tasks={task: ([*words, *common], metrics) for task, (words, metrics) in tasks.items()},
             metrics={
-                "motion": motion,
-                "nearest": ["--data-path", videos, "--num-real", size.clips],
+                "motion": ["--data-path", test, "--split", "all", *count],
+                "nearest": ["--data-path", videos, *count],
             },
             out=Path(args.out, f"{table}.json"),
             about=about,
@@ -147,45 +184,69 @@ class ObjectiveRun(lab.JsonRun):
         return super().values(task) | {"evaluations": evaluations}
 
 
-def main_run(args, objective, seed):
-    """The run of an objective with its Setting."""
-    setting = SETTINGS[objective]
+def main_run(args, name, seed):
+    """The run of an arm of the main study."""
+    arm = ARMS[name]
+    clips, fewer = num_clips(args)
     return ObjectiveRun(
-        args, objective, setting, seed, make_tasks(objective, setting, seed, *num_clips(args))
+        args,
+        name=name,
+        arm=arm,
+        seed=seed,
+        tasks=make_tasks(arm, seed, clips=clips, fewer=fewer),
     )
 
 
-def tuning_run(args, objective, shift):
-    """The run that measures all ways to sample an objective with this training shift."""
-    setting = SETTINGS[objective]
-    count = num_clips(args)[0]
-    tasks = {str(way): make_task(way, USUAL, count) for way in WAYS[objective]}
-    for scale in SCALES if shift == setting.shift else ():
-        tasks[f"guidance {scale}"] = make_task(setting.way, USUAL, count, guidance=scale)
+def tuning_run(args, name, shift):
+    """The run that measures all ways to sample an arm with this training shift."""
+    arm = ARMS[name]
+    count, _ = num_clips(args)
+    tasks = {str(way): make_task(way, USUAL, count) for way in arm.tuned_ways}
+    for scale in SCALES if shift == arm.shift else ():
+        if scale != GUIDANCE:
+            tasks[guidance_task(arm, scale)] = make_task(arm.way, USUAL, count, guidance=scale)
     return ObjectiveRun(
-        args, objective, Setting(shift, "all"), TUNING_SEED, tasks, "objectives_tuning"
+        args,
+        name=name,
+        arm=replace(arm, shift=shift, way="all"),
+        seed=TUNING_SEED,
+        tasks=tasks,
+        table="objectives_tuning",
     )
+
+
+def guidance_task(arm, scale):
+    """The name of the task of tuning with the usual way to sample, and this guidance."""
+    return str(arm.way) if scale == GUIDANCE else f"guidance {scale}"
 
 
 def few_run(args, seed):
     """The run that samples the eqm model of a seed by the IDEAS."""
-    tasks = {
-        f"{name}, {idea}": make_task(way, count, num_clips(args)[1], *more, guidance=guidance)
-        for name, (count, guidance) in few_cases().items()
-        for idea, (way, more) in IDEAS.items()
-        if idea == BEST or (seed < TRIED and count in TRIED_COUNTS)
-    }
-    return ObjectiveRun(args, "eqm", SETTINGS["eqm"], seed, tasks, "objectives_few")
+    _, clips = num_clips(args)
+    tasks = {}
+    for name, (count, guidance) in few_cases().items():
+        is_tried = seed < TRIED_SEEDS and count in TRIED_COUNTS
+        for idea, (way, flags) in IDEAS.items():
+            if is_tried or idea == BEST:
+                task = make_task(way, count, clips, *flags, guidance=guidance)
+                tasks[f"{name}, {idea}"] = task
+    return ObjectiveRun(
+        args,
+        name="eqm",
+        arm=ARMS["eqm"],
+        seed=seed,
+        tasks=tasks,
+        table="objectives_few",
+    )
 
 
 def few_cases():
     """{name of a task of the main study: (evaluations, guidance)}"""
-    kinds = ("", GUIDANCE), (", no guidance", 1)
-    return {
-        f"{count} evaluations{kind}": (count, guidance)
-        for count in COMPARED
-        for kind, guidance in kinds
-    }
+    cases = {}
+    for count in COMPARED:
+        cases[f"{count} evaluations"] = (count, GUIDANCE)
+        cases[f"{count} evaluations, no guidance"] = (count, 1)
+    return cases
 
 
 def num_clips(args):
@@ -193,140 +254,102 @@ def num_clips(args):
     return (4, 4) if args.miniature else (288, 96)
 
 
+def collect(rows, task, column):
+    """{name of an arm: {seed: value}} of a task, for models with the settings of today."""
+    values = {}
+    for name, arm in ARMS.items():
+        about = {"objective": name, "shift": arm.shift, "way": arm.way}
+        numbers = lab.by_seed(rows, about, replace(column, task=task))
+        if numbers:
+            values[name] = numbers
+    return values
+
+
 def tuning_markdown(rows):
-    about = (
+    lines = lab.heading(
+        "Tuning of the objectives",
         f"`scripts/studies/objectives.py --tune` wrote these tables: seed {TUNING_SEED}, {USUAL} "
-        "evaluations, "
+        f"evaluations, guidance {GUIDANCE}. Cells: directions and shapes both right (%).",
     )
-    about += f"guidance {GUIDANCE}. Cells: directions and shapes both right (%)."
-    lines = ["# Tuning of the objectives", "", about, ""]
-    for objective, ways in WAYS.items():
-        own = sorted(
-            (row for row in rows if row["objective"] == objective), key=lambda row: row["shift"]
-        )
-        cells = [
-            [
-                f"{row['shift']:g}",
-                *(f"{100 * row['values'][str(way)]['both_accuracy']:.1f}" for way in ways),
-            ]
-            for row in own
-        ]
-        named = [way if isinstance(way, str) else f"path length {way:g}" for way in ways]
-        lines += [f"## {objective}", "", *lab.table(["training shift", *named], cells)]
-    cells = []
-    scales = sorted([GUIDANCE, *SCALES])
-    for objective, setting in SETTINGS.items():
-        (values,) = (
-            row["values"]
-            for row in rows
-            if (row["objective"], row["shift"]) == (objective, setting.shift)
-        )
-        tasks = [str(setting.way) if scale == GUIDANCE else f"guidance {scale}" for scale in scales]
-        cells.append([objective, *(f"{100 * values[task]['both_accuracy']:.1f}" for task in tasks)])
-    return [*lines, "## Guidance, after the choice", "", *lab.table(["", *map(str, scales)], cells)]
+    guided = []
+    for name, arm in ARMS.items():
+        cells = []
+        for row in sorted(lab.rows_with({"objective": name}, rows), key=itemgetter("shift")):
+            both = partial(both_right, row["values"])
+            cells.append([f"{row['shift']:g}", *map(both, map(str, arm.tuned_ways))])
+            if row["shift"] == arm.shift:
+                scaled = [both(guidance_task(arm, scale)) for scale in SCALES]
+                guided.append([name, *scaled])
+        ways = [way if isinstance(way, str) else f"path length {way:g}" for way in arm.tuned_ways]
+        lines += [f"## {name}", "", *lab.table(["training shift", *ways], cells)]
+    guidance = lab.table(["", *map(str, SCALES)], guided)
+    return [*lines, "## Guidance, after the choice", "", *guidance]
+
+
+def both_right(values, task):
+    return f"{BOTH_RIGHT.number(values[task]):.1f}"
 
 
 def few_markdown(main_rows, rows):
     """Markdown of IDEAS, between eqm and flow of the main study."""
-    about = (
+    first, second = PRIMARY
+    values = {}  # {task: {row of the table: {seed: value}}}
+    for task in few_cases():
+        main = collect(main_rows, task, BOTH_RIGHT)
+        values[task] = {"usual descent": main.get(first), "flow, Euler steps": main.get(second)}
+        for idea in IDEAS:
+            values[task][idea] = collect(rows, f"{task}, {idea}", BOTH_RIGHT).get(first)
+    differences = []
+    for idea, task in itertools.product(IDEAS, values):
+        if values[task][idea]:
+            pair = {first: values[task][idea], second: values[task]["flow, Euler steps"]}
+            differences.append(lab.difference(pair, PRIMARY, what=f"{task}, {idea}", digits=2))
+    lines = lab.heading(
+        "Few evaluations",
         "`scripts/studies/objectives.py --few` wrote this table: eqm with few evaluations, the "
-        "models of "
+        f"models of [objectives.md](objectives.md). Cells: {BOTH}, the mean over seeds, and the "
+        "range.",
     )
-    about += f"[objectives.md](objectives.md). Cells: {BOTH}, the mean over seeds, and the range."
-
-    def found(rows, objective, suffix=""):
-        return {
-            name: collect(rows, f"{name}{suffix}", "both_accuracy", 100).get(objective, {})
-            for name in few_cases()
-        }
-
-    flow = found(main_rows, "flow")
-    usual = found(main_rows, "eqm")
-    # objectives.md compares the usual descent
-    ways = {idea: found(rows, "eqm", f", {idea}") for idea in IDEAS}
-    cells = [
-        [way, *(lab.mean_cell([*values.values()], 1) for values in own.values())]
-        for way, own in ({"usual descent": usual} | ways | {"flow, Euler steps": flow}).items()
-    ]
-    gaps = [
-        lab.difference("eqm", "flow", f"{name}, {way}", own[name], flow[name], 2)
-        for way, own in ways.items()
-        for name in flow
-        if own[name]
-    ]
-    lines = ["# Few evaluations", "", about, "", *lab.table(["", *flow], cells)]
-    return lines + lab.difference_lines(gaps)
-
-
-def collect(rows, task, name, factor=1.0):
-    """{objective: {seed: value}} of a task, for models with the SETTINGS of today."""
-    found = {objective: {} for objective in SETTINGS}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        setting = Setting(row["shift"], row["way"])
-        if (
-            setting == SETTINGS[row["objective"]]
-            and (value := row["values"].get(task, {}).get(name)) is not None
-        ):
-            found[row["objective"]][row["seed"]] = factor * value
-    return {objective: values for objective, values in found.items() if values}
+    names = ["usual descent", *IDEAS, "flow, Euler steps"]
+    lines += lab.seed_table(names, dict.fromkeys(values, BOTH_RIGHT), values)
+    return lines + lab.difference_lines(differences)
 
 
 def markdown(rows):
-    about = (
+    lines = lab.heading(
+        "Objectives",
         "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds "
-        "(blind has fewer), and "
+        "(blind has fewer), and the range. flow and blind take Heun steps for an odd number of "
+        "evaluations, Euler steps for an even one.",
     )
-    about += (
-        "the range. flow and blind take Heun steps for an odd number of evaluations, Euler steps "
-        "for an even one."
-    )
-    lines = ["# Objectives", "", about, "", f"## {MAIN}", ""]
-    found = {
-        title: collect(rows, MAIN, name, factor) for title, (name, factor, _) in COLUMNS.items()
-    }
-    table = {
-        objective: {title: [*own.get(objective, {}).values()] for title, own in found.items()}
-        for objective in found[BOTH]
-    }
-    lines += lab.seed_table(table, COLUMNS)
-    gaps = [
-        difference(found[title], title, digits + 1) for title, (_, _, digits) in COLUMNS.items()
-    ]
-    both = found[BOTH]
-    gaps.append(lab.difference("eqm", "blind", BOTH, both.get("eqm", {}), both.get("blind", {}), 2))
-    lines += lab.difference_lines(gaps)
-    tasks = dict.fromkeys(task for row in rows for task in row["values"] if task not in ("", MAIN))
+    values = {title: collect(rows, MAIN, column) for title, column in COLUMNS.items()}
+    differences = []
+    for pair, titles in COMPARISONS.items():
+        for title in titles:
+            differences.append(
+                lab.difference(values[title], pair, what=title, digits=COLUMNS[title].digits + 1)
+            )
+    lines += [f"## {MAIN}", "", *lab.seed_table(values[BOTH], COLUMNS, values)]
+    lines += [*lab.difference_lines(differences), "", f"## Other samples: {BOTH}", ""]
     cells = []
-    gaps = []
-    for task in tasks:
-        both = collect(rows, task, "both_accuracy", 100)
-        spent = collect(rows, task, "evaluations")
-        counts = "; ".join(
-            dict.fromkeys(lab.mean_cell([*own.values()], 1) for own in spent.values())
-        )
-        cells.append(
-            [
-                task,
-                *(lab.mean_cell([*both.get(objective, {}).values()], 1) for objective in SETTINGS),
-                counts,
-            ]
-        )
-        gaps += [difference(both, task, 2)] if {"eqm", "flow"} <= both.keys() else []
-    lines += [
-        "",
-        f"## Other samples: {BOTH}",
-        "",
-        *lab.table(["", *SETTINGS, "evaluations"], cells),
-    ]
-    return lines + lab.difference_lines(gaps)
-
-
-def difference(found, what, digits):
-    return lab.difference("eqm", "flow", what, found.get("eqm", {}), found.get("flow", {}), digits)
+    differences = []
+    for task in dict.fromkeys(itertools.chain.from_iterable(row["values"] for row in rows)):
+        if task in ("", MAIN):
+            continue
+        both = collect(rows, task, BOTH_RIGHT)
+        spent = collect(rows, task, EVALUATIONS)
+        counts = dict.fromkeys(lab.mean_cell(seeds, 1) for seeds in spent.values())
+        right = [lab.mean_cell(both.get(name), 1) for name in ARMS]
+        cells.append([task, *right, "; ".join(counts)])
+        if both.keys() >= set(PRIMARY):
+            differences.append(lab.difference(both, PRIMARY, what=task, digits=2))
+    lines += lab.table(["", *ARMS, "evaluations"], cells)
+    return lines + lab.difference_lines(differences)
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, seeds=[*range(10)])
+    most = max(arm.seeds for arm in ARMS.values())
+    parser = lab.study_parser(__doc__, seeds=[*range(most)])
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument(
         "--tune",
@@ -342,33 +365,31 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
+    most = COUNTS_SEEDS if args.few else max(arm.seeds for arm in ARMS.values())
+    seeds = [seed for seed in args.seeds if seed < most]
+    if not (seeds or args.tune):
+        fail(f"--seeds {args.seeds[0]}: expected some below {most}")
     if args.tune:
-        runs = [tuning_run(args, objective, shift) for shift in SHIFTS for objective in SETTINGS]
-    elif args.few:
-        runs = [few_run(args, seed) for seed in args.seeds if seed < FEW]
-    else:
         runs = [
-            main_run(args, objective, seed)
-            for seed in args.seeds
-            for objective in SETTINGS
-            if seed < SEEDS[objective]
+            tuning_run(args, name, shift) for shift, name in itertools.product(TUNED_SHIFTS, ARMS)
         ]
-    if not runs:
-        fail(
-            f"--seeds {args.seeds[0]}: expected some below "
-            f"{FEW if args.few else max(SEEDS.values())}"
-        )
+    elif args.few:
+        runs = [few_run(args, seed) for seed in seeds]
+    else:
+        runs = []
+        for seed in seeds:
+            names = [name for name, arm in ARMS.items() if seed < arm.seeds]
+            runs += [main_run(args, name, seed) for name in names]
     lab.run_all(runs)
-    rows = lab.read_rows(runs[0].out)
-    main_rows = lab.read_rows(Path(args.out, "objectives.json"))
-    lines = (
-        tuning_markdown(rows)
-        if args.tune
-        else few_markdown(main_rows, rows)
-        if args.few
-        else markdown(rows)
-    )
-    lab.write_results(args.out, runs[0].out.stem, lines)
+    out = runs[0].out
+    rows = lab.read_rows(out)
+    if args.tune:
+        lines = tuning_markdown(rows)
+    elif args.few:
+        lines = few_markdown(lab.read_rows(Path(args.out, "objectives.json")), rows)
+    else:
+        lines = markdown(rows)
+    lab.write_results(args.out, out.stem, lines)
 
 
 if __name__ == "__main__":

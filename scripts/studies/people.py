@@ -7,12 +7,11 @@
 It reads results/EXP and samples/EXP-*.json, and adds columns to people.md and people.json in --out.
 """
 
-import json
 import re
-from pathlib import Path
+from operator import itemgetter
 
 import lab
-from lab import cell
+from scoring.stats import cell
 
 # value of a prediction: its words in the table
 VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}
@@ -24,35 +23,39 @@ PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
     hours = float(lab.read_settings(name)["HOURS"])
-    vae, model = (lab.newest_metrics(name, kind) for kind in ("VAE", "EqM"))
-    tasks = (*PREDICTIONS, "nearest", "classifier")
-    scores = {
-        task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks
-    }
-    last_phase = [
-        row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]
-    ]
-    best = min(last_phase, key=lambda row: row["val_loss"])  # best.pt
-    run = lab.experiment_made(name, "weizmann.sh", scores["8of16-decoded"]) | {
+    *_, vae = lab.newest_metrics(name, "VAE")
+    rows = lab.newest_metrics(name, "EqM")
+    model = rows[-1]
+    scores = lab.read_scores(name, [*PREDICTIONS, "nearest", "classifier"])
+    last_phase = [row for row in rows if row["num_frames"] == model["num_frames"]]
+    validated = [row for row in last_phase if "val_loss" in row]
+    best = min(validated, key=itemgetter("val_loss"))  # best.pt
+    run = lab.experiment_made(name, "weizmann.sh", scores["8of16-decoded"])
+    run |= {
         "hours": hours,
-        "vae_steps": vae[-1]["step"],
-        "steps": model[-1]["step"],
-        "vae_psnr": vae[-1]["val_psnr"],
-        "minutes_of_model": model[-1]["seconds"] / 60,
+        "vae_steps": vae["step"],
+        "steps": model["step"],
+        "vae_psnr": vae["val_psnr"],
+        "minutes_of_model": model["seconds"] / 60,
         "best_step": best["step"],
         "val_loss": best["val_loss"],
     }
+    results = {task: manifest["result"] for task, manifest in scores.items()}
+    kept = re.compile(r"samples_per_clip|clips|interval_units|(psnr|ssim)(?!.*by_frame)")
     for task in PREDICTIONS:
-        kept = re.compile(r"samples_per_clip|clips|interval_units|(psnr|ssim)(?!.*by_frame)")
-        run[task] = {key: value for key, value in scores[task]["result"].items() if kept.match(key)}
+        run[task] = {key: value for key, value in results[task].items() if kept.match(key)}
+    judged = results["classifier"]
     for kind in ("real", "samples"):
-        kept = "clips", "right", "share", "interval95", "static"
-        found = scores["classifier"]["result"][kind]
-        run[f"classifier_{kind}"] = {key: found[key] for key in kept if key in found}
-    run["interval_units"] = scores["classifier"]["result"].get("interval_units")
-    kept = "rmse_ratio_interval95", "interval_units"
-    ratio = {name: scores["nearest"]["result"].get(name) for name in kept}
-    return run | {"nearest": scores["nearest"]["values"] | ratio}
+        run[f"classifier_{kind}"] = {
+            key: judged[kind][key]
+            for key in ("clips", "right", "share", "interval95", "static")
+            if key in judged[kind]
+        }
+    run["interval_units"] = judged.get("interval_units")
+    run["nearest"] = dict(scores["nearest"]["values"])
+    for key in ("rmse_ratio_interval95", "interval_units"):
+        run["nearest"][key] = results["nearest"].get(key)
+    return run
 
 
 def share(part):
@@ -72,23 +75,20 @@ def rows_of(run):
     }
     for value, words in VALUES.items():
         for end, kept in KEPT.items():
-            eight = run["8of16" + end]
+            eight = run[f"8of16{end}"]
             above = f"8 of 16 given, {words} above repeating (dB){kept}"
+            average = f"{above}: the average of {eight['samples_per_clip']}"
             rows[f"{above}: a sample"] = cell(eight, f"{value}_gain", 2)
-            rows[f"{above}: the average of {eight['samples_per_clip']}"] = cell(
-                eight, f"{value}_average_gain", 2
-            )
+            rows[average] = cell(eight, f"{value}_average_gain", 2)
         rows[f"8 of 16 given, {words} of repeating (dB)"] = cell(eight, f"{value}_repeated", 2)
     for value, words in VALUES.items():
         for end, kept in KEPT.items():
-            four = run["4of16" + end]
-            for kind, title in {
-                "": "mean of",
-                "_best": "best of",
-                "_average": "average of",
-            }.items():
-                what = f"4 of 16 given, {words} (dB){kept}: {title} {four['samples_per_clip']}"
-                rows[what] = f"{four[value + kind]:.2f}"
+            four = run[f"4of16{end}"]
+            what = f"4 of 16 given, {words} (dB){kept}"
+            count = four["samples_per_clip"]
+            rows[f"{what}: mean of {count}"] = f"{four[value]:.2f}"
+            rows[f"{what}: best of {count}"] = f"{four[f'{value}_best']:.2f}"
+            rows[f"{what}: average of {count}"] = f"{four[f'{value}_average']:.2f}"
         rows[f"4 of 16 given, {words} of repeating (dB)"] = f"{four[f'{value}_repeated']:.2f}"
     nearest = run["nearest"]
     samples = run["classifier_samples"]
@@ -103,14 +103,16 @@ def rows_of(run):
     }
 
 
-BRACKETS = (
-    "Brackets hold 95% intervals. Each sample is a unit, and so are all clips of a person. The "
-)
-BRACKETS += (
-    "classifier's real clips and the ratio have no interval, as they show fewer than 10 people."
-)
 TABLE = lab.ExperimentTable(
-    __doc__, "people", "Real people", "weizmann.sh", read_run, rows_of, BRACKETS
+    about=__doc__,
+    name="people",
+    title="Real people",
+    script="weizmann.sh",
+    read_run=read_run,
+    rows_of=rows_of,
+    brackets="Brackets hold 95% intervals. Each sample is a unit, and so are all clips of a "
+    "person. The classifier's real clips and the ratio have no interval, as they show fewer than "
+    "10 people.",
 )
 parse_args = TABLE.parse_args
 markdown = TABLE.markdown

@@ -32,12 +32,13 @@ from arms import (
     FULL,
     INTERVALS,
     POSITIONS,
-    VALIDATIONS,
     config_of,
     phase_flags,
     plan_phases,
     sampling_flags,
+    validation_flags,
 )
+from lab import Column
 from models import EqMConfig, model_config
 from runtime.cli import fail, one_line_errors
 from video.samples import read_samples
@@ -53,7 +54,6 @@ TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
 # tasks. END: made in windows, longer than real clips, cut to its end
 LONG, END = "256 frames", "last 16 of 64 frames"
 LOSS = "validation loss"
-PREDICTION = ("prediction",)
 SHOWN = 0, 3  # numbers of the samples in the picture
 
 
@@ -70,171 +70,196 @@ class DataSet:
     tasks: dict  # {name: (flags of sample_gd.py, metrics)}
     metrics: dict  # {metric: flags of evaluate.py}
     compared: tuple  # titles of the columns whose differences are listed
-    columns: dict  # {title: (task, name of the value, factor, digits)}
+    columns: dict  # {title: Column}
     made: tuple = ()  # flags of make_moving_shapes.py, if it makes the videos
 
 
 DATA_SETS = {
     "sprites": DataSet(
-        "Sprites",
-        model_config("EqM-S/4", **SIZE, in_channels=8, temporal_patch_size=1, num_classes=9),
-        f"{RECIPE} --model EqM-S/4 --temporal-patch-size 1 --no-flip --forcing 0.7 --lr-decay 0.8 "
-        "--ema-decay 0.998 "
-        "--cfg-scale 1",
-        2750,
-        ((4, 0.14), (8, 0.86)),
-        0.1,
-        {
+        title="Sprites",
+        config=model_config("EqM-S/4", **SIZE, in_channels=8, temporal_patch_size=1, num_classes=9),
+        flags=f"{RECIPE} --model EqM-S/4 --temporal-patch-size 1 --no-flip --forcing 0.7 "
+        "--lr-decay 0.8 --ema-decay 0.998 --cfg-scale 1",
+        steps=2750,
+        phases=((4, 0.14), (8, 0.86)),
+        mix=0.1,
+        tasks={
             "samples": ("--num-frames 8 --num-samples 576", ("census", "classifier")),
             "predictions": (
                 "--num-frames 8 --num-samples 432 --given-frames 0",
-                ("census", *PREDICTION),
+                ("census", "prediction"),
             ),
         },
-        {"census": "", "classifier": "--classifier-test val", "prediction": ""},
-        ("valid samples (%)", "one frame given: PSNR (dB)", "one frame given: the true clip (%)"),
-        {
-            LOSS: ("", "val_loss", 1, 3),
-            "valid samples (%)": ("samples", "valid", 100, 1),
-            "one frame given: PSNR (dB)": ("predictions", "psnr", 1, 2),
-            "one frame given: the true clip (%)": ("predictions", "true_clip", 100, 1),
-            "samples of the requested class (%)": ("samples", "asked_class", 100, 1),
+        metrics={"census": "", "classifier": "--classifier-test val", "prediction": ""},
+        compared=(
+            "valid samples (%)",
+            "one frame given: PSNR (dB)",
+            "one frame given: the true clip (%)",
+        ),
+        columns={
+            LOSS: Column("val_loss", 1, 3, task=""),
+            "valid samples (%)": Column("valid", 100, 1, task="samples"),
+            "one frame given: PSNR (dB)": Column("psnr", 1, 2, task="predictions"),
+            "one frame given: the true clip (%)": Column("true_clip", 100, 1, task="predictions"),
+            "samples of the requested class (%)": Column("asked_class", 100, 1, task="samples"),
         },
     ),
     "people": DataSet(
-        "Real people",
-        model_config("EqM-S/2", **SIZE, in_channels=4, temporal_patch_size=4, num_classes=4),
-        f"{RECIPE} --model EqM-S/2 --temporal-patch-size 4 --forcing 0.75 --lr-decay 0.4 "
-        "--ema-decay 0.995 "
-        "--frame-interval 2 --cfg-scale 1.5",
-        2750,
-        ((4, 0.3), (8, 0.3), (16, 0.4)),
-        0.1,
-        {
+        title="Real people",
+        config=model_config("EqM-S/2", **SIZE, in_channels=4, temporal_patch_size=4, num_classes=4),
+        flags=f"{RECIPE} --model EqM-S/2 --temporal-patch-size 4 --forcing 0.75 --lr-decay 0.4 "
+        "--ema-decay 0.995 --frame-interval 2 --cfg-scale 1.5",
+        steps=2750,
+        phases=((4, 0.3), (8, 0.3), (16, 0.4)),
+        mix=0.1,
+        tasks={
             "samples": ("--num-frames 16 --num-samples 96", ("classifier", "nearest")),
             "predictions": (
                 "--num-frames 16 --given-frames 0-7 --num-samples 256 --samples-per-clip 4",
-                PREDICTION,
+                ("prediction",),
             ),
             END: ("--num-frames 64 --num-samples 48 --window 16", ("classifier",)),
         },
-        {"classifier": "--classifier-steps 250", "nearest": "", "prediction": ""},
-        ("8 of 16 frames given: PSNR (dB)",),
-        {
-            LOSS: ("", "val_loss", 1, 3),
-            "8 of 16 frames given: PSNR (dB)": ("predictions", "psnr", 1, 2),
-            "samples of the requested class (%)": ("samples", "asked_class", 100, 1),
-            "8 of 16 frames given: PSNR of moving pixels (dB)": (
-                "predictions",
-                "psnr_moving",
-                1,
-                2,
+        metrics={"classifier": "--classifier-steps 250", "nearest": "", "prediction": ""},
+        compared=("8 of 16 frames given: PSNR (dB)",),
+        columns={
+            LOSS: Column("val_loss", 1, 3, task=""),
+            "8 of 16 frames given: PSNR (dB)": Column("psnr", 1, 2, task="predictions"),
+            "samples of the requested class (%)": Column("asked_class", 100, 1, task="samples"),
+            "8 of 16 frames given: PSNR of moving pixels (dB)": Column(
+                "psnr_moving", 1, 2, task="predictions"
             ),
-            f"{END}: the requested class (%)": (END, "asked_class", 100, 1),
-            "nearest training clip, RMSE: samples / held-out": ("samples", "rmse_ratio", 1, 2),
+            f"{END}: the requested class (%)": Column("asked_class", 100, 1, task=END),
+            "nearest training clip, RMSE: samples / held-out": Column(
+                "rmse_ratio", 1, 2, task="samples"
+            ),
         },
     ),
     "bouncing": DataSet(
-        "Bouncing shapes",
-        config_of(FULL),
-        f"{' '.join(map(str, BASE))} --precision {lab.PRECISION} --forcing 0.75{INTERVALS}",
-        int(1.6 * FULL.steps),
-        ((8, 1 / 3), (16, 2 / 3)),
-        0,
-        {
+        title="Bouncing shapes",
+        config=config_of(FULL),
+        flags=f"{' '.join(map(str, BASE))} --precision {lab.PRECISION} --forcing 0.75{INTERVALS}",
+        steps=int(1.6 * FULL.steps),
+        phases=((8, 1 / 3), (16, 2 / 3)),
+        mix=0,
+        tasks={
             LONG: (
-                (
-                    "--num-frames 256 --window 16 --overlap 8 --num-samples 96 "
-                    f"{' '.join(map(str, sampling_flags(FULL)))}"
-                ),
+                "--num-frames 256 --window 16 --overlap 8 --num-samples 96 "
+                f"{' '.join(map(str, sampling_flags(FULL)))}",
                 ("motion", "consistency"),
             )
         },
-        dict.fromkeys(("motion", "consistency"), "--split all --num-real 96"),
-        ("one object to the end (%)",),
-        {
-            LOSS: ("", "val_loss", 1, 3),
-            "one object to the end (%)": (LONG, "one_object", 100, 0),
-            "turns at the borders only (%)": (LONG, "turns_right", 100, 0),
-            "5% quantile of window speed / true": (LONG, "speed_low", 1, 2),
-            "median": (LONG, "speed_median", 1, 2),
-            "95% quantile": (LONG, "speed_high", 1, 2),
-            "seam score of windows": (LONG, "window_seam_score", 1, 2),
+        metrics=dict.fromkeys(("motion", "consistency"), "--split all --num-real 96"),
+        compared=("one object to the end (%)",),
+        columns={
+            LOSS: Column("val_loss", 1, 3, task=""),
+            "one object to the end (%)": Column("one_object", 100, 0, task=LONG),
+            "turns at the borders only (%)": Column("turns_right", 100, 0, task=LONG),
+            "5% quantile of window speed / true": Column("speed_low", 1, 2, task=LONG),
+            "median": Column("speed_median", 1, 2, task=LONG),
+            "95% quantile": Column("speed_high", 1, 2, task=LONG),
+            "seam score of windows": Column("window_seam_score", 1, 2, task=LONG),
         },
-        ("--bounce", "--seconds", 16),
+        made=("--bounce", "--seconds", 16),
     ),
 }
 
 
-class PositionsRun(lab.JsonRun):
-    """A model with these positions and this seed.
+def size_flags(config):
+    """The flags of train.py for the depth and width of a model."""
+    return [
+        "--depth",
+        config.depth,
+        "--hidden-size",
+        config.hidden_size,
+        "--num-heads",
+        config.num_heads,
+    ]
 
-    It is done when it is sampled, or when the json has its scores.
+
+def common_sampling(args, seed):
+    """The flags of sample_gd.py that all tasks share."""
+    flags = ["--precision", lab.PRECISION, "--batch-size", 16, "--seed", seed]
+    return flags + TINY_SAMPLES.split() * args.miniature
+
+
+class ScoredTogether(lab.JsonRun):
+    """A run that is done when it is sampled, or when the json has its scores: see `score_all`.
+
+    flops: those of the training.
     """
-
-    def __init__(self, args, positions, seed):
-        own = DATA_SETS[args.data_set]
-        root = Path(args.out, "positions")
-        config = replace(own.config, **TINY if args.miniature else {})
-        shares, mix = (
-            (((own.phases[-1][0], 1.0),), 0) if positions == "fixed" else (own.phases, own.mix)
-        )
-        phases, self.flops = plan_phases(config, shares, mix, 4 if args.miniature else own.steps)
-        flags = [
-            *own.flags.split(),
-            *POSITIONS[positions].split(),
-            *phase_flags(phases, mix),
-            "--val-clips",
-            64,
-        ]
-        for name in TINY:
-            flags += [f"--{name.replace('_', '-')}", getattr(config, name)]
-        videos = Path(args.data_path or root / "bouncing-shapes")
-        data = (
-            lab.data_sets(videos, *((2, 2) if args.miniature else (60, 12)), *own.made)
-            if own.made
-            else {}
-        )
-        scored = [videos, *data][-1]
-        given = ["--given", scored, "--given-split", "val", "--no-keep-background"]
-        common = ["--precision", lab.PRECISION, "--batch-size", 16, "--seed", seed]
-        common += TINY_SAMPLES.split() * args.miniature
-        scoring = own.metrics | ({"classifier": "--classifier-steps 1"} if args.miniature else {})
-        super().__init__(
-            root / f"{args.data_set}-{positions.replace(' ', '-')}-seed{seed}",
-            data,
-            training=[
-                "--video",
-                *flags,
-                "--data-path",
-                args.latents or videos,
-                "--global-seed",
-                seed,
-                "--val-every",
-                max(1, phases[-1][1] // VALIDATIONS),
-                *["--compile"] * args.compile,
-            ],
-            last_step=phases[-1][1],
-            tasks={
-                name: ([*words.split(), *given * ("given" in words), *common], metrics)
-                for name, (words, metrics) in own.tasks.items()
-            },
-            metrics={
-                metric: ["--data-path", scored, *words.split()] for metric, words in scoring.items()
-            },
-            out=Path(args.out, f"positions_{args.data_set}.json"),
-            about={"positions": positions, "seed": seed},
-        )
 
     @property
     def is_done(self):
         return self.has_row or all(self.path(task).exists() for task in self.tasks)
 
     def score(self):
-        """Does nothing: see `score_all`."""
+        """Does nothing."""
 
     def row(self):
         return super().row() | {"flops": self.flops}
+
+
+class PositionsRun(ScoredTogether):
+    """A model with these positions and this seed."""
+
+    def __init__(self, args, positions, seed):
+        data_set = DATA_SETS[args.data_set]
+        root = Path(args.out, "positions")
+        videos = Path(args.data_path or root / "bouncing-shapes")
+        data = {}
+        scored = videos
+        if data_set.made:
+            count, test_count = (2, 2) if args.miniature else (60, 12)
+            data = lab.data_sets(
+                videos,
+                count=count,
+                test_count=test_count,
+                flags=data_set.made,
+            )
+            _, scored = data
+        config = replace(data_set.config, **TINY if args.miniature else {})
+        shares = data_set.phases
+        mix = data_set.mix
+        if positions == "fixed":
+            num_frames, _ = shares[-1]
+            shares = ((num_frames, 1.0),)
+            mix = 0
+        phases, self.flops = plan_phases(
+            config,
+            shares=shares,
+            mix=mix,
+            steps=4 if args.miniature else data_set.steps,
+        )
+        _, last_step, _ = phases[-1]
+        flags = ["--video", *data_set.flags.split(), *POSITIONS[positions].split()]
+        flags += [*phase_flags(phases, mix), "--val-clips", 64, *size_flags(config)]
+        flags += ["--data-path", args.latents or videos, "--global-seed", seed]
+        flags += validation_flags(phases)
+        if args.compile:
+            flags.append("--compile")
+        given = ["--given", scored, "--given-split", "val", "--no-keep-background"]
+        tasks = {}
+        for task, (words, metrics) in data_set.tasks.items():
+            sampling = words.split()
+            if "--given-frames" in sampling:
+                sampling += given
+            tasks[task] = ([*sampling, *common_sampling(args, seed)], metrics)
+        metrics = dict(data_set.metrics)
+        if args.miniature:
+            metrics["classifier"] = "--classifier-steps 1"
+        super().__init__(
+            root / f"{args.data_set}-{positions.replace(' ', '-')}-seed{seed}",
+            data,
+            training=flags,
+            last_step=last_step,
+            tasks=tasks,
+            metrics={
+                metric: ["--data-path", scored, *words.split()] for metric, words in metrics.items()
+            },
+            out=Path(args.out, f"positions_{args.data_set}.json"),
+            about={"positions": positions, "seed": seed},
+        )
 
 
 def score_all(runs):
@@ -244,13 +269,14 @@ def score_all(runs):
     """
     # another process may score at the same time
     with lab.file_lock(runs[0].folder.parent / "lock"):
-        left = [run for run in runs if not run.has_row]
-        for run in left:
+        runs = [run for run in runs if not run.has_row]
+        if not runs:
+            return
+        for run in runs:
             if END in run.tasks:
                 keep_end(run.path(END).parent, 16)
-        lab.score(left)
-        if left:
-            lab.add_rows(left[0].out, [run.row() for run in left])
+        lab.score(runs)
+        lab.add_rows(runs[0].out, [run.row() for run in runs])
 
 
 def keep_end(folder, num_frames):
@@ -264,31 +290,25 @@ def keep_end(folder, num_frames):
 
 def markdown(name, rows):
     """The lines of positions_NAME.md: scores, and differences from fixed and from rotary ones."""
-    # found: {positions: {title: {seed: value}}}
-    own = DATA_SETS[name]
-    found = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        for title, (task, value, factor, _) in own.columns.items():
-            values = found.setdefault(row["positions"], {}).setdefault(title, {})
-            if (number := row["values"][task].get(value)) is not None:
-                values[row["seed"]] = factor * number
-    about = (
+    data_set = DATA_SETS[name]
+    values = {}  # {title: {positions: {seed: value}}}
+    for title, column in data_set.columns.items():
+        values[title] = {}
+        for positions in POSITIONS:
+            values[title][positions] = lab.by_seed(rows, {"positions": positions}, column)
+    names = [positions for positions, losses in values[LOSS].items() if losses]
+    lines = lab.heading(
+        f"Positions: {data_set.title}",
         f"`scripts/studies/positions.py {name}` wrote this table. Cells hold the mean over seeds, "
-        "and the range."
+        "and the range.",
     )
-    listed = {
-        positions: {title: [*values.values()] for title, values in found[positions].items()}
-        for positions in POSITIONS
-        if positions in found
-    }
-    lines = [f"# Positions: {own.title}", "", about, ""]
-    lines += lab.seed_table(listed, {title: column[1:] for title, column in own.columns.items()})
+    lines += lab.seed_table(names, data_set.columns, values)
     differences = []
-    for base, title, positions in itertools.product(("fixed", "rotary"), own.compared, listed):
-        if base in found and positions not in ("fixed", base):
-            pair = found[positions][title], found[base][title]
+    for base, title, positions in itertools.product(("fixed", "rotary"), data_set.compared, names):
+        if base in names and positions not in ("fixed", base):
+            digits = data_set.columns[title].digits + 1
             differences.append(
-                lab.difference(positions, base, title, *pair, own.columns[title][3] + 1)
+                lab.difference(values[title], (positions, base), what=title, digits=digits)
             )
     return lines + lab.difference_lines(differences)
 
@@ -301,9 +321,14 @@ def write_picture(path, runs):
     files = [run.path(next(iter(run.tasks))) for run in first]
     if not all(file.exists() for file in files):
         return
-    rows = [read_samples("", file.parent)[1][number] for file in files for number in SHOWN]
+    clips = []
+    titles = []
+    for run, file in zip(first, files, strict=True):
+        _, samples, _ = read_samples("", file.parent)
+        clips += [samples[number] for number in SHOWN]
+        titles += [run.about["positions"]] * len(SHOWN)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_sheet(path, np.stack(rows), [run.about["positions"] for run in first for _ in SHOWN])
+    write_sheet(path, np.stack(clips), titles)
 
 
 def parse_args():
@@ -316,14 +341,6 @@ def parse_args():
         help="the videos; default: bouncing shapes, which the script makes",
     )
     add("--latents", metavar="DIR", help="their latent cache; default: train on pixels")
-    add(
-        "--positions",
-        nargs="+",
-        choices=POSITIONS,
-        default=[*POSITIONS],
-        metavar="NAME",
-        help="see arms.py",
-    )
     return parser.parse_args()
 
 
@@ -332,15 +349,12 @@ def main():
     args = parse_args()
     if not (args.data_path or DATA_SETS[args.data_set].made):
         fail(f"--data-path: expected the videos of {args.data_set}")
-    runs = [
-        PositionsRun(args, positions, seed) for seed in args.seeds for positions in args.positions
-    ]
+    runs = [PositionsRun(args, positions, seed) for seed in args.seeds for positions in POSITIONS]
     lab.run_all(runs)
     score_all(runs)
     write_picture(Path(args.out, f"figures/positions-{args.data_set}.png"), runs)
-    lab.write_results(
-        args.out, f"positions_{args.data_set}", markdown(args.data_set, lab.read_rows(runs[0].out))
-    )
+    out = runs[0].out
+    lab.write_results(args.out, out.stem, markdown(args.data_set, lab.read_rows(out)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import itertools
 import math
 from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
 
 import numpy as np
 
@@ -20,7 +22,9 @@ from arms import (
     plan,
 )
 from lab import (
+    Column,
     Difference,
+    by_seed,
     difference,
     difference_lines,
     mean_and_error,
@@ -35,7 +39,10 @@ from scoring.stats import half95
 refuse_to_run(__name__, "scripts/studies/study.py")
 
 SCRIPT = "python scripts/studies/study.py"
-FIXED, ROTARY, TABLE, MOVING = "16 fixed", "16 rotary", "16 table", "16 moving"
+FIXED = "16 fixed"
+ROTARY = "16 rotary"
+TABLE = "16 table"
+MOVING = "16 moving"
 CURRICULA = "4-8-16", "4-8-16 mix", "4-8-16 table", "4-8-16 table mix", "4-8-16 moving"
 PAIRS_A = (TABLE, FIXED), (MOVING, FIXED), (ROTARY, FIXED), (TABLE, ROTARY), (MOVING, TABLE)
 PAIRS_B = (
@@ -63,12 +70,9 @@ def values_of(rows, name, column="direction", share=1.0, frames=16):
     loss_16 is the validation loss at 16 frames; infinite if the run diverged. frames: of the
     samples.
     """
-    kind = {"kind": "train"} if column == "loss_16" else {"kind": "sample", "frames": frames}
-    asked = {"arm": name, "share": share} | kind
-    own = [row for row in rows if asked.items() <= row.items() and row[column] is not None]
-    return {
-        row["seed"]: row[column] for row in sorted(own, key=lambda row: (row["seed"], row["step"]))
-    }
+    about = {"arm": name, "share": share}
+    about |= {"kind": "train"} if column == "loss_16" else {"kind": "sample", "frames": frames}
+    return by_seed(sorted(rows, key=itemgetter("step")), about, Column(column, 1, 3))
 
 
 def compute_to(goal, shares, values):
@@ -89,9 +93,12 @@ def share_text(share):
 def curve(rows, name):
     """(shares of the compute, {seed: direction accuracy at each share}), for complete seeds."""
     shares = sorted((1.0, *BY_NAME[name].shares))
-    found = [values_of(rows, name, share=share) for share in shares]
-    seeds = [seed for seed in range(SHARE_SEEDS) if all(seed in values for values in found)]
-    return shares, {seed: [values[seed] for values in found] for seed in seeds}
+    by_share = [values_of(rows, name, share=share) for share in shares]
+    accuracies = {}
+    for seed in range(SHARE_SEEDS):
+        if all(seed in values for values in by_share):
+            accuracies[seed] = [values[seed] for values in by_share]
+    return shares, accuracies
 
 
 # Tables and figures -------------------------------------------------------------------------------
@@ -99,13 +106,14 @@ def curve(rows, name):
 
 def differences(rows, pairs):
     """Lines about loss and direction accuracy of pairs of arms."""
-    found = []
+    compared = []
     for pair, (what, column) in itertools.product(pairs, COMPARED.items()):
-        found.append(difference(*pair, what, *(values_of(rows, name, column) for name in pair)))
-    return [*difference_lines(found), ""]
+        values = {name: values_of(rows, name, column) for name in pair}
+        compared.append(difference(values, pair, what))
+    return [*difference_lines(compared), ""]
 
 
-def ratio(first, second, what, ratios):
+def ratio(what, ratios):
     """A Difference with the geometric mean of two arms' ratios, one per seed.
 
     Without significance for one seed.
@@ -113,10 +121,7 @@ def ratio(first, second, what, ratios):
     logs = [math.log(value) for value in ratios]
     mean, error = mean_and_error(logs)
     each = "; ".join(f"{value:.2f}" for value in ratios)
-    text = (
-        f"- {what}, {first} / {second}: the geometric mean is {math.exp(mean):.2f} (each seed: "
-        f"{each}"
-    )
+    text = f"- {what}: the geometric mean is {math.exp(mean):.2f} (each seed: {each}"
     if error is None:
         return Difference(f"{text}).")
     half = half95(logs)
@@ -129,11 +134,11 @@ def spread_cell(values, digits=3, unit=1):
 
     unit: 100 for percent.
     """
-    values = [unit * value for value in values.values()]
-    each = ", ".join(f"{value:.{digits}f}" for value in values)
-    mean, error = mean_and_error([value for value in values if value < math.inf])
+    numbers = [unit * value for value in values.values()]
+    each = ", ".join(f"{number:.{digits}f}" for number in numbers)
+    mean, error = mean_and_error([number for number in numbers if number < math.inf])
     if mean is None:
-        return f"({each})" if values else "-"
+        return f"({each})" if numbers else "-"
     spread = "" if error is None else f" ± {error:.{digits}f}"
     return f"{mean:.{digits}f}{spread} ({each})"
 
@@ -142,16 +147,14 @@ def arm_table(rows, runs):
     """Lines of markdown: loss, direction accuracy and speed at 16 frames of each (arm, share)."""
     cells = []
     for name, share in runs:
-        loss, right, speed = (
-            values_of(rows, name, key, share) for key in ("loss_16", "direction", "speed")
-        )
+        values = partial(values_of, rows, name, share=share)
         cells.append(
             [
                 name,
                 f"{100 * share:.0f}",
-                spread_cell(loss),
-                spread_cell(right, 0, 100),
-                spread_cell(speed, 2),
+                spread_cell(values("loss_16")),
+                spread_cell(values("direction"), digits=0, unit=100),
+                spread_cell(values("speed"), digits=2),
             ]
         )
     return table(
@@ -159,20 +162,23 @@ def arm_table(rows, runs):
     )
 
 
+def full_table(rows, names):
+    """As `arm_table`, at full compute."""
+    return arm_table(rows, [(name, 1.0) for name in names])
+
+
 def length_table(rows, names):
     """Lines of markdown: direction accuracy, speed and seams of each arm at 16, 24, 32 frames."""
     cells = []
     for name, frames in itertools.product(names, LENGTHS):
-        right, speed, seam = (
-            values_of(rows, name, key, frames=frames) for key in ("direction", "speed", "seam")
-        )
+        values = partial(values_of, rows, name, frames=frames)
         cells.append(
             [
                 name,
                 str(frames),
-                spread_cell(right, 0, 100),
-                spread_cell(speed, 2),
-                spread_cell(seam, 2),
+                spread_cell(values("direction"), digits=0, unit=100),
+                spread_cell(values("speed"), digits=2),
+                spread_cell(values("seam"), digits=2),
             ]
         )
     return table(
@@ -202,15 +208,22 @@ def figure(study, letter, message, xlabel, lines):
     lines += [f"![{' '.join(message.split())}](figures/{path.name})", ""]
 
 
-def draw_shares(axes, xs, by_x, label, number):
-    """Plot direction accuracy over x: the mean of {seed: accuracy} as a line, seeds as dots."""
-    points = [(x, values) for x, values in zip(xs, by_x, strict=True) if values]
-    means = [100 * mean_of(values) for _, values in points]
-    style = {"color": COLORS[number], "marker": MARKERS[number], "markersize": 9, "linewidth": 2}
-    axes.plot([x for x, _ in points], means, label=label, **style)
-    for x, values in points:
-        dots = [100 * value for value in values.values()]
-        axes.scatter([x] * len(dots), dots, color=COLORS[number], alpha=0.45, s=30)
+def draw_shares(axes, by_x, label, number):
+    """Plot direction accuracy {x: {seed: accuracy}}: the mean as a line, seeds as dots."""
+    color = COLORS[number]
+    means = {x: 100 * mean_of(values) for x, values in by_x.items() if values}
+    axes.plot(
+        means.keys(),
+        means.values(),
+        label=label,
+        color=color,
+        marker=MARKERS[number],
+        markersize=9,
+        linewidth=2,
+    )
+    for x in means:
+        dots = [100 * value for value in by_x[x].values()]
+        axes.scatter([x] * len(dots), dots, color=color, alpha=0.45, s=30)
 
 
 # The questions. Each function returns lines of markdown; its docstring is the heading. ------------
@@ -218,33 +231,38 @@ def draw_shares(axes, xs, by_x, label, number):
 
 def answer_a(study, rows):
     """Which positions? 16 frames from the start, equal steps"""
-    names = FIXED, ROTARY, TABLE, MOVING
-    return differences(rows, PAIRS_A) + arm_table(rows, [(name, 1.0) for name in names])
+    return differences(rows, PAIRS_A) + full_table(rows, (FIXED, ROTARY, TABLE, MOVING))
 
 
 def answer_b(study, rows):
     """Which positions for 4, 8, then 16 frames, with and without --mix?"""
-    lines = differences(rows, PAIRS_B) + arm_table(rows, [(name, 1.0) for name in CURRICULA])
+    lines = differences(rows, PAIRS_B) + full_table(rows, CURRICULA)
     lines += length_table(rows, CURRICULA)
-    longer = {
-        name: mean_of(right) for name in CURRICULA if (right := values_of(rows, name, frames=24))
-    }
-    if CURRICULUM in longer:
-        message = (
-            f"24 frames, longer than in training: {longer.pop(CURRICULUM):.0%} direction "
-            f"accuracy\n({CURRICULUM})"
-        )
-        message += (
-            f", {min(longer.values()):.0%} to {max(longer.values()):.0%} for the others"
-            if longer
-            else ""
-        )
-        with figure(study, "B", message, "sampled frames", lines) as axes:
-            for number, name in enumerate(CURRICULA):
-                right = [values_of(rows, name, frames=frames) for frames in LENGTHS]
-                draw_shares(axes, LENGTHS, right, name, number)
-            axes.axvspan(16.5, 33, color="gray", alpha=0.1, label="longer than in training")
-            axes.set(xticks=LENGTHS, xlim=(15, 33))
+    longer = {}
+    for name in CURRICULA:
+        accuracies = values_of(rows, name, frames=24)
+        if accuracies:
+            longer[name] = mean_of(accuracies)
+    if CURRICULUM not in longer:
+        return lines
+    message = (
+        f"24 frames, longer than in training: {longer.pop(CURRICULUM):.0%} direction accuracy\n"
+        f"({CURRICULUM})"
+    )
+    if longer:
+        message += f", {min(longer.values()):.0%} to {max(longer.values()):.0%} for the others"
+    with figure(
+        study,
+        letter="B",
+        message=message,
+        xlabel="sampled frames",
+        lines=lines,
+    ) as axes:
+        for number, name in enumerate(CURRICULA):
+            by_length = {frames: values_of(rows, name, frames=frames) for frames in LENGTHS}
+            draw_shares(axes, by_length, label=name, number=number)
+        axes.axvspan(16.5, 33, color="gray", alpha=0.1, label="longer than in training")
+        axes.set(xticks=LENGTHS, xlim=(15, 33))
     return lines
 
 
@@ -252,54 +270,75 @@ def answer_c(study, rows):
     """How much compute until the motion is correct?"""
     names = TABLE, START, CURRICULUM
     curves = {name: curve(rows, name) for name in names}
-    # found: {arm: {"mean" or seed: result of compute_to}}
     lines = []
-    found = {}
-    for name, (shares, by_seed) in curves.items():
-        if not by_seed:
+    reached = {}  # {arm: {"mean" or seed: result of compute_to}}
+    for name, (shares, accuracies) in curves.items():
+        if not accuracies:
             lines.append(f"- {name}: not run yet.")
             continue
-        values = {"mean": np.mean(list(by_seed.values()), axis=0)} | by_seed
-        found[name] = {seed: compute_to(GOAL, shares, points) for seed, points in values.items()}
-        mean, *each = map(share_text, found[name].values())
+        values = {"mean": np.mean(list(accuracies.values()), axis=0)} | accuracies
+        reached[name] = {seed: compute_to(GOAL, shares, points) for seed, points in values.items()}
+        mean, *each = map(share_text, reached[name].values())
         lines.append(
             f"- {name}: the mean over seeds reaches {GOAL:.0%} direction accuracy at {mean} of "
-            "the compute "
-            f"(each seed: {'; '.join(each)})."
+            f"the compute (each seed: {'; '.join(each)})."
         )
     compared = []
     for base in (START, TABLE):
-        computes = [
-            (found.get(CURRICULUM, {}).get(seed), found.get(base, {}).get(seed))
-            for seed in range(SHARE_SEEDS)
-        ]
-        ratios = [
-            ours / theirs
-            for ours, theirs in computes
-            if ours and theirs and math.isfinite(ours / theirs)
-        ]
+        ratios = compute_ratios(reached.get(CURRICULUM, {}), reached.get(base, {}))
         if ratios:
-            compared.append(ratio(CURRICULUM, base, "Ratio of these computes", ratios))
-    early = values_of(rows, CURRICULUM, "loss_16", 0.6)
-    full = values_of(rows, START, "loss_16")
-    compared.append(difference(f"{CURRICULUM} at 60%", f"{START} at 100%", "Loss", early, full))
+            compared.append(ratio(f"Ratio of these computes, {CURRICULUM} / {base}", ratios))
+    early = f"{CURRICULUM} at 60%"
+    full = f"{START} at 100%"
+    losses = {
+        early: values_of(
+            rows,
+            CURRICULUM,
+            column="loss_16",
+            share=0.6,
+        ),
+        full: values_of(rows, START, column="loss_16"),
+    }
+    compared.append(difference(losses, (early, full), "Loss"))
     lines += [*difference_lines(compared), ""]
     lines += arm_table(rows, [(name, share) for name in names for share in curves[name][0]])
-    if len(found) == len(names):
-        texts = {name: share_text(found[name]["mean"]) for name in found}
-        message = (
-            f"{GOAL:.0%} direction accuracy at {texts[CURRICULUM]} of the compute ({CURRICULUM}),\n"
-        )
-        message += f"at {texts[START]} ({START}), at {texts[TABLE]} ({TABLE})"
-        xlabel = f"compute of a complete run (% of {study.size.steps:,} steps of 16 frames)"
-        with figure(study, "C", message, xlabel, lines) as axes:
-            for number, (name, (shares, by_seed)) in enumerate(curves.items()):
-                points = [
-                    dict(zip(by_seed, values, strict=True))
-                    for values in zip(*by_seed.values(), strict=True)
-                ]
-                draw_shares(axes, [100 * share for share in shares], points, name, number)
-            axes.axhline(100 * GOAL, color="gray", linestyle="--", label=f"{GOAL:.0%}")
+    if len(reached) == len(names):
+        lines += draw_curves(study, curves, {name: reached[name]["mean"] for name in names})
+    return lines
+
+
+def compute_ratios(computes, others):
+    """The ratios of two arms' computes {seed: share}, for the seeds that reach the goal in both."""
+    ratios = []
+    for seed in range(SHARE_SEEDS):
+        ratio = computes.get(seed, math.nan) / others.get(seed, math.nan)
+        if math.isfinite(ratio):
+            ratios.append(ratio)
+    return ratios
+
+
+def draw_curves(study, curves, reached):
+    """Lines of markdown: the figure of question C. reached: {arm: share of the compute}."""
+    texts = {name: share_text(share) for name, share in reached.items()}
+    message = (
+        f"{GOAL:.0%} direction accuracy at {texts[CURRICULUM]} of the compute ({CURRICULUM}),\n"
+        f"at {texts[START]} ({START}), at {texts[TABLE]} ({TABLE})"
+    )
+    xlabel = f"compute of a complete run (% of {study.size.steps:,} steps of 16 frames)"
+    lines = []
+    with figure(
+        study,
+        letter="C",
+        message=message,
+        xlabel=xlabel,
+        lines=lines,
+    ) as axes:
+        for number, (name, (shares, accuracies)) in enumerate(curves.items()):
+            by_share = {}
+            for share, *points in zip(shares, *accuracies.values(), strict=True):
+                by_share[100 * share] = dict(enumerate(points))
+            draw_shares(axes, by_share, label=name, number=number)
+        axes.axhline(100 * GOAL, color="gray", linestyle="--", label=f"{GOAL:.0%}")
     return lines
 
 
@@ -307,16 +346,17 @@ def answer_d(study, rows):
     """Which --rope-speed, for which motion? 16 frames from the start, equal steps"""
     lines = []
     for pace in PACES:
-        own = [arm.name for arm in ARMS if (arm.questions, arm.pace) == ("D", pace)]
-        fixed, table, moving, *rest = names = own if pace else [FIXED, TABLE, MOVING, *own]
-        pairs = (
-            *((name, fixed) for name in (table, moving, *rest)),
-            *((name, moving) for name in rest),
-        )
+        names = [arm.name for arm in ARMS if (arm.questions, arm.pace) == ("D", pace)]
+        if not pace:
+            names = [FIXED, TABLE, MOVING, *names]
+        fixed, table, moving, *rest = names
+        pairs = [(name, fixed) for name in (table, moving, *rest)]
+        pairs += [(name, moving) for name in rest]
         # each comparison counts in one table only
         pairs = [pair for pair in pairs if pair not in PAIRS_A]
-        lines += differences(rows, pairs) + arm_table(rows, [(name, 1.0) for name in names])
-        lines += [] if pace else length_table(rows, rest)
+        lines += differences(rows, pairs) + full_table(rows, names)
+        if not pace:
+            lines += length_table(rows, rest)
     return lines
 
 
@@ -325,20 +365,17 @@ def write_report(study):
     rows = study.rows
     size = study.size
     spent = sum(row["seconds"] for row in study.last_rows()) / 3600
-    versions, machines = (
-        sorted({row[name] or "unknown" for row in rows}) for name in ("code", "machine")
-    )
-    flops = plan(BY_NAME[ROTARY], 1.0, size)[1] / 1e12
+    versions = sorted({row["code"][:10] or "unknown" for row in rows})
+    machines = sorted({row["machine"] or "unknown" for row in rows})
+    _, flops = plan(BY_NAME[ROTARY], 1.0, size)
     real = [row["real_direction"] for row in rows if row["real_direction"] is not None]
+    compiled = " with --compile" if all(row["compiled"] for row in rows) else ""
     lines = [
         "# Which positions are best, and does a frame curriculum pay?",
         "",
         f"`{SCRIPT} --report` wrote this page from `study.csv` ({len(rows)} rows, version "
-        f"{VERSION}, size "
-        f"{size.name}). `{SCRIPT}` measured the rows: {spent:.1f} hours of "
-        f"training{' with --compile' if all(row['compiled'] for row in rows) else ''} and "
-        "sampling, on "
-        f"{', '.join(machines)}; code {', '.join(version[:10] for version in versions)}. "
+        f"{VERSION}, size {size.name}). `{SCRIPT}` measured the rows: {spent:.1f} hours of "
+        f"training{compiled} and sampling, on {', '.join(machines)}; code {', '.join(versions)}. "
         "[study-first-edition.md](study-first-edition.md) answers other questions with earlier "
         "code.",
         "",
@@ -347,43 +384,33 @@ def write_report(study):
         "- **Data and model**: Moving Shapes, 16 x 16 px, 1.4 s. Depth "
         f"{size.depth}, width {size.width}, {size.heads} heads, spatial patch 2, temporal patch "
         "4, bf16.",
-        f"- **Compute**: every step has {TOKENS} tokens. 100% compute is {flops:.3g} TFLOP: "
-        f"{size.steps} steps of 8 "
-        "clips of 16 frames. The learning rate decays to zero at the end of each run.",
+        f"- **Compute**: every step has {TOKENS} tokens. 100% compute is {flops / 1e12:.3g} TFLOP: "
+        f"{size.steps} steps of 8 clips of 16 frames. The learning rate decays to zero at the end "
+        "of each run.",
         f"- **Flags of all arms**: `{' '.join(map(str, BASE))}`.",
         "- **Positions**: *fixed* is the default. *rotary* adds `--use-rope --rope-theta 100`. "
-        "*table* also adds "
-        "`--position-table space`. *moving* also adds `--rope-speed 0.5`, about the speed of all "
-        "shapes (0.51 "
-        "patches per temporal patch). *4-8-16* without one of these words is rotary.",
+        "*table* also adds `--position-table space`. *moving* also adds `--rope-speed 0.5`, about "
+        "the speed of all shapes (0.51 patches per temporal patch). *4-8-16* without one of these "
+        "words is rotary.",
         "- **Frames**: *16* trains on 16 frames from the start. *4-8-16* gives a third of the "
-        "compute to each of 4, "
-        "8 and 16 frames, and draws the frame interval from 1 to 2. With *mix*, a fifth of the "
-        "later steps train on "
-        "earlier frames. *16 moving intervals* also draws the interval, so it differs from "
-        "*4-8-16 moving* only in "
-        "its number of frames.",
+        "compute to each of 4, 8 and 16 frames, and draws the frame interval from 1 to 2. With "
+        "*mix*, a fifth of the later steps train on earlier frames. *16 moving intervals* also "
+        "draws the interval, so it differs from *4-8-16 moving* only in its number of frames.",
         "- **Speeds**: *speed N* is *table* with `--rope-speed N`. *speed 0* has the spatial "
-        "frequencies of the other "
-        "speeds. *speed 0.5* is *moving* again, by later code. Shapes move half as fast with "
-        "*slow* and twice as fast "
-        "with *fast*.",
+        "frequencies of the other speeds. *speed 0.5* is *moving* again, by later code. Shapes "
+        "move half as fast with *slow* and twice as fast with *fast*.",
         "- **Validation loss**: arms with frame intervals of 1 to 2 validate on such clips. "
-        "Compare their losses "
-        "with each other, not with those in A.",
+        "Compare their losses with each other, not with those in A.",
         f"- **Samples**: {size.clips} clips per run and length, 0.04 s per frame, `ngd`, "
-        f"{size.points - 1} "
-        f"evaluations, guidance {GUIDANCE:g}, averaged weights of the last step.",
+        f"{size.points - 1} evaluations, guidance {GUIDANCE:g}, averaged weights of the last step.",
         "- **Direction accuracy**: the share of samples with the motion of their class, measured "
-        "by a tracker. "
-        f"Chance is 25%; real clips reach at least {min(real, default=math.nan):.0%}.",
+        "by a tracker. Chance is 25%; real clips reach at least "
+        f"{min(real, default=math.nan):.0%}.",
         "- **Cells**: mean ± standard error over seeds, with each seed in brackets. A dash means "
-        "that nothing was "
-        "run, or that no direction was correct, so there is no speed. Differences are paired by "
-        "seed, with "
-        "Student's 95% interval and p value. A difference is significant if its p value, adjusted "
-        "by Holm's method "
-        "for the comparisons that are listed above the same table, is at most 0.05.",
+        "that nothing was run, or that no direction was correct, so there is no speed. "
+        "Differences are paired by seed, with Student's 95% interval and p value. A difference is "
+        "significant if its p value, adjusted by Holm's method for the comparisons that are "
+        "listed above the same table, is at most 0.05.",
         "",
     ]
     for letter, answer in {"A": answer_a, "B": answer_b, "C": answer_c, "D": answer_d}.items():

@@ -16,13 +16,11 @@ from pathlib import Path
 import lab
 from runtime.cli import one_line_errors
 
-# clips of each length; frames
-CLIPS = 288
-LENGTHS = (4, 16, 24)
-# Title: (value of a manifest, factor, digits)
+CLIPS = 288  # of each length
+LENGTHS = (4, 16, 24)  # in frames
 COLUMNS = {
-    "direction accuracy (%)": ("direction_accuracy", 100, 1),
-    "shape accuracy (%)": ("shape_accuracy", 100, 1),
+    "direction accuracy (%)": lab.Column("direction_accuracy", 100, 1),
+    "shape accuracy (%)": lab.Column("shape_accuracy", 100, 1),
 }
 TINY = {"STEPS_1": "1", "STEPS_2": "2", "STEPS_3": "3", "GPUS": "1", "VIDEOS": "2"}
 TINY |= dict.fromkeys(("BATCH_1", "BATCH_2", "BATCH_3"), "4")
@@ -35,18 +33,12 @@ class QuickstartRun(lab.Run):
         self.seed = seed
         self.tiny = TINY if args.miniature else {}
         root = Path(args.out, "seeds").resolve()
-        clips, *counts = (4, 2, 2) if self.tiny else (CLIPS, 60, 8)
-        data = lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4)
+        clips = 4 if self.tiny else CLIPS
+        count, test_count = (2, 2) if self.tiny else (60, 8)
+        data = lab.data_sets(root / "moving-shapes", count, test_count)
         self.videos, test = data
-        flags = [
-            "--num-samples",
-            clips,
-            "--precision",
-            lab.PRECISION,
-            "--seed",
-            seed,
-            "--num-frames",
-        ]
+        flags = ["--num-samples", clips, "--precision", lab.PRECISION]
+        flags += ["--seed", seed, "--num-frames"]
         super().__init__(
             root / f"seed{seed}",
             data,
@@ -58,35 +50,31 @@ class QuickstartRun(lab.Run):
 
     def train(self):
         """Run or continue the quickstart. Returns the path of best.pt."""
-        variables = {
-            "SEED": str(self.seed),
-            "DATA": str(self.videos),
-            "FRAMES": "16",
-            "SAMPLES": "12",
-        }
-        variables |= {"EXP": os.path.relpath(self.folder, lab.ROOT / "results")}
-        self.script("scripts/quickstart.sh", **variables, **self.tiny)
+        self.script(
+            "scripts/quickstart.sh",
+            SEED=str(self.seed),
+            DATA=str(self.videos),
+            FRAMES="16",
+            SAMPLES="12",
+            EXP=os.path.relpath(self.folder, lab.ROOT / "results"),
+            **self.tiny,
+        )
         return max(self.folder.glob("*/checkpoints/best.pt"), key=os.path.getmtime)
 
 
 def markdown(content):
-    about = (
+    lines = lab.heading(
+        "Seeds of the quickstart",
         "`scripts/studies/seeds.py` wrote these tables. Each cell is the score of "
-        f"{content['clips']} clips."
+        f"{content['clips']} clips.",
     )
-    lines, seeds = (
-        ["# Seeds of the quickstart", "", about, ""],
-        [f"seed {seed}" for seed in content["seeds"]],
-    )
+    seeds = [f"seed {seed}" for seed in content["seeds"]]
     for title in COLUMNS:
-        rows = {row["frames"]: row[title] for row in content["rows"]}
-        rows = {
-            frames: (min(values), statistics.median(values), *values)
-            for frames, values in rows.items()
-        }
-        cells = [
-            [str(frames), *(f"{value:.1f}" for value in values)] for frames, values in rows.items()
-        ]
+        cells = []
+        for row in content["rows"]:
+            values = row[title]
+            numbers = [min(values), statistics.median(values), *values]
+            cells.append([str(row["frames"]), *(f"{number:.1f}" for number in numbers)])
         lines += lab.table(["frames", f"lowest {title}", "median", *seeds], cells)
     return lines
 

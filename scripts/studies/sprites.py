@@ -9,11 +9,11 @@ It reads results/EXP and samples/EXP-*.json, and adds columns to sprites.md and 
 --out.
 """
 
-import json
 from pathlib import Path
 
 import lab
 from runtime.metrics import read_metrics
+from scoring.stats import cell
 from sprites_census import ATTRIBUTES, PERCENTS
 
 TASKS = "census", "classifier", "predicted", "predicted-census"
@@ -42,23 +42,26 @@ SHARES |= {
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
     settings = lab.read_settings(name)
-    other = settings.get("VAE")
-    objective = settings.get("OBJECTIVE", "eqm")
-    model = lab.newest_metrics(name, "EqM")
-    vae = (
-        read_metrics(Path(other).parent / "metrics.jsonl")[0]
-        if other
-        else lab.newest_metrics(name, "VAE")
-    )
-    manifests = {
-        task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in TASKS
-    }
+    model = lab.newest_metrics(name, "EqM")[-1]
+    if "VAE" in settings:
+        vae_rows, *_ = read_metrics(Path(settings["VAE"]).parent / "metrics.jsonl")
+    else:
+        vae_rows = lab.newest_metrics(name, "VAE")
+    vae = vae_rows[-1]
+    manifests = lab.read_scores(name, TASKS)
     scores = {task: manifest["result"] for task, manifest in manifests.items()}
     run = lab.experiment_made(name, "sprites.sh", manifests["census"])
-    run |= {"hours": float(settings["HOURS"]), "seed": int(settings["SEED"])}
-    run |= {"vae_steps": vae[-1]["step"], "vae_psnr": vae[-1]["val_psnr"]}
-    run |= {"steps": model[-1]["step"], "minutes_of_model": model[-1]["seconds"] / 60}
-    run |= {"objective": objective} if objective != "eqm" else {}
+    run |= {
+        "hours": float(settings["HOURS"]),
+        "seed": int(settings["SEED"]),
+        "vae_steps": vae["step"],
+        "vae_psnr": vae["val_psnr"],
+        "steps": model["step"],
+        "minutes_of_model": model["seconds"] / 60,
+    }
+    objective = settings.get("OBJECTIVE", "eqm")
+    if objective != "eqm":
+        run["objective"] = objective
     for kind in ("real", "samples"):
         kept = "clips", "right", "share", "interval95", "IS", "H(y|x)", "H(y)"
         run[f"classifier_{kind}"] = {key: scores["classifier"][kind][key] for key in kept}
@@ -91,9 +94,10 @@ def rows_of(run):
     samples = run["classifier_samples"]
     census = run["census"]
     if "hair_blended" in census:  # older code blended only hair, half and half
-        census = census | {
-            f"hair_blended_50{end}": census[f"hair_blended{end}"] for end in ("", "_interval95")
-        }
+        census = dict(census)
+        for end in ("", "_interval95"):
+            census[f"hair_blended_50{end}"] = census[f"hair_blended{end}"]
+    failures = ", ".join(map(str, census["failures"].values()))
     given = run["predicted-census"]
     predicted = run["predicted"]
     rows = {
@@ -102,12 +106,12 @@ def rows_of(run):
         "minutes of the model's training": f"{run['minutes_of_model']:.0f}",
         "VAE, PSNR of held-out characters (dB)": f"{run['vae_psnr']:.2f}",
     }
-    for title, about in (("real test clips", real), ("samples", samples)):
-        rows[f"classifier: wrong {title}"] = (
-            f"{about['clips'] - about['right']} of {about['clips']}"
-        )
-        for name, words in {"IS": "IS", "H(y|x)": "H(y given x)", "H(y)": "H(y)"}.items():
-            rows[f"classifier: {words} of {title}"] = f"{about[name]:.4f}"
+    for title, about in {"real test clips": real, "samples": samples}.items():
+        wrong = about["clips"] - about["right"]
+        rows[f"classifier: wrong {title}"] = f"{wrong} of {about['clips']}"
+        rows[f"classifier: IS of {title}"] = f"{about['IS']:.4f}"
+        rows[f"classifier: H(y given x) of {title}"] = f"{about['H(y|x)']:.4f}"
+        rows[f"classifier: H(y) of {title}"] = f"{about['H(y)']:.4f}"
     rows |= {f"census: {title}": percent(census, name) for name, title in SHARES.items()}
     return rows | {
         "census: held-out characters expected without bias (%)": (
@@ -115,25 +119,26 @@ def rows_of(run):
         ),
         "census: different characters among valid samples": f"{census['characters']}",
         "census: different characters expected": f"{census['characters_expected']:.0f}",
-        "census: RMSE to the matched clip (gray levels)": lab.cell(census, "rmse", 2),
+        "census: RMSE to the matched clip (gray levels)": cell(census, "rmse", 2),
         "census: the same of real test clips through the VAE": f"{census['rmse_real']:.2f}",
-        "census: failed for attribute, pose, margin, RMSE": ", ".join(
-            map(str, census["failures"].values())
-        ),
+        "census: failed for attribute, pose, margin, RMSE": failures,
         "one frame given: all attributes kept (%)": percent(given, "true_attributes"),
         "one frame given: the true clip (%)": percent(given, "true_clip"),
         "one frame given: valid (%)": percent(given, "valid"),
-        "one frame given: PSNR (dB)": lab.cell(predicted, "psnr", 2),
-        "one frame given: PSNR of repeating it (dB)": lab.cell(predicted, "psnr_repeated", 2),
+        "one frame given: PSNR (dB)": cell(predicted, "psnr", 2),
+        "one frame given: PSNR of repeating it (dB)": cell(predicted, "psnr_repeated", 2),
     }
 
 
-BRACKETS = (
-    "Brackets hold 95% intervals. Each sample is a unit. All clips of a character are one unit "
-)
-BRACKETS += "of the predictions and of the real test clips."
 TABLE = lab.ExperimentTable(
-    __doc__, "sprites", "Sprites", "sprites.sh", read_run, rows_of, BRACKETS
+    about=__doc__,
+    name="sprites",
+    title="Sprites",
+    script="sprites.sh",
+    read_run=read_run,
+    rows_of=rows_of,
+    brackets="Brackets hold 95% intervals. Each sample is a unit. All clips of a character are one "
+    "unit of the predictions and of the real test clips.",
 )
 parse_args = TABLE.parse_args
 markdown = TABLE.markdown

@@ -24,10 +24,10 @@ import io
 import json
 import math
 import shutil
+import statistics
 import time
+from operator import itemgetter
 from pathlib import Path
-
-import numpy as np
 
 import arms
 import lab
@@ -100,24 +100,22 @@ def read_rows(path):
         raise UserError(
             f"{path}: has other columns; expected those of version {VERSION}; move the file away"
         )
-    rows = (zip(COLUMNS, line, strict=True) for line in lines)
-    return [
-        {name: text if name in TEXTS else float(text) if text else None for name, text in row}
-        for row in rows
-    ]
+    rows = []
+    for line in lines:
+        row = dict(zip(COLUMNS, line, strict=True))
+        for name in row.keys() - TEXTS:
+            row[name] = float(row[name]) if row[name] else None
+        rows.append(row)
+    return rows
 
 
 def write_rows(path, rows):
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
     for row in rows:
-        writer.writerow(
-            {
-                name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in row.items()
-            }
-        )
+        values = [row[name] for name in COLUMNS]
+        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
     lab.write_file(path, text.getvalue().encode())
 
 
@@ -137,14 +135,11 @@ class Study:
         self.out = Path(args.out)
         self.folder = Path(args.out, "study")
         self.csv = Path(args.out, "study.csv")
-        self.data = Path(args.data_path or self.folder / "moving-shapes")
         runs = []
         for arm in arms.ARMS:
-            for share, count in {1.0: arm.seeds, **dict.fromkeys(arm.shares, SHARE_SEEDS)}.items():
-                runs += [
-                    StudyRun(self, arm, seed, share)
-                    for seed in range(min(count, self.size.most_seeds))
-                ]
+            for share in (1.0, *arm.shares):
+                seeds = min(arm.seeds if share == 1 else SHARE_SEEDS, self.size.most_seeds)
+                runs += [StudyRun(self, arm, seed, share) for seed in range(seeds)]
         recipes = {run.key: run.recipe for run in runs}
         for row in self.rows:
             if (row["version"], row["recipe"]) != (VERSION, recipes.get(key_of(row))):
@@ -168,13 +163,14 @@ class Study:
 
         Their seconds add up to the time spent.
         """
-        rows = sorted(self.rows, key=lambda row: row["step"])
-        last = {
-            key_of(row): row
-            for row in rows
-            if row["kind"] == "train" and row["seconds"] is not None
-        }
-        return [*last.values(), *(row for row in rows if row["kind"] == "sample")]
+        last = {}
+        sampled = []
+        for row in sorted(self.rows, key=itemgetter("step")):
+            if row["kind"] == "sample":
+                sampled.append(row)
+            elif row["seconds"] is not None:
+                last[key_of(row)] = row
+        return [*last.values(), *sampled]
 
 
 class StudyRun(lab.Run):
@@ -187,21 +183,35 @@ class StudyRun(lab.Run):
         self.share = share
         size = study.size
         self.key = (arm.name, seed, share)
-        (_, self.flops) = arms.plan(arm, share, size)
+        _, self.flops = arms.plan(arm, share, size)
         # num_frames of its samples; one row each
         self.lengths = arm.lengths if share == 1 else (16,)
-        about = [arms.recipe_flags(arm, seed, share, size), size.videos, size.clips, size.points]
+        pace = [arm.pace] if arm.pace else []
         # everything that determines the rows
-        about += [arms.PATH_LENGTH, arms.GUIDANCE, *[arm.pace] * bool(arm.pace)]
+        about = [
+            arms.recipe_flags(arm, seed, share, size),
+            size.videos,
+            size.clips,
+            size.points,
+            arms.PATH_LENGTH,
+            arms.GUIDANCE,
+            *pace,
+        ]
         self.recipe = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+        data = study.folder / "-".join(["moving-shapes", *pace])
         sampling = ["--num-samples", size.clips, "--seed", seed, "--time-scale", SECONDS_PER_FRAME]
         sampling += [*arms.sampling_flags(size), "--num-frames"]
-        data = study.data.with_name("-".join([study.data.name, *[arm.pace] * bool(arm.pace)]))
+        name = f"{arm.name}-seed{seed}-compute{share:g}-{self.recipe}"
         super().__init__(
-            study.folder
-            / f"{arm.name}-seed{seed}-compute{share:g}-{self.recipe}".replace(" ", "-"),
+            study.folder / name.replace(" ", "-"),
             data={data: ["--seconds", arms.PACES[arm.pace], "--videos-per-class", size.videos]},
-            **arms.training(study.args, arm, seed, share, "--data-path", data),
+            **arms.training(
+                study.args,
+                arm=arm,
+                seed=seed,
+                flags=["--data-path", data],
+                share=share,
+            ),
             tasks={f"{frames} frames": ([*sampling, frames], METRICS) for frames in self.lengths},
             metrics=dict.fromkeys(METRICS, ["--data-path", data, "--num-real", size.clips]),
         )
@@ -219,10 +229,9 @@ class StudyRun(lab.Run):
         is_trained = any(row["step"] == self.last_step for row in self.rows())
         flops = sum(arms.sampling_flops(frames, self.study.size) for frames in self.lengths)
         flops += 0 if is_trained else self.flops
-        rows = [row for row in self.study.last_rows() if row["machine"] == machine()]
-        return flops * float(
-            np.median([row["seconds"] / row["flops"] for row in rows] or [SECONDS_PER_FLOP])
-        )
+        rows = lab.rows_with({"machine": machine()}, self.study.last_rows())
+        speeds = [row["seconds"] / row["flops"] for row in rows]
+        return flops * (statistics.median(speeds) if speeds else SECONDS_PER_FLOP)
 
     def run(self):
         self.make_data()
@@ -233,9 +242,8 @@ class StudyRun(lab.Run):
                 raise
             rows = self.train_rows()
             step = rows[-1]["step"] + 1 if rows else 1
-            self.add(
-                [*rows, {"kind": "train", "step": step, "loss": math.inf, "loss_16": math.inf}]
-            )
+            rows.append({"kind": "train", "step": step, "loss": math.inf, "loss_16": math.inf})
+            self.add(rows)
             return
         self.add(self.train_rows())
         began = time.monotonic()
@@ -254,10 +262,8 @@ class StudyRun(lab.Run):
         for row in self.validations():
             if row["num_frames"] == 16:
                 row["val_loss_f16"] = row["val_loss"]  # not logged if 16 is the only length
-            rows.append(
-                {"kind": "train"}
-                | {column: row.get(name) for column, name in TRAIN_COLUMNS.items()}
-            )
+            values = {column: row.get(name) for column, name in TRAIN_COLUMNS.items()}
+            rows.append({"kind": "train"} | values)
         return rows
 
     def sample_rows(self, seconds):
@@ -267,14 +273,16 @@ class StudyRun(lab.Run):
         """
         rows = []
         flops = [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths]
-        for task, num_frames, own in zip(self.tasks, self.lengths, flops, strict=True):
+        for task, num_frames, spent in zip(self.tasks, self.lengths, flops, strict=True):
             motion = self.scores(task, "motion")["result"]
             values = self.values(task)
             row = {"kind": "sample", "step": self.last_step, "frames": num_frames}
             row |= {name: motion["generated"][name] for name in ("clips", "right")}
             row |= {column: values[name] for column, name in SCORES.items()}
-            row |= {"real_direction": motion["real"]["direction_accuracy"]}
-            rows.append(row | {"flops": own, "seconds": seconds * own / sum(flops)})
+            row["real_direction"] = motion["real"]["direction_accuracy"]
+            row["flops"] = spent
+            row["seconds"] = seconds * spent / sum(flops)
+            rows.append(row)
         return rows
 
     def add(self, rows):
@@ -287,8 +295,6 @@ class StudyRun(lab.Run):
             "recipe": self.recipe,
             "code": command["code"],
             "machine": command["machine"],
-        }
-        common |= {
             "arm": self.arm.name,
             "seed": self.seed,
             "share": self.share,
@@ -296,26 +302,25 @@ class StudyRun(lab.Run):
         }
         rows = [dict.fromkeys(COLUMNS) | common | row for row in rows]
         with lab.file_lock(study.folder / "lock"):
-            keyed = {
-                (*key_of(row), row["kind"], row["step"], row["frames"]): row
-                for row in [*study.rows, *rows]
-            }
+            keyed = {}
+            for row in study.rows + rows:
+                keyed[*key_of(row), row["kind"], row["step"], row["frames"]] = row
             write_rows(study.csv, keyed.values())
             lab.add_rows(study.csv.with_suffix(".json"), [{}], replaces=command)
 
 
 def print_status(study):
     """Print a line per arm: how many runs are done, and the hours left."""
-    left = {run: run.estimate() / 3600 for run in study.runs if not run.is_done}  # hours
+    hours_left = {run: run.estimate() / 3600 for run in study.runs if not run.is_done}
     say(f"{'arm':<28} {'questions':<9} {'runs done':>9} {'hours left':>10}")
     for arm in dict.fromkeys(run.arm for run in study.runs):
-        own = [run for run in study.runs if run.arm == arm]
-        hours = [left[run] for run in own if run in left]
+        runs = [run for run in study.runs if run.arm == arm]
+        hours = [hours_left[run] for run in runs if run in hours_left]
         say(
-            f"{arm.name:<28} {arm.questions:<9} {len(own) - len(hours):>4} / {len(own):<2} "
+            f"{arm.name:<28} {arm.questions:<9} {len(runs) - len(hours):>4} / {len(runs):<2} "
             f"{sum(hours):>10.2f}"
         )
-    say(f"{len(study.runs)} runs, {sum(left.values()):.1f} hours left")
+    say(f"{len(study.runs)} runs, {sum(hours_left.values()):.1f} hours left")
 
 
 def parse_args():
@@ -339,11 +344,6 @@ def parse_args():
     only_print(
         "--report", action="store_true", help="only write tables and figures, from study.csv"
     )
-    add(
-        "--data-path",
-        metavar="DIR",
-        help="Moving Shapes, made if missing; default: study/moving-shapes in --out",
-    )
     return parser.parse_args()
 
 
@@ -360,7 +360,6 @@ def main():
     if args.list:
         print_status(study)
         return
-    study.folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
         lab.run_all(study.runs, args.minutes)
     # another process may write the report at the same time
