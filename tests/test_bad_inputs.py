@@ -7,9 +7,9 @@ The commands run in this process, for speed; test_sample_gd.py runs a wrong one 
 import importlib
 import os
 import pickle
-import shlex
 import shutil
 import sys
+from shlex import split
 
 import numpy as np
 import pytest
@@ -23,39 +23,17 @@ from tiny_data import Code, make_images, make_latents, make_samples, make_vae, s
 from tiny_videos import write_ucf_list, write_video
 from training import refused, snapshot
 
-MODEL, PIXELS = "train --model EqM-Ti/4 ", "--vae none --image-size 16 "
-STEPS = "--results-dir new --global-batch-size 4 --max-steps 20 "
-COMMANDS = {  # what is right; a case adds to it what is wrong
-    "train": MODEL + PIXELS + STEPS + "--video --num-frames 8 --use-rope --data-path videos",
-    "train fixed": MODEL + PIXELS + STEPS + "--video --num-frames 8 --data-path videos",
-    "train images": MODEL + PIXELS + STEPS + "--data-path images",
-    "schedule": MODEL + PIXELS + "--video --use-rope --global-batch-size 4 --data-path videos",
-    "schedule fixed": MODEL + PIXELS + "--video --data-path videos",
-    "train latents": MODEL
-    + STEPS
-    + "--video --num-frames 8 --use-rope --no-flip --data-path cache",
-    "sample": "sample_gd --video --ckpt rope.pt --folder new",
-    "sample images": "sample_gd --ckpt image.pt --folder new",
-    "cache": "cache_latents --data-path videos --vae vae --image-size 16 --out new",
-    "evaluate": "evaluate --metric=motion --samples=samples --data-path videos --out new.json",
-    "export": "export",
-    "shapes": "make_moving_shapes --out new",
-    "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 "
-    + STEPS,
-    "check": "check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 " + PIXELS,
-    "augment": "augment --data-path videos --out new",
-    "study": "study --out new",
-    "people": "people --out new",
-    "sprites": "sprites --out new",
-    "gallery": "gallery",
-    "picture": "gallery --png new.png",
-    "plot": "plot_metrics --out new/loss.png",
-    "plot without --out": "plot_metrics",
+VALUES = {
+    "model": "--model EqM-Ti/4",
+    "pixels": "--vae none --image-size 16",
+    "steps": "--results-dir new --global-batch-size 4 --max-steps 20",
+    "digits": "9" * 5000,
+    "long": "x" * 300,
 }
-# The line must have the first flag, if there is one, and, after =>, other words; without =>, all
-# values of the flags.
-CASES = {
-    "train": """
+# A name and a command that is right; below it, what each case adds that is wrong, and what the
+# line must say: the first flag, if there is one, and the words after =>. Without =>, all values.
+CASES = """
+train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-path videos
         --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000
         --model EqM-Q/4 | --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5
         --val-fraction=-0.1 | --forcing-regions 2 | --val-fraction 0 | --rope-speed=-1
@@ -144,14 +122,14 @@ CASES = {
         --hidden-size 96 --inflate image.pt => --inflate image.pt: holds EqM-Ti/4
         --inflate image.pt --rope-split 16,8,8 | --inflate image.pt --rope-speed 1 => must agree
         --inflate plain.pt --rope-split 8,8,8 => has rope split 20,0,0
-        --data-path long --inflate image.pt => --inflate image.pt has A, B (2); --new-classes""",
-    "train fixed": """
+        --data-path long --inflate image.pt => --inflate image.pt has A, B (2); --new-classes
+train fixed: train {model} {pixels} {steps} --video --num-frames 8 --data-path videos
         --rope-split 8,8,8 | --rope-speed 0.5 | --rope-theta 100 => needs use_rope
         --position-table space => needs use_rope
         --val-frames 4 | --num-frames 4 --ckpt fixed.pt => tied
         --ckpt rope.pt => trained with --use-rope
-        --inflate image.pt => add --video and --use-rope""",
-    "train images": """
+        --inflate image.pt => add --video and --use-rope
+train images: train {model} {pixels} {steps} --data-path images
         --inflate image.pt => add --video and --use-rope
         --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
         --data-path cache => add --video
@@ -161,8 +139,8 @@ CASES = {
             => no images in deep/<class>; deep/train/x/<class> has 1 image; pass deep/train/x
         --forcing 0.5 => --forcing 0.5: does not apply to clips of one frame
         --forcing-regions 0.5 => --forcing-regions 0.5: does not apply to clips of one frame
-        --ckpt rope.pt --use-rope => holds a video model: add --video""",
-    "schedule": """
+        --ckpt rope.pt --use-rope => holds a video model: add --video
+schedule: train {model} {pixels} --video --use-rope --global-batch-size 4 --data-path videos
         --frames-schedule 4:10,8:5 => 8:5; increase
         --frames-schedule four => 'four'
         --frames-schedule 2:10,8:20 => --frames-schedule 2; 4
@@ -170,9 +148,10 @@ CASES = {
         --frames-schedule 4:10,12:20 --global-batch-size 4 => 12 frames; --global-batch-size
         --num-frames 4 --frames-schedule 4:10 => contradicts --frames-schedule
         --lr-decay-end 9 --lr-decay 1 --num-frames 8 --max-steps 10 \
-            => --lr-decay-end 9; --max-steps""",
-    "schedule fixed": "--frames-schedule 4:10,8:20 => tied to num_frames 4",
-    "train latents": """
+            => --lr-decay-end 9; --max-steps
+schedule fixed: train {model} {pixels} --video --data-path videos
+        --frames-schedule 4:10,8:20 => tied to num_frames 4
+train latents: train {model} {steps} --video --num-frames 8 --use-rope --no-flip --data-path cache
         --image-size 32 | --vae mse | --vae none
         --data-path partial => not complete
         --data-path later-cache => its latents.json is damaged (format 2, this code reads 1
@@ -182,8 +161,8 @@ CASES = {
         --vae vae --data-path scaled => its VAE differs from; pass its own VAE with --vae
         --vae vae --data-path others-vae => another VAE: its weights have SHA-256
         --data-path lost --vae vae => run cache_latents.py again
-        --inflate image.pt => --data-path cache: made with the VAE; --inflate image.pt with none""",
-    "sample": """
+        --inflate image.pt => --data-path cache: made with the VAE; --inflate image.pt with none
+sample: sample_gd --video --ckpt rope.pt --folder new
         --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4
         --init no/such.mp4 | --num-frames 3 | --num-classes 101 | --image-size 32 | --classes 2
         --classes A Kayaking | --given '' | --given x --folder x | --init-gamma 0.5 | --ckpt pipe
@@ -238,20 +217,20 @@ CASES = {
         --init-gamma 1 --init videos --sampler heun => --init-gamma 1; heun
         --given cache --given-split val | --given empty --given-split val => error: --given
         --given videos --given-split val --num-frames 100 \
-            => --given videos: the longest video of --given-split val""",
-    "sample images": """
+            => --given videos: the longest video of --given-split val
+sample images: sample_gd --ckpt image.pt --folder new
         --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
         --init videos/A/a.avi => no image
-        --ckpt rope.pt => holds a video model: add --video""",
-    "cache": """
+        --ckpt rope.pt => holds a video model: add --video
+cache: cache_latents --data-path videos --vae vae --image-size 16 --out new
         --vae code-vae => diffusion_pytorch_model.safetensors
         --vae emma | --vae '' => none, ema, mse or a directory
         --data-path no/such | --out videos | --out cache | --image-size 33
         --data-path cache => name the folder of its videos
         --data-path long => A/aaaa; is too long for a file of the cache; shorten it by 6 bytes
         --out file | --out no/such/../../file => not a writable folder
-        --out piped => --out piped; latents.json is damaged""",
-    "evaluate": """
+        --out piped => --out piped; latents.json is damaged
+evaluate: evaluate --metric=motion --samples=samples --data-path videos --out new.json
         --samples empty | --data-path no/such | --metric beauty
         --samples code-samples => not a plain array of clips of one size
         --samples bare => no samples.json in it; expected a sample folder
@@ -285,8 +264,8 @@ CASES = {
         --samples one-clip --metric consistency => has 1 clip,
         --samples samples --metric consistency => does not say the temporal_patch_size
         --data-path videos --samples slow => --split val has 10 frames; expected at least 25
-        => --data-path videos; is for Moving Shapes""",
-    "export": """
+        => --data-path videos; is for Moving Shapes
+export: export
         no/such.pt new => no such file
         rope.pt => DIR
         rope.pt '' => DIR; empty
@@ -300,43 +279,41 @@ CASES = {
         rope.pt new --scores no/such.json | rope.pt new --scores list.json => can't be read
         rope.pt --html '' | rope.pt --html videos => expected the name of an HTML file
         rope.pt --html file/x.html => --html file: ; not a writable folder
-        rope.pt --html new.html --dtype fp16 => --dtype: has no effect""",
-    "shapes": """
+        rope.pt --html new.html --dtype fp16 => --dtype: has no effect
+shapes: make_moving_shapes --out new
         --size big | --out file | --seconds inf | --seconds 0 | --videos-per-class 1000000000000
         --size 8 | --size 63 | --radius nan nan | --radius 0.2 0.1 | --radius 0.1 0.3
         --colors mauve | --videos-per-class 1
-        --out videos => --out videos; not Moving Shapes""",
-    "train_vae": """
+        --out videos => --out videos; not Moving Shapes
+train_vae: train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 {steps}
         --downsample 2 | --data-path no/such
         --image-size 18 => --image-size 18: not a multiple of --downsample 4
         --results-dir file | --results-dir no/such/../../file => is not a writable folder
         --muon-lr 0.1 --optimizer adamw => --muon-lr 0.1: applies to --optimizer muon
-        --widths 8 8 => --widths 8 8: expected 3 numbers for --downsample 4""",
-    "check": """
+        --widths 8 8 => --widths 8 8: expected 3 numbers for --downsample 4
+check: check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 {pixels}
         no/such => DIR no/such: no such folder
         videos --image-size 18 => --image-size 18: not a multiple of 4
         videos --num-frames 3 => at least 4
         videos --val-fraction 0 => got 0, expected a number above 0 and at most 1
         videos --out x.txt => --out x.txt: not a picture; expected a name that ends in .png
-        videos --out file/x.png => --out file: """,
-    "augment": """
+        videos --out file/x.png => --out file:
+augment: augment --data-path videos --out new
         --data-path no/such => no such folder
         --out videos => the same as --data-path
-        --out larger --copies 1 => a-copy2.mkv, which does not belong to this data set""",
-    "study": """
+        --out larger --copies 1 => a-copy2.mkv, which does not belong to this data set
+study: study --out new
         --minutes 0
         --only A E \
             => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', 'D', '16 fixed',
         --list --report => not allowed with
         --report => does not exist
-        --out file --report => --out file:""",
-    "people": (
-        "nothing => nothing/settings: no such file; expected finished runs of scripts/weizmann.sh"
-    ),
-    "sprites": (
-        "nothing => nothing/settings: no such file; expected finished runs of scripts/sprites.sh"
-    ),
-    "gallery": """
+        --out file --report => --out file:
+people: people --out new
+        nothing => nothing/settings: no such file; expected finished runs of scripts/weizmann.sh
+sprites: sprites --out new
+        nothing => nothing/settings: no such file; expected finished runs of scripts/sprites.sh
+gallery: gallery
         no/such => FOLDER no/such: no such folder
         videos => no samples.json in it
         samples => its samples.json has no cfg_scale; sample again
@@ -348,12 +325,12 @@ CASES = {
         longer --data-path videos => has the 11 frames of the samples
         shown --data-path cache --out new.html => name the folder of its videos
         shown --num-samples 0 --out new.html => --num-samples
-        shown longer => FOLDER longer: a page shows one folder; remove it or add --png""",
-    "picture": """
+        shown longer => FOLDER longer: a page shows one folder; remove it or add --png
+picture: gallery --png new.png
         begun => not finished: run sample_gd.py again
         shown --out new.html => not allowed with
-        shown --data-path videos => a picture has no real clips; remove it""",
-    "plot": """
+        shown --data-path videos => a picture has no real clips; remove it
+plot: plot_metrics --out new/loss.png
         no/such => no/such: no metrics.jsonl
         runs/E/0-f4/metrics.jsonl | videos => no metrics.jsonl
         runs/empty => no step yet
@@ -361,29 +338,30 @@ CASES = {
         runs/E --relative => no train_loss_rel
         runs/E --out loss.pdf => loss.pdf: not the name of a PNG file
         runs/E --out taken.png => taken.png: not the name of a PNG file
-        runs/E --out file/loss.png => is not a writable folder""",
-    "plot without --out": "runs/E => --out",
-}
+        runs/E --out file/loss.png => is not a writable folder
+plot without --out: plot_metrics
+        runs/E => --out
+"""
 
 
 def cases():
     """Yield (command, flags, words that the line must have) of each case."""
-    for command, table in CASES.items():
-        for row in table.strip().splitlines():
-            left, arrow, words = row.partition("=> ")
-            for flags in left.strip().split(" | "):
-                own = shlex.split(flags.replace("=", " "))
-                words_of_row = (
-                    words.split("; ")
-                    if arrow
-                    else [word for word in own if word[:1] not in ("-", "{")]
-                )
-                named = [word for word in own[:1] if word[:1] == "-" and "argument" not in words]
-                yield pytest.param(command, flags, [*named, *words_of_row], id=f"{command} {flags}")
+    for line in CASES.strip().splitlines():
+        if not line.startswith(" "):
+            name, _, command = line.partition(": ")
+            continue
+        left, arrow, right = line.partition("=> ")
+        for flags in left.strip().split(" | "):
+            typed = split(flags.replace("=", " "))
+            words = right.split("; ")
+            if not arrow:
+                words = [word for word in typed if not word.startswith(("-", "{"))]
+            if flags.startswith("-") and "argument" not in right:
+                words.append(typed[0])
+            yield pytest.param(command, flags, words, id=f"{name} {flags}")
 
 
 TEXTS = {  # file: all that is in it
-    "file": "",
     "text.png": "hello",
     "list.json": "[1, 2]",
     "bad/A/x.avi": "no video",
@@ -392,26 +370,24 @@ TEXTS = {  # file: all that is in it
     "broken/b.mp4": "RIFF and no more",
     "no-format/latents.json": "{}",
     "not-json/latents.json": "[",
-    **dict.fromkeys(
-        (
-            "begun/samples.unfinished",
-            "mine/000000.mp4",
-            "several-f16/notes.txt",
-            "larger/A/a-copy2.mkv",
-            "twins/A/x.avi",
-            "twins/A/x.m4v",
-            "mixed/A/x.avi",
-            "mixed/y.avi",
-            "nameless/none/x.avi",
-            "nameless/A/y.avi",
-            "deep/test/A/x.avi",
-            "deep/train/A/x.avi",
-            "deep/train/B/y.m4v",
-            "deep/train/x/A/x.png",
-        ),
-        "",
-    ),
 }
+EMPTY = """
+    file
+    begun/samples.unfinished
+    mine/000000.mp4
+    several-f16/notes.txt
+    larger/A/a-copy2.mkv
+    twins/A/x.avi
+    twins/A/x.m4v
+    mixed/A/x.avi
+    mixed/y.avi
+    nameless/none/x.avi
+    nameless/A/y.avi
+    deep/test/A/x.avi
+    deep/train/A/x.avi
+    deep/train/B/y.m4v
+    deep/train/x/A/x.png
+"""
 # folder: (the folder it is a copy of, a file, a text in the file, what replaces the text)
 VARIANTS = {
     "other-class": ("samples", "samples.json", '["A"]', '["C"]'),
@@ -436,17 +412,12 @@ def world(tmp_path_factory):
     def copy(folder, name):
         return shutil.copytree(root / folder, root / name)
 
-    names = (
-        "videos/A/a",
-        "videos/A/b",
-        "videos/B/c",
-        "videos/B/d",
-        "one/A/a",
-        *(f"long/A/{x * 245}" for x in "ab"),
-    )
-    for name in names:
+    for name in ("videos/A/a", "videos/A/b", "videos/B/c", "videos/B/d", "one/A/a"):
         write_video(root / f"{name}.avi", 10, size=(16, 16))
-    copy("videos", "bad"), copy("videos", "larger")
+    for letter in "ab":
+        write_video(root / f"long/A/{letter * 245}.avi", 10, size=(16, 16))
+    copy("videos", "bad")
+    copy("videos", "larger")
     write_ucf_list(copy("videos", "listed"), ["A/a", "A/b"])  # B has no training video, A no other
     make_images(root / "images", 4)
     make_vae(root / "vae")
@@ -456,8 +427,10 @@ def world(tmp_path_factory):
     save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
     save_checkpoint(root / "fixed.pt", num_frames=8)
     save_checkpoint(root / "odd.pt", use_rope=True, num_frames=4, depth=2)
-    for name, own in {"image": {"use_rope": True}, "plain": {}, "energy": {"ebm": "dot"}}.items():
-        save_checkpoint(root / f"{name}.pt", num_frames=1, temporal_patch_size=1, **own)
+    of_images = {"num_frames": 1, "temporal_patch_size": 1}
+    save_checkpoint(root / "image.pt", use_rope=True, **of_images)
+    save_checkpoint(root / "plain.pt", **of_images)
+    save_checkpoint(root / "energy.pt", ebm="dot", **of_images)
     content = bytearray(rope.read_bytes())
     (root / "cut.pt").write_bytes(content[: len(content) // 2])
     content[len(content) // 2] ^= 1
@@ -475,19 +448,19 @@ def world(tmp_path_factory):
     (copy("samples", "bare") / "samples.json").unlink()
     os.truncate(copy("samples", "cut-samples") / "samples.npz", 200)
     clips = np.load(root / "samples/samples.npz")["arr_0"]
-    for name, changed in {
-        "one-clip": clips[:1],
-        "image-samples": clips[:, 0],
-        "floats": clips / 255,
-        "label-99": clips,
-        "unlabeled": clips,
-        "no-clips": clips[:0],
-        "no-frames": clips[:, :0],
-        "no-rows": clips[:, :, :0],
-        "gray": clips[..., :1],
-        "code-samples": np.array([Code(), Code()]),
-    }.items():
-        labels = np.full(len(changed), {"label-99": 99, "unlabeled": -1}.get(name, 0))
+    for name, changed, label in (
+        ("one-clip", clips[:1], 0),
+        ("image-samples", clips[:, 0], 0),
+        ("floats", clips / 255, 0),
+        ("label-99", clips, 99),
+        ("unlabeled", clips, -1),
+        ("no-clips", clips[:0], 0),
+        ("no-frames", clips[:, :0], 0),
+        ("no-rows", clips[:, :, :0], 0),
+        ("gray", clips[..., :1], 0),
+        ("code-samples", np.array([Code(), Code()]), 0),
+    ):
+        labels = np.full(len(changed), label)
         np.savez(copy("samples", name) / "samples.npz", arr_0=changed, labels=labels)
     make_shown(root / "shown", [0, 1], ["A", 'Cirque\ndu "soleil"'])
     make_shown(root / "longer", [0, 1], ["A", "B"], num_frames=11)
@@ -496,7 +469,7 @@ def world(tmp_path_factory):
     for name, last in (("E", 50), ("empty", 0)):
         make_run(root / f"runs/{name}/0-f4", 0, last)
     make_run(root / "runs/other-f4", 0, 0, torn='{"step": 1}\n')
-    for name, text in TEXTS.items():
+    for name, text in (TEXTS | dict.fromkeys(split(EMPTY), "")).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     for name, (folder, file, old, new) in VARIANTS.items():
@@ -514,8 +487,8 @@ def world(tmp_path_factory):
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(
     command, flags, words, world, monkeypatch, capsys, caplog
 ):
-    script, *right = COMMANDS[command].split()
-    flags = [word.format(digits="9" * 5000, long="x" * 300) for word in shlex.split(flags)]
+    script, *right = split(command.format(**VALUES))
+    flags = split(flags.format(**VALUES))
     monkeypatch.chdir(world)
     monkeypatch.setitem(sys.modules, "wandb", None)  # is not installed
     if flags == ["--compile"]:  # nor is a compiler
