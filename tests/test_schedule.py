@@ -1,6 +1,7 @@
 """Frame schedules: parsing, phases, and a run that equals the chain of its phases."""
 
 import argparse
+from shlex import split
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ from models import EqMConfig
 from schedule import frames_of_steps, parse_schedule
 from training import ANY_LENGTH, Training, differences, refused, run_here
 
-WRONG = (
-    "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 "
-    "4:999999999999"
-)
+WRONG = """
+    4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664
+    4:999999999999
+"""
 
 
-@pytest.mark.parametrize("text", ["", *WRONG.split()])
+@pytest.mark.parametrize("text", ["", *split(WRONG)])
 def test_an_invalid_schedule_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_schedule(text)
@@ -24,19 +25,23 @@ def test_an_invalid_schedule_is_refused(text):
 
 def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
     phases = parse_schedule("4:1000,8:2000,16:5000")
-    assert frames_of_steps(phases, phases[0], step=0, first_step=0, mix=0.3, seed=0) == [4] * 1000
-    frames = frames_of_steps(phases, phases[2], step=2000, first_step=2000, mix=0.3, seed=0)
+    first, _, last = phases
+
+    def frames_from(step):
+        return frames_of_steps(phases, last, step=step, first_step=2000, mix=0.3, seed=0)
+
+    assert frames_of_steps(phases, first, step=0, first_step=0, mix=0.3, seed=0) == [4] * 1000
+    frames = frames_from(2000)
     assert len(frames) == 3000
     for earlier in (4, 8):
         assert frames.count(earlier) / 3000 == pytest.approx(0.15, abs=0.03)
-    later = frames_of_steps(phases, phases[2], step=2500, first_step=2000, mix=0.3, seed=0)
-    assert later == frames[500:]  # after an interruption, too
+    assert frames_from(2500) == frames[500:]  # after an interruption, too
 
 
 PHASES = [(4, 3, 8), (8, 5, 4), (16, 7, 2)]  # frames, last step, batch
 SCHEDULE = "4:3:8,8:5,16:7:2"
 # The learning rate falls from step 4 on, in the second of three phases, as in the quickstart
-FLAGS = ["--lr-decay", 0.6, "--warmup-steps", 2, "--val-frames", 4]
+FLAGS = split("--lr-decay 0.6 --warmup-steps 2 --val-frames 4")
 
 
 def run_schedule(schedule, data, results, *flags, stops=(None,)):
@@ -59,9 +64,10 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(
     chain = []
     for frames, steps, batch in PHASES:  # separate runs
         phase = Training(shapes, tmp_path / str(frames), steps, flags=FLAGS)
-        for stop in (1, None) if frames < 16 else (None,):
-            own = ["--num-frames", frames, "--global-batch-size", batch, "--lr-decay-end", 7]
-            run_here(phase, *own, *ckpt, "--resume", stop_after=stop)
+        flags = ["--num-frames", frames, "--global-batch-size", batch, "--lr-decay-end", 7, *ckpt]
+        if frames < 16:
+            run_here(phase, *flags, stop_after=1)
+        run_here(phase, *flags, "--resume")
         ckpt = ["--ckpt", phase.folder / f"checkpoints/{steps:07d}.pt"]
         chain.append(phase)
     training = run_schedule(SCHEDULE, shapes, tmp_path / "r", *FLAGS, stops=(2, 1, 3, None))
@@ -73,24 +79,22 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(
     assert rows == expected
     total = 0
     for phase, (frames, last_step, batch) in zip(chain, PHASES, strict=True):
-        (alone, config), (state, scheduled) = (
-            saved(run, f"{last_step:07d}.pt") for run in (phase, training)
-        )
+        alone, config = saved(phase, f"{last_step:07d}.pt")
+        state, scheduled = saved(training, f"{last_step:07d}.pt")
         assert config["training"]["num_frames"] == scheduled["training"]["num_frames"] == frames
         clips = (last_step - alone["phase"]["first_step"]) * batch
         flops = clips * EqMConfig(**config["model"]).training_flops(frames)
         total += flops
-        assert (alone["phase"].pop("flops"), state["phase"].pop("flops")) == (flops, total)
+        assert alone["phase"].pop("flops") == flops
+        assert state["phase"].pop("flops") == total
         assert differences(alone, state) == []
-    assert saved(training, "best.pt")[0]["step"] > 5  # the best of the last phase
+    best, _ = saved(training, "best.pt")
+    assert best["step"] > 5  # the best of the last phase
 
 
 def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_path, capsys):
-    for schedule, stop in (
-        ("4:6:2,8:8:2", 4),
-        ("4:3:2,8:8:2", None),
-    ):  # resumed with a shorter first phase
-        training = run_schedule(schedule, shapes, tmp_path / "r", stops=[stop])
+    run_schedule("4:6:2,8:8:2", shapes, tmp_path / "r", stops=[4])
+    training = run_schedule("4:3:2,8:8:2", shapes, tmp_path / "r")  # a shorter first phase
     state, _ = saved(training, "latest.pt")
     assert (state["step"], state["phase"]["first_step"]) == (8, 4)
     assert [row["step"] for row in training.rows()] == [2, 3, 4, 5, 6, 8]
@@ -100,30 +104,19 @@ def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_p
 
 
 def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_path):
-    flags = [
-        "--keep-last",
-        1,
-        "--ckpt-every",
-        1,
-        "--log-every",
-        1,
-        "--val-every",
-        100,
-        "--sample-every",
-        0,
-    ]
-    schedule = parse_schedule("4:3:2,8:5:2,16:7:2")
+    text = "4:3:2,8:5:2,16:7:2"
+    schedule = parse_schedule(text)
     first_step = 0
     expected = []
     total = 0
     for phase in schedule:
         expected += frames_of_steps(schedule, phase, first_step, first_step, 0.6, 0)
         first_step = phase.last_step
-    training = run_schedule(
-        "4:3:2,8:5:2,16:7:2", shapes, tmp_path / "r", *flags, "--mix", 0.6, "--forcing", 0.5
-    )
+    flags = split("--log-every 1 --ckpt-every 1 --keep-last 1 --mix 0.6 --forcing 0.5")
+    training = run_schedule(text, shapes, tmp_path / "r", *flags)
     names = {path.name for path in (training.folder / "checkpoints").iterdir()}
-    assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names and "0000001.pt" not in names
+    assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names
+    assert "0000001.pt" not in names
     _, config = saved(training, "latest.pt")
     for row, frames in zip(training.rows(), expected, strict=True):
         total += 2 * EqMConfig(**config["model"]).training_flops(frames)
