@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from shlex import split
 
 import torch
 
@@ -16,6 +17,14 @@ from process import GONE_WITHIN, descendants, end, kill, kill_all, ranks, wait_g
 from training import TORCHRUN, Training, compare, make_data
 
 EVERY = 10  # steps from one checkpoint of a storm to the next
+FLAGS = split(f"""
+    --log-every 1
+    --val-every 50
+    --sample-every 0
+    --ckpt-every {EVERY}
+    --keep-last 3
+    --num-workers 1
+""")
 
 
 def storm(training, hits, seed=0, from_step=1.5):
@@ -29,9 +38,12 @@ def storm(training, hits, seed=0, from_step=1.5):
     seen = []
     step = 0
     for hit in hits:
-        first, seconds = (
-            (0, 6) if rng.random() < 0.5 else (min(step + 1, training.steps), from_step)
-        )
+        if rng.random() < 0.5:
+            first = 0
+            seconds = 6
+        else:
+            first = min(step + 1, training.steps)
+            seconds = from_step
         process = training.start("--resume", until=first)
         time.sleep(rng.uniform(0, seconds))
         if process.poll() is not None:
@@ -45,18 +57,13 @@ def storm(training, hits, seed=0, from_step=1.5):
         assert 'train.py", line' not in output, output  # a traceback of ours
         wait_gone(pids)
         gone = time.monotonic() - began
-        files = training.results.glob("*/checkpoints/*.pt")
         step = training.last_step()
-        saved = [
-            torch.load(path, weights_only=True)["step"] for path in files
-        ]  # each of them must be intact
-        lost = max(0, step - max(saved, default=0))
+        saved = [0]
+        for path in training.results.glob("*/checkpoints/*.pt"):  # each of them must be intact
+            saved.append(torch.load(path, weights_only=True)["step"])
+        lost = max(0, step - max(saved))
         seen.append({"hit": name, "gone_s": gone, "lost": lost})
-        print(
-            f"{len(seen)}/{len(hits)}: {name} at step {step}, {lost} to do again, gone in "
-            f"{gone:.1f} s",
-            flush=True,
-        )
+        print(f"{name} at step {step}, {lost} to do again, gone in {gone:.1f} s", flush=True)
     training.run("--resume", timeout=1800)
     return seen
 
@@ -80,6 +87,21 @@ def stop_launcher(process, rng):
     return "SIGTERM of torchrun"
 
 
+HEADER = (
+    "| event | hits | differences at the end | steps repeated, at most "
+    "| all processes gone after, at most |"
+)
+
+
+def rows_of(seen, differences):
+    """A row of the table for each kind of hit."""
+    for name in sorted({hit["hit"] for hit in seen}):
+        hits = [hit for hit in seen if hit["hit"] == name]
+        lost = max(hit["lost"] for hit in hits)
+        gone = max(hit["gone_s"] for hit in hits)
+        yield f"| {name} | {len(hits)} | {differences} | {lost} of {EVERY} | {gone:.1f} s |"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Hit a run of two ranks at random moments and see what is lost."
@@ -93,28 +115,10 @@ def main():
     parser.add_argument("--out", default="results/faults.md", help="where the table goes")
     parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
-    lines = [
-        (
-            "| event | hits | differences at the end | steps repeated, at most | all processes "
-            "gone after, at most |"
-        )
-    ]
-    lines += ["|---|---|---|---|---|"]
+    flags = [*FLAGS, *args.flags]
+    lines = [HEADER, "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as root:
         data = make_data(Path(root, "shapes"))
-        flags = [
-            "--log-every",
-            1,
-            "--val-every",
-            50,
-            "--sample-every",
-            0,
-            "--ckpt-every",
-            EVERY,
-            "--keep-last",
-            3,
-        ]
-        flags += ["--num-workers", 1, *args.flags]
         for name, count, hit in (
             ("SIGKILL", args.kills, kill_something),
             ("SIGTERM", args.stops, stop_launcher),
@@ -125,14 +129,9 @@ def main():
             stormy = replace(whole, results=Path(root, name, "stormy"))
             seen = storm(stormy, count * [hit], args.seed)
             assert len(seen) == count, "the run ended too early: raise --steps-per-hit"
-            found = compare(whole, stormy)
-            print(*found, sep="\n")
-            for what in sorted({one["hit"] for one in seen}):
-                some = [one for one in seen if one["hit"] == what]
-                lost, gone = (max(one[key] for one in some) for key in ("lost", "gone_s"))
-                lines.append(
-                    f"| {what} | {len(some)} | {len(found)} | {lost} of {EVERY} | {gone:.1f} s |"
-                )
+            changes = compare(whole, stormy)
+            print(*changes, sep="\n")
+            lines += rows_of(seen, len(changes))
     table = "\n".join(lines)
     print(table)
     title = " ".join(["# Runs interrupted at random moments", *args.flags])

@@ -9,6 +9,7 @@ import pytest
 from process import ENGINE, end, spawn
 from runtime.cli import UserError
 from test_cache_latents import NAMES, cache, content, flags, root, run, vae  # noqa: F401
+from training import TORCHRUN
 from video.source import check_data_path
 
 
@@ -31,34 +32,36 @@ cache_latents.main()
 """
 
 
-@pytest.mark.parametrize(
-    (
-        "vae_name",
-        "rename",
-    ),  # the first, fourth and last rename: latents.partial.json, the third video, latents.json
-    [("tiny", 1), ("tiny", 4), ("tiny", 7), ("none", 4)],
-)
-def test_a_cache_that_is_killed_and_run_again_has_the_same_bytes(
-    vae_name, rename, root, vae, cache, tmp_path
-):
-    arguments = (root, vae, tmp_path / "out", "--with-flips")
-    expected = cache
-    if vae_name == "none":
-        arguments = (root, "none", tmp_path / "out")
-        expected = tmp_path / "expected"
-        run(root, "none", expected)
-    process = launch(["-c", DIE_IN_RENAME.format(rename)], *arguments)
+def check_kill(vae, rename, expected, root, out, *arguments):
+    """A caching that is killed in a rename and started again writes the expected bytes, none of
+    them twice.
+    """
+    process = launch(["-c", DIE_IN_RENAME.format(rename)], root, vae, out, *arguments)
     end(process, -signal.SIGKILL)
-    assert len(list((tmp_path / "out").rglob("*.tmp"))) == 1
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert len(list(out.rglob("*.tmp"))) == 1
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert len(finished) == max(0, rename - 2)
-    with pytest.raises(
-        UserError, match="no videos found" if rename == 1 else "not complete: run cache_latents.py"
-    ):
-        check_data_path(tmp_path / "out")
-    run(*arguments)
-    assert content(tmp_path / "out") == content(expected)
-    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    refusal = "no videos found" if rename == 1 else "not complete: run cache_latents.py"
+    with pytest.raises(UserError, match=refusal):
+        check_data_path(out)
+    run(root, vae, out, *arguments)
+    assert content(out) == content(expected)
+    for path, time in finished.items():
+        assert path.stat().st_mtime_ns == time
+
+
+# Of latents.partial.json, of the third video, of latents.json
+@pytest.mark.parametrize("rename", [1, 4, 7])
+def test_a_cache_that_is_killed_and_run_again_has_the_same_bytes(
+    rename, root, vae, cache, tmp_path
+):
+    check_kill(vae, rename, cache, root, tmp_path / "out", "--with-flips")
+
+
+def test_a_cache_of_pixels_that_is_killed_and_run_again_has_the_same_bytes(root, tmp_path):
+    expected = tmp_path / "expected"
+    run(root, "none", expected)
+    check_kill("none", 4, expected, root, tmp_path / "out")
 
 
 def test_two_ranks_write_the_bytes_of_one_and_encode_nothing_twice(root, vae, cache, tmp_path):
@@ -75,16 +78,13 @@ cli.LINE_SECONDS = 0
 cache_latents.main()
 """
     (tmp_path / "count.py").write_text(count)
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        tmp_path / "count.py",
-    ]
-    process = launch(torchrun, root, vae, tmp_path / "out", "--with-flips")
+    command = [*TORCHRUN[1:], tmp_path / "count.py"]
+    process = launch(command, root, vae, tmp_path / "out", "--with-flips")
     output = end(process, timeout=120)
-    own = [(tmp_path / f"count.py.{rank}").read_text().splitlines() for rank in range(2)]
-    assert all(own) and sorted(own[0] + own[1]) == sorted(NAMES)
+    first = (tmp_path / "count.py.0").read_text().splitlines()
+    second = (tmp_path / "count.py.1").read_text().splitlines()
+    assert first
+    assert second
+    assert sorted(first + second) == sorted(NAMES)
     assert content(tmp_path / "out") == content(cache)
     assert "127 of 127 frames" in output  # the bar counts the frames of both

@@ -5,6 +5,7 @@ ranks.
 import os
 import shutil
 from dataclasses import replace
+from shlex import split
 
 import pytest
 
@@ -15,13 +16,8 @@ STEPS = 7
 
 
 def test_two_ranks_resume_bit_for_bit_also_with_other_workers_and_a_shared_cache(shapes, tmp_path):
-    whole = Training(
-        shapes,
-        tmp_path / "whole",
-        20,
-        TORCHRUN,
-        [*OFTEN, "--precision", "bf16", "--optimizer", "muon"],
-    )
+    flags = [*OFTEN, "--precision", "bf16", "--optimizer", "muon"]
+    whole = Training(shapes, tmp_path / "whole", 20, TORCHRUN, flags)
     whole.run()
     parts = replace(whole, results=tmp_path / "parts")
     process = parts.start("--num-workers", 2, until=3)
@@ -34,31 +30,21 @@ def test_two_ranks_resume_bit_for_bit_also_with_other_workers_and_a_shared_cache
 def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tmp_path):
     first = Training(shapes, tmp_path / "first", 2, flags=OFTEN)
     run_here(first)
-    place = {
+    ranks_meet = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
     }
-    flags = [
-        "--data-path",
-        "shapes",
-        "--results-dir",
-        "results",
-        "--max-steps",
-        4,
-        "--ckpt",
-        "start.pt",
-        *OFTEN,
-    ]
-    command = [*PYTHON, ROOT / "EqM/train.py", *TINY, *flags]
+    paths = split("--data-path shapes --results-dir results --ckpt start.pt --max-steps 4")
+    command = [*PYTHON, ROOT / "EqM/train.py", *TINY, *OFTEN, *paths]
     ranks = []
     for rank in (0, 1):
         machine = tmp_path / f"machine-{rank}"
         shutil.copytree(shapes, machine / "shapes")
         shutil.copyfile(first.folder / "checkpoints/latest.pt", machine / "start.pt")
         os.utime(machine / "start.pt", (rank, rank))  # copied at another time
-        ranks.append(spawn(*command, cwd=machine, environment=place | {"RANK": str(rank)}))
+        ranks.append(spawn(*command, cwd=machine, environment=ranks_meet | {"RANK": str(rank)}))
     for process in ranks:
         end(process, timeout=240)
     assert replace(first, results=tmp_path / "machine-0/results").saved()["step"] == 4

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from shlex import split
 
 import pytest
 import torch
@@ -16,12 +17,8 @@ from training import ROOT, Training
 
 
 def start_script(name, tree, settings, *flags):
-    return spawn(
-        "bash",
-        tree / "scripts" / name,
-        *flags,
-        environment={key: str(settings[key]) for key in settings},
-    )
+    environment = {key: str(value) for key, value in settings.items()}
+    return spawn("bash", tree / "scripts" / name, *flags, environment=environment)
 
 
 @pytest.fixture
@@ -33,7 +30,7 @@ def tree(tmp_path):
 
 
 PHASES = {"PATH": PATH, "EXP": "E", "MODEL": "EqM-Ti/4", "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4}
-FLAGS = ["--depth", 1, "--num-workers", 0, "--log-every", 1, "--val-clips", 4]
+FLAGS = split("--depth 1 --num-workers 0 --log-every 1 --val-clips 4")
 
 
 def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
@@ -52,9 +49,8 @@ def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
     left = descendants(process.pid)
     process.send_signal(signal.SIGUSR1)
     output = end(process, 143)
-    assert "and saved at step" in output and output.rstrip().endswith(
-        "to continue, run the same command again"
-    )
+    assert "and saved at step" in output
+    assert output.rstrip().endswith("to continue, run the same command again")
     wait_gone(left)
     step = runs.last_step()
     settings |= {"STEPS_2": step + 1, "STEPS_3": step + 2}
@@ -82,19 +78,18 @@ def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes
         "GPUS": 2,
         "PORT": free_port(),
     }
-    training = Training(
-        shapes, tree / "results", 10_000, flags=["--log-every", 1, "--sample-every", 0]
-    )
+    flags = split("--log-every 1 --sample-every 0")
+    training = Training(shapes, tree / "results", 10_000, flags=flags)
     process = start_script("train_slurm.sh", tree, settings, *training.command_flags())
     wait_until(lambda: training.last_step() > 2, process)
     process.send_signal(signal.SIGUSR1)
     output = end(process)
-    assert "stopped by SIGTERM and saved" in output and "scontrol: requeue 7" in output
+    assert "stopped by SIGTERM and saved" in output
+    assert "scontrol: requeue 7" in output
     saved = training.saved()["step"]
     again = replace(training, steps=saved + 2)
-    output = end(
-        start_script("train_slurm.sh", tree, settings, *again.command_flags()), timeout=240
-    )
+    process = start_script("train_slurm.sh", tree, settings, *again.command_flags())
+    output = end(process, timeout=240)
     assert f"steps {saved} to {saved + 2}" in output
     assert again.rows()[-1]["step"] == saved + 2
 
@@ -107,12 +102,14 @@ def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shape
         "VAE": "vae",
         "IMAGE_SIZE": 16,
         "GPUS": 1,
+        "STEPS_1": 1,
+        "STEPS_2": 2,
+        "STEPS_3": 3,
     }
-    settings |= {"STEPS_1": 1, "STEPS_2": 2, "STEPS_3": 3}
 
-    def run(*more, status=0):
+    def run(*flags, status=0):
         process = start_script(
-            "train_progressive.sh", tree, settings, *FLAGS, "--sample-every", 0, *more
+            "train_progressive.sh", tree, settings, *FLAGS, "--sample-every", 0, *flags
         )
         return end(process, status, timeout=480)
 
@@ -124,11 +121,11 @@ def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shape
         assert training["no_flip"] is False  # the cache has mirrored latents
     shutil.rmtree(tree / "results/E/000-EqM-Ti-4-f4-rope")  # the other phases don't need it
     printed = run()
-    assert (printed.count("is complete"), printed.count("is finished")) == (1, 1)
-    assert "nothing to resume" not in printed and not list(tree.glob("results/E/*-f4-rope"))
+    assert printed.count("is complete") == printed.count("is finished") == 1
+    assert "nothing to resume" not in printed
+    assert not list(tree.glob("results/E/*-f4-rope"))
     settings |= {"EXP": "F", "FRAMES_3": "2"}
-    assert "got 2" in run(
-        status=2
-    )  # a mistake in the last phase ends the script before the first one
+    # A mistake in the last phase ends the script before the first one
+    assert "got 2" in run(status=2)
     assert not (tree / "results/F").exists()
     assert "CACHE=0" in run("--vae", "none", status=2)

@@ -17,30 +17,23 @@ def start(script, out, *flags):
 
 def test_processes_at_once_share_the_runs_also_of_a_killed_one_and_run_nothing_twice(tmp_path):
     killed, other = (start(study, tmp_path, "--only", *TWO_ARMS) for _ in range(2))
-    wait_until(
-        lambda: len(list(tmp_path.glob("study/*/*/log.txt"))) == 2, killed
-    )  # each of them trains a run
+    # Each of them trains a run
+    wait_until(lambda: len(list(tmp_path.glob("study/*/*/log.txt"))) == 2, killed)
     killed.kill()
     again = start(study, tmp_path, "--only", *TWO_ARMS)
-    outputs = [
-        end(killed, -signal.SIGKILL),
-        *(end(process, timeout=600) for process in (other, again)),
-    ]
-    assert all("all is done" in output for output in outputs[1:])
-    started = [
-        line for output in outputs for line in output.splitlines() if " runs to do; " in line
-    ]
-    assert len(started) == len(TWO_ARMS) + 1
+    output = end(killed, -signal.SIGKILL)
+    for process in (other, again):
+        output_of_process = end(process, timeout=600)
+        assert "all is done" in output_of_process
+        output += output_of_process
+    assert output.count(" runs to do; ") == len(TWO_ARMS) + 1
     rows = lines_of(tmp_path / "study.csv")
-    assert len(
-        {tuple(row[name] for name in ("arm", "kind", "step", "frames")) for row in rows}
-    ) == len(rows)
-    assert sorted((row["arm"], row["frames"]) for row in rows if row["kind"] == "sample") == sorted(
-        SAMPLED
-    )
-    assert len(list(tmp_path.glob("study/*/*/metrics.jsonl"))) == len(
-        TWO_ARMS
-    )  # the killed run continued
+    keys = [(row["arm"], row["kind"], row["step"], row["frames"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    samples = [(row["arm"], row["frames"]) for row in rows if row["kind"] == "sample"]
+    assert sorted(samples) == sorted(SAMPLED)
+    # The killed run continued
+    assert len(list(tmp_path.glob("study/*/*/metrics.jsonl"))) == len(TWO_ARMS)
 
 
 def test_a_tiny_quickstart_is_trained_and_scored(tmp_path):
