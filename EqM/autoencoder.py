@@ -1,6 +1,5 @@
 """The small VAE of train_vae.py: network, losses, PSNR, and the folder of --vae DIR."""
 
-import itertools
 import math
 import os
 import shutil
@@ -46,12 +45,9 @@ def make_autoencoder(widths, latent_channels, image_size):
 
 def hidden_parts(model):
     """The parts of an AutoencoderKL between its first and last convolutions."""
-    return (
-        *model.encoder.down_blocks,
-        model.encoder.mid_block,
-        model.decoder.mid_block,
-        *model.decoder.up_blocks,
-    )
+    encoder = model.encoder
+    decoder = model.decoder
+    return [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
 
 
 def residual_blocks(model):
@@ -61,8 +57,12 @@ def residual_blocks(model):
 
 def hidden_matrices(model):
     """The weights that Muon trains: of the convolutions in these parts."""
-    layers = itertools.chain(*(part.modules() for part in hidden_parts(model)))
-    return [layer.weight for layer in layers if isinstance(layer, nn.Conv2d)]
+    weights = []
+    for part in hidden_parts(model):
+        for layer in part.modules():
+            if isinstance(layer, nn.Conv2d):
+                weights.append(layer.weight)
+    return weights
 
 
 class Autoencoder(nn.Module):
@@ -134,7 +134,8 @@ def psnr(real, decoded):
 
     Equal images have 99.
     """
-    error = (real.double() - decoded.double()).square().flatten(1).mean(dim=1)
+    error = real.double() - decoded.double()
+    error = error.square().flatten(1).mean(dim=1)
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 / 10**9.9))
 
 
@@ -157,9 +158,14 @@ def measure(model, loader, device):
         errors = psnr(clips[:, :, 0].movedim(1, -1), vae.decode(mean)[:, 0])
         mean = mean.double().flatten(1)
         std = std.double().flatten(1)
-        second_moments = (mean.square() + std.square()).mean(dim=1)
-        columns = [batch["indices"], errors, mean.mean(dim=1), second_moments]
-        rows += torch.stack([column.double().cpu() for column in columns], dim=1).tolist()
+        columns = [
+            batch["indices"],
+            errors,
+            mean.mean(dim=1),
+            (mean.square() + std.square()).mean(dim=1),
+        ]
+        columns = [column.double().cpu() for column in columns]
+        rows += torch.stack(columns, dim=1).tolist()
         corrupt += batch["corrupt"]
     columns = distributed.gather_in_order(rows)
     mean_psnr, mean, second_moment = [math.fsum(column) / len(column) for column in columns]

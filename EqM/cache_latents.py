@@ -21,7 +21,7 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -106,31 +106,42 @@ def cache_settings(args, vae):
             f"--image-size {args.image_size}: not a multiple of {vae.downsample}, the VAE's "
             "downsampling"
         )
-    names = "channels", "downsample", "scale", "shift"
-    settings = {"format": source.LATENTS_FORMAT, "vae": vae.name, "vae_sha256": vae.sha256}
-    settings |= {"image_size": args.image_size} | {name: getattr(vae, name) for name in names}
-    return settings | {"flips": args.with_flips or args.vae == "none"}  # reading mirrors pixels
+    return {
+        "format": source.LATENTS_FORMAT,
+        "vae": vae.name,
+        "vae_sha256": vae.sha256,
+        "image_size": args.image_size,
+        "channels": vae.channels,
+        "downsample": vae.downsample,
+        "scale": vae.scale,
+        "shift": vae.shift,
+        "flips": args.with_flips or args.vae == "none",  # reading mirrors pixels
+    }
 
 
 def check_out(out, settings):
     """Raise UserError unless `out` is new, empty, or a cache of these settings, maybe partial."""
     names = os.listdir(out) if os.path.exists(out) else []
-    if present := [name for name in (LATENTS_FILE, PARTIAL_FILE) if name in names]:
-        try:
-            found = read_json(Path(out, present[0]))
-            other = next((name for name in settings if found[name] != settings[name]), None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+    settings_file = LATENTS_FILE if LATENTS_FILE in names else PARTIAL_FILE
+    if settings_file not in names:
+        names = [name for name in names if name[0] != "." and name != PARTIAL_FILE + ".tmp"]
+        if names:
             raise UserError(
-                f"--out {out}: its {present[0]} is damaged ({error}); name another folder"
-            ) from error
-        if other:
-            different = f"a latent cache with {other} {found[other]}, not {settings[other]}"
-            raise UserError(f"--out {out}: {different}; use the same flags or name another folder")
-    elif foreign := sorted(
-        name for name in names if name[0] != "." and name != PARTIAL_FILE + ".tmp"
-    ):
+                f"--out {out}: contains {min(names)} but no latent cache; name a new or an empty "
+                "folder"
+            )
+        return
+    try:
+        cached = read_json(Path(out, settings_file))
+        different = [name for name in settings if cached[name] != settings[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--out {out}: contains {foreign[0]} but no latent cache; name a new or an empty folder"
+            f"--out {out}: its {settings_file} is damaged ({error}); name another folder"
+        ) from error
+    for name in different:
+        raise UserError(
+            f"--out {out}: a latent cache with {name} {cached[name]}, not {settings[name]}; use "
+            "the same flags or name another folder"
         )
 
 
@@ -144,11 +155,12 @@ def plan_encoding(args):
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is skipped")
     for video in files.videos():
-        # .tmp: while it is written
-        if (excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255) > 0:
-            name = f"the name of {video.path[:60]}... is too long for a file of the cache"
+        name = Path(cached_path(video)).name + ".tmp"  # while it is written
+        excess = len(os.fsencode(name)) - 255
+        if excess > 0:
             raise UserError(
-                f"--data-path {args.data_path}: {name}; shorten it by {plural(excess, 'byte')}"
+                f"--data-path {args.data_path}: the name of {video.path[:60]}... is too long for a "
+                f"file of the cache; shorten it by {plural(excess, 'byte')}"
             )
     todo = find_changed(args.out, files)
     # ranks get similar numbers of frames
@@ -172,12 +184,9 @@ def find_changed(out, files):
         elif metadata != source_metadata(files.scan, video):
             changed.append(video)
     if num_untimed:
-        kept = (
-            f"{plural(num_untimed, 'file')} of an earlier version, without the times of change of "
-            "the videos"
-        )
         say(
-            f"note: {out}: keeps {kept}; if you replaced videos by older ones of equal size, "
+            f"note: {out}: keeps {plural(num_untimed, 'file')} of an earlier version, without the "
+            "times of change of the videos; if you replaced videos by older ones of equal size, "
             "delete their files"
         )
     return changed
@@ -210,12 +219,18 @@ def main():
         begin_cache(args, settings, plan[0])
     files, todo, bad_videos = distributed.broadcast(plan)
     if todo:
-        amount = (
-            f"encoding {len(todo)} of {plural(len(files.videos()), 'video')}, "
-            f"{size_text(todo, settings)}"
+        say(
+            f"{args.out}: encoding {len(todo)} of {plural(len(files.videos()), 'video')}, "
+            f"{size_text(todo, settings)}; {world_size()} x {device.type}"
         )
-        say(f"{args.out}: {amount}; {world_size()} x {device.type}")
-    encode_videos(args, vae.to(device), device, files, todo, bad_videos)
+    encode_videos(
+        args=args,
+        vae=vae.to(device),
+        device=device,
+        files=files,
+        todo=todo,
+        bad_videos=bad_videos,
+    )
     if rank() == 0:
         finish_cache(args, settings, files, bad_videos)
     distributed.stop()
@@ -242,9 +257,15 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
         metadata = source_metadata(files.scan, video)
         path.parent.mkdir(parents=True, exist_ok=True)
         if args.vae == "none":
-            source.write_pixels(path, files, video, metadata)
+            source.write_pixels(path=path, files=files, video=video, metadata=metadata)
         else:
-            tensors = encode_video(vae, device, files, video, args.with_flips)
+            tensors = encode_video(
+                vae=vae,
+                device=device,
+                files=files,
+                video=video,
+                with_flips=args.with_flips,
+            )
             write_file(path, safetensors.torch.save(tensors, metadata))
 
     # a thread keeps all latents of its video in memory
@@ -252,34 +273,46 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
     size = ROUND * world_size()
     hidden = rank() != 0 or not todo
     with Bar(
-        total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden
+        total=count_frames(todo),
+        desc="caching frames",
+        unit="frame",
+        smoothing=0,
+        disable=hidden,
     ) as bar:
         for first in range(0, len(todo), size):
-            part = todo[first : first + size]
+            videos = todo[first + rank() : first + size : world_size()]
             corrupt = []
-            for video, is_readable in source.write_each(
-                part[rank() :: world_size()], cache, threads
-            ):
-                corrupt += [] if is_readable else [video.path]
+            for video, is_readable in source.write_each(videos, cache, threads):
+                if not is_readable:
+                    corrupt.append(video.path)
                 bar.update(video.num_frames)
-            for path in bad_videos.add(sorted(itertools.chain(*distributed.gather(corrupt)))):
+            corrupt = sorted(itertools.chain(*distributed.gather(corrupt)))
+            for path in bad_videos.add(corrupt):
                 say(f"{path} can't be decoded, or its latents exceed float16; it is skipped")
-            bar.update(count_frames(todo[: first + size]) - bar.n)  # frames of the other ranks
+            num_done = count_frames(todo[: first + size])
+            bar.update(num_done - bar.n)  # frames of the other ranks
 
 
 def encode_video(vae, device, files, video, with_flips):
     """{name: float16 (T, C, h, w)} of a video's cache file. Raises UnreadableError."""
     chunks = read_all_frames(files.root, video, CHUNK)
     parts = defaultdict(list)
-    for frames in source.in_threads(
-        lambda _: files.fit(next(chunks)), range(0, video.num_frames, CHUNK), threads=1
-    ):
+
+    def next_frames(_):
+        return files.fit(next(chunks))
+
+    def encode(clip, suffix):
+        for name, latents in zip(("mean", "std"), vae.posterior(clip), strict=True):
+            frames = latents[0].transpose(0, 1).half().cpu()
+            if not frames.isfinite().all():
+                raise UnreadableError(f"{video.path}: latents exceed float16")
+            parts[name + suffix].append(frames)
+
+    for frames in source.in_threads(next_frames, range(0, video.num_frames, CHUNK), threads=1):
         clip = frames.transpose(0, 1)[None].to(device)  # (1, 3, T, H, W)
-        for suffix, view in (("", clip), ("_flipped", clip.flip(-1)))[: 1 + with_flips]:
-            for name, latents in zip(("mean", "std"), vae.posterior(view), strict=True):
-                parts[name + suffix].append(latents[0].transpose(0, 1).half().cpu())
-                if not parts[name + suffix][-1].isfinite().all():
-                    raise UnreadableError(f"{video.path}: latents exceed float16")
+        encode(clip, "")
+        if with_flips:
+            encode(clip.flip(-1), "_flipped")
     return {name: torch.cat(latents).contiguous() for name, latents in parts.items()}
 
 
@@ -288,21 +321,24 @@ def finish_cache(args, settings, files, bad_videos):
 
     Raises CorruptDataError if no video could be decoded.
     """
-    videos = [
-        replace(video, path=cached_path(video))
-        for video in files.videos()
-        if video.path not in bad_videos.paths
-    ]
+    videos = [video for video in files.videos() if video.path not in bad_videos.paths]
     if not videos:
         raise index.CorruptDataError(
             f"--data-path {args.data_path}: can't decode any of its videos; name others"
         )
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
-    content = settings | {"num_videos": len(videos), "num_frames": count_frames(videos)}
-    content |= {"classes": files.scan.classes, "videos": [asdict(video) for video in videos]}
-    for about in content["videos"]:
-        del about["varies"], about["keyframes"]  # of the file, not of its latents
-    content |= {"unreadable": sorted(bad_videos.paths)}
+    rows = []
+    for video in videos:
+        row = asdict(video) | {"path": cached_path(video)}
+        del row["varies"], row["keyframes"]  # of the file, not of its latents
+        rows.append(row)
+    content = settings | {
+        "num_videos": len(videos),
+        "num_frames": count_frames(videos),
+        "classes": files.scan.classes,
+        "videos": rows,
+        "unreadable": sorted(bad_videos.paths),
+    }
     write_file(Path(args.out, LATENTS_FILE), json.dumps(content, indent=1).encode())
     Path(args.out, PARTIAL_FILE).unlink(missing_ok=True)
     say(f"{args.out} is complete: {plural(len(videos), 'video')}, {size_text(videos, settings)}")
@@ -314,13 +350,13 @@ def count_frames(videos):
 
 def size_text(videos, settings):
     """The size of the cache files of videos, such as '2484199 frames of 16 KB, 40.7 GB'."""
-    per_frame = settings["channels"] * (settings["image_size"] // settings["downsample"]) ** 2
+    side = settings["image_size"] // settings["downsample"]
+    per_frame = settings["channels"] * side**2
     if settings["vae"] != "none":
         per_frame *= 2 * (1 + settings["flips"]) * 2  # mean and std; float16
     count = count_frames(videos)
-    return (
-        f"{plural(count, 'frame')} of {per_frame / 1024:.3g} KB, {count * per_frame / 1e9:.3g} GB"
-    )
+    total = count * per_frame
+    return f"{plural(count, 'frame')} of {per_frame / 1024:.3g} KB, {total / 1e9:.3g} GB"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,15 @@ MUON_DECAY = 0.1  # weight decay; without it the weights grow until the learning
 
 def block_matrices(model):
     """The weight matrices of attention and MLP of an EqM."""
-    layers = []
+    weights = []
     for block in model.blocks:
-        layers += [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
-    return [layer.weight for layer in layers]
+        weights += [
+            block.attn.qkv.weight,
+            block.attn.proj.weight,
+            block.mlp.fc1.weight,
+            block.mlp.fc2.weight,
+        ]
+    return weights
 
 
 def make_optimizers(model, args, matrices_of=block_matrices):
@@ -147,7 +152,8 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     is_tall = rows > columns
     x = x.bfloat16()
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = x / norms.clamp(min=1e-7).bfloat16()
+    norms = norms.clamp(min=1e-7)
+    x = x / norms.bfloat16()
     if not distributed.has_fast_bf16(x.device):
         x = x.float()
     for _ in range(steps):

@@ -200,7 +200,13 @@ def main():
                 run.report_corrupt(run.stats.corrupt, progress.step)
                 if is_due(progress.step, args.max_steps, args.val_every):
                     values, corrupt = validate(
-                        args, ema, val_loader, train_loader, run.folder, progress.step, device
+                        args=args,
+                        ema=ema,
+                        val_loader=val_loader,
+                        train_loader=train_loader,
+                        folder=run.folder,
+                        step=progress.step,
+                        device=device,
                     )
                     run.report_corrupt(corrupt, progress.step)
                     log(
@@ -227,9 +233,8 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
             progress.count_step(args.global_batch_size, 0)
-            values = {
-                name: value.detach() for name, value in ({"train_loss": loss} | losses).items()
-            }
+            losses = {"train_loss": loss} | losses
+            values = {name: value.detach() for name, value in losses.items()}
             run.stats.add(batch["videos"], **values, grad_norm=norm)
             update_ema(ema, model, ema_decay(args, progress.step))
             bar.update()
@@ -250,18 +255,52 @@ def make_loaders(args, data, progress, device):
     """(iterator over this rank's batches, loaders of its validation and its statistics frames)."""
     shared = {"source": data.source, "classes": data.scan.classes, "num_frames": 1}
     train = Clips(
-        videos=data.train[1], flip=not args.no_flip, seed=args.global_seed, stream=0, **shared
+        videos=data.train[1],
+        flip=not args.no_flip,
+        seed=args.global_seed,
+        stream=0,
+        **shared,
     )
-    val = Clips(videos=data.val[1], spare=data.spare(1), flip=False, stream="validation", **shared)
-    typical = Clips(videos=data.train[1], flip=False, stream="statistics", **shared)
-    steps = args.max_steps - progress.step
-    indices = rank_batches(progress.position, steps, args.global_batch_size, rank(), world_size())
-    batches = ([(1, index) for index in batch] for batch in indices)
+    val = Clips(
+        videos=data.val[1],
+        spare=data.spare(1),
+        flip=False,
+        stream="validation",
+        **shared,
+    )
+    typical = Clips(
+        videos=data.train[1],
+        flip=False,
+        stream="statistics",
+        **shared,
+    )
+    indices = rank_batches(
+        first=progress.position,
+        steps=args.max_steps - progress.step,
+        global_batch=args.global_batch_size,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    train_loader = make_loader(
+        clips={1: train},
+        batches=([(1, index) for index in batch] for batch in indices),
+        num_workers=args.num_workers,
+        timeout=args.loader_timeout,
+        device=device,
+    )
     keys = [(1, index) for index in range(args.num_val_frames)]
-    chunks = [*BatchSampler(keys, autoencoder.CHUNK, drop_last=False)][rank() :: world_size()]
-    train_loader = make_loader({1: train}, batches, args.num_workers, args.loader_timeout, device)
-    others = [make_loader({1: clips}, chunks, 0, 0, device) for clips in (val, typical)]
-    return on_device(batches_of(train_loader), device), *others
+    chunks = list(BatchSampler(keys, autoencoder.CHUNK, drop_last=False))
+    val_loader, typical_loader = [
+        make_loader(
+            clips={1: clips},
+            batches=chunks[rank() :: world_size()],
+            num_workers=0,
+            timeout=0,
+            device=device,
+        )
+        for clips in (val, typical)
+    ]
+    return on_device(batches_of(train_loader), device), val_loader, typical_loader
 
 
 def training_losses(network, batch, args, device):
@@ -272,8 +311,19 @@ def training_losses(network, batch, args, device):
     indices = batch["indices"].tolist()
     side = args.image_size // args.downsample
     x = batch["clips"][:, :, 0].to(device).float() / 127.5 - 1  # (B, 3, H, W)
-    x = autoencoder.jitter_colors(x, args.global_seed, indices, args.color_jitter)
-    noise = normal(args.global_seed, "posterior", 0, indices, (args.latent_channels, side, side))
+    x = autoencoder.jitter_colors(
+        x=x,
+        seed=args.global_seed,
+        indices=indices,
+        share=args.color_jitter,
+    )
+    noise = normal(
+        seed=args.global_seed,
+        purpose="posterior",
+        stream=0,
+        indices=indices,
+        shape=(args.latent_channels, side, side),
+    )
     with distributed.autocast(device, args.precision):
         outputs = network(x, noise.to(device))
     return autoencoder.losses_of(x, *outputs)
@@ -284,8 +334,8 @@ def validate(args, ema, val_loader, train_loader, folder, step, device):
 
     Writes a sheet and the VAE's folder.
     """
-    values, corrupt = autoencoder.measure(ema, val_loader, device)
-    statistics, more = autoencoder.measure(ema, train_loader, device)
+    values, corrupt_val = autoencoder.measure(ema, val_loader, device)
+    statistics, corrupt_train = autoencoder.measure(ema, train_loader, device)
     if rank() == 0:
         vae = VAE("shown", ema)
         frames = next(batches_of(val_loader))["clips"][:8]  # (N, 3, 1, H, W)
@@ -298,7 +348,8 @@ def validate(args, ema, val_loader, train_loader, folder, step, device):
             write_sheet(sheet, rows.numpy(), ["frames", "VAE"])
             autoencoder.export(ema, folder / "vae", statistics)
     statistics["train_psnr"] = statistics.pop("psnr")
-    return {"val_psnr": values["psnr"]} | statistics, corrupt + more
+    values = {"val_psnr": values["psnr"]} | statistics
+    return values, corrupt_val + corrupt_train
 
 
 if __name__ == "__main__":

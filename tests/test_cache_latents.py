@@ -235,7 +235,7 @@ def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(
 @pytest.fixture
 def encoded(monkeypatch):
     """A list of the videos that are encoded during the test."""
-    return record_calls(monkeypatch, cache_latents, "encode_video", lambda *args: args[3].path)
+    return record_calls(monkeypatch, cache_latents, "encode_video", lambda video, **_: video.path)
 
 
 def test_a_complete_cache_is_reported_and_opens_no_video(

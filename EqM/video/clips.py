@@ -133,12 +133,15 @@ def collate(samples):
     """A batch of samples, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,),
     in seconds; lists of paths: videos, corrupt.
     """
-    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+
+    def column(name):
+        return [sample[name] for sample in samples]
+
     return {
-        "clips": torch.stack(columns["clip"]),
-        "y": torch.tensor(columns["y"]),
-        "time_scales": torch.tensor(columns["time_scale"], dtype=torch.float32),
-        "indices": torch.tensor(columns["index"]),
-        "videos": columns["video"],
-        "corrupt": sum(columns["corrupt"], []),
+        "clips": torch.stack(column("clip")),
+        "y": torch.tensor(column("y")),
+        "time_scales": torch.tensor(column("time_scale"), dtype=torch.float32),
+        "indices": torch.tensor(column("index")),
+        "videos": column("video"),
+        "corrupt": sum(column("corrupt"), []),
     }

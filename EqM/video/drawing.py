@@ -36,8 +36,9 @@ def drawable(name, replacement):
     """
     name = unicodedata.normalize("NFC", name)
     name = one_line(name[:MAX_NAME_LENGTH])
+    pictures = [bytes(FONT.getmask(letter)) for letter in name]
     missing = bytes(FONT.getmask("\uffff"))
-    if missing not in [bytes(FONT.getmask(letter)) for letter in name]:
+    if missing not in pictures:
         return name
     say(
         f"note: the font of pictures lacks characters of {name}: pictures say {replacement!r} "
@@ -66,7 +67,8 @@ def enlarge(video, min_side=MIN_SIDE):
     has_odd_side = H % 2 or W % 2
     if has_odd_side and factor % 2:  # H.264's 4:2:0 needs even sides
         factor += 1
-    return video.repeat(factor, axis=-3).repeat(factor, axis=-2)
+    video = video.repeat(factor, axis=-3)
+    return video.repeat(factor, axis=-2)
 
 
 def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
@@ -84,7 +86,8 @@ def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
 def text_line(text):
     """A picture (h, w, 3) of a line of text."""
     line = Image.new("RGB", (name_width(text), 2 * FONT_SIZE), "white")
-    ImageDraw.Draw(line).text((MARGIN, FONT_SIZE), text, "black", FONT, anchor="lm")
+    draw = ImageDraw.Draw(line)
+    draw.text((MARGIN, FONT_SIZE), text, "black", FONT, anchor="lm")
     return np.asarray(line)
 
 
@@ -123,7 +126,9 @@ def draw_sheet(frames, names, marked, left=0, gap=GAP):
     """
     N, n, h, w = frames.shape[:4]
     # in px
-    left = max(left, *(name_width(name) if name else 0 for name in names))
+    for name in names:
+        if name:
+            left = max(left, name_width(name))
     width = left + n * (w + gap) - gap
     height = N * (h + gap) - gap
     sheet = Image.new("RGB", (width, height), "white")
@@ -134,7 +139,8 @@ def draw_sheet(frames, names, marked, left=0, gap=GAP):
     for row, column in np.ndindex(N, n):
         x = left + column * (w + gap)
         y = row * (h + gap)
-        sheet.paste(Image.fromarray(frames[row, column]), (x, y))
+        frame = Image.fromarray(frames[row, column])
+        sheet.paste(frame, (x, y))
         if marked[row][column]:
             border = gap // 2
             top_left = (x - border, y - border)
