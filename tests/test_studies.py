@@ -342,7 +342,7 @@ def test_a_start_from_images_is_compared_with_scratch_over_compute(
     shapes, commands, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(inflation, "TASK", ("--num-frames 8 --num-samples 4", ("nearest",)))
-    monkeypatch.setattr(inflation, "VALID", "rmse_ratio")
+    monkeypatch.setattr(inflation, "SCORE", "rmse_ratio")
     monkeypatch.setattr(inflation, "SHARES", {"scratch": (1.0,), "images": (0.6, 1.0)})
     latents = tmp_path / "latents"
     out = tmp_path / "results"

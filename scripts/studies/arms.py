@@ -88,38 +88,22 @@ class Size:
 
 
 FULL = Size()
-MINIATURE = Size("miniature", 4, 1, 96, 4, videos=2, clips=4, val_clips=2, points=3, most_seeds=1)
-BASE = [
-    "--model",
-    "EqM-Ti/2",
-    "--image-size",
-    16,
-    "--temporal-patch-size",
-    4,
-    "--vae",
-    "none",
-    "--no-flip",
-    "--num-workers",
-    0,
-    "--precision",
-    "bf16",
-    "--optimizer",
-    "muon",
-    "--lr",
-    2e-3,
-    "--muon-lr",
-    0.01,
-    "--weight-decay",
-    0.1,
-    "--warmup-steps",
-    20,
-    "--lr-decay",
-    0.4,
-    "--ema-decay",
-    0.99,
-    "--gamma-shift",
-    3,
-]
+MINIATURE = Size(
+    name="miniature",
+    steps=4,
+    depth=1,
+    width=96,
+    videos=2,
+    clips=4,
+    val_clips=2,
+    points=3,
+    most_seeds=1,
+)
+BASE = (  # flags of train.py
+    "--model EqM-Ti/2 --image-size 16 --temporal-patch-size 4 --vae none --no-flip --num-workers 0 "
+    "--precision bf16 --optimizer muon --lr 0.002 --muon-lr 0.01 --weight-decay 0.1 "
+    "--warmup-steps 20 --lr-decay 0.4 --ema-decay 0.99 --gamma-shift 3"
+)
 
 
 def config_of(size):
@@ -138,7 +122,12 @@ def config_of(size):
 
 def plan(arm, share, size):
     """[(num_frames, last step, clips per step)] of a run, and its FLOPs."""
-    return plan_phases(config_of(size), arm.phases, arm.mix, share * size.steps)
+    return plan_phases(
+        config_of(size),
+        shares=arm.phases,
+        mix=arm.mix,
+        steps=share * size.steps,
+    )
 
 
 def plan_phases(config, shares, mix, steps):
@@ -148,7 +137,8 @@ def plan_phases(config, shares, mix, steps):
     phase.
     """
     last, _ = shares[-1]
-    compute = steps * TOKENS // math.prod(config.grid(last)) * config.training_flops(last)
+    clips = steps * TOKENS // math.prod(config.grid(last))
+    compute = clips * config.training_flops(last)
     phases = []
     last_step = 0
     flops = 0
@@ -167,46 +157,48 @@ def plan_phases(config, shares, mix, steps):
 
 
 def phase_flags(phases, mix):
-    """The flags of train.py for phases of `plan`."""
+    """The flags of train.py for phases of `plan`, as text."""
     if len(phases) == 1:
         ((num_frames, last_step, batch_size),) = phases
-        return [
-            "--num-frames",
-            num_frames,
-            "--max-steps",
-            last_step,
-            "--global-batch-size",
-            batch_size,
-        ]
-    schedule = ",".join(f"{a}:{b}:{c}" for a, b, c in phases)
-    return ["--frames-schedule", schedule, "--mix", mix]
+        flags = f"--num-frames {num_frames} --max-steps {last_step}"
+        return f"{flags} --global-batch-size {batch_size}"
+    schedule = ",".join(f"{frames}:{step}:{clips}" for frames, step, clips in phases)
+    return f"--frames-schedule {schedule} --mix {mix}"
 
 
 def validation_flags(phases):
     _, last_step, _ = phases[-1]
-    return ["--val-every", max(1, last_step // VALIDATIONS)]
+    return f"--val-every {max(1, last_step // VALIDATIONS)}"
 
 
 def recipe_flags(arm, seed, share, size):
     """The flags of train.py that determine a run, without paths."""
     phases, _ = plan(arm, share, size)
-    flags = ["--video", *BASE, "--depth", size.depth]
-    flags += ["--hidden-size", size.width, "--num-heads", size.heads]
-    flags += ["--global-seed", seed, *phase_flags(phases, arm.mix), *arm.flags.split()]
-    flags += ["--val-frames", 16, "--val-clips", size.val_clips, *validation_flags(phases)]
-    return list(map(str, flags))
+    flags = [
+        f"--video {BASE}",
+        f"--depth {size.depth} --hidden-size {size.width} --num-heads {size.heads}",
+        f"--global-seed {seed}",
+        phase_flags(phases, arm.mix),
+        arm.flags,
+        f"--val-frames 16 --val-clips {size.val_clips}",
+        validation_flags(phases),
+    ]
+    return " ".join(flags).split()
 
 
 def sampling_flags(size):
-    """The flags of sample_gd.py that all studies use."""
+    """The flags of sample_gd.py that all studies use, as text."""
     step_size = PATH_LENGTH / (size.points - 1)
-    flags = ["--sampler", "ngd", "--num-sampling-steps", size.points, "--cfg-scale", GUIDANCE]
-    return [*flags, "--stepsize", f"{step_size:.4g}", "--precision", lab.PRECISION]
+    return (
+        f"--sampler ngd --num-sampling-steps {size.points} --cfg-scale {GUIDANCE} "
+        f"--stepsize {step_size:.4g} --precision {lab.PRECISION}"
+    )
 
 
 def sampling_flops(num_frames, size):
     """The FLOPs of sampling `size.clips` clips with guidance."""
-    return float(size.clips * (size.points - 1) * 2 * config_of(size).flops(num_frames))
+    evaluations = 2 * (size.points - 1)
+    return float(size.clips * evaluations * config_of(size).flops(num_frames))
 
 
 def size_of(args):
@@ -217,7 +209,13 @@ def training(args, arm, seed, flags, share=1.0):
     """The fields `training` and `last_step` of a lab.Run. flags: of train.py, beside the arm's."""
     size = size_of(args)
     # The last --precision counts: a CPU without fast bf16 follows the same recipe in fp32
-    flags = [*recipe_flags(arm, seed, share, size), "--precision", lab.PRECISION, *flags]
+    recipe = recipe_flags(
+        arm,
+        seed=seed,
+        share=share,
+        size=size,
+    )
+    flags = [*recipe, "--precision", lab.PRECISION, *flags]
     if args.compile:
         flags.append("--compile")
     phases, _ = plan(arm, share, size)

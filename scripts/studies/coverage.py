@@ -32,17 +32,20 @@ SEED = 0
 
 def videos_of(count):
     """The videos of CLIPS clips of each of `count` units."""
-    return [f"Class{clip}/person{unit}.mkv" for clip in range(CLIPS) for unit in range(count)]
+    videos = []
+    for clip, unit in itertools.product(range(CLIPS), range(count)):
+        videos.append(f"Class{clip}/person{unit}.mkv")
+    return videos
 
 
-def draw_clustered(draw, random, count, repeats):
+def draw_clustered(draw, random, shape):
     """Values (clips, repeats) with mean 0 and variance 1, half of it between units.
 
-    draw: one of DRAWS.
+    draw: one of DRAWS; shape: (units, repeats).
     """
-    units = draw(random, (count, repeats))
-    clips = draw(random, (CLIPS, count, repeats))
-    return ((units + clips) / 2**0.5).reshape(CLIPS * count, repeats)
+    units = draw(random, shape)
+    clips = draw(random, (CLIPS, *shape))
+    return ((units + clips) / 2**0.5).reshape(-1, shape[1])
 
 
 def bootstrap_before(units, random):
@@ -71,12 +74,7 @@ def cover_means(repeats, kinds=DRAWS, counts=UNITS):
     rows = []
     for kind, count in itertools.product(kinds, counts):
         random = np.random.default_rng([SEED, count])
-        values = draw_clustered(
-            DRAWS[kind],
-            random=random,
-            count=count,
-            repeats=repeats,
-        )
+        values = draw_clustered(DRAWS[kind], random, (count, repeats))
         units = stats.by_unit(values, videos_of(count)).numpy()
         half = stats.half95(units)
         middle = units.mean(axis=0)
@@ -133,19 +131,13 @@ def cover_ratios(repeats):
     rows = []
     for count in MANY_UNITS:
         random = np.random.default_rng([SEED, count])
-        noise = draw_clustered(
-            DRAWS["normal"],
-            random=random,
-            count=count,
-            repeats=repeats,
-        )
-        real = 1 + noise / 4
+        real = 1 + draw_clustered(DRAWS["normal"], random, (count, repeats)) / 4
         generated = 1 + random.normal(size=(GENERATED, repeats)) / 4
         videos = range(GENERATED), videos_of(count)
-        intervals = [
-            stats.ratio_interval(operator.truediv, both, videos, "coverage")
-            for both in zip(generated.T, real.T, strict=True)
-        ]
+        intervals = []
+        for values in zip(generated.T, real.T, strict=True):
+            interval = stats.ratio_interval(operator.truediv, values, videos, "coverage")
+            intervals.append(interval)
         rows.append({"units": count, "bootstrap": holds(np.transpose(intervals), 1)})
     return rows
 
@@ -154,7 +146,8 @@ def percent_table(titles, rows, count, *shares):
     """Lines of markdown: the value `count` of each row, then its shares in percent."""
     cells = []
     for row in rows:
-        cells.append([str(row[count]), *(f"{100 * row[name]:.1f}" for name in shares)])
+        percents = [f"{100 * row[name]:.1f}" for name in shares]
+        cells.append([str(row[count]), *percents])
     return lab.table(titles, cells)
 
 

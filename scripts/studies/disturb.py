@@ -40,8 +40,12 @@ def regions(shape, batch):
     The square is anywhere.
     """
     B, _, T, H, W = shape
-    corners = torch.randint(0, H - SQUARE + 1, (2, B, 1), generator=generator(0, "square", batch))
-    tops, lefts = corners
+    tops, lefts = torch.randint(
+        0,
+        H - SQUARE + 1,
+        (2, B, 1),
+        generator=generator(0, "square", batch),
+    )
     row = torch.arange(H)
     column = torch.arange(W)
     rows = (row >= tops) & (row < tops + SQUARE)  # (B, H)
@@ -66,7 +70,13 @@ def blur(x):
 
 def disturbances(x, labels, classes, batch):
     """Yield (name, disturbed clips, classes to descend to) of finished clips x (B, C, T, H, W)."""
-    noise = normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:])
+    noise = normal(
+        0,
+        purpose="disturb",
+        stream=0,
+        indices=range(batch, batch + len(x)),
+        shape=x.shape[1:],
+    )
     other = (labels + 1) % classes
     noisy = {level: level * x + (1 - level) * noise for level in LEVELS}
     masks = regions(x.shape, batch)
@@ -82,9 +92,12 @@ def disturbances(x, labels, classes, batch):
 
 def descend(model, x, labels, evaluations, training):
     """Follow the guided field from x for so many evaluations."""
-    condition = Condition.of(labels, model.config)
-    scale = torch.full((len(x),), 0.04)
-    field = guided(model, condition, scale, training["cfg_scale"])
+    field = guided(
+        model,
+        condition=Condition.of(labels, model.config),
+        time_scale=torch.full((len(x),), 0.04),
+        guidance=training["cfg_scale"],
+    )
     x, _ = sample(
         field,
         x,
@@ -99,10 +112,12 @@ def descend(model, x, labels, evaluations, training):
 def right(x, labels, names):
     """{"direction": bools, "shape": bools}: whether clips move and look as "CircleLeft" says."""
     hits = {kind: [] for kind in KINDS}
-    for clip, label in zip(VAE("none").decode(x).numpy(), labels.tolist(), strict=True):
+    clips = VAE("none").decode(x).numpy()
+    for clip, label in zip(clips, labels.tolist(), strict=True):
         shape = track(clip)
-        hits["direction"].append(names[label].endswith(str(shape.direction)))
-        hits["shape"].append(names[label].startswith(str(shape.shape)))
+        name = names[label]
+        hits["direction"].append(name.endswith(str(shape.direction)))
+        hits["shape"].append(name.startswith(str(shape.shape)))
     return hits
 
 
@@ -113,7 +128,13 @@ def measure(model, config, indices):
     training = config["training"]
     size = model.config.input_size
     labels = torch.tensor([index % len(names) for index in indices])
-    noise = normal(0, "sample", 0, indices, (3, FRAMES, size, size))
+    noise = normal(
+        0,
+        purpose="sample",
+        stream=0,
+        indices=indices,
+        shape=(3, FRAMES, size, size),
+    )
     x = descend(
         model,
         noise,
@@ -160,7 +181,9 @@ def markdown(content):
         f"{FIRST} evaluations, a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson).",
     )
     titles = ["", *(f"{kind} right (%)" for kind in KINDS)]
-    cells = [[name, *(cell(hits[kind]) for kind in KINDS)] for name, hits in rows.items()]
+    cells = []
+    for name, hits in rows.items():
+        cells.append([name, *(cell(hits[kind]) for kind in KINDS)])
     return lines + lab.table(titles, cells)
 
 

@@ -50,24 +50,24 @@ def make_run(args, share, seed, objective="eqm"):
     arm = ARMS[objective]
     data = lab.data_sets(root / "moving-shapes", size.videos, max(2, clips // 12))
     videos, test = data
-    flags = ["--num-samples", clips, "--seed", seed, "--cfg-scale", GUIDANCE]
-    flags += ["--precision", lab.PRECISION, *sampling(arm.way, USUAL)]
+    flags = (
+        f"--num-samples {clips} --seed {seed} --cfg-scale {GUIDANCE} --precision {lab.PRECISION} "
+        f"{sampling(arm.way, USUAL)}"
+    )
     given = {
         "prediction": ["--given", test, "--given-split", "all", "--no-keep-background"],
         "motion": [],
     }
-    tasks = {
-        task: ([*words.split(), *flags, *given[metric]], [metric])
-        for task, (words, metric) in TASKS.items()
-    }
+    tasks = {}
+    for task, (words, metric) in TASKS.items():
+        tasks[task] = ([*f"{words} {flags}".split(), *given[metric]], [metric])
     if objective == "flow":
         tasks.pop(UNALIGNED, None)
-    training_flags = ["--forcing", share, *arm.flags.split()]
-    training_flags += ["--gamma-shift", arm.shift, "--data-path", videos]
+    recipe = f"--forcing {share} {arm.flags} --gamma-shift {arm.shift}"
     return lab.Run(
         root / f"forcing{share:g}-{objective}-{arm.shift:g}-{arm.way}-seed{seed}",
         data,
-        **training(args, RECOMMENDED, seed=seed, flags=training_flags),
+        **training(args, RECOMMENDED, seed=seed, flags=[*recipe.split(), "--data-path", videos]),
         tasks=tasks,
         metrics={
             "prediction": ["--data-path", test],
@@ -151,8 +151,17 @@ def main():
         model = f"{share:g}"
         if objective != "eqm":
             model += f" --objective {objective}"
-        runs[model] = [make_run(args, share, seed, objective) for seed in args.seeds]
-    lab.run_all(list(itertools.chain.from_iterable(zip(*runs.values(), strict=True))))
+        runs[model] = []
+        for seed in args.seeds:
+            run = make_run(
+                args,
+                share=share,
+                seed=seed,
+                objective=objective,
+            )
+            runs[model].append(run)
+    by_seed = zip(*runs.values(), strict=True)
+    lab.run_all(list(itertools.chain.from_iterable(by_seed)))
     tasks = {}
     for task in TASKS:
         tasks[task] = {}

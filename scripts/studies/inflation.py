@@ -58,7 +58,12 @@ KERNEL = "x_embedder.proj.weight"  # (D, C, pt, p, p), equal for all frames afte
 SPRITES = DATA_SETS["sprites"]
 SHARES = {"scratch": (0.4, 0.6, 1.0), "images": (0.2, 0.4, 0.6, 0.8)}  # of the compute
 TASK = "--num-frames 8 --num-samples 576", ("census",)
-VALID, LOSS = "valid", "val_loss"  # the values in the tables
+SCORE = "valid"
+LOSS = "val_loss"
+PAY_COLUMNS = {
+    "validation loss": lab.Column(LOSS, 1, 3),
+    "valid samples (%)": lab.Column("valid", 100, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,21 @@ class Frames:
     patches: tuple[int, ...]  # frames of a temporal patch; the width must hold its values
 
 
-IMAGES = replace(config_of(FULL), temporal_patch_size=1, num_frames=1)
 DATA = {
     "shapes": Frames(
-        IMAGES, " ".join(map(str, [*BASE, "--precision", lab.PRECISION])), 16, 1000, (2, 4)
+        config=replace(config_of(FULL), temporal_patch_size=1, num_frames=1),
+        flags=f"{BASE} --precision {lab.PRECISION}",
+        num_frames=16,
+        steps=1000,
+        patches=(2, 4),
     ),
-    # a fifth of the compute of HOURS=0.5
-    "sprites": Frames(SPRITES.config, SPRITES.flags, 8, 600, (2,)),
+    "sprites": Frames(
+        config=SPRITES.config,
+        flags=SPRITES.flags,
+        num_frames=8,
+        steps=600,  # a fifth of the compute of HOURS=0.5
+        patches=(2,),
+    ),
 }
 
 
@@ -92,8 +105,11 @@ def common(args, name, seed):
         folder = Path(args.out, "inflation", "moving-shapes")
         data = lab.data_sets(folder, 2 if args.miniature else 60, 2)
         videos, _ = data
-    flags = ["--video", *frames.flags.split(), "--forcing", 0, "--global-seed", seed]
-    flags += ["--val-clips", 256, *size_flags(config), "--data-path", videos]
+    flags = (
+        f"--video {frames.flags} --forcing 0 --global-seed {seed} --val-clips 256 "
+        f"{size_flags(config)}"
+    ).split()
+    flags += ["--data-path", videos]
     if args.compile:
         flags.append("--compile")
     return config, data, flags
@@ -109,7 +125,7 @@ def image_run(args, name, seed):
         steps=2 if args.miniature else DATA[name].steps,
     )
     _, last_step, _ = phases[-1]
-    flags += ["--temporal-patch-size", 1, *phase_flags(phases, 0)]
+    flags += ["--temporal-patch-size", 1, *phase_flags(phases, 0).split()]
     folder = Path(args.out, "inflation", f"{name}-image-seed{seed}")
     return lab.Run(folder, data, training=flags, last_step=last_step), flops
 
@@ -147,11 +163,13 @@ class KernelRun(StartedRun):
         frames = DATA[name].num_frames
         config = replace(config, temporal_patch_size=patch, num_frames=frames)
         batch = TOKENS // math.prod(config.grid(frames))
-        flags += ["--use-rope", "--temporal-patch-size", patch, "--num-frames", frames]
-        flags += ["--max-steps", steps, "--global-batch-size", batch]
+        phase = f"--num-frames {frames} --max-steps {steps} --global-batch-size {batch}"
+        flags += f"--use-rope --temporal-patch-size {patch} {phase}".split()
         if steps == 1:
             flags += ["--lr", 1e-12, "--muon-lr", 1e-12]
-        folder = "-".join(map(str, about.values())).replace("/", "-").replace(" ", "-")
+        folder = "-".join(map(str, about.values()))
+        for character in "/ ":
+            folder = folder.replace(character, "-")
         super().__init__(
             Path(args.out, "inflation", folder),
             data,
@@ -168,10 +186,25 @@ class KernelRun(StartedRun):
         pt = self.about["patch"]
         config = EqMConfig(**state["config"]["model"])
         seconds = state["config"]["data"]["time_scale"]
-        weights, config = inflate(state["ema"], config, pt, pt, THETA, seconds)
-        weights[KERNEL] *= pt * SPREADS[self.about["spread"]](pt)[:, None, None]
+        weights, config = inflate(
+            state["ema"],
+            config,
+            num_frames=pt,
+            temporal_patch_size=pt,
+            rope_theta=THETA,
+            time_scale=seconds,
+        )
+        spread = SPREADS[self.about["spread"]](pt)
+        weights[KERNEL] *= pt * spread[:, None, None]
+        training = state["config"] | {"model": asdict(config)}
+        start = from_elsewhere(
+            training,
+            model=weights,
+            ema=weights,
+            step=0,
+        )
         path = self.folder / "start.pt"
-        save(path, from_elsewhere(state["config"] | {"model": asdict(config)}, weights, weights, 0))
+        save(path, start)
         return ["--ckpt", path]
 
 
@@ -205,7 +238,7 @@ def kernels_markdown(rows):
 
 def is_loss(name):
     """Whether a value of a row is a column: the loss, or its part in a fifth of the gammas."""
-    return name in (LOSS, f"{LOSS}_rel") or name.startswith(f"{LOSS}_gamma")
+    return name in (LOSS, "val_loss_rel") or name.startswith("val_loss_gamma")
 
 
 # Does it pay? -------------------------------------------------------------------------------------
@@ -224,8 +257,8 @@ class PayRun(ScoredTogether, StartedRun):
             steps=max(4, share * steps),
         )
         _, last_step, _ = phases[-1]
-        flags += [*ROTARY.split(), *phase_flags(phases, SPRITES.mix), "--forcing", 0.7]
-        flags += validation_flags(phases)
+        recipe = f"{ROTARY} {phase_flags(phases, SPRITES.mix)} --forcing 0.7"
+        flags += f"{recipe} {validation_flags(phases)}".split()
         if arm == "scratch":
             flags += ["--position-table", "space"]
         words, metrics = TASK
@@ -234,7 +267,7 @@ class PayRun(ScoredTogether, StartedRun):
             data,
             training=flags,
             last_step=last_step,
-            tasks={"samples": ([*words.split(), *common_sampling(args, seed)], metrics)},
+            tasks={"samples": (f"{words} {common_sampling(args, seed)}".split(), metrics)},
             metrics=dict.fromkeys(metrics, ["--data-path", args.data_path]),
             out=Path(args.out, "inflation_pay.json"),
             about={"arm": arm, "share": share, "seed": seed},
@@ -247,8 +280,9 @@ class PayRun(ScoredTogether, StartedRun):
 
     def row(self):
         row = super().row()
-        row[VALID] = row["values"]["samples"][VALID]
-        return row | {"image_flops": self.image_flops}
+        row["valid"] = row["values"]["samples"][SCORE]
+        row["image_flops"] = self.image_flops
+        return row
 
 
 def pay_markdown(rows):
@@ -259,37 +293,27 @@ def pay_markdown(rows):
         "learned frames of the same videos, which is the best case, and the temporal patch is one "
         "frame. Only the runs from scratch have rotary positions in height and width, too.",
     )
-    by_arm = {}  # {(arm, share): {seed: row}}
-    for row in sorted(rows, key=lambda row: (row["arm"] != "scratch", row["share"], row["seed"])):
-        by_arm.setdefault((row["arm"], row["share"]), {})[row["seed"]] = row
+    rows = sorted(rows, key=lambda row: (row["arm"] != "scratch", row["share"], row["seed"]))
     cells = []
-    for (arm, share), seeds in by_arm.items():
-        row = next(iter(seeds.values()))
+    for arm, share in dict.fromkeys((row["arm"], row["share"]) for row in rows):
+        group = lab.rows_with({"arm": arm, "share": share}, rows)
         counted = share
         if arm == "images":
-            counted *= 1 + row["image_flops"] / row["flops"]
-        cells.append(
-            [
-                arm,
-                f"{100 * share:.0f}",
-                f"{100 * counted:.0f}",
-                lab.mean_cell({seed: row[LOSS] for seed, row in seeds.items()}, 3),
-                lab.mean_cell({seed: 100 * row[VALID] for seed, row in seeds.items()}, 1),
-            ]
-        )
-    titles = ["start", "compute (%)", "with the image model (%)"]
-    lines += lab.table([*titles, "validation loss", "valid samples (%)"], cells)
-    for seed, goal in by_arm.get(("scratch", 1.0), {}).items():
-        valid = {}  # {share: value}
-        for share in SHARES["images"]:
-            row = by_arm.get(("images", share), {}).get(seed)
-            if row:
-                valid[share] = row[VALID]
-        if valid:
-            needs = compute_needed(goal[VALID], valid, goal["image_flops"] / goal["flops"])
-            lines.append(
-                f"- Seed {seed}: compute to {100 * goal[VALID]:.1f}% valid samples: {needs}."
-            )
+            counted *= 1 + group[0]["image_flops"] / group[0]["flops"]
+        row = [arm, f"{100 * share:.0f}", f"{100 * counted:.0f}"]
+        for column in PAY_COLUMNS.values():
+            row.append(lab.mean_cell(lab.by_seed(group, {}, column), column.digits))
+        cells.append(row)
+    titles = ["start", "compute (%)", "with the image model (%)", *PAY_COLUMNS]
+    lines += lab.table(titles, cells)
+    for goal in lab.rows_with({"arm": "scratch", "share": 1.0}, rows):
+        seed = goal["seed"]
+        images = lab.rows_with({"arm": "images", "seed": seed}, rows)
+        if images:
+            valid = {row["share"]: row["valid"] for row in images}
+            needs = compute_needed(goal["valid"], valid, goal["image_flops"] / goal["flops"])
+            percent = f"{100 * goal['valid']:.1f}%"
+            lines.append(f"- Seed {seed}: compute to {percent} valid samples: {needs}.")
     return lines
 
 
@@ -336,7 +360,14 @@ def main():
         write = pay_markdown
         runs = []
         for seed, (arm, shares) in itertools.product(args.seeds, SHARES.items()):
-            runs += [PayRun(args, arm, share, seed) for share in shares]
+            for share in shares:
+                run = PayRun(
+                    args,
+                    arm=arm,
+                    share=share,
+                    seed=seed,
+                )
+                runs.append(run)
         lab.run_all(runs)
         score_all(runs)
     out = runs[0].out
@@ -348,7 +379,13 @@ def kernel_runs(args, names):
     later = 2 if args.miniature else LATER
     for steps, seed, name in itertools.product((1, later), args.seeds, names):
         for spread, patch in itertools.product(SPREADS, DATA[name].patches):
-            about = {"data": name, "seed": seed, "patch": patch, "spread": spread, "steps": steps}
+            about = {
+                "data": name,
+                "seed": seed,
+                "patch": patch,
+                "spread": spread,
+                "steps": steps,
+            }
             runs.append(KernelRun(args, about))
     return runs
 

@@ -139,7 +139,7 @@ class Run:
 
     @property
     def is_done(self):
-        return not any(map(self.unscored, self.metrics))
+        return not any(self.unscored(metric) for metric in self.metrics)
 
     def estimate(self):
         """Estimate the seconds for the missing parts."""
@@ -203,21 +203,12 @@ class Run:
     def train(self):
         """Train or resume to the last step. Returns the path of latest.pt. Raises UserError."""
         if self.checkpoint() is None:
-            self.script(
-                "EqM/train.py",
-                *self.training,
-                "--results-dir",
-                self.folder,
-                "--resume",
-                "--log-every",
-                self.last_step,
-                "--sample-every",
-                0,
-                "--ckpt-every",
-                250,
-                "--keep-last",
-                1,
+            flags = (
+                f"--resume --log-every {self.last_step} --sample-every 0 --ckpt-every 250 "
+                "--keep-last 1"
             )
+            words = [*self.training, "--results-dir", self.folder, *flags.split()]
+            self.script("EqM/train.py", *words)
         if self.checkpoint() is None:
             raise UserError(
                 f"{self.folder}: the training was stopped; run the same command to continue"
@@ -228,16 +219,8 @@ class Run:
         for task, (flags, _) in self.tasks.items():
             path = self.path(task)
             if not path.exists():
-                self.script(
-                    "EqM/sample_gd.py",
-                    "--video",
-                    "--ckpt",
-                    ckpt,
-                    "--folder",
-                    path.parent,
-                    "--no-previews",
-                    *flags,
-                )
+                words = ["--ckpt", ckpt, "--folder", path.parent, "--video", "--no-previews"]
+                self.script("EqM/sample_gd.py", *words, *flags)
 
     def score(self):
         score([self])
@@ -313,10 +296,8 @@ def run_all(runs, minutes=math.inf):
                 if is_mine and not run.is_done:
                     seconds = run.estimate()
                     if time.monotonic() + seconds >= end:
-                        say(
-                            f"{run.folder.name} takes about {seconds / 60:.1f} minutes; "
-                            "run again to continue"
-                        )
+                        minutes = f"{seconds / 60:.1f} minutes"
+                        say(f"{run.folder.name} takes about {minutes}; run again to continue")
                         return
                     say(f"{len(waiting)} runs to do; {run.folder.name}")
                     run.run()
@@ -339,7 +320,9 @@ def score(runs):
         folders = [folder for run in runs for folder in run.unscored(metric)]
         if not folders:
             continue
-        name = f"{metric}.json"
+        out = Path(f"{metric}.json")
+        if len(folders) == 1:
+            out = folders[0] / out
         first.script(
             "EqM/evaluate.py",
             "--metric",
@@ -349,7 +332,7 @@ def score(runs):
             "--num-workers",
             0,
             "--out",
-            name if len(folders) > 1 else folders[0] / name,
+            out,
             *flags,
         )
 
@@ -411,9 +394,9 @@ def mean_cell(values, digits):
         return ""
     numbers = values.values()
     mean = f"{statistics.mean(numbers):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+    low = f"{min(numbers):.{digits}f}"
+    high = f"{max(numbers):.{digits}f}"
+    return f"{mean} ({low} to {high})" if len(numbers) > 1 else mean
 
 
 def heading(title, about):
@@ -424,9 +407,11 @@ def heading(title, about):
 def table(titles, rows):
     """Lines of markdown: a table and an empty line."""
     head = " ".join(f"| {title}".strip() for title in titles)
-    lines = [f"{head} |", "|---" * len(titles) + "|"]
+    rule = "|---" * len(titles)
+    lines = [f"{head} |", f"{rule}|"]
     for row in rows:
-        lines.append(f"| {' | '.join(row)} |")
+        cells = " | ".join(row)
+        lines.append(f"| {cells} |")
     return [*lines, ""]
 
 
@@ -474,7 +459,9 @@ def difference(values, pair, what, digits=3):
     if error is None:
         return Difference(f"{text} (one seed, no interval).")
     half = half95(gaps)
-    text += f" (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds"
+    low = f"{mean - half:+.{digits}f}"
+    high = f"{mean + half:+.{digits}f}"
+    text += f" (95% {low} to {high}, {len(gaps)} seeds"
     return Difference(text, mean, student_p(gaps))
 
 
@@ -483,7 +470,8 @@ def student_p(values):
     mean, error = mean_and_error(values)
     if error == 0:
         return float(mean == 0)
-    return float(2 * stdtr(len(values) - 1, -abs(mean) / error))
+    t = abs(mean) / error
+    return float(2 * stdtr(len(values) - 1, -t))
 
 
 def holm(p_values):
@@ -506,14 +494,14 @@ def difference_lines(differences):
     adjusted = iter(holm([one.p for one in differences if one.p is not None]))
     lines = []
     for one in differences:
-        if one.p is None:
-            lines.append(one.text)
-            continue
-        corrected = next(adjusted)
-        verdict = "no significant difference"
-        if corrected <= SIGNIFICANT:
-            verdict = "higher" if one.mean > 0 else "lower"
-        lines.append(f"{one.text}; p {p_text(one.p)}, by Holm {p_text(corrected)}): {verdict}.")
+        line = one.text
+        if one.p is not None:
+            p = next(adjusted)
+            verdict = "no significant difference"
+            if p <= SIGNIFICANT:
+                verdict = "higher" if one.mean > 0 else "lower"
+            line += f"; p {p_text(one.p)}, by Holm {p_text(p)}): {verdict}."
+        lines.append(line)
     return lines
 
 
@@ -530,16 +518,16 @@ def newest_metrics(name, kind):
     return rows
 
 
-def settings_file(name):
-    return Path("results", name, "settings")
-
-
 def read_scores(name, tasks):
     """{task: manifest} of the samples of an experiment of a shell script.
 
     Raises FileNotFoundError.
     """
-    return {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
+    scores = {}
+    for task in tasks:
+        path = Path("samples", f"{name}-{task}.json")
+        scores[task] = json.loads(path.read_text())
+    return scores
 
 
 def read_settings(name):
@@ -547,7 +535,7 @@ def read_settings(name):
 
     Raises FileNotFoundError.
     """
-    words = shlex.split(settings_file(name).read_text())
+    words = shlex.split(Path("results", name, "settings").read_text())
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
@@ -557,7 +545,7 @@ def experiment_made(name, script, score):
 
     Raises FileNotFoundError.
     """
-    settings = settings_file(name).read_text().strip()
+    settings = Path("results", name, "settings").read_text().strip()
     record = made()
     record["command"] = f"EXP={shlex.quote(name)} {settings} bash scripts/{script}"
     record["code"] = score.get("code") or record["code"]
@@ -599,9 +587,13 @@ class ExperimentTable:
             for note in run.get("notes", ()):
                 concerned.setdefault(note, []).append(column)
         for note, titles in concerned.items():
-            about += f" {note}" if titles == columns else f" {'; '.join(titles)}: {note}"
+            if titles != columns:
+                about += f" {'; '.join(titles)}:"
+            about += f" {note}"
         texts = list(map(self.rows_of, runs))
-        rows = [[what, *(text.get(what, "-") for text in texts)] for what in texts[0]]
+        rows = []
+        for what in texts[0]:
+            rows.append([what, *(text.get(what, "-") for text in texts)])
         lines = heading(self.title, about) + table(["", *columns], rows)
         for run, column in zip(runs, columns, strict=True):
             if "command" in run:
@@ -630,7 +622,8 @@ class ExperimentTable:
         titles = set(map(self.column, runs))
         known = read_rows(Path(args.out, f"{self.name}.json"))
         runs += [run for run in known if self.column(run) not in titles]
-        runs.sort(key=lambda run: (run["hours"], run.get("seed", 0), run.get("objective", "")))
+        defaults = {"seed": 0, "objective": ""}
+        runs.sort(key=lambda run: itemgetter("hours", "seed", "objective")(defaults | run))
         write_results(args.out, self.name, self.markdown(runs), runs)
 
 

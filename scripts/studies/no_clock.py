@@ -56,8 +56,11 @@ def estimate_gammas(x, patch):
     Most neighbors have the same color, so their difference is that of two noises of standard
     deviation 1 - gamma, and its median absolute value 0.6745 sqrt(2) times that.
     """
-    medians = [part.diff(dim=-1).abs().median().item() for part in x.split(patch, dim=2)]
-    return [max(0.0, 1 - median / (0.6745 * 2**0.5)) for median in medians]
+    gammas = []
+    for part in x.split(patch, dim=2):
+        median = part.diff(dim=-1).abs().median().item()
+        gammas.append(max(0.0, 1 - median / (0.6745 * 2**0.5)))
+    return gammas
 
 
 def start_of(case, x, is_clean, patch):
@@ -71,12 +74,21 @@ def start_of(case, x, is_clean, patch):
     if method == FAIR:
         gammas = estimate_gammas(x, patch)
         noisy = [gamma for gamma in gammas if gamma <= CLEAN]
-        is_clean = torch.tensor([gamma > CLEAN for gamma in gammas]).repeat_interleave(patch)
-        return x, sum(noisy) / max(1, len(noisy)), is_clean[: x.shape[2]]
+        mean = sum(noisy) / max(1, len(noisy))
+        is_clean = torch.tensor([gamma > CLEAN for gamma in gammas])
+        is_clean = is_clean.repeat_interleave(patch)
+        return x, mean, is_clean[: x.shape[2]]
     *_, gamma = method.split()
     gamma = float(gamma)
-    again = normal(case["seed"], "noised again", 0, range(len(x)), x.shape[1:])
-    return interpolate(x, again, torch.full((len(x),), gamma)), gamma, torch.zeros_like(is_clean)
+    again = normal(
+        case["seed"],
+        purpose="noised again",
+        stream=0,
+        indices=range(len(x)),
+        shape=x.shape[1:],
+    )
+    start = interpolate(x, again, torch.full((len(x),), gamma))
+    return start, gamma, torch.zeros_like(is_clean)
 
 
 def run_method(case, field, x, is_clean, config):
@@ -86,7 +98,13 @@ def run_method(case, field, x, is_clean, config):
     """
     arm = ARMS[METHODS[case["method"]]]
     if arm.descends:
-        x, _ = sample(field, x, "ngd", num_steps=USUAL + 1, step_size=arm.way / USUAL)
+        x, _ = sample(
+            field,
+            x,
+            "ngd",
+            num_steps=USUAL + 1,
+            step_size=arm.way / USUAL,
+        )
         return x
     x, gamma, is_kept = start_of(
         case,
@@ -96,7 +114,8 @@ def run_method(case, field, x, is_clean, config):
     )
     kept = {}
     if is_kept.any():
-        kept = {"given": x, "mask": is_kept.expand(len(x), 1, -1)[..., None, None]}
+        kept["given"] = x
+        kept["mask"] = is_kept.expand(len(x), 1, -1)[..., None, None]
     solver, points = objectives.solver_and_points(arm.way, USUAL)
     x, _ = sample(
         field,
@@ -153,11 +172,23 @@ def measure(case, model, time_scale, real):
     """{name: value} of COLUMNS. case: {part, seed, gamma, method}; real: see `real_clips`."""
     clips, labels, expected = real
     x = PIXELS.encode(clips)
-    is_clean = torch.arange(FRAMES) < (FRAMES // 2 if case["part"] == "noisy half" else 0)
-    noise = normal(case["seed"], "no clock", 0, range(len(x)), x.shape[1:])
-    start = interpolate(x, noise, torch.where(is_clean, 1.0, case["gamma"]).expand(len(x), -1))
-    condition = Condition.of(labels, model.config)
-    field = guided(model, condition, torch.full((len(x),), time_scale), GUIDANCE)
+    num_clean = FRAMES // 2 if case["part"] == "noisy half" else 0
+    is_clean = torch.arange(FRAMES) < num_clean
+    noise = normal(
+        case["seed"],
+        purpose="no clock",
+        stream=0,
+        indices=range(len(x)),
+        shape=x.shape[1:],
+    )
+    gamma = torch.where(is_clean, 1.0, case["gamma"])
+    start = interpolate(x, noise, gamma.expand(len(x), -1))
+    field = guided(
+        model,
+        condition=Condition.of(labels, model.config),
+        time_scale=torch.full((len(x),), time_scale),
+        guidance=GUIDANCE,
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = run_method(
             case,
@@ -171,8 +202,8 @@ def measure(case, model, time_scale, real):
     for video, true in zip(videos.numpy(), expected, strict=True):
         shape = track(video)
         right += shape.direction == true.direction and shape.shape == true.shape
-    error = (videos.permute(0, 4, 1, 2, 3).float() - clips).square().mean().sqrt()
-    return {"both": right / len(clips), "rmse": error.item()}
+    error = videos.permute(0, 4, 1, 2, 3).float() - clips
+    return {"both": right / len(clips), "rmse": error.square().mean().sqrt().item()}
 
 
 def markdown(rows):
@@ -189,8 +220,10 @@ def markdown(rows):
                 about = {"part": part, "method": method}
                 by_gamma = [lab.by_seed(rows, about | {"gamma": gamma}, column) for gamma in gammas]
                 means[method] = mean_over_gammas(by_gamma)
-                values = [*by_gamma, means[method]]
-                cells.append([method, *(lab.mean_cell(seeds, column.digits) for seeds in values)])
+                row = [method]
+                for values in (*by_gamma, means[method]):
+                    row.append(lab.mean_cell(values, column.digits))
+                cells.append(row)
             gap = lab.difference(
                 means, ("eqm", FAIR), what=f"{part}, mean over gamma", digits=column.digits
             )
@@ -218,7 +251,13 @@ def main():
     cases = []
     for seed, (part, gammas) in itertools.product(args.seeds, PARTS.items()):
         for gamma, method in itertools.product(gammas, METHODS):
-            cases.append({"part": part, "seed": seed, "gamma": gamma, "method": method})
+            case = {
+                "part": part,
+                "seed": seed,
+                "gamma": gamma,
+                "method": method,
+            }
+            cases.append(case)
     opened = None
     for case in Bar(cases, desc="no clock", unit="cell"):
         lock = locks / f"{'-'.join(map(str, case.values()))}.lock"

@@ -75,10 +75,10 @@ STOPS = (10, 12, 20, 30)  # descents: evaluations with steps of the usual size
 TRIED_SEEDS = 3  # with LIMITS and STOPS, and with all IDEAS
 SHORT = PATH_LENGTH / 2  # while c(gamma) is 4, a path of 0.25 leads from noise to data
 IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more flags)
-    "no momentum": (PATH_LENGTH, ("--mu", 0)),
-    "half the path length": (SHORT, ()),
-    "half the path length, no momentum": (SHORT, ("--mu", 0)),
-    "Euler steps": ("euler", ()),
+    "no momentum": (PATH_LENGTH, "--mu 0"),
+    "half the path length": (SHORT, ""),
+    "half the path length, no momentum": (SHORT, "--mu 0"),
+    "Euler steps": ("euler", ""),
 }
 BEST = "Euler steps"
 COMPARED = (2, 4, 8, 30)  # evaluations with the best idea
@@ -108,20 +108,23 @@ def solver_and_points(way, evaluations):
 
 
 def sampling(way, evaluations):
-    """Flags of sample_gd.py for so many evaluations of a solver, or of a path of this length."""
+    """Flags of sample_gd.py, as text, for so many evaluations.
+
+    way: a solver, or the path length of a descent.
+    """
     if isinstance(way, str):
         solver, points = solver_and_points(way, evaluations)
-        return ["--sampler", solver, "--num-sampling-steps", points]
-    flags = ["--sampler", "ngd", "--num-sampling-steps", evaluations + 1]
-    return [*flags, "--stepsize", f"{way / evaluations:.4g}"]
+        return f"--sampler {solver} --num-sampling-steps {points}"
+    step_size = way / evaluations
+    return f"--sampler ngd --num-sampling-steps {evaluations + 1} --stepsize {step_size:.4g}"
 
 
 def make_task(
-    way, evaluations, count, *more, num_frames=16, guidance=GUIDANCE, metrics=("motion",)
+    way, evaluations, count, more="", num_frames=16, guidance=GUIDANCE, metrics=("motion",)
 ):
-    """(flags of sample_gd.py, metrics) of `count` clips."""
-    flags = ["--num-frames", num_frames, "--num-samples", count, "--cfg-scale", guidance]
-    return [*flags, *sampling(way, evaluations), *more], metrics
+    """(flags of sample_gd.py, metrics) of `count` clips. more: flags that override others."""
+    clips = f"--num-frames {num_frames} --num-samples {count} --cfg-scale {guidance}"
+    return f"{clips} {sampling(way, evaluations)} {more}".split(), metrics
 
 
 def make_tasks(arm, seed, clips, fewer):
@@ -136,14 +139,19 @@ def make_tasks(arm, seed, clips, fewer):
     for count in COUNTS if seed < COUNTS_SEEDS else ():
         if count != USUAL:
             tasks[f"{count} evaluations"] = make_task(arm.way, count, fewer)
-        tasks[f"{count} evaluations, no guidance"] = make_task(arm.way, count, fewer, guidance=1)
+        tasks[f"{count} evaluations, no guidance"] = make_task(
+            arm.way,
+            evaluations=count,
+            count=fewer,
+            guidance=1,
+        )
     if arm.descends and seed < TRIED_SEEDS:
         for limit in LIMITS:
-            flags = ["--num-sampling-steps", 2 * USUAL + 1, "--stop-below", limit]
-            tasks[f"until the field is below {limit:g}"] = usual(fewer, *flags)
+            flags = f"--num-sampling-steps {2 * USUAL + 1} --stop-below {limit}"
+            tasks[f"until the field is below {limit:g}"] = usual(fewer, flags)
         for count in STOPS:
-            flags = ["--num-sampling-steps", count + 1]
-            tasks[f"{count} steps of the usual size"] = usual(fewer, *flags)
+            flags = f"--num-sampling-steps {count + 1}"
+            tasks[f"{count} steps of the usual size"] = usual(fewer, flags)
     return tasks
 
 
@@ -160,17 +168,27 @@ class ObjectiveRun(lab.JsonRun):
         size = size_of(args)
         data = data_sets(args)
         videos, test = data
-        about = {"objective": name, "shift": arm.shift, "way": arm.way, "seed": seed}
+        about = {
+            "objective": name,
+            "shift": arm.shift,
+            "way": arm.way,
+            "seed": seed,
+        }
         if args.miniature:
             about["size"] = size.name
         flags = [*arm.flags.split(), "--gamma-shift", arm.shift, "--data-path", videos]
-        common = ["--seed", seed, "--precision", lab.PRECISION, "--batch-size", 32]
+        common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
         count = ["--num-real", size.clips]
         super().__init__(
             Path(args.out, "objectives", "-".join(map(str, about.values()))),
             data,
-            **training(args, RECOMMENDED, seed, flags),
-            tasks={task: ([*words, *common], metrics) for task, (words, metrics) in tasks.items()},
+            **training(
+                args,
+                arm=RECOMMENDED,
+                seed=seed,
+                flags=flags,
+            ),
+            tasks={task: (words + common, metrics) for task, (words, metrics) in tasks.items()},
             metrics={
                 "motion": ["--data-path", test, "--split", "all", *count],
                 "nearest": ["--data-path", videos, *count],
@@ -204,7 +222,12 @@ def tuning_run(args, name, shift):
     tasks = {str(way): make_task(way, USUAL, count) for way in arm.tuned_ways}
     for scale in SCALES if shift == arm.shift else ():
         if scale != GUIDANCE:
-            tasks[guidance_task(arm, scale)] = make_task(arm.way, USUAL, count, guidance=scale)
+            tasks[guidance_task(arm, scale)] = make_task(
+                arm.way,
+                evaluations=USUAL,
+                count=count,
+                guidance=scale,
+            )
     return ObjectiveRun(
         args,
         name=name,
@@ -228,8 +251,13 @@ def few_run(args, seed):
         is_tried = seed < TRIED_SEEDS and count in TRIED_COUNTS
         for idea, (way, flags) in IDEAS.items():
             if is_tried or idea == BEST:
-                task = make_task(way, count, clips, *flags, guidance=guidance)
-                tasks[f"{name}, {idea}"] = task
+                tasks[f"{name}, {idea}"] = make_task(
+                    way,
+                    evaluations=count,
+                    count=clips,
+                    more=flags,
+                    guidance=guidance,
+                )
     return ObjectiveRun(
         args,
         name="eqm",
@@ -258,7 +286,11 @@ def collect(rows, task, column):
     """{name of an arm: {seed: value}} of a task, for models with the settings of today."""
     values = {}
     for name, arm in ARMS.items():
-        about = {"objective": name, "shift": arm.shift, "way": arm.way}
+        about = {
+            "objective": name,
+            "shift": arm.shift,
+            "way": arm.way,
+        }
         numbers = lab.by_seed(rows, about, replace(column, task=task))
         if numbers:
             values[name] = numbers
@@ -276,7 +308,8 @@ def tuning_markdown(rows):
         cells = []
         for row in sorted(lab.rows_with({"objective": name}, rows), key=itemgetter("shift")):
             both = partial(both_right, row["values"])
-            cells.append([f"{row['shift']:g}", *map(both, map(str, arm.tuned_ways))])
+            right = [both(str(way)) for way in arm.tuned_ways]
+            cells.append([f"{row['shift']:g}", *right])
             if row["shift"] == arm.shift:
                 scaled = [both(guidance_task(arm, scale)) for scale in SCALES]
                 guided.append([name, *scaled])

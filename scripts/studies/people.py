@@ -43,15 +43,14 @@ def read_run(name):
     results = {task: manifest["result"] for task, manifest in scores.items()}
     kept = re.compile(r"samples_per_clip|clips|interval_units|(psnr|ssim)(?!.*by_frame)")
     for task in PREDICTIONS:
-        run[task] = {key: value for key, value in results[task].items() if kept.match(key)}
-    judged = results["classifier"]
+        result = results[task]
+        run[task] = {key: result[key] for key in result if kept.match(key)}
+    classified = results["classifier"]
+    kept = "clips", "right", "share", "interval95", "static"
     for kind in ("real", "samples"):
-        run[f"classifier_{kind}"] = {
-            key: judged[kind][key]
-            for key in ("clips", "right", "share", "interval95", "static")
-            if key in judged[kind]
-        }
-    run["interval_units"] = judged.get("interval_units")
+        result = classified[kind]
+        run[f"classifier_{kind}"] = {key: result[key] for key in kept if key in result}
+    run["interval_units"] = classified.get("interval_units")
     run["nearest"] = dict(scores["nearest"]["values"])
     for key in ("rmse_ratio_interval95", "interval_units"):
         run["nearest"][key] = results["nearest"].get(key)
@@ -62,8 +61,12 @@ def share(part):
     text = f"{part['right']} of {part['clips']}, {part['share']:.1%}"
     if part["interval95"] is None:
         return text
-    low, high = part["interval95"]
-    return f"{text} ({100 * low:.1f} - {100 * high:.1f})"
+    low, high = (f"{100 * end:.1f}" for end in part["interval95"])
+    return f"{text} ({low} - {high})"
+
+
+def number(result, name):
+    return f"{result[name]:.2f}"
 
 
 def rows_of(run):
@@ -86,10 +89,10 @@ def rows_of(run):
             four = run[f"4of16{end}"]
             what = f"4 of 16 given, {words} (dB){kept}"
             count = four["samples_per_clip"]
-            rows[f"{what}: mean of {count}"] = f"{four[value]:.2f}"
-            rows[f"{what}: best of {count}"] = f"{four[f'{value}_best']:.2f}"
-            rows[f"{what}: average of {count}"] = f"{four[f'{value}_average']:.2f}"
-        rows[f"4 of 16 given, {words} of repeating (dB)"] = f"{four[f'{value}_repeated']:.2f}"
+            rows[f"{what}: mean of {count}"] = number(four, value)
+            rows[f"{what}: best of {count}"] = number(four, f"{value}_best")
+            rows[f"{what}: average of {count}"] = number(four, f"{value}_average")
+        rows[f"4 of 16 given, {words} of repeating (dB)"] = number(four, f"{value}_repeated")
     nearest = run["nearest"]
     samples = run["classifier_samples"]
     return rows | {

@@ -138,14 +138,13 @@ DATA_SETS = {
     "bouncing": DataSet(
         title="Bouncing shapes",
         config=config_of(FULL),
-        flags=f"{' '.join(map(str, BASE))} --precision {lab.PRECISION} --forcing 0.75{INTERVALS}",
+        flags=f"{BASE} --precision {lab.PRECISION} --forcing 0.75{INTERVALS}",
         steps=int(1.6 * FULL.steps),
         phases=((8, 1 / 3), (16, 2 / 3)),
         mix=0,
         tasks={
             LONG: (
-                "--num-frames 256 --window 16 --overlap 8 --num-samples 96 "
-                f"{' '.join(map(str, sampling_flags(FULL)))}",
+                f"--num-frames 256 --window 16 --overlap 8 --num-samples 96 {sampling_flags(FULL)}",
                 ("motion", "consistency"),
             )
         },
@@ -166,21 +165,16 @@ DATA_SETS = {
 
 
 def size_flags(config):
-    """The flags of train.py for the depth and width of a model."""
-    return [
-        "--depth",
-        config.depth,
-        "--hidden-size",
-        config.hidden_size,
-        "--num-heads",
-        config.num_heads,
-    ]
+    """The flags of train.py for the depth and width of a model, as text."""
+    return (
+        f"--depth {config.depth} --hidden-size {config.hidden_size} --num-heads {config.num_heads}"
+    )
 
 
 def common_sampling(args, seed):
-    """The flags of sample_gd.py that all tasks share."""
-    flags = ["--precision", lab.PRECISION, "--batch-size", 16, "--seed", seed]
-    return flags + TINY_SAMPLES.split() * args.miniature
+    """The flags of sample_gd.py that all tasks share, as text."""
+    flags = f"--precision {lab.PRECISION} --batch-size 16 --seed {seed}"
+    return f"{flags} {TINY_SAMPLES}" if args.miniature else flags
 
 
 class ScoredTogether(lab.JsonRun):
@@ -232,10 +226,11 @@ class PositionsRun(ScoredTogether):
             steps=4 if args.miniature else data_set.steps,
         )
         _, last_step, _ = phases[-1]
-        flags = ["--video", *data_set.flags.split(), *POSITIONS[positions].split()]
-        flags += [*phase_flags(phases, mix), "--val-clips", 64, *size_flags(config)]
-        flags += ["--data-path", args.latents or videos, "--global-seed", seed]
-        flags += validation_flags(phases)
+        flags = (
+            f"--video {data_set.flags} {POSITIONS[positions]} {phase_flags(phases, mix)} "
+            f"--val-clips 64 {size_flags(config)} --global-seed {seed} {validation_flags(phases)}"
+        ).split()
+        flags += ["--data-path", args.latents or videos]
         if args.compile:
             flags.append("--compile")
         given = ["--given", scored, "--given-split", "val", "--no-keep-background"]
@@ -244,7 +239,7 @@ class PositionsRun(ScoredTogether):
             sampling = words.split()
             if "--given-frames" in sampling:
                 sampling += given
-            tasks[task] = ([*sampling, *common_sampling(args, seed)], metrics)
+            tasks[task] = ([*sampling, *common_sampling(args, seed).split()], metrics)
         metrics = dict(data_set.metrics)
         if args.miniature:
             metrics["classifier"] = "--classifier-steps 1"

@@ -44,7 +44,13 @@ ROTARY = "16 rotary"
 TABLE = "16 table"
 MOVING = "16 moving"
 CURRICULA = "4-8-16", "4-8-16 mix", "4-8-16 table", "4-8-16 table mix", "4-8-16 moving"
-PAIRS_A = (TABLE, FIXED), (MOVING, FIXED), (ROTARY, FIXED), (TABLE, ROTARY), (MOVING, TABLE)
+PAIRS_A = (
+    (TABLE, FIXED),
+    (MOVING, FIXED),
+    (ROTARY, FIXED),
+    (TABLE, ROTARY),
+    (MOVING, TABLE),
+)
 PAIRS_B = (
     ("4-8-16 table", "4-8-16"),
     ("4-8-16 table mix", "4-8-16 mix"),
@@ -125,8 +131,9 @@ def ratio(what, ratios):
     if error is None:
         return Difference(f"{text}).")
     half = half95(logs)
-    text = f"{text}; 95% {math.exp(mean - half):.2f} to {math.exp(mean + half):.2f}"
-    return Difference(text, mean, student_p(logs))
+    low = math.exp(mean - half)
+    high = math.exp(mean + half)
+    return Difference(f"{text}; 95% {low:.2f} to {high:.2f}", mean, student_p(logs))
 
 
 def spread_cell(values, digits=3, unit=1):
@@ -387,7 +394,7 @@ def write_report(study):
         f"- **Compute**: every step has {TOKENS} tokens. 100% compute is {flops / 1e12:.3g} TFLOP: "
         f"{size.steps} steps of 8 clips of 16 frames. The learning rate decays to zero at the end "
         "of each run.",
-        f"- **Flags of all arms**: `{' '.join(map(str, BASE))}`.",
+        f"- **Flags of all arms**: `{BASE}`.",
         "- **Positions**: *fixed* is the default. *rotary* adds `--use-rope --rope-theta 100`. "
         "*table* also adds `--position-table space`. *moving* also adds `--rope-speed 0.5`, about "
         "the speed of all shapes (0.51 patches per temporal patch). *4-8-16* without one of these "

@@ -37,12 +37,14 @@ class QuickstartRun(lab.Run):
         count, test_count = (2, 2) if self.tiny else (60, 8)
         data = lab.data_sets(root / "moving-shapes", count, test_count)
         self.videos, test = data
-        flags = ["--num-samples", clips, "--precision", lab.PRECISION]
-        flags += ["--seed", seed, "--num-frames"]
+        flags = f"--num-samples {clips} --precision {lab.PRECISION} --seed {seed} --num-frames"
         super().__init__(
             root / f"seed{seed}",
             data,
-            tasks={f"samples-f{frames}": ([*flags, frames], ("motion",)) for frames in LENGTHS},
+            tasks={
+                f"samples-f{frames}": (f"{flags} {frames}".split(), ("motion",))
+                for frames in LENGTHS
+            },
             metrics={
                 "motion": ["--data-path", test, "--split", "all", "--num-real", min(96, clips)]
             },
@@ -74,7 +76,8 @@ def markdown(content):
         for row in content["rows"]:
             values = row[title]
             numbers = [min(values), statistics.median(values), *values]
-            cells.append([str(row["frames"]), *(f"{number:.1f}" for number in numbers)])
+            texts = [f"{number:.1f}" for number in numbers]
+            cells.append([str(row["frames"]), *texts])
         lines += lab.table(["frames", f"lowest {title}", "median", *seeds], cells)
     return lines
 
@@ -87,8 +90,9 @@ def main():
     args = parse_args()
     runs = [QuickstartRun(args, seed) for seed in args.seeds]
     lab.run_all(runs)
-    tasks = zip(LENGTHS, runs[0].tasks, strict=True)
-    rows = [{"frames": frames} | lab.collect(runs, task, COLUMNS) for frames, task in tasks]
+    rows = []
+    for frames, task in zip(LENGTHS, runs[0].tasks, strict=True):
+        rows.append({"frames": frames} | lab.collect(runs, task, COLUMNS))
     content = {"seeds": args.seeds, "clips": CLIPS, "rows": rows}
     lab.write_results(args.out, "seeds", markdown(content), content)
 

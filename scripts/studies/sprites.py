@@ -84,8 +84,8 @@ def percent(result, name):
     text = f"{100 * result[name]:.1f}"
     if result[f"{name}_interval95"] is None:
         return text
-    low, high = result[f"{name}_interval95"]
-    return f"{text} ({100 * low:.1f} to {100 * high:.1f})"
+    low, high = (f"{100 * end:.1f}" for end in result[f"{name}_interval95"])
+    return f"{text} ({low} to {high})"
 
 
 def rows_of(run):

@@ -114,8 +114,11 @@ def write_rows(path, rows):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
-        values = [row[name] for name in COLUMNS]
-        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
+        cells = []
+        for name in COLUMNS:
+            value = row[name]
+            cells.append(f"{value:.6g}" if isinstance(value, float) else value)
+        writer.writerow(cells)
     lab.write_file(path, text.getvalue().encode())
 
 
@@ -189,7 +192,12 @@ class StudyRun(lab.Run):
         pace = [arm.pace] if arm.pace else []
         # everything that determines the rows
         about = [
-            arms.recipe_flags(arm, seed, share, size),
+            arms.recipe_flags(
+                arm,
+                seed=seed,
+                share=share,
+                size=size,
+            ),
             size.videos,
             size.clips,
             size.points,
@@ -199,8 +207,10 @@ class StudyRun(lab.Run):
         ]
         self.recipe = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         data = study.folder / "-".join(["moving-shapes", *pace])
-        sampling = ["--num-samples", size.clips, "--seed", seed, "--time-scale", SECONDS_PER_FRAME]
-        sampling += [*arms.sampling_flags(size), "--num-frames"]
+        sampling = (
+            f"--num-samples {size.clips} --seed {seed} --time-scale {SECONDS_PER_FRAME} "
+            f"{arms.sampling_flags(size)} --num-frames"
+        )
         name = f"{arm.name}-seed{seed}-compute{share:g}-{self.recipe}"
         super().__init__(
             study.folder / name.replace(" ", "-"),
@@ -212,7 +222,10 @@ class StudyRun(lab.Run):
                 flags=["--data-path", data],
                 share=share,
             ),
-            tasks={f"{frames} frames": ([*sampling, frames], METRICS) for frames in self.lengths},
+            tasks={
+                f"{frames} frames": (f"{sampling} {frames}".split(), METRICS)
+                for frames in self.lengths
+            },
             metrics=dict.fromkeys(METRICS, ["--data-path", data, "--num-real", size.clips]),
         )
 
@@ -316,10 +329,8 @@ def print_status(study):
     for arm in dict.fromkeys(run.arm for run in study.runs):
         runs = [run for run in study.runs if run.arm == arm]
         hours = [hours_left[run] for run in runs if run in hours_left]
-        say(
-            f"{arm.name:<28} {arm.questions:<9} {len(runs) - len(hours):>4} / {len(runs):<2} "
-            f"{sum(hours):>10.2f}"
-        )
+        done = f"{len(runs) - len(hours):>4} / {len(runs):<2}"
+        say(f"{arm.name:<28} {arm.questions:<9} {done} {sum(hours):>10.2f}")
     say(f"{len(study.runs)} runs, {sum(hours_left.values()):.1f} hours left")
 
 
