@@ -40,10 +40,18 @@ SPEEDS = {
     f"speed {speed}": f"{TABLE} --rope-speed {speed or '1e-9'}" for speed in (0, 0.25, 0.5, 1, 2)
 }
 MOVING = SPEEDS["speed 0.5"]
-POSITIONS = {"fixed": "", "rotary": ROTARY, "table": TABLE, "moving": MOVING}
+POSITIONS = {
+    "fixed": "",
+    "rotary": ROTARY,
+    "table": TABLE,
+    "moving": MOVING,
+}
 INTERVALS = " --frame-interval 1 2"
 LENGTHS = (16, 24, 32)
-CURRICULUM = {"phases": ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3)), "lengths": LENGTHS}
+CURRICULUM = {
+    "phases": ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3)),
+    "lengths": LENGTHS,
+}
 SHARES = (0.4, 0.6)  # "16 table" has 1.6 instead, because it does not learn the motion at 1.0
 SHARE_SEEDS = 3
 

@@ -56,7 +56,10 @@ LATER = 300  # steps after which kernels are compared again
 THETA = float(ROTARY.split()[-1])  # of time, as in the other studies
 KERNEL = "x_embedder.proj.weight"  # (D, C, pt, p, p), equal for all frames after `inflate`
 SPRITES = DATA_SETS["sprites"]
-SHARES = {"scratch": (0.4, 0.6, 1.0), "images": (0.2, 0.4, 0.6, 0.8)}  # of the compute
+SHARES = {  # of the compute
+    "scratch": (0.4, 0.6, 1.0),
+    "images": (0.2, 0.4, 0.6, 0.8),
+}
 TASK = "--num-frames 8 --num-samples 576", ("census",)
 SCORE = "valid"
 LOSS = "val_loss"

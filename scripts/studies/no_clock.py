@@ -39,10 +39,17 @@ from vae import VAE
 PIXELS = VAE("none")
 FRAMES = 16  # of a clip
 AGAIN = (0.2, 0.4, 0.6, 0.8)  # gammas to which flow adds noise to a noisy clip
-PARTS = {"noisy clips": (0.2, 0.4, 0.6, 0.8), "noisy half": (0.0, 0.3, 0.6)}  # and their gammas
+PARTS = {  # and their gammas
+    "noisy clips": (0.2, 0.4, 0.6, 0.8),
+    "noisy half": (0.0, 0.3, 0.6),
+}
 CLEAN = 0.95  # patches with a higher estimate count as clean
 FAIR = "flow, estimated"  # the fair baseline that we expect to be best
-METHODS = {"eqm": "eqm", "flow, told": "flow", FAIR: "flow"}  # {method: objective}
+METHODS = {  # {method: objective}
+    "eqm": "eqm",
+    "flow, told": "flow",
+    FAIR: "flow",
+}
 METHODS |= {f"flow, noised again to {gamma}": "flow" for gamma in AGAIN}
 COLUMNS = {
     "both right (%)": lab.Column("both", 100, 1),

@@ -70,8 +70,8 @@ SCALES = (1, GUIDANCE, 2, 3)  # of guidance: does the usual one favor an objecti
 COUNTS = (2, 4, 8, 15, 30)  # evaluations
 USUAL = 15
 COUNTS_SEEDS = 6  # with other numbers of evaluations
-LIMITS = (0.5, 1, 2)  # descents: --stop-below
-STOPS = (10, 12, 20, 30)  # descents: evaluations with steps of the usual size
+LIMITS = (0.5, 1, 2)  # --stop-below of descents
+STOPS = (10, 12, 20, 30)  # evaluations of descents with steps of the usual size
 TRIED_SEEDS = 3  # with LIMITS and STOPS, and with all IDEAS
 SHORT = PATH_LENGTH / 2  # while c(gamma) is 4, a path of 0.25 leads from noise to data
 IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more flags)
@@ -94,7 +94,10 @@ COLUMNS = {  # of MAIN
 }
 EVALUATIONS = lab.Column("evaluations", 1, 1)
 PRIMARY = ("eqm", "flow")  # this pair is compared in all tasks
-COMPARISONS = {PRIMARY: tuple(COLUMNS), ("eqm", "blind"): (BOTH,)}  # of MAIN, fixed in advance
+COMPARISONS = {  # of MAIN, fixed in advance
+    PRIMARY: tuple(COLUMNS),
+    ("eqm", "blind"): (BOTH,),
+}
 
 
 def solver_and_points(way, evaluations):
@@ -176,7 +179,8 @@ class ObjectiveRun(lab.JsonRun):
         }
         if args.miniature:
             about["size"] = size.name
-        flags = [*arm.flags.split(), "--gamma-shift", arm.shift, "--data-path", videos]
+        flags = f"{arm.flags} --gamma-shift {arm.shift}".split()
+        flags += ["--data-path", videos]
         common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
         count = ["--num-real", size.clips]
         super().__init__(
@@ -313,8 +317,10 @@ def tuning_markdown(rows):
             if row["shift"] == arm.shift:
                 scaled = [both(guidance_task(arm, scale)) for scale in SCALES]
                 guided.append([name, *scaled])
-        ways = [way if isinstance(way, str) else f"path length {way:g}" for way in arm.tuned_ways]
-        lines += [f"## {name}", "", *lab.table(["training shift", *ways], cells)]
+        titles = ["training shift"]
+        for way in arm.tuned_ways:
+            titles.append(way if isinstance(way, str) else f"path length {way:g}")
+        lines += [f"## {name}", "", *lab.table(titles, cells)]
     guidance = lab.table(["", *map(str, SCALES)], guided)
     return [*lines, "## Guidance, after the choice", "", *guidance]
 
@@ -329,14 +335,15 @@ def few_markdown(main_rows, rows):
     values = {}  # {task: {row of the table: {seed: value}}}
     for task in few_cases():
         main = collect(main_rows, task, BOTH_RIGHT)
-        values[task] = {"usual descent": main.get(first), "flow, Euler steps": main.get(second)}
+        values[task] = {"usual descent": main.get(first), "flow, Euler steps": main.get(second, {})}
         for idea in IDEAS:
             values[task][idea] = collect(rows, f"{task}, {idea}", BOTH_RIGHT).get(first)
     differences = []
     for idea, task in itertools.product(IDEAS, values):
-        if values[task][idea]:
-            pair = {first: values[task][idea], second: values[task]["flow, Euler steps"]}
-            differences.append(lab.difference(pair, PRIMARY, what=f"{task}, {idea}", digits=2))
+        tried = values[task][idea]
+        if tried:
+            both = {first: tried, second: values[task]["flow, Euler steps"]}
+            differences.append(lab.difference(both, PRIMARY, what=f"{task}, {idea}", digits=2))
     lines = lab.heading(
         "Few evaluations",
         "`scripts/studies/objectives.py --few` wrote this table: eqm with few evaluations, the "
