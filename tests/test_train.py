@@ -243,7 +243,8 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
     is_dropped = uniform(3, "label drop", 5, indices) < transport.condition_dropout(gamma, 0.5)
     assert is_dropped.any() and not is_dropped.all()
     ((x_gamma, y_seen, time_scales, return_features),) = calls
-    assert torch.equal(x_gamma, transport.interpolate(x, noise, gamma))
+    level = gamma.reshape(B, 1, -1, *gamma.shape[2:] or (1, 1))
+    assert torch.equal(x_gamma, level * x + (1 - level) * noise)
     assert torch.equal(y_seen, torch.where(is_dropped, 2, y))
     assert time_scales.tolist() == pytest.approx([0.08] * B)
     assert return_features == disp
