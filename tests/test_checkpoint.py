@@ -3,9 +3,9 @@ the flag.
 """
 
 import concurrent.futures
-import copy
 import errno
 import functools
+import itertools
 import os
 import pickle
 import re
@@ -19,8 +19,7 @@ import torch
 
 import checkpoint
 import tiny_data
-from models import EqM, model_config
-from optim import make_optimizers
+from models import model_config
 from runtime import runs
 from runtime.atomic import link
 from tiny_data import flip_bit
@@ -44,11 +43,8 @@ def make_state(settings=(), **changes):
     """The dict of a checkpoint with random weights, always the same; changes replace its parts."""
     state = tiny_data.make_state(70, **SETTINGS | dict(settings))
     generator = torch.Generator().manual_seed(1)
-    for part in ("model", "ema"):
-        state[part] = {
-            name: torch.randn(value.shape, generator=generator)
-            for name, value in state[part].items()
-        }
+    for weight in [*state["model"].values(), *state["ema"].values()]:
+        weight.normal_(generator=generator)
     return state | changes
 
 
@@ -80,10 +76,8 @@ def test_a_full_disk_names_what_a_checkpoint_needs_and_what_is_free(tmp_path, mo
     monkeypatch.setattr("torch.save", full_disk)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
     message = error_of(checkpoint.save, tmp_path / "a.pt", make_state())
-    match = re.search(
-        r"has 0.123 MB free, the file needs ([0-9.]+) MB\); free some space there$", message
-    )
-    assert match and float(match[1]) == pytest.approx(size, rel=0.1)
+    pattern = r"has 0.123 MB free, the file needs ([0-9.]+) MB\); free some space there$"
+    assert float(re.search(pattern, message)[1]) == pytest.approx(size, rel=0.1)
     large = {"model": torch.empty(2**31, dtype=torch.int8, device="meta")}
     assert "the file needs 2.1 GB" in error_of(checkpoint.save, tmp_path / "b.pt", large)
 
@@ -105,7 +99,8 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
         with monkeypatch.context() as patch:
             patch.setattr(where, failure)
             message = error_of(checkpoint.save, tmp_path / name, make_state(step=2))
-        assert str(tmp_path / name) in message and reason in message
+        assert str(tmp_path / name) in message
+        assert reason in message
         assert names(tmp_path) == ["latest.pt"]
         assert (tmp_path / "latest.pt").read_bytes() == before
 
@@ -146,10 +141,8 @@ def test_a_link_is_the_newest_checkpoint_under_a_second_name(tmp_path, monkeypat
     assert names(tmp_path) == ["0000001.pt", "0000002.pt", "latest.pt"]
     assert (tmp_path / "latest.pt").samefile(tmp_path / "0000002.pt") == hard_links
     checkpoint.save(tmp_path / "0000002.pt", make_state(step=3))  # leaves its second name alone
-    assert [checkpoint.load(tmp_path / name)["step"] for name in ("0000001.pt", "latest.pt")] == [
-        1,
-        2,
-    ]
+    assert checkpoint.load(tmp_path / "0000001.pt")["step"] == 1
+    assert checkpoint.load(tmp_path / "latest.pt")["step"] == 2
 
 
 # Saving in a thread -------------------------------------------------------------------------------
@@ -168,11 +161,13 @@ def writer(tmp_path):
 def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(writer, monkeypatch):
     begin = threading.Event()
     save = torch.save
-    monkeypatch.setattr(
-        torch, "save", lambda *arguments: begin.wait(60) and save(*arguments)
-    )  # a slow disk
+
+    def save_later(state, file):
+        begin.wait(60)
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", save_later)  # a slow disk
     state = make_state(step=7)
-    before = copy.deepcopy(make_state(step=7))
     writer.write(state, [], nothing, nothing)
     for weight in state["model"].values():
         weight.add_(1)
@@ -180,21 +175,25 @@ def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(writer, monkeypatc
     assert not writer.path.exists()
     begin.set()
     writer.wait()
-    assert differences(before, torch.load(writer.path, weights_only=True)) == []
+    assert differences(make_state(step=7), checkpoint.load(writer.path)) == []
 
 
 def test_checkpoints_are_written_one_at_a_time_from_the_same_memory(writer):
-    done = []
-    places = []
+    events = []
+    memory = []
     for step in (1, 2):
-        begin, end = (functools.partial(done.append, f"{word} {step}") for word in ("begin", "end"))
-        writer.write(make_state(step=step), ["best.pt", f"{step:07d}.pt"], begin, end)
-        places.append({place: tensor.data_ptr() for place, tensor in writer.copies.items()})
+        writer.write(
+            make_state(step=step),
+            ["best.pt", f"{step:07d}.pt"],
+            before=functools.partial(events.append, f"begin {step}"),
+            after=functools.partial(events.append, f"end {step}"),
+        )
+        memory.append({name: tensor.data_ptr() for name, tensor in writer.copies.items()})
     writer.wait()
-    assert done == ["begin 1", "end 1", "begin 2", "end 2"]
+    assert events == ["begin 1", "end 1", "begin 2", "end 2"]
     steps = {path.name: checkpoint.load(path)["step"] for path in writer.path.parent.iterdir()}
     assert steps == {"latest.pt": 2, "best.pt": 2, "0000001.pt": 1, "0000002.pt": 2}
-    assert places[0] == places[1]
+    assert memory[0] == memory[1]
 
 
 def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
@@ -203,12 +202,10 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
     monkeypatch.setattr(torch, "save", full_disk)
     writer.write(make_state(step=2), ["best.pt"], nothing, nothing)
     concurrent.futures.wait([writer.writing])
-    for call in (
-        writer.check,
-        writer.wait,
-        lambda: writer.write(make_state(step=3), [], nothing, nothing),
-    ):
-        assert "No space left on device" in error_of(call)
+    assert "No space left on device" in error_of(writer.check)
+    assert "No space left on device" in error_of(writer.wait)
+    write = functools.partial(writer.write, make_state(step=3), [], nothing, nothing)
+    assert "No space left on device" in error_of(write)
     assert names(writer.path.parent) == ["latest.pt"]
     assert checkpoint.load(writer.path)["step"] == 1
 
@@ -223,20 +220,18 @@ def test_missing_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, 
     assert "no such file" in load_refusal(path)
     assert "a folder without" in load_refusal(tmp_path)
     checkpoint.save(path, state)
-    odd.write_bytes(whole := path.read_bytes())
+    whole = path.read_bytes()
+    odd.write_bytes(whole)
     assert "a UTF-8 name" in load_refusal(odd)
     contents = [whole[: int(share * len(whole))] for share in (0.0, 0.001, 0.5, 0.9999)]
-    for content in (
-        *contents,
-        b'{"model": 1}',
-        b"\x89PNG\r\n\x1a\n" + bytes(100),
-        pickle.dumps({"model": 1}),
-    ):
+    contents += [b'{"model": 1}', b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"model": 1})]
+    for content in contents:
         path.write_bytes(content)
         load_refusal(path)
-    parts = ("version", "config", "model", "ema", "step")
-    lacking = [{name: value for name, value in state.items() if name != part} for part in parts]
-    for other in ({"state_dict": {}}, [1, 2], torch.zeros(3), *lacking):
+    others = [{"state_dict": {}}, [1, 2], torch.zeros(3)]
+    for part in ("version", "config", "model", "ema", "step"):
+        others.append({name: value for name, value in state.items() if name != part})
+    for other in others:
         torch.save(other, path)
         assert "not a checkpoint of this project" in load_refusal(path)
     torch.save(state | {"version": 2}, path)
@@ -256,10 +251,8 @@ def save_damaged(path, part, **changes):
     optimizer = {"kind": "adamw", "states": [{"state": {0: {"exp_avg": memory}}}]}
     state = make_state(optimizer=optimizer, run={"window": {"rows": rows}}, **changes)
     checkpoint.save(path, state)
-    tensors = {"optimizer": memory, "run": rows} | {
-        name: state[name][WEIGHT] for name in ("model", "ema")
-    }
-    flip_bit(path, tensors[part])
+    tensors = {"optimizer": memory, "run": rows}
+    flip_bit(path, tensors[part] if part in tensors else state[part][WEIGHT])
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer", "run"])
@@ -267,91 +260,72 @@ def test_only_readers_of_a_damaged_part_refuse_the_file(tmp_path, part):
     path = tmp_path / "best.pt"
     save_damaged(path, part)
     assert "damaged" in load_refusal(path)
-    for used in ("model", "ema"):
-        if used == part:
-            assert f"{path}: damaged" in error_of(
-                checkpoint.load_model, path, use_ema=used == "ema"
-            )
+    for use_ema, weights in ((True, "ema"), (False, "model")):
+        if weights == part:
+            refusal = error_of(checkpoint.load_model, path, use_ema=use_ema)
+            assert f"{path}: damaged" in refusal
         else:
-            model, _, _ = checkpoint.load_model(path, use_ema=used == "ema")
-            assert torch.equal(model.state_dict()[WEIGHT], make_state()[used][WEIGHT])
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
-    model = EqM(CONFIG)
-    args = SimpleNamespace(optimizer=kind, lr=1.0, muon_lr=1.0, weight_decay=0.0)
-    before = make_optimizers(model, args)
-    after = make_optimizers(model, args)
-    sum(weight.square().sum() for weight in model.parameters()).backward()
-    for optimizer in before:
-        optimizer.step()
-    saved = [optimizer.state_dict() for optimizer in before]
-    for state in saved:
-        state["param_groups"][0]["lr"] = "of another run"
-    checkpoint.load_optimizers(after, saved)
-    assert len(after) == 1 + (kind == "muon")
-    for old, new in zip(before, after, strict=True):
-        assert new.param_groups[0]["lr"] == 1.0
-        for weight, memory in old.state.items():
-            assert all(
-                torch.equal(new.state[weight][name], value) for name, value in memory.items()
-            )
-            assert not {id(value) for value in memory.values()} & {
-                id(value) for value in new.state[weight].values()
-            }
+            model, _, _ = checkpoint.load_model(path, use_ema=use_ema)
+            assert torch.equal(model.state_dict()[WEIGHT], make_state()[weights][WEIGHT])
 
 
 # The model ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("use_ema", "part"), [(True, "ema"), (False, "model")])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0, "position_table": "space"}],
     ids=str,
 )
-def test_a_model_that_matches_the_checks_loads_bit_for_bit(
-    tmp_path, recwarn, use_ema, part, settings
-):
+def test_a_model_that_matches_the_checks_loads_bit_for_bit(tmp_path, recwarn, settings):
     path = tmp_path / "best.pt"
     config = replace(CONFIG, **settings)
     state = make_state(settings)
     checkpoint.save(path, state)
-    checks = {
-        "num_classes": 5,
-        "use_rope": config.use_rope,
-        "model": "EqM-Ti/4",
-        "video": True,
-        "ebm": None,
-    }
-    model, found, step = checkpoint.load_model(path, use_ema=use_ema, **checks)
+    for use_ema, part in ((True, "ema"), (False, "model")):
+        model, config_of_file, step = checkpoint.load_model(
+            path,
+            use_ema=use_ema,
+            num_classes=5,
+            use_rope=config.use_rope,
+            model="EqM-Ti/4",
+            video=True,
+            ebm=None,
+        )
+        assert model.config == config
+        assert config_of_file == state["config"]
+        assert step == 70
+        assert not model.training
+        assert differences(model.state_dict(), state[part]) == []
     assert len(recwarn) == 0  # though the model is narrow
-    assert (model.config, found, step, model.training) == (config, state["config"], 70, False)
-    assert differences(dict(model.state_dict()), state[part]) == []
+
+
+INVALID = "settings of its model are invalid"
+OTHER_SHAPE = "its weights do not match its config"
 
 
 @pytest.mark.parametrize(
-    ("part", "changes", "words"),
+    ("changes", "reason", "name"),
     [
-        ("config", {"new_field": 1}, ["settings of its model are invalid", "new_field"]),
-        ("config", {"num_heads": 5}, ["settings of its model are invalid", "5 heads"]),
-        (
-            "config",
-            {"in_channels": 4},
-            ["its weights do not match its config", "x_embedder.proj.weight"],
-        ),
-        ("config", {"depth": 3}, ["its weights do not match its config", "blocks.2."]),
-        *(
-            (part, {WEIGHT: torch.zeros(95, 24)}, [WEIGHT]) for part in ("model", "ema")
-        ),  # a row is missing
+        ({"new_field": 1}, INVALID, "new_field"),
+        ({"num_heads": 5}, INVALID, "5 heads"),
+        ({"in_channels": 4}, OTHER_SHAPE, "x_embedder.proj.weight"),
+        ({"depth": 3}, OTHER_SHAPE, "blocks.2."),
     ],
 )
-def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(part, changes, words):
+def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(changes, reason, name):
     state = make_state()
-    (state["config"]["model"] if part == "config" else state[part]).update(changes)
+    state["config"]["model"] |= changes
     message = error_of(checkpoint.config_of, "--ckpt a.pt", state)
-    assert all(word in message for word in words)
+    assert reason in message
+    assert name in message
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_weights_that_lack_a_row_are_refused(part):
+    state = make_state()
+    state[part][WEIGHT] = torch.zeros(95, 24)
+    assert WEIGHT in error_of(checkpoint.config_of, "--ckpt a.pt", state)
 
 
 @pytest.mark.parametrize(("newest", "is_said"), [(70, False), (86, False), (88, True)])
@@ -374,16 +348,12 @@ def test_a_run_resumes_from_its_newest_intact_checkpoint(tmp_path, capsys):
     path, state = checkpoint.newest_checkpoint(folder.parent)
     assert (path.name, state["step"]) == ("latest.pt", 25)
     assert capsys.readouterr().out == ""
-    for damaged, expected in (
-        ("latest.pt", "0000020.pt"),
-        ("0000020.pt", "best.pt"),
-        ("best.pt", "0000010.pt"),
-    ):
-        content = (folder / damaged).read_bytes()
-        (folder / damaged).write_bytes(content[: len(content) // 2])
-        assert checkpoint.newest_checkpoint(folder.parent)[0].name == expected
+    names = ["latest.pt", "0000020.pt", "best.pt", "0000010.pt"]
+    for damaged, expected in itertools.pairwise(names):
+        os.truncate(folder / damaged, 1000)
+        path, _ = checkpoint.newest_checkpoint(folder.parent)
+        assert path.name == expected
         assert f"{damaged}: damaged" in capsys.readouterr().out
     save_damaged(folder / "latest.pt", "optimizer", step=25)  # which sampling could use
-    assert checkpoint.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
-    (folder / "latest.pt").unlink()
-    assert checkpoint.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
+    path, _ = checkpoint.newest_checkpoint(folder.parent)
+    assert path.name == "0000010.pt"

@@ -33,7 +33,7 @@ STAND_ALONE = {
 LINES = 70  # of a function
 FLAGS = 130  # of a function that only declares flags
 LOOP = 230  # of main() in a script with a visible loop
-TRAIN = 662  # of train.py; the goal is 600
+TRAIN = 600  # of train.py
 # A condition is opaque: only the models, the data, what is on the disk and the flags know that it
 # is a class.
 KNOW_CLASSES = {
