@@ -37,37 +37,16 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
     """({name: loss of the EMA or the raw weights}, equal on all ranks; this rank's corrupt videos).
 
     The loader yields this rank's chunks. If the ranks must stay together, it yields all chunks, and
-    the losses of rank 0 count. Gammas are multiples of the golden ratio modulo 1, so they are
-    uniform. With `given`, the EMA is measured a second time with the first half of the frames
-    clean, if clips have several temporal patches. Raises Interrupted.
+    the losses of rank 0 count. given: see `measure`. Raises Interrupted.
     """
     rows = []
     corrupt = []
-    objective = ema.config.learns
     batches = batches_of(loader)
     with suppress(Interrupted):
         while (batch := stop.wait(batches)) is not None:
-            indices = batch["indices"].tolist()
-            time_scale = batch["time_scales"].to(device)
-            gamma = (batch["indices"].double() * GOLDEN_RATIO % 1).float().to(device)
-            x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices)
-            noise = normal(0, "noise", "validation", indices, x.shape[1:], device)
-            y = Condition.of(batch["y"], ema.config).to(device).y
-            T = x.shape[2]
-            losses = partial(objective.losses, x=x, noise=noise, y=y, time_scale=time_scale)
-            with distributed.autocast(device, precision):
-                # a graph of these shapes would serve nothing else
-                with torch.compiler.set_stance("force_eager"):
-                    raw = losses(model, gamma=gamma)[0]
-                columns = [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
-                if given and ema.config.temporal_patch_size < T:
-                    half = ema.config.whole_levels(T // 2)
-                    columns.append(
-                        losses(ema, gamma=transport.first_given(gamma, T, half), first=half)[0]
-                    )
-                else:
-                    columns.append(torch.full_like(gamma, -1))  # no loss is negative
-            columns = [torch.full_like(gamma, T), batch["indices"].to(device), gamma, *columns]
+            columns = measure(
+                ema, model, vae, batch, precision=precision, device=device, given=given
+            )
             rows += torch.stack([column.double() for column in columns], dim=1).tolist()
             corrupt += batch["corrupt"]
     stop.resolve()
@@ -76,7 +55,47 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
         parts = parts[:1]
     rows = sorted(chain(*parts))  # in the order of frames and indices
     table = torch.tensor(rows, dtype=torch.float64)
-    return summarize(table, num_frames, objective), corrupt
+    return summarize(table, num_frames, ema.config.learns), corrupt
+
+
+def measure(ema, model, vae, batch, precision, device, given):
+    """The columns of `summarize` for the clips of a batch, (B,) each.
+
+    Gammas are multiples of the golden ratio modulo 1, so they are uniform. With `given`, the EMA is
+    measured a second time with the first half of the frames clean, if clips have several temporal
+    patches.
+    """
+    config = ema.config
+    indices = batch["indices"].tolist()
+    gamma = (batch["indices"].double() * GOLDEN_RATIO % 1).float().to(device)
+    x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices)
+    T = x.shape[2]
+    losses = partial(
+        config.learns.losses,
+        x=x,
+        noise=normal(0, "noise", "validation", indices, x.shape[1:], device),
+        y=Condition.of(batch["y"], config).to(device).y,
+        time_scale=batch["time_scales"].to(device),
+    )
+    loss_given = torch.full_like(gamma, -1)  # no loss is negative
+    with distributed.autocast(device, precision):
+        # a compiled graph of these shapes would serve nothing else
+        with torch.compiler.set_stance("force_eager"):
+            raw, _, _ = losses(model, gamma=gamma)
+        loss, _, _ = losses(ema, gamma=gamma)
+        if given and config.temporal_patch_size < T:
+            half = config.whole_levels(T // 2)
+            levels = transport.first_given(gamma, T, half)
+            loss_given, _, _ = losses(ema, gamma=levels, first=half)
+    return (
+        torch.full_like(gamma, T),
+        batch["indices"].to(device),
+        gamma,
+        loss,
+        raw,
+        x.square().flatten(1).mean(dim=1),
+        loss_given,
+    )
 
 
 def summarize(rows, num_frames, objective):
