@@ -485,8 +485,8 @@ def generate(
 ):
     """Generate the samples `indices` of a Plan by batch and window, with one progress bar.
 
-    The noise of a sample depends only on seed, index and window. Each window starts with the last
-    frames of the previous one. A batch without any condition has no guidance by class.
+    The noise of a sample depends only on seed, index and window. A batch without any condition has
+    no guidance by class. Yields the samples' indices, and what `sample_windows` yields.
 
     Args:
         settings: from `sampling_settings`.
@@ -497,10 +497,6 @@ def generate(
         energy: also record the (guided) energy at every point.
         strict: raise UserError if samples are not finite; otherwise print a note.
         before_evaluation: called before each evaluation of the network; may raise.
-
-    Yields for each window of each batch: the samples' indices, the number of the first new frame,
-    the new frames uint8 (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without
-    `energy`.
     """
     most = count_evaluations(settings)
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
@@ -509,7 +505,6 @@ def generate(
         desc="sampling",
         unit="evaluation",
         leave=False,
-        disable=rank() != 0,
     )
 
     def step(running):
@@ -547,10 +542,12 @@ def generate(
 
 
 def sample_windows(plan, start_of, follow, clips, mask, keep_background):
-    """Sample the windows of a batch one after the other, and decode them.
+    """Sample the windows of a batch, each from the last frames of the previous one, and decode them.
 
     start_of(window=number) returns initial latents; follow(x, masked=...) is `sample_window`.
-    clips, mask: the given frames, or None. Yields what `generate` does, without the indices.
+    clips, mask: the given frames, or None. Yields for each window the number of the first new
+    frame, the new frames uint8 (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None
+    unless they are recorded.
     """
     details = None if mask is None else Details(clips, mask, keep_background)
     tail = None
