@@ -27,13 +27,13 @@ from video.index import split_videos
 from video.source import cached_path, check_data_path, latents_settings, open_source
 
 SIZE = 16
-NAMES = {
+NUM_FRAMES = {
     "Run/a.avi": 40,
     "Run/b.c.mp4": 21,
     "Run/b.mkv": 30,
     "Jump/d.avi": 20,
     "Jump/e.avi": 16,
-}  # frames
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,11 @@ def vae(tmp_path_factory):
 def root(tmp_path_factory):
     """Two classes, five videos, two rates; tests only read it."""
     root = tmp_path_factory.mktemp("data") / "videos"
-    for k, (name, num_frames) in enumerate(NAMES.items()):
-        codec = "libx264" if name.endswith("mp4") else "mpeg4"
-        write_video(root / name, num_frames, rate=25 + 5 * (k % 2), codec=codec)
+    for name, num_frames in NUM_FRAMES.items():
+        if name == "Run/b.c.mp4":
+            write_video(root / name, num_frames, rate=30, codec="libx264")
+        else:
+            write_video(root / name, num_frames)
     return root
 
 
@@ -60,33 +62,32 @@ def cache(root, vae, tmp_path_factory):
 
 
 @pytest.fixture
-def own(root, tmp_path):
+def videos(root, tmp_path):
     """A copy of `root` to change, alone in its folder."""
     return Path(shutil.copytree(root, tmp_path / "videos"))
 
 
 @pytest.fixture
-def own_cache(cache, tmp_path):
+def cache_copy(cache, tmp_path):
     return Path(shutil.copytree(cache, tmp_path / "cache"))
 
 
-def flags(root, vae, out, *more):
-    return [
-        str(part)
-        for part in ("--data-path", root, "--vae", vae, "--image-size", SIZE, "--out", out, *more)
-    ]
+def flags(root, vae, out, *others):
+    return ["--data-path", root, "--vae", vae, "--image-size", SIZE, "--out", out, *others]
 
 
-def run(*arguments, status=0):
-    run_main(cache_latents, *flags(*arguments), status=status)
+def run(*arguments):
+    run_main(cache_latents, *flags(*arguments))
 
 
 @pytest.fixture
 def refused(capsys):
     """A function that runs cache_latents.py with wrong input and returns the error line."""
-    return lambda *arguments, **how: training.refused(
-        capsys, cache_latents, *flags(*arguments), **how
-    )
+
+    def refused(*arguments, **settings):
+        return training.refused(capsys, cache_latents, *flags(*arguments), **settings)
+
+    return refused
 
 
 # Content ------------------------------------------------------------------------------------------
@@ -97,30 +98,23 @@ def test_a_cache_holds_the_posterior_of_every_frame(root, vae, cache, flipped):
     files = open_source(root, SIZE)
     cached = open_source(cache, SIZE)
     model = load_vae(vae)
-    for video in files.videos():
-        every = range(video.num_frames)
-        found = cached.read(replace(video, path=cached_path(video)), every, flipped)
-        assert found.dtype == torch.float16 and found.shape == (
-            2,
-            4,
-            video.num_frames,
-            SIZE // 2,
-            SIZE // 2,
-        )
-        expected = torch.cat(
-            model.posterior(files.read(video, every, flipped)[None])
-        )  # mean and std
-        torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)
+    for video, cached_video in zip(files.videos(), cached.videos(), strict=True):
+        assert cached_video == replace(video, path=cached_path(video))
+        indices = range(video.num_frames)
+        latents = cached.read(cached_video, indices, flipped)
+        assert latents.dtype == torch.float16
+        clip = files.read(video, indices, flipped)
+        mean, std = model.posterior(clip[None])
+        torch.testing.assert_close(latents.float(), torch.cat([mean, std]), rtol=1e-3, atol=1e-4)
 
 
 def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypatch):
     settings = json.loads((cache / "latents.json").read_text())
     videos = settings.pop("videos")
-    sha256 = load_vae(vae).sha256
     assert settings == {
         "format": 1,
         "vae": vae,
-        "vae_sha256": sha256,
+        "vae_sha256": load_vae(vae).sha256,
         "image_size": SIZE,
         "channels": 4,
         "downsample": 2,
@@ -128,67 +122,64 @@ def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypa
         "shift": 0.0,
         "flips": True,
         "num_videos": 5,
-        "num_frames": sum(NAMES.values()),
+        "num_frames": sum(NUM_FRAMES.values()),
         "classes": ["Jump", "Run"],
         "unreadable": [],
     }
-    fields = {"path": "Run/b.c.safetensors", "class_name": "Run", "num_frames": 21, "fps": 30.0}
-    assert videos[3] == fields | {"height": 48, "width": 64}
+    assert videos[3] == {
+        "path": "Run/b.c.safetensors",
+        "class_name": "Run",
+        "num_frames": 21,
+        "fps": 30.0,
+        "height": 48,
+        "width": 64,
+    }
     assert {path.name for path in cache.glob("[!.]*")} == {"latents.json", "Jump", "Run"}
-    assert latents_settings(root) is None and latents_settings(root / "missing") is None
-
+    assert latents_settings(root) is None
     monkeypatch.setattr(source, "safe_open", lambda *_: pytest.fail("opened a file"))
-    files = open_source(root, SIZE)
-    cached = open_source(cache, SIZE)
-    assert cached.videos() == [
-        replace(video, path=cached_path(video)) for video in files.videos()
-    ]  # in their order
-    assert (cached.scan.classes, cached.scan.unreadable) == (files.scan.classes, [])
+    open_source(cache, SIZE)
     check_data_path(cache)
 
 
 def test_a_pixel_cache_has_exact_clips_and_skips_a_corrupt_video_until_it_is_repaired(
-    own, tmp_path, capsys
+    videos, tmp_path, capsys
 ):
     out = tmp_path / "out"
-    scribble(own / "Run" / "a.avi")
-    run(own, "none", out)
+    corrupt = videos / "Run/a.avi"
+    scribble(corrupt)
+    run(videos, "none", out)
     printed = capsys.readouterr().out
-    settings = latents_settings(out)
-    assert (
-        "4 videos, 87 frames of 0.75 KB" in printed
-        and printed.count("Run/a.avi can't be decoded") == 1
-    )
-    assert (settings["vae"], settings["downsample"], settings["flips"]) == ("none", 1, True)
-    assert settings["unreadable"] == ["Run/a.avi"] and not list(out.rglob("a.*"))
-    (own / "Run" / "a.avi").unlink()
-    videos, cached = (
-        clips_of(open_source(place, SIZE), 4, frame_interval=(1, 4)) for place in (own, out)
-    )
-    assert (cached.source.scan.unreadable, len(cached.source.scan.videos)) == ([], 4)
-    for k in range(12):
-        sample = videos[k]
-        other = cached[k]
-        assert torch.equal(sample["clip"], other["clip"]) and other["clip"].is_contiguous()
-    write_video(own / "Run" / "a.avi", 40)
-    run(own, "none", out)
-    assert (latents_settings(out)["unreadable"], len(open_source(out, SIZE).scan.videos)) == ([], 5)
+    assert "4 videos, 87 frames of 0.75 KB" in printed
+    assert printed.count("Run/a.avi can't be decoded") == 1
+    assert not list(out.rglob("a.*"))
+    assert latents_settings(out)["unreadable"] == ["Run/a.avi"]
+    corrupt.unlink()
+    clips = clips_of(open_source(videos, SIZE), 4, frame_interval=(1, 4))
+    cached = clips_of(open_source(out, SIZE), 4, frame_interval=(1, 4))
+    assert len(cached) == 4
+    for number in range(12):
+        clip = cached[number]["clip"]
+        assert torch.equal(clip, clips[number]["clip"])
+        assert clip.is_contiguous()
+    write_video(corrupt, 40)
+    run(videos, "none", out)
+    assert latents_settings(out)["unreadable"] == []
+    assert len(open_source(out, SIZE).videos()) == 5
 
 
-@pytest.mark.parametrize("place", [".", ".."])
-def test_a_cache_copies_the_ucf_split_lists_as_writable_files(own, vae, tmp_path, place):
-    write_ucf_list(own / place, ["Jump/d", "Run/a", "Run/b.c"])
-    (own / place / "ucfTrainTestlist" / "trainlist01.txt").chmod(0o444)
-    (own / place / "ucfTrainTestlist").chmod(0o555)
-    out = tmp_path / "elsewhere" / "deep"
-    run(own, vae, out)
-    assert all(
-        path.stat().st_mode & 0o200 for path in out.rglob("*")
-    )  # read-only modes are not copied
-    for folder in (own, out):
-        train, val = split_videos(folder, open_source(folder, SIZE).videos(), 0.05)
-        assert [video.key for video in train] == ["Jump/d", "Run/a", "Run/b.c"]
-        assert [video.key for video in val] == ["Jump/e", "Run/b"]
+@pytest.mark.parametrize("parent", [".", ".."])
+def test_a_cache_copies_the_ucf_split_lists_as_writable_files(videos, vae, tmp_path, parent):
+    write_ucf_list(videos / parent, ["Jump/d", "Run/a", "Run/b.c"])
+    lists = videos / parent / "ucfTrainTestlist"
+    (lists / "trainlist01.txt").chmod(0o444)
+    lists.chmod(0o555)
+    out = tmp_path / "elsewhere/deep"
+    run(videos, vae, out)
+    for path in out.rglob("*"):
+        assert path.stat().st_mode & 0o200, path
+    train, val = split_videos(out, open_source(out, SIZE).videos(), 0.05)
+    assert [video.key for video in train] == ["Jump/d", "Run/a", "Run/b.c"]
+    assert [video.key for video in val] == ["Jump/e", "Run/b"]
 
 
 @pytest.mark.skipif(
@@ -200,33 +191,36 @@ def test_a_cache_copies_the_ucf_split_lists_as_writable_files(own, vae, tmp_path
 def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(
     tmp_path, monkeypatch, frame_indices
 ):
-    place = tmp_path / "v.safetensors"
-    shape = (131_072, 4, 32, 32)
-    resident = []
-    header = json.dumps(
-        {"pixels": {"dtype": "U8", "shape": shape, "data_offsets": [0, 2**29]}}
-    ).encode()
-    with open(place, "wb") as file:  # a sparse file of 512 MB
+    path = tmp_path / "v.safetensors"
+    pixels = {"dtype": "U8", "shape": (131_072, 4, 32, 32), "data_offsets": [0, 2**29]}
+    header = json.dumps({"pixels": pixels}).encode()
+    start = 8 + len(header)
+    with open(path, "wb") as file:  # a sparse file of 512 MB
         file.write(len(header).to_bytes(8, "little") + header)
-        for k, frame_index in enumerate(frame_indices):
-            file.seek(8 + len(header) + 4096 * frame_index)
-            file.write(bytes([k]) * 4096)
-        file.truncate(8 + len(header) + 2**29)
+        for number, frame_index in enumerate(frame_indices):
+            file.seek(start + 4096 * frame_index)
+            file.write(bytes([number]) * 4096)
+        file.truncate(start + 2**29)
+    resident = []  # KB
 
     @contextmanager
     def watched(*args):
         with safe_open(*args) as file:
             yield file
-            maps = (
-                Path("/proc/self/smaps").read_text().split("VmFlags")
-            )  # the clip is read and the file still mapped
-            (lines,) = [part.splitlines() for part in maps if str(place) in part]
+            # the clip is read and the file still mapped
+            maps = Path("/proc/self/smaps").read_text().split("VmFlags")
+            (lines,) = [part.splitlines() for part in maps if str(path) in part]
             resident.extend(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
     monkeypatch.setattr(source, "safe_open", watched)
-    (clip,) = source.read_cache_file(place, ["pixels"], shape[1:], frame_indices)
+    (clip,) = source.read_cache_file(
+        path=path,
+        names=["pixels"],
+        shape=(4, 32, 32),
+        frame_indices=frame_indices,
+    )
     assert torch.equal(clip, torch.arange(16).byte().view(16, 1, 1).expand(4, 16, 32, 32))
-    assert 0 < resident[0] < 2**19 / 8, "KB, including the read-ahead of the kernel"
+    assert 0 < resident[0] < 2**19 / 8  # includes the read-ahead of the kernel
 
 
 # Ranks and changes --------------------------------------------------------------------------------
@@ -243,86 +237,74 @@ def test_a_complete_cache_is_reported_and_opens_no_video(
 ):
     before = content(cache)
     monkeypatch.setattr(index, "probe", lambda *_: pytest.fail("opened a video again"))
-    assert sorted(root.rglob("*.*")) == sorted(
-        root / name for name in NAMES
-    )  # the index is in the cache
+    # the index is in the cache
+    assert sorted(root.rglob("*.*")) == sorted(root / name for name in NUM_FRAMES)
     run(root, vae, cache, "--with-flips")
     assert "is complete: 5 videos, 127 frames of 2 KB" in capsys.readouterr().out
-    assert encoded == [] and content(cache) == before
+    assert encoded == []
+    assert content(cache) == before
 
 
 def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(
-    own, vae, tmp_path, encoded
+    videos, vae, tmp_path, encoded
 ):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".nfs01").write_text("")  # of the file system
-    run(own, vae, out)
-    write_video(own / "Swim" / "f.avi", 18)
-    write_video(own / "Jump" / "d.avi", 25)
-    (own / "Jump" / "e.avi").unlink()
-    (out / "Run" / "a.safetensors").unlink()
-    truncate(out / "Run" / "b.safetensors")
+    run(videos, vae, out)
+    write_video(videos / "Swim/f.avi", 18)
+    write_video(videos / "Jump/d.avi", 25)
+    (videos / "Jump/e.avi").unlink()
+    (out / "Run/a.safetensors").unlink()
+    truncate(out / "Run/b.safetensors")
     encoded.clear()
-    run(own, vae, out)
+    run(videos, vae, out)
     assert sorted(encoded) == ["Jump/d.avi", "Run/a.avi", "Run/b.mkv", "Swim/f.avi"]
-    run(own, vae, tmp_path / "fresh")
-    (out / "Jump" / "e.safetensors").unlink()
+    run(videos, vae, tmp_path / "fresh")
+    (out / "Jump/e.safetensors").unlink()
     assert content(out) == content(tmp_path / "fresh")
-    settings = latents_settings(out)
-    assert settings["classes"] == ["Jump", "Run", "Swim"] and not settings["flips"]
-    assert clips_of(open_source(out, SIZE), 4, flip=False)[0]["clip"].shape == (
-        2,
-        4,
-        4,
-        SIZE // 2,
-        SIZE // 2,
-    )
+    clip = clips_of(open_source(out, SIZE), 4, flip=False)[0]["clip"]
+    assert clip.shape == (2, 4, 4, SIZE // 2, SIZE // 2)
 
 
 def test_the_next_run_caches_a_video_that_changed_after_the_scan(
-    own, vae, tmp_path, monkeypatch, encoded
+    videos, vae, tmp_path, monkeypatch, encoded
 ):
+    out = tmp_path / "out"
+    changed = videos / "Jump/d.avi"
     with monkeypatch.context() as patch:
-        record_calls(
-            patch, cache_latents, "begin_cache", lambda *_: write_video(own / "Jump" / "d.avi", 30)
-        )
-        run(own, vae, tmp_path / "out")
+        record_calls(patch, cache_latents, "begin_cache", lambda *_: write_video(changed, 30))
+        run(videos, vae, out)
     encoded.clear()
-    run(own, vae, tmp_path / "out")
+    run(videos, vae, out)
     assert encoded == ["Jump/d.avi"]
-    assert load_file(tmp_path / "out" / "Jump" / "d.safetensors")["mean"].shape[0] == 30
+    assert len(load_file(out / "Jump/d.safetensors")["mean"]) == 30
 
 
-def replace_by_equal_size(path, other, mtime_ns=None):
+def replace_by_equal_size(path, other, mtime_ns):
     """Replace a video by another one, padded with zeros to the same size in bytes."""
     size = path.stat().st_size
     data = other.read_bytes()
     assert len(data) < size
     path.write_bytes(data.ljust(size, b"\0"))
-    if mtime_ns is not None:
-        os.utime(path, ns=(mtime_ns, mtime_ns))
+    os.utime(path, ns=(mtime_ns, mtime_ns))
 
 
 def test_a_video_that_another_one_of_equal_size_replaces_is_encoded_again(
-    own, vae, tmp_path, encoded
+    videos, vae, tmp_path, encoded
 ):
     out = tmp_path / "out"
-    run(own, vae, out)
-    before = load_file(out / "Run" / "a.safetensors")["mean"]
-    earlier = (own / "Run" / "a.avi").stat().st_mtime_ns - 10**9
-    replace_by_equal_size(
-        own / "Run" / "a.avi", own / "Jump" / "d.avi", earlier
-    )  # a copy that kept its time
+    run(videos, vae, out)
+    path = videos / "Run/a.avi"
+    earlier = path.stat().st_mtime_ns - 10**9  # a copy that kept its time
+    replace_by_equal_size(path, videos / "Jump/d.avi", earlier)
     encoded.clear()
-    run(own, vae, out)
+    run(videos, vae, out)
     assert encoded == ["Run/a.avi"]
-    found = load_file(out / "Run" / "a.safetensors")["mean"]
-    assert len(before) == 40 and torch.equal(
-        found, load_file(out / "Jump" / "d.safetensors")["mean"]
-    )
+    latents = load_file(out / "Run/a.safetensors")["mean"]
+    assert torch.equal(latents, load_file(out / "Jump/d.safetensors")["mean"])
     encoded.clear()
-    run(own, vae, out)
+    run(videos, vae, out)
     assert encoded == []
 
 
@@ -337,31 +319,22 @@ def without_times(cache):
 
 
 def test_a_cache_without_times_stays_valid_but_a_newer_video_is_encoded_again(
-    own, vae, tmp_path, encoded, capsys
+    videos, vae, tmp_path, encoded, capsys
 ):
     out = tmp_path / "out"
-    run(own, vae, out)
+    run(videos, vae, out)
     without_times(out)
-    check_data_path(out)
     assert len(open_source(out, SIZE).videos()) == 5
-    for is_complete in (True, False):
-        if not is_complete:  # as after an interruption
-            (out / "latents.json").rename(out / "latents.partial.json")
-            (out / "Run" / "b.safetensors").unlink()
-        encoded.clear()
-        capsys.readouterr()
-        run(own, vae, out)
-        assert encoded == ([] if is_complete else ["Run/b.mkv"])
-        kept = "5 files" if is_complete else "4 files"
-        assert (
-            capsys.readouterr().out.count(f"keeps {kept} of an earlier version, without the times")
-            == 1
-        )
-    later = (out / "Run" / "a.safetensors").stat().st_mtime_ns + 1
-    replace_by_equal_size(own / "Run" / "a.avi", own / "Jump" / "d.avi", later)
+    # as after an interruption
+    (out / "latents.json").rename(out / "latents.partial.json")
+    (out / "Run/b.safetensors").unlink()
+    later = (out / "Run/a.safetensors").stat().st_mtime_ns + 1
+    replace_by_equal_size(videos / "Run/a.avi", videos / "Jump/d.avi", later)
     encoded.clear()
-    run(own, vae, out)
-    assert encoded == ["Run/a.avi"]
+    run(videos, vae, out)
+    assert encoded == ["Run/b.mkv", "Run/a.avi"]
+    printed = capsys.readouterr().out
+    assert printed.count("keeps 3 files of an earlier version, without the times") == 1
 
 
 # Corrupt videos and files, other settings, a full disk --------------------------------------------
@@ -380,54 +353,45 @@ def test_a_video_whose_latents_are_not_finite_is_skipped(root, vae, tmp_path, mo
 
     monkeypatch.setattr(VAE, "posterior", too_large)
     run(root, vae, tmp_path / "out")
-    assert (
-        "Run/b.mkv can't be decoded, or its latents exceed float16; it is skipped"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "Run/b.mkv can't be decoded, or its latents exceed float16; it is skipped" in printed
     assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/b.mkv"]
 
 
 def test_a_cache_without_readable_videos_is_an_error(tmp_path, refused):
-    write_video(tmp_path / "videos" / "a.avi", 40)
-    scribble(tmp_path / "videos" / "a.avi")
+    write_video(tmp_path / "videos/a.avi", 40)
+    scribble(tmp_path / "videos/a.avi")
     line = refused(tmp_path / "videos", "none", tmp_path / "out", late=True)
     assert f"--data-path {tmp_path / 'videos'}: can't decode any of its videos" in line
-    assert (
-        latents_settings(tmp_path / "videos") is None
-        and not (tmp_path / "out" / "latents.json").exists()
-    )
+    assert not (tmp_path / "out/latents.json").exists()
 
 
 def test_too_many_corrupt_videos_are_an_error_unless_a_flag_allows_them(
-    own, vae, tmp_path, refused
+    videos, vae, tmp_path, refused
 ):
-    scribble(own / "Run" / "a.avi")
-    (own / "Run" / "text.avi").write_text("not a video")
-    line = refused(own, vae, tmp_path / "out", late=True)
-    assert (
-        "--max-bad-fraction 0.1: 2 of 6 files are corrupt, expected at most 1: Run/a.avi; " in line
-    )
-    assert "move or delete them, or raise this limit" in line
-    assert not (tmp_path / "out" / "latents.json").exists()
-    run(own, vae, tmp_path / "out", "--max-bad-fraction", 0.4)
-    assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/a.avi", "Run/text.avi"]
-    (own / "Run" / "more.avi").write_text("not a video")
-    assert "2 of 7" in refused(own, vae, tmp_path / "new")  # found before anything is decoded
+    out = tmp_path / "out"
+    scribble(videos / "Run/a.avi")
+    (videos / "Run/text.avi").write_text("not a video")
+    line = refused(videos, vae, out, late=True)
+    reason = "2 of 6 files are corrupt, expected at most 1: Run/a.avi; repair, move or delete them"
+    assert f"--max-bad-fraction 0.1: {reason}" in line
+    assert not (out / "latents.json").exists()
+    run(videos, vae, out, "--max-bad-fraction", 0.4)
+    assert latents_settings(out)["unreadable"] == ["Run/a.avi", "Run/text.avi"]
+    (videos / "Run/more.avi").write_text("not a video")
+    assert "2 of 7" in refused(videos, vae, tmp_path / "new")  # before anything is decoded
     assert not (tmp_path / "new").exists()
 
 
 def holding(num_frames, side=8, parts=("mean", "std")):
     """A function that writes a latents file with these shapes and parts."""
-    return lambda path: save_file(
-        {part: torch.zeros(num_frames, 4, side, side).half() for part in parts}, path
-    )
+    latents = torch.zeros(num_frames, 4, side, side).half()
+    return lambda path: save_file({part: latents.clone() for part in parts}, path)
 
 
 DAMAGES = {
     "truncated": truncate,
     "vanished": Path.unlink,
-    "text": lambda path: path.write_text("hello" * 1000),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "of another video": holding(2),
     "of another size": holding(40, side=16),
     "without std": holding(40, parts=["mean"]),
@@ -435,45 +399,41 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_corrupt_latents_file_is_handled_like_a_corrupt_video(own_cache, damage):
-    clips = clips_of(open_source(own_cache, SIZE), 16)
-    DAMAGES[damage](own_cache / "Run" / "a.safetensors")
+def test_a_corrupt_latents_file_is_handled_like_a_corrupt_video(cache_copy, damage):
+    clips = clips_of(open_source(cache_copy, SIZE), 16)
+    DAMAGES[damage](cache_copy / "Run/a.safetensors")
     check_replacements(clips, 10, "Run/a.safetensors")
     with pytest.raises(UnreadableError, match="a.safetensors"):
         clips.source.read(clips.videos[2], [20, 21])
 
 
-def test_a_cache_with_other_settings_is_refused(root, vae, own_cache, tmp_path, refused):
+@pytest.mark.parametrize("name", ["latents.json", "latents.partial.json"])
+def test_a_cache_with_other_settings_is_refused(root, vae, cache_copy, tmp_path, refused, name):
+    (cache_copy / "latents.json").rename(cache_copy / name)
+    before = content(cache_copy)
+    assert "flips True, not False" in refused(root, vae, cache_copy)
+    line = refused(root, vae, cache_copy, "--with-flips", "--image-size", 32)
+    assert "image_size 16, not 32; use the same flags or name another folder" in line
     moved = shutil.copytree(vae, tmp_path / "vae")
-    for name in ("latents.json", "latents.partial.json"):
-        (own_cache / "latents.json").rename(own_cache / name)
-        before = content(own_cache)
-        assert "flips True, not False" in refused(root, vae, own_cache)
-        other = refused(root, vae, own_cache, "--with-flips", "--image-size", 32)
-        assert "image_size 16, not 32" in other and "name another folder" in other
-        assert f"vae {vae}, not {moved}" in refused(root, moved, own_cache, "--with-flips")
-        assert content(own_cache) == before
-    settings = json.loads((own_cache / name).read_text()) | {"vae": str(moved)}
-    (own_cache / name).write_text(json.dumps(settings))
+    assert f"vae {vae}, not {moved}" in refused(root, moved, cache_copy, "--with-flips")
+    assert content(cache_copy) == before
+    settings = json.loads((cache_copy / name).read_text()) | {"vae": str(moved)}
+    (cache_copy / name).write_text(json.dumps(settings))
     add_to_weights(moved, 0.1)
-    assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
+    assert "a latent cache with vae_sha256" in refused(root, moved, cache_copy, "--with-flips")
 
 
-@pytest.mark.parametrize(
-    "complete", [0, 2, 6]
-)  # before latents.partial.json, a video, latents.json
+# before latents.partial.json, a video, latents.json
+@pytest.mark.parametrize("num_complete", [0, 2, 6])
 def test_a_full_disk_is_one_line_and_leaves_no_partial_file(
-    root, vae, cache, tmp_path, monkeypatch, refused, complete
+    root, vae, cache, tmp_path, monkeypatch, refused, num_complete
 ):
     out = tmp_path / "out"
-    with (
-        monkeypatch.context() as patch
-    ):  # a file takes two calls of fsync, the second one for its folder
-        calls = record_calls(
-            patch, os, "fsync", lambda _: len(calls) == 2 * complete and no_space()
-        )
+    last = 2 * num_complete  # a file takes two calls of fsync, the second one for its folder
+    with monkeypatch.context() as patch:
+        calls = record_calls(patch, os, "fsync", lambda _: len(calls) == last and no_space())
         line = refused(root, vae, out, "--with-flips", status=1)
     assert "can't be written (No space left on device; the disk" in line
-    assert len(content(out)) == complete
+    assert len(content(out)) == num_complete
     run(root, vae, out, "--with-flips")
     assert content(out) == content(cache)

@@ -8,7 +8,7 @@ import pytest
 
 from process import ENGINE, end, spawn
 from runtime.cli import UserError
-from test_cache_latents import NAMES, cache, content, flags, root, run, vae  # noqa: F401
+from test_cache_latents import NUM_FRAMES, cache, content, flags, root, run, vae  # noqa: F401
 from training import TORCHRUN
 from video.source import check_data_path
 
@@ -85,6 +85,6 @@ cache_latents.main()
     second = (tmp_path / "count.py.1").read_text().splitlines()
     assert first
     assert second
-    assert sorted(first + second) == sorted(NAMES)
+    assert sorted(first + second) == sorted(NUM_FRAMES)
     assert content(tmp_path / "out") == content(cache)
     assert "127 of 127 frames" in output  # the bar counts the frames of both
