@@ -39,7 +39,8 @@ def only(path):
 def test_clips_are_read_at_the_frame_rate_of_the_model(tmp_path, rate, seconds, shown):
     write_video(tmp_path / "v.mp4", 20, rate=rate, codec="libx264", size=(48, 48))
     frames = only(tmp_path / "v.mp4").read(range(4), seconds, 48)
-    assert frames.dtype == torch.uint8 and frames.shape == (3, 4, 48, 48)
+    assert frames.dtype == torch.uint8
+    assert frames.shape == (3, 4, 48, 48)
     assert (halves(frames[0])[0] / 4).round().int().tolist() == shown
     assert torch.equal(only(tmp_path / "v.mp4").read((1, 3), seconds, 48), frames[:, 1::2])
 
@@ -55,7 +56,8 @@ def test_the_frame_count_of_a_clip_follows_the_time_scale_and_frames_are_cropped
         4,
         2,
         1,
-    ] and image.count(0.04) == 1
+    ]
+    assert image.count(0.04) == 1
     assert video.read(range(4), 3 / 25, 48).shape[1] == 4
     assert "has 4 frames of 0.12 s" in error_of(video.read, range(5), 3 / 25, 48)
     assert "has 1 frame of 0.04 s" in error_of(image.read, range(2), 0.04, 48)
@@ -91,15 +93,15 @@ def test_earlier_samples_keep_their_frame_rate_and_classes(tmp_path):
     folder = write_samples(tmp_path / "s", clips, [1, -1, 0], ["A", "B"])
     for place in (folder, folder / "samples.npz"):
         found = find_clips("--given", place, BOTH)
-        assert [clip.class_name for clip in found] == ["B", None, "A"] and str(found[2]).endswith(
-            "sample 2"
-        )
+        assert [clip.class_name for clip in found] == ["B", None, "A"]
+        assert str(found[2]).endswith("sample 2")
         assert found[1].count(0.08) == 4
         assert found[1].read(range(4), 0.08, 16)[0, :, 0, 0].tolist() == [8, 10, 12, 14]
 
 
 def test_frame_ranges_are_parsed_and_printed():
-    assert frame_ranges("0-3,12-13") == (0, 1, 2, 3, 12, 13) and frame_ranges(" 7, 2-2") == (2, 7)
+    assert frame_ranges("0-3,12-13") == (0, 1, 2, 3, 12, 13)
+    assert frame_ranges(" 7, 2-2") == (2, 7)
     for text in ("0-3,12-13", "5", "0,2,4-6"):
         assert as_ranges(frame_ranges(text)) == text
     for text in ("", "3-1", "a", "1-", "-1", "1-2-3", "1;2"):
@@ -171,7 +173,8 @@ def test_given_latents_stay_bit_for_bit_and_only_background_is_added(places, sam
     )
     assert all(np.array_equal(clip[known], frames_of(path, known)) for clip in clips)
     kept, other = sample("latents", *flags)
-    assert not np.array_equal(kept, clips) and np.array_equal(kept[:, known], clips[:, known])
+    assert not np.array_equal(kept, clips)
+    assert np.array_equal(kept[:, known], clips[:, known])
     assert [found["source"]["keep_background"] for found in (about, other)] == [False, True]
 
 
@@ -208,9 +211,8 @@ def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
         "none",
     ]  # in one batch
     assert np.load(tmp_path / "s/samples.npz")["labels"].tolist() == [0, 0, 1, 1, 1, 1, -1, -1]
-    assert np.array_equal(clips[2, :4], clips[3, :4]) and not np.array_equal(
-        clips[2, 4:], clips[3, 4:]
-    )
+    assert np.array_equal(clips[2, :4], clips[3, :4])
+    assert not np.array_equal(clips[2, 4:], clips[3, 4:])
 
 
 def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatch, capsys):
@@ -327,7 +329,8 @@ def test_details_do_not_depend_on_windows(given):
         [parts.add(decoded[:, first : first + 2], first) for first in (0, 2, 4, 6)], dim=1
     )
     known = min(given, default=0)
-    assert torch.equal(windows[0, known:], whole[0, known:]) and torch.equal(windows[1], whole[1])
+    assert torch.equal(windows[0, known:], whole[0, known:])
+    assert torch.equal(windows[1], whole[1])
 
 
 def test_the_nearest_given_frame_is_the_previous_one_or_else_the_first():

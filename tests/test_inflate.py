@@ -133,10 +133,8 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     assert (step, first_step, config["training"]["inflate"]) == (3, 1, str(path))
     assert config["training"]["sampler"] == "ngd"
     state = checkpoint.load(newest(tmp_path))
-    assert (
-        state["phase"]["ema_start"] == 0
-        and state["optimizer"]["states"][0]["state"][0]["step"] == 1
-    )
+    assert state["phase"]["ema_start"] == 0
+    assert state["optimizer"]["states"][0]["state"][0]["step"] == 1
 
     capsys.readouterr()
     run_main(train, *flags, "--inflate", path, "--max-steps", 1, "--resume")
@@ -149,10 +147,8 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     assert f"which began from other weights ({path}); remove one of the two" in line
     run_main(train, *flags, "--ckpt", newest(tmp_path), "--num-frames", 6, "--max-steps", 2)
     later, config, _ = checkpoint.load_model(newest(tmp_path))
-    assert (
-        later.config == replace(video.config, num_frames=6)
-        and config["training"]["inflate"] is None
-    )
+    assert later.config == replace(video.config, num_frames=6)
+    assert config["training"]["inflate"] is None
 
 
 def test_the_frame_rate_of_the_images_is_that_of_their_training(runs, tmp_path):

@@ -55,9 +55,8 @@ def test_loader_processes_get_no_scan(tmp_path):
 
 
 def test_loader_processes_are_no_forks_and_leave_stop_signals_to_the_rank(seen):
-    assert len(seen["commands"]) == 2 and all(
-        "spawn_main" in command for command in seen["commands"]
-    )
+    assert len(seen["commands"]) == 2
+    assert all("spawn_main" in command for command in seen["commands"])
     assert not seen["blocked here"] & set(STOP_SIGNALS)
     for status in seen["statuses"]:
         (mask,) = [

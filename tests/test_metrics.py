@@ -84,10 +84,12 @@ def test_after_a_resume_no_step_is_logged_twice_and_a_torn_line_is_gone(tmp_path
     )
     log(tmp_path, *[(step, {"loss": 2}) for step in (5, 6)], resume_step=4)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert lines[4] == '{"step": 4, "note": null}' and len(lines) == 7
+    assert lines[4] == '{"step": 4, "note": null}'
+    assert len(lines) == 7
     rows, torn = read_metrics(tmp_path / "metrics.jsonl")
     expected = [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
-    assert [(row["step"], row["loss"]) for row in rows] == expected and torn == 0
+    assert [(row["step"], row["loss"]) for row in rows] == expected
+    assert torn == 0
     assert [(event.step, event.value) for event in board(tmp_path).Scalars("loss")] == expected
 
 
@@ -105,16 +107,15 @@ def test_wandb_gets_config_and_scalars_a_resumed_run_keeps_its_id_and_a_missing_
     for resume_step in (0, 5):
         log(tmp_path, (6, {"loss": 0.5}), resume_step=resume_step, wandb=True, config={"lr": 1e-4})
     first, second = (one.kwargs for one in wandb.init.call_args_list)
-    assert (
-        first["config"] == {"lr": 1e-4}
-        and first["id"] == second["id"]
-        and second["resume"] == "allow"
-    )
+    assert first["config"] == {"lr": 1e-4}
+    assert first["id"] == second["id"]
+    assert second["resume"] == "allow"
     assert wandb.init.return_value.log.call_args_list == [call({"loss": 0.5}, step=6)] * 2
     assert wandb.init.return_value.finish.call_count == 2
     wandb.init.side_effect = wandb.Error("api_key not configured")
     line = error_of(Metrics, tmp_path, wandb=True)
-    assert line.startswith("--wandb: api_key not configured") and "wandb login" in line
+    assert line.startswith("--wandb: api_key not configured")
+    assert "wandb login" in line
 
 
 # StepStats ----------------------------------------------------------------------------------------
@@ -145,7 +146,8 @@ def test_the_summary_has_the_means_of_the_steps_and_the_rates_per_rank(monkeypat
         now[0] += 1
         yield batch
 
-    assert stats.next_batch(batches()) is batch and stats.corrupt == ["a.avi"]
+    assert stats.next_batch(batches()) is batch
+    assert stats.corrupt == ["a.avi"]
     now[0] = stats.began + 10
     summary = stats.summary(step=3, global_batch=8)
     rates = {"clips_per_s": 3 * 8 / 10, "tflops_per_s": 3 * 5 / 10 / 4, "wait_frac": 1 / 10}

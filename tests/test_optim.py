@@ -50,9 +50,8 @@ def test_muon_gets_the_block_matrices_and_adamw_all_other_weights():
         f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     }
     assert by_adamw == set(names.values()) - by_muon
-    assert (adamw["lr"], muon["lr"]) == (1e-3, 2e-2) and adamw["weight_decay"] == muon[
-        "weight_decay"
-    ] == 0.3
+    assert (adamw["lr"], muon["lr"]) == (1e-3, 2e-2)
+    assert adamw["weight_decay"] == muon["weight_decay"] == 0.3
     (alone,) = optim.make_optimizers(
         model, SimpleNamespace(optimizer="adamw", lr=1e-3, weight_decay=0.0)
     )
@@ -98,7 +97,8 @@ def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding_and_takes_convoluti
     # A convolution is a matrix with a row per output
     kernels, matrix = (torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 8, 3, 3), (16, 72)))
     steps_of(*(Muon([weight], 0.02, 0.1) for weight in (kernels, matrix)))
-    assert torch.equal(kernels.flatten(1), matrix) and not torch.equal(matrix, torch.ones(16, 72))
+    assert torch.equal(kernels.flatten(1), matrix)
+    assert not torch.equal(matrix, torch.ones(16, 72))
 
 
 def test_on_a_cpu_without_fast_bfloat16_muon_computes_in_float32_and_returns_nearly_the_same(

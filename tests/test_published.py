@@ -131,10 +131,12 @@ def test_a_published_file_loads_and_is_exported_with_its_ema_weights(tmp_path, t
     assert shared_config == config
     assert model.config == replace(CONFIG, ebm="l2" if kind == "of energies" else "none")
     assert config["data"]["vae"] == ("ema" if kind == "bare" else "mse")
-    assert config["data"]["classes"] == [str(label) for label in range(10)] and step == 0
+    assert config["data"]["classes"] == [str(label) for label in range(10)]
+    assert step == 0
     if kind == "bare":
         line = error_of(checkpoint.load_model, path, use_ema=False, model=tiny_name)
-        assert line.startswith("--no-ema: ") and "holds EMA weights only" in line
+        assert line.startswith("--no-ema: ")
+        assert "holds EMA weights only" in line
     else:
         raw, _, _ = checkpoint.load_model(path, use_ema=False, model=tiny_name)
         torch.testing.assert_close(raw.final_layer.linear.bias + 1, model.final_layer.linear.bias)
@@ -211,13 +213,15 @@ def test_a_published_file_that_does_not_fit_is_refused(tmp_path, wrong):
         tmp_path / "a.pt",
     )
     line = error_of(checkpoint.load_model, tmp_path / "a.pt", model=name, **asked)
-    assert line.startswith(f"--ckpt {tmp_path / 'a.pt'}: ") and words in line
+    assert line.startswith(f"--ckpt {tmp_path / 'a.pt'}: ")
+    assert words in line
     if not asked:
         line = error_of(
             checkpoint.load_inflated,
             argparse.Namespace(inflate=tmp_path / "a.pt", model=name, ebm=None),
         )
-        assert line.startswith(f"--inflate {tmp_path / 'a.pt'}: ") and words in line
+        assert line.startswith(f"--inflate {tmp_path / 'a.pt'}: ")
+        assert words in line
 
 
 def rename_classes(data, names):
@@ -264,7 +268,8 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     own = folder / "checkpoints/latest.pt", tmp_path / "trained"
     for start in (["--ckpt", own[0]], ["--ckpt", own[1]], ["--resume"]):
         line = refused(capsys, train, *flags, "--max-steps", 3, *start)
-        assert "has the classes cat, dog (2), " in line and " has 0, 1 (2); " in line
+        assert "has the classes cat, dog (2), " in line
+        assert " has 0, 1 (2); " in line
 
 
 @torch.no_grad()
@@ -308,7 +313,8 @@ def test_a_published_file_starts_clips_with_the_field_of_the_published_code(
     model, config, _ = checkpoint.load_model(latest, use_ema=False)
     positions = {"use_rope": True, "rope_split": "8,0,0", "position_table": "space"}
     own = {"num_frames": 4, "temporal_patch_size": 2, "num_classes": 2}
-    assert model.config == replace(CONFIG, **positions, **own) and config["data"]["classes"] == [
+    assert model.config == replace(CONFIG, **positions, **own)
+    assert config["data"]["classes"] == [
         "A",
         "B",
     ]

@@ -33,7 +33,8 @@ def test_a_draw_is_a_function_of_its_key_alone():
 
 def test_noise_is_standard_normal_and_that_of_a_sample_does_not_depend_on_other_samples():
     together = normal(0, "noise", 7, [4, 9, 2], (3, 2, 5))
-    assert together.shape == (3, 3, 2, 5) and together.dtype == torch.float32
+    assert together.shape == (3, 3, 2, 5)
+    assert together.dtype == torch.float32
     for row, sample in zip(together, [4, 9, 2], strict=True):
         assert torch.equal(row, normal(0, "noise", 7, [sample], (3, 2, 5))[0])
     assert normal(0, "noise", 0, [], (3, 2)).shape == (0, 3, 2)

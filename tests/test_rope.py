@@ -133,7 +133,8 @@ def test_low_precision_rounds_rotated_values_once_and_never_the_angles():
         assert torch.equal(torch.stack(rope(grid, time_scale)), expected)
         assert torch.equal(apply_rotary(x, *expected), rotated)
     low = torch.stack(rope.to(torch.bfloat16)(grid, time_scale))
-    assert low.dtype == torch.float32 and torch.equal(low, expected)
+    assert low.dtype == torch.float32
+    assert torch.equal(low, expected)
     for dtype in (
         torch.bfloat16,
         torch.float16,

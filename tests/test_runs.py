@@ -42,7 +42,8 @@ def test_a_run_that_differs_in_one_flag_is_named(found, tmp_path):
     for number, name in enumerate(found, start=1):
         (tmp_path / f"{number:03d}-{name}").mkdir()
     text = runs.name_similar(tmp_path, "EqM-S-4-f8-rope")
-    assert text.startswith(NEAR[found]) and bool(text) == bool(NEAR[found])
+    assert text.startswith(NEAR[found])
+    assert bool(text) == bool(NEAR[found])
     assert runs.name_similar(tmp_path, "VAE-1px") == ""
     unknown_model = runs.name_similar(tmp_path, "EqM-*-f8-rope")
     assert ("--model" in unknown_model, "--use-rope" in unknown_model) == (
@@ -57,10 +58,8 @@ def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys
     )
     folder = runs.make_run_folder(tmp_path, "a")
     (line,) = capsys.readouterr().out.splitlines()
-    assert (
-        line.startswith(f"note: {folder} is not protected against a second writer")
-        and "no file locks" in line
-    )
+    assert line.startswith(f"note: {folder} is not protected against a second writer")
+    assert "no file locks" in line
 
 
 def test_the_last_checkpoints_and_those_of_phases_are_kept_and_half_written_files_removed(tmp_path):
@@ -78,4 +77,5 @@ def test_the_last_checkpoints_and_those_of_phases_are_kept_and_half_written_file
         (folder.parent / "metrics.jsonl.tmp").touch(),
     )  # of a killed process
     runs.remove_temporary_files(folder.parent)
-    assert names(folder) == kept and names(folder.parent) == ["checkpoints", "lock", "samples"]
+    assert names(folder) == kept
+    assert names(folder.parent) == ["checkpoints", "lock", "samples"]

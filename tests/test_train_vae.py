@@ -58,9 +58,8 @@ def test_losses_match_their_definitions():
     standard = (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     assert all(loss == 0 for loss in losses_of(x, x, *standard).values())
     found = losses_of(x, x + 0.25, *standard)
-    assert (
-        found["pixel_loss"].item() == pytest.approx(0.25) and found["gradient_loss"].item() < 1e-6
-    )
+    assert found["pixel_loss"].item() == pytest.approx(0.25)
+    assert found["gradient_loss"].item() < 1e-6
     ramp = torch.arange(8.0).expand(2, 3, 8, 8)  # one more per column, as much in each row
     assert losses_of(x, x + 0.5 * ramp, *standard)["gradient_loss"].item() == pytest.approx(0.5)
     # the KL loss is in nats per latent value
@@ -142,7 +141,9 @@ def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(made):
 def test_the_validation_psnr_equals_the_exported_vaes_on_held_out_frames(made):
     (training, [*_, (frames, held_out), (_, others)]) = made
     expected = []
-    assert held_out and others and not held_out & others
+    assert held_out
+    assert others
+    assert not held_out & others
     vae = load_vae(str(training.folder / "vae"))
     for frame, found in zip(
         frames, vae.decode(vae.encode(frames)), strict=True
@@ -154,7 +155,8 @@ def test_the_validation_psnr_equals_the_exported_vaes_on_held_out_frames(made):
 
 def test_it_learns_and_writes_sheets_of_reconstructions(whole):
     scores = [row["val_psnr"] for row in whole.rows() if "val_psnr" in row]
-    assert len(scores) == 2 and scores[-1] > scores[0]
+    assert len(scores) == 2
+    assert scores[-1] > scores[0]
     assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == [
         "0000005.png",
         "0000007.png",
@@ -174,9 +176,8 @@ def test_an_interrupted_run_resumed_from_cached_frames_ends_bit_for_bit_like_the
     del state["config"]["typed"]
     torch.save(state, latest)  # as the tree before wrote it
     assert run_here(parts, "--resume", "--cache-frames") == STEPS - stop_after
-    assert compare(whole, parts) == [] and content(parts.folder / "vae") == content(
-        whole.folder / "vae"
-    )
+    assert compare(whole, parts) == []
+    assert content(parts.folder / "vae") == content(whole.folder / "vae")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(whole, tmp_path, capsys):
@@ -184,16 +185,16 @@ def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(whole, tmp_path, 
     run_here(damaged, stop_after=2)
     (damaged.folder / "checkpoints/latest.pt").write_bytes(b"half")
     assert run_here(damaged, "--resume") == STEPS
-    assert "note: --ckpt" in capsys.readouterr().out and compare(whole, damaged) == []
+    assert "note: --ckpt" in capsys.readouterr().out
+    assert compare(whole, damaged) == []
 
 
 def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path, capsys):
     copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
     assert run_here(copy, "--resume") == 0
     assert "is finished at step 7" in capsys.readouterr().out
-    assert compare(whole, copy) == [] and content(copy.folder / "vae") == content(
-        whole.folder / "vae"
-    )
+    assert compare(whole, copy) == []
+    assert content(copy.folder / "vae") == content(whole.folder / "vae")
     line = refused(capsys, train_vae, *copy.command_flags("--resume", "--optimizer", "adamw"))
     assert "trained with --optimizer muon, got adamw: give the same" in line
     line = refused(capsys, train_vae, *copy.command_flags("--resume", "--max-steps", 6))

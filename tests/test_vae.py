@@ -71,7 +71,8 @@ def test_a_vae_is_known_by_its_weights_and_not_by_its_place(tiny, directory, tmp
     check_same(copy, tiny.sha256, "it")
     add_to_weights(tmp_path / "copy", 0.1)
     line = error_of(check_same, load_vae("copy"), tiny.sha256, "it")
-    assert line.startswith(f"--vae {tmp_path / 'copy'}: ") and "SHA-256" in line
+    assert line.startswith(f"--vae {tmp_path / 'copy'}: ")
+    assert "SHA-256" in line
 
 
 def test_pixels_survive_the_round_trip_at_all_256_levels():
@@ -79,11 +80,13 @@ def test_pixels_survive_the_round_trip_at_all_256_levels():
     vae = load_vae("none")
     assert (vae.name, vae.channels, vae.downsample, vae.scale, vae.shift) == ("none", 3, 1, 1, 0)
     mean, std = vae.posterior(levels)
-    assert std is None and mean.shape == (1, 3, 2, 16, 16) and mean.dtype == torch.float32
-    assert mean.min() == -1 and mean.max() == 1
-    assert torch.equal(vae.encode(levels), mean) and torch.equal(
-        vae.latents_of(levels, 0, "s", [0]), mean
-    )
+    assert std is None
+    assert mean.shape == (1, 3, 2, 16, 16)
+    assert mean.dtype == torch.float32
+    assert mean.min() == -1
+    assert mean.max() == 1
+    assert torch.equal(vae.encode(levels), mean)
+    assert torch.equal(vae.latents_of(levels, 0, "s", [0]), mean)
     assert torch.equal(vae.decode(mean), levels.permute(0, 2, 3, 4, 1))
     outside = torch.tensor([-7.0, -1, 0.001, 1, 1.01]).view(1, 1, 1, 1, 5).expand(1, 3, 1, 1, 5)
     assert vae.decode(outside)[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
@@ -99,7 +102,8 @@ def test_latents_are_those_of_diffusers_shifted_and_scaled_once(tiny):
         part.unflatten(0, (2, 5)).transpose(1, 2) for part in (posterior.mean, posterior.std)
     )
     mean, std = tiny.posterior(CLIPS)
-    assert mean.shape == std.shape == (2, 4, 5, 4, 8) and mean.dtype == std.dtype == torch.float32
+    assert mean.shape == std.shape == (2, 4, 5, 4, 8)
+    assert mean.dtype == std.dtype == torch.float32
     torch.testing.assert_close((mean, std), (means, stds))
     noise = normal(2, "posterior", "s", [3, 5], mean.shape[1:])
     torch.testing.assert_close(
@@ -107,7 +111,8 @@ def test_latents_are_those_of_diffusers_shifted_and_scaled_once(tiny):
     )
     torch.testing.assert_close(tiny.encode(CLIPS), (means - SHIFT) * SCALE)
     decoded = tiny.decode(tiny.encode(CLIPS))
-    assert decoded.shape == (2, 5, 8, 16, 3) and decoded.dtype == torch.uint8
+    assert decoded.shape == (2, 5, 8, 16, 3)
+    assert decoded.dtype == torch.uint8
     pixels = tiny.model.decode(posterior.mean).sample.permute(0, 2, 3, 1).unflatten(0, (2, 5))
     expected = ((pixels.clamp(-1, 1) + 1) / 2 * 255).round()
     assert (decoded.float() - expected).abs().max() <= 1  # one level, where the rounding differs
@@ -160,7 +165,8 @@ def test_a_damaged_directory_is_refused_in_a_short_line(directory, tmp_path, dam
         assert change(data) != data
         (folder / name).write_bytes(change(data))
     line = error_of(load_vae, str(folder))
-    assert re.search(f"--vae .*{words}", line) and len(line) < 600
+    assert re.search(f"--vae .*{words}", line)
+    assert len(line) < 600
 
 
 def test_a_published_vae_is_taken_from_the_cache_or_refused_in_a_line(

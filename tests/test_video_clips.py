@@ -74,15 +74,17 @@ def test_a_sample_has_the_condition_of_its_video_and_a_batch_stacks_them():
     clips = make_clips()
     for index, sample in enumerate(samples := [clips[index] for index in range(10)]):
         assert sample["y"] == CLASSES.index(sample["video"].split("/")[0])
-        assert sample["index"] == index and sample["corrupt"] == []
+        assert sample["index"] == index
+        assert sample["corrupt"] == []
         assert np.diff(numbers(sample)).tolist() == [1] * 3
     batch = collate([samples[4], samples[9]])
     assert torch.equal(batch["clips"], torch.stack([samples[4]["clip"], samples[9]["clip"]]))
     assert batch["y"].tolist() == [samples[4]["y"], samples[9]["y"]]
-    assert batch["y"].dtype == torch.int64 and batch["time_scales"].dtype == torch.float32
-    assert (
-        batch["indices"].tolist() == [4, 9] and len(batch["videos"]) == 2 and batch["corrupt"] == []
-    )
+    assert batch["y"].dtype == torch.int64
+    assert batch["time_scales"].dtype == torch.float32
+    assert batch["indices"].tolist() == [4, 9]
+    assert len(batch["videos"]) == 2
+    assert batch["corrupt"] == []
 
 
 def test_intervals_and_starts_are_uniform_over_their_whole_range():
@@ -120,11 +122,13 @@ def test_an_epoch_shows_every_video_once_and_streams_and_seeds_differ():
 
     videos, frames = draws()
     epochs = {tuple(videos[first : first + 5]) for first in range(0, 50, 5)}
-    assert all(len(set(epoch)) == 5 for epoch in epochs) and len(epochs) > 5
+    assert all(len(set(epoch)) == 5 for epoch in epochs)
+    assert len(epochs) > 5
     assert draws() == (videos, frames)
     for settings in ({"seed": 1}, {"stream": 7}, {"stream": "validation"}):
         others = draws(**settings)
-        assert others[0] != videos and others[1] != frames
+        assert others[0] != videos
+        assert others[1] != frames
 
 
 # Corrupt videos -----------------------------------------------------------------------------------
@@ -134,7 +138,8 @@ def test_no_replacement_has_failed_before_and_spare_videos_come_last():
     keys = ["Jump/d", "Jump/e", "Run/a", "Run/b"]
     clips = make_clips(corrupt=keys)
     for sample in (clips[index] for index in range(20)):
-        assert sample["video"] == "Run/c" and sample["y"] == 1
+        assert sample["video"] == "Run/c"
+        assert sample["y"] == 1
         assert len(set(sample["corrupt"])) == len(sample["corrupt"])
     first = make_clips(videos=VIDEOS[:2], corrupt=keys[:1], spare=VIDEOS[2:])
     assert {first[index]["video"] for index in range(20)} == {"Jump/e"}
@@ -241,17 +246,16 @@ def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix)
 def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
     bad_videos = CorruptVideos(Scan([None] * 297, [], ["a", "b", "c"]), 0.01)
     assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
-    assert (
-        bad_videos.add(["b", "c"]) == ["c"]
-        and bad_videos.add([]) == []
-        and len(bad_videos.paths) == 3
-    )
+    assert bad_videos.add(["b", "c"]) == ["c"]
+    assert bad_videos.add([]) == []
+    assert len(bad_videos.paths) == 3
     with pytest.raises(
         CorruptDataError, match="0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"
     ):
         bad_videos.add("defgh")
     bad_videos = CorruptVideos(Scan([None] * 2, [], []), 0.0, known=["a"])
-    assert bad_videos.add(["a"]) == [] and str(bad_videos) == "corrupt so far: 1 of 2"
+    assert bad_videos.add(["a"]) == []
+    assert str(bad_videos) == "corrupt so far: 1 of 2"
     with pytest.raises(CorruptDataError, match="--max-bad-fraction"):
         bad_videos.add(["b"])
 

@@ -75,11 +75,9 @@ def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(
     )
     write_video(tmp_path / name, 45, noise=200, **LONG[name])
     video = scan_videos(tmp_path).videos[0]
-    assert (
-        len(video.keyframes) >= 3
-        and video.num_frames == 45
-        and video.varies == ("variable" in name)
-    )
+    assert len(video.keyframes) >= 3
+    assert video.num_frames == 45
+    assert video.varies == ("variable" in name)
     plain = replace(video, keyframes=())
     expected = read_frames(tmp_path, plain, range(45))  # in order, with decord
     for one, numbers in product((plain, video), ([0], [9, 10], [8, 19, 41], [44])):
@@ -193,13 +191,13 @@ def test_frames_of_a_variable_rate_are_those_at_equal_distances_in_time(tmp_path
     times = [40 * index for index in range(10)] + [400 + 80 * index for index in range(10)]
     write_video(tmp_path / name, codec="libx264", times=times)
     video = scan_videos(tmp_path).videos[0]
-    assert video.num_frames == 20 and video.fps == pytest.approx(19 / 1.12)
+    assert video.num_frames == 20
+    assert video.fps == pytest.approx(19 / 1.12)
     expected = [
         min(range(20), key=lambda n: abs(times[n] - 1120 * index / 19)) for index in range(20)
     ]
-    assert (
-        expected[:3] == [0, 1, 3] and len(set(expected)) < 20
-    )  # twice as fast at first, some twice at the end
+    assert expected[:3] == [0, 1, 3]
+    assert len(set(expected)) < 20  # twice as fast at first, some twice at the end
     assert read_frame_indices(tmp_path, video, range(20)) == expected
     assert read_frame_indices(tmp_path, video, [3, 17, 19]) == [
         expected[index] for index in (3, 17, 19)
@@ -269,7 +267,8 @@ def test_videos_of_any_width_are_not_changed(tmp_path, size):
     write_video(tmp_path / "v.avi", size=size)
     video = scan_videos(tmp_path).videos[0]
     frames = read_frames(tmp_path, video, [3, 7])
-    assert (video.width, video.height) == size and frames.shape == (2, size[1], size[0], 3)
+    assert (video.width, video.height) == size
+    assert frames.shape == (2, size[1], size[0], 3)
     assert np.abs(frames.astype(int) - decode(tmp_path / "v.avi")[0][[3, 7]]).max() <= 1
 
 

@@ -53,7 +53,8 @@ def test_a_scan_finds_videos_classes_rates_and_frames_and_ignores_hidden_and_oth
         (tmp_path / name).write_text("not a video")
     scan = scan_videos(tmp_path)
     paths = ["Jump/d.mov", "Jump/e.avi", "Run/a.avi", "Run/b.mp4", "Run/c.mkv", odd]
-    assert scan.classes == ["Jump", "Run", "Tai Chi"] and scan.unreadable == []
+    assert scan.classes == ["Jump", "Run", "Tai Chi"]
+    assert scan.unreadable == []
     assert [video.path for video in scan.videos] == paths
     assert [video.num_frames for video in scan.videos] == [20, 20, 40, 60, 30, 20]
     assert [video.fps for video in scan.videos] == pytest.approx([30000 / 1001, 25, 25, 25, 30, 25])
@@ -66,7 +67,8 @@ def test_videos_or_images_directly_in_root_are_one_class_also_in_a_cache(tmp_pat
     tiny.save(tmp_path / "c.png", tiny.picture())
     for images, keys in ((False, ["all/a", "all/b"]), (True, ["all/c"])):
         scan = scan_videos(tmp_path, images=images)
-        assert scan.classes == ["all"] and [video.key for video in scan.videos] == keys
+        assert scan.classes == ["all"]
+        assert [video.key for video in scan.videos] == keys
     cache = tmp_path.with_name("cache")
     run_main(
         cache_latents, "--data-path", tmp_path, "--vae", "none", "--image-size", 16, "--out", cache
@@ -94,7 +96,8 @@ def test_a_file_that_cannot_be_opened_is_reported_also_a_pipe(root):
     (root / "A/claims.avi").write_bytes(data)
     scan = scan_videos(root)
     names = sorted([*texts, "sound.mp4", "pipe.avi", "link.avi", not_utf8, "claims.avi"])
-    assert scan.unreadable == [f"A/{name}" for name in names] and len(scan.videos) == 4
+    assert scan.unreadable == [f"A/{name}" for name in names]
+    assert len(scan.videos) == 4
 
 
 # Index --------------------------------------------------------------------------------------------
@@ -109,10 +112,13 @@ def test_a_file_that_the_index_knows_is_not_opened_again(root, runs, monkeypatch
     monkeypatch.chdir(root.parent)
     for name in (root, root.parent / "link", "data"):  # by any of its names
         assert scan_videos(name, runs) == first
-    assert opened == [] and list(runs.iterdir()) == [place] and sorted(root.rglob("*")) == before
+    assert opened == []
+    assert list(runs.iterdir()) == [place]
+    assert sorted(root.rglob("*")) == before
     other = tiny.write_equal_videos(root.parent / "other")
     (other / "A/one.avi").unlink()
-    assert len(scan_videos(other, runs).videos) == 3 and len(scan_videos(root, runs).videos) == 4
+    assert len(scan_videos(other, runs).videos) == 3
+    assert len(scan_videos(root, runs).videos) == 4
     assert len(list(runs.iterdir())) == 2  # of each data folder its own
 
 
@@ -146,26 +152,28 @@ def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys,
         }
     place.write_text(text if isinstance(text, str) else json.dumps(content))
     again = scan_videos(root, runs).videos
-    assert again == scan.videos and all(video.keyframes for video in again)
+    assert again == scan.videos
+    assert all(video.keyframes for video in again)
     assert "building it again" in capsys.readouterr().out
-    assert (
-        scan_videos(root, runs).videos[0].keyframes == again[0].keyframes
-        and capsys.readouterr().out == ""
-    )
+    assert scan_videos(root, runs).videos[0].keyframes == again[0].keyframes
+    assert capsys.readouterr().out == ""
 
 
 def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path, opened):
     first = scan_videos(root, tmp_path / "new")
-    assert not first.is_saved and not (tmp_path / "new").exists()
+    assert not first.is_saved
+    assert not (tmp_path / "new").exists()
     (tmp_path / "new").mkdir()
     save_index(first, root, tmp_path / "new")
     opened.clear()
-    assert scan_videos(root, tmp_path / "new").videos == first.videos and opened == []
+    assert scan_videos(root, tmp_path / "new").videos == first.videos
+    assert opened == []
     tiny.write_video(root / "A" / "later.avi")
     newer = scan_videos(root, tmp_path / "new")
     save_index(first, root, tmp_path / "new")  # leaves the newer index of another run alone
     opened.clear()
-    assert scan_videos(root, tmp_path / "new") == newer and opened == []
+    assert scan_videos(root, tmp_path / "new") == newer
+    assert opened == []
 
 
 def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(
@@ -192,7 +200,8 @@ def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(tmp_path, monke
         "B/f.jpg",
     ]
     assert scan.videos[0] == Video("A/a.jpg", "A", num_frames=1, fps=25.0, height=None, width=None)
-    assert scan.classes == ["A", "B"] and scan.unreadable == []
+    assert scan.classes == ["A", "B"]
+    assert scan.unreadable == []
     assert not list(tmp_path.rglob("*index*"))
 
 
@@ -218,7 +227,8 @@ def test_at_least_one_video_trains_and_one_validates(tmp_path):
         train, val = split_videos(
             tmp_path, [tiny.make_video(f"A/v{first}"), tiny.make_video(f"B/w{first}")], fraction
         )
-        assert len(train) == len(val) == 1 and train != val
+        assert len(train) == len(val) == 1
+        assert train != val
 
 
 def test_lists_in_root_come_first_unless_they_name_none_or_all_videos(tmp_path):
@@ -257,12 +267,10 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
         assert data.train[num_frames] == [
             video for video in train if video.num_frames >= num_frames
         ]
-    assert list(data.val) == [4, 8, 20] and data.val[8] == [
-        video for video in val if video.num_frames >= 8
-    ]
-    assert data.num_too_short == 1 and data.spare(21) == [
-        video for video in train if video.num_frames == 40
-    ]
+    assert list(data.val) == [4, 8, 20]
+    assert data.val[8] == [video for video in val if video.num_frames >= 8]
+    assert data.num_too_short == 1
+    assert data.spare(21) == [video for video in train if video.num_frames == 40]
 
 
 def test_short_validation_videos_are_counted_and_the_longest_is_named_if_all_are_too_short(root):
@@ -312,7 +320,8 @@ def test_folders_of_samples_are_no_data_and_a_scan_says_so_once(root, runs, caps
     tiny.write_images(root / "pictures")
     (root / "pictures/B/samples.json").write_text("{}")
     scan = scan_videos(root / "pictures", images=True)
-    assert scan.classes == ["A"] and "skipped 1 folder with" in capsys.readouterr().out
+    assert scan.classes == ["A"]
+    assert "skipped 1 folder with" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkeypatch):
