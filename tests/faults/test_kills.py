@@ -4,13 +4,14 @@ says one line.
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from shlex import split
 
 import pytest
 
@@ -31,7 +32,7 @@ from training import (
     run_main,
 )
 
-OFTEN = ["--log-every", 1, "--val-every", 5, "--ckpt-every", 10, "--sample-every", 0]
+OFTEN = split("--log-every 1 --val-every 5 --ckpt-every 10 --sample-every 0")
 WORKERS = [*OFTEN, "--num-workers", 1]
 
 
@@ -53,9 +54,8 @@ def undisturbed(shapes, tmp_path_factory):
 
     @functools.cache
     def undisturbed(*flags):
-        training = Training(
-            shapes, tmp_path_factory.mktemp("undisturbed") / "r", 100, TORCHRUN, [*OFTEN, *flags]
-        )
+        results = tmp_path_factory.mktemp("undisturbed") / "r"
+        training = Training(shapes, results, 100, TORCHRUN, [*OFTEN, *flags])
         training.run()
         return training
 
@@ -80,13 +80,14 @@ def error_of(output):
 def test_a_signal_saves_and_ends_a_single_process_with_status_0(number, make):
     training = make(flags=WORKERS)
     process = training.start(until=3)
-    os.killpg(
-        process.pid, number
-    )  # the loader's processes get it, too, as from a terminal or a cluster
+    # The loader's processes get it, too, as from a terminal or a cluster
+    os.killpg(process.pid, number)
     output = end(process)
-    assert f"stopped by {number.name} and saved at step {training.saved()['step']}" in output
-    assert output.count("with --resume") == 1 and "Traceback" not in output
-    assert training.saved()["step"] >= training.rows()[-1]["step"]  # nothing is lost
+    saved = training.saved()["step"]
+    assert f"stopped by {number.name} and saved at step {saved}" in output
+    assert output.count("with --resume") == 1
+    assert "Traceback" not in output
+    assert saved >= training.last_step()  # nothing is lost
 
 
 def test_a_second_interrupt_ends_the_process_at_once(make):
@@ -114,12 +115,12 @@ def test_the_ranks_save_and_end_when_their_torchrun_gets_a_signal(script, base, 
     wait_gone(left)
     assert output.count("and saved at step") == output.count("with --resume") == 1
     assert f'{script}", line' not in output  # a traceback, which may only be torchrun's own
-    assert training.saved()["step"] >= training.rows()[-1]["step"]  # nothing is lost
+    assert training.saved()["step"] >= training.last_step()  # nothing is lost
 
 
 def test_a_signal_to_one_rank_of_a_sharded_run_ends_all_during_samples(make):
-    flags = ["--log-every", 1, "--val-every", 1, "--sample-every", 1, "--num-samples", 2, "--shard"]
-    training = make(launcher=TORCHRUN, flags=[*flags, "--num-sampling-steps", 1000])
+    flags = "--val-every 1 --sample-every 1 --num-samples 2 --num-sampling-steps 1000 --shard"
+    training = make(launcher=TORCHRUN, flags=split(flags))
     process = training.start()
     wait_until(lambda: list(training.results.glob("*/config.json")), process)
     time.sleep(3)  # into the thousand evaluations
@@ -136,7 +137,8 @@ def test_a_signal_and_the_end_of_a_run_wait_for_the_save_under_way(make):
     process.send_signal(signal.SIGTERM)
     output = end(process)
     saved = training.saved()["step"]
-    assert f"saved at step {saved}" in output and saved >= 12
+    assert f"saved at step {saved}" in output
+    assert saved >= 12
     training.run("--resume")
     assert compare(usual, training) == []
 
@@ -150,48 +152,49 @@ def test_sigkills_and_sigterms_at_random_moments_change_nothing(undisturbed, tmp
     # With this seed: SIGTERM of torchrun, SIGKILL of a rank, of all processes, and of a torchrun
     # that starts
     seen = storm(training, [stop_launcher, *3 * [kill_something]], seed=110, from_step=0.5)
-    assert seen and seen[0]["lost"] == 0 and compare(usual, training) == [], (
-        seen
-    )  # a fast machine may finish early
+    assert seen[0]["lost"] == 0  # a fast machine may finish early
+    assert compare(usual, training) == []
 
 
 def test_a_kill_of_a_vae_run_changes_nothing_and_two_ranks_equal_one(make):
-    flags = ["--log-every", 1, "--val-every", 10, "--save-minutes", 0.001]
-    whole, killed, one = (
-        replace(make(20, launcher, flags, name), base=TINY_VAE, script="train_vae.py")
-        for launcher, name in ((TORCHRUN, "whole"), (TORCHRUN, "killed"), (PYTHON, "one"))
-    )
+    flags = split("--log-every 1 --val-every 10 --save-minutes 0.001")
+    whole = make(20, TORCHRUN, flags, "whole")
+    whole = replace(whole, base=TINY_VAE, script="train_vae.py")
+    killed = replace(whole, results=whole.results.with_name("killed"))
+    one = replace(whole, results=whole.results.with_name("one"))
     whole.run()
-    assert storm(killed, [kill_something], seed=5, from_step=0.1) and compare(whole, killed) == []
+    assert storm(killed, [kill_something], seed=5, from_step=0.1)
+    assert compare(whole, killed) == []
     run_main(train_vae, *one.command_flags())
     for alone, shared in zip(one.rows(), whole.rows(), strict=True):
         assert alone == pytest.approx(shared, rel=2e-2)  # up to rounding
 
 
-@pytest.mark.parametrize(
-    ("what", "launcher", "flags"),
-    [("killed_in_save", PYTHON, []), ("killed_while_gathering", TORCHRUN, ["--shard"])],
-)
-def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(
-    what, launcher, flags, make, undisturbed
-):
-    usual = undisturbed(*flags) if launcher == TORCHRUN else make(20, name="usual")
-    if launcher == PYTHON:
-        run_main(train, *usual.command_flags())
-    training = replace(usual, results=make().results, launcher=sabotaged(what, launcher))
-    if launcher == PYTHON:
-        training.run(status=-signal.SIGKILL)
-        assert [path.name for path in training.folder.rglob("*.tmp")] == ["latest.pt.tmp"]
-    else:
-        line = error_of(training.run(status=1))
-        assert "another rank has ended" in line and "all checkpoints are intact" in line
+def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(make):
+    usual = make(20, name="usual")
+    run_main(train, *usual.command_flags())
+    training = make(20, sabotaged("killed_in_save"))
+    training.run(status=-signal.SIGKILL)
+    assert [path.name for path in training.folder.rglob("*.tmp")] == ["latest.pt.tmp"]
     assert training.saved()["step"] == 5
-    replace(training, launcher=launcher).run("--resume")
+    replace(training, launcher=PYTHON).run("--resume")
+    assert compare(usual, training) == []
+
+
+def test_a_kill_while_a_sharded_checkpoint_is_gathered_leaves_the_one_before_it(make, undisturbed):
+    usual = undisturbed("--shard")
+    launcher = sabotaged("killed_while_gathering", TORCHRUN)
+    training = replace(usual, results=make().results, launcher=launcher)
+    line = error_of(training.run(status=1))
+    assert "another rank has ended" in line
+    assert "all checkpoints are intact" in line
+    assert training.saved()["step"] == 5
+    replace(training, launcher=TORCHRUN).run("--resume")
     assert compare(usual, training) == []
 
 
 def test_saving_by_the_clock_does_not_change_the_result(make):
-    flags = ["--log-every", 7, "--val-every", 1000, "--ckpt-every", 1000, "--sample-every", 0]
+    flags = split("--log-every 7 --val-every 1000 --ckpt-every 1000 --sample-every 0")
     usual = make(200, TORCHRUN, flags, "usual")
     usual.run()
     training = make(200, sabotaged("votes_often", TORCHRUN), [*flags, "--save-minutes", 0.002])
@@ -202,7 +205,8 @@ def test_saving_by_the_clock_does_not_change_the_result(make):
             saved.add(training.saved()["step"])
         time.sleep(0.05)
     end(process)
-    assert len(saved - {200}) > 2 and compare(usual, training) == []
+    assert len(saved - {200}) > 2
+    assert compare(usual, training) == []
 
 
 def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
@@ -211,10 +215,9 @@ def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
 
 
 def test_readers_can_open_latest_and_best_at_any_time(make):
-    training = make(
-        60, flags=["--log-every", 1, "--val-every", 1, "--ckpt-every", 1, "--keep-last", 2]
-    )
-    process = training.start("--sample-every", 0, until=2)
+    flags = split("--log-every 1 --val-every 1 --ckpt-every 1 --keep-last 2 --sample-every 0")
+    training = make(60, flags=flags)
+    process = training.start(until=2)
     loaded = set()
     while process.poll() is None:
         loaded |= {training.saved(name)["step"] for name in ("latest.pt", "best.pt")}
@@ -251,39 +254,37 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     ("megabytes", "flags", "file"),
     [
-        (18, ["--ckpt-every", 2], "checkpoints/latest.pt"),
-        (1, ["--sample-every", 1, "--num-samples", 8, "--num-sampling-steps", 2], "samples/"),
-        (0.2, [], "metrics.jsonl"),
+        (1, "--sample-every 1 --num-samples 8 --num-sampling-steps 2", "samples/"),
+        (0.2, "--log-every 1", "metrics.jsonl"),
     ],
 )
-def test_a_full_disk_is_one_line_that_names_it_and_what_to_delete(
-    megabytes, flags, file, small_disk, make
-):
+def test_a_full_disk_is_one_line_that_names_it(megabytes, flags, file, small_disk, make):
     disk = small_disk(megabytes)
-    far = ["--ckpt-every", 10_000, "--val-every", 10_000]
-    training = replace(make(flags=[*OFTEN, *far, *flags]), results=disk / "r")
+    far = split("--ckpt-every 10000 --val-every 10000")
+    training = replace(make(flags=[*OFTEN, *far, *split(flags)]), results=disk / "r")
     line = error_of(training.run(status=1))
-    assert file in line and f"No space left on device; the disk {disk} has" in line
-    saves = file.startswith("checkpoints")
-    assert ("MB free, the file needs" in line) == ("delete 0000002.pt" in line) == saves
-    assert not saves or training.saved()["step"] >= 4
+    assert file in line
+    assert f"No space left on device; the disk {disk} has" in line
+    assert not list(training.folder.rglob("*.tmp"))
+
+
+def test_a_disk_full_of_checkpoints_names_those_to_delete(small_disk, make):
+    disk = small_disk(18)
+    flags = [*OFTEN, *split("--ckpt-every 2 --val-every 10000")]
+    training = replace(make(flags=flags), results=disk / "r")
+    line = error_of(training.run(status=1))
+    assert "checkpoints/latest.pt" in line
+    assert "MB free, the file needs" in line
+    assert "delete 0000002.pt" in line
+    assert training.saved()["step"] >= 4
     assert not list(training.folder.rglob("*.tmp"))
 
 
 def test_samples_on_a_full_disk_are_one_line(small_disk, places, capsys):
     disk = small_disk(0.1)
-    flags = [
-        "--video",
-        "--ckpt",
-        places / "plain.pt",
-        "--folder",
-        disk / "s",
-        "--num-samples",
-        64,
-        "--stepsize",
-        0.1,
-    ]
-    line = refused(capsys, sample_gd, *flags, "--num-sampling-steps", 3, status=1)
+    flags = split("--video --num-samples 64 --stepsize 0.1 --num-sampling-steps 3")
+    paths = ["--ckpt", places / "plain.pt", "--folder", disk / "s"]
+    line = refused(capsys, sample_gd, *flags, *paths, status=1)
     assert f"samples.npz can't be written (No space left on device; the disk {disk}" in line
 
 
@@ -292,71 +293,68 @@ def test_samples_on_a_full_disk_are_one_line(small_disk, places, capsys):
 
 def test_a_killed_loader_process_is_one_line_about_memory(make):
     process = make(flags=WORKERS).start(until=2)
-    loaders = [
-        pid
-        for pid in descendants(process.pid)
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    kill(loaders[0])
+    for pid in descendants(process.pid):
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():  # a loader
+            kill(pid)
+            break
     assert "lack of memory" in error_of(end(process, 1))
 
 
 def test_loader_processes_that_start_right_after_a_collective_do_not_hang(make):
-    schedule = ["--frames-schedule", "4:2:4,5:4:4"]  # each phase starts two on each of two ranks
-    training = make(None, TORCHRUN, [*WORKERS, "--val-every", 1, "--loader-timeout", 60, *schedule])
+    # Each phase starts two on each of two ranks
+    flags = split("--val-every 1 --loader-timeout 60 --frames-schedule 4:2:4,5:4:4")
+    training = make(None, TORCHRUN, [*WORKERS, *flags])
     replace(training, base=ANY_LENGTH).run()
     assert training.last_step() == 4
 
 
 def test_a_decoder_that_hangs_is_named(make, shapes, tmp_path):
     data = shutil.copytree(shapes, tmp_path / "data")
-    training = make(
-        100_000, sabotaged("hanging_decoder"), [*WORKERS, "--loader-timeout", 10], data=data
-    )
+    flags = [*WORKERS, "--loader-timeout", 10]
+    training = make(100_000, sabotaged("hanging_decoder"), flags, data=data)
     process = training.start(until=2)
     for video in data.glob("*/*.avi"):
         video.with_name(video.name + ".hang").touch()
     line = error_of(end(process, 1))
-    assert "--loader-timeout 10" in line and ".avi" in line
+    assert "--loader-timeout 10" in line
+    assert ".avi" in line
 
 
 @pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN])
 def test_a_bug_ends_the_processes_while_loaders_work(launcher, make):
     process = make(launcher=sabotaged("bug_in_a_step", launcher), flags=WORKERS).start()
-    assert "RuntimeError: a bug" in end(
-        process, 1
-    )  # with its traceback: nobody knows what it means
+    # With its traceback: nobody knows what it means
+    assert "RuntimeError: a bug" in end(process, 1)
 
 
 def test_a_loss_that_is_not_finite_names_step_rank_files_and_norms(make, shapes):
-    training = make(
-        20, sabotaged("nan_on_rank_1", TORCHRUN), [*OFTEN, "--log-every", 4, "--val-every", 100]
-    )
+    flags = [*OFTEN, "--val-every", 100]
+    training = make(20, sabotaged("nan_on_rank_1", TORCHRUN), flags)
     line = error_of(training.run(status=1))
-    assert "train_loss of step 3 is not finite, on rank 1, of " in line
-    files = line.split(", of ")[1].split("; ")[0].split(", ")
-    assert 0 < len(files) <= 2 and all((shapes / file).exists() for file in files)
-    norms = line.split("gradient norms up to it: ")[1].split("; ")[0].split(", ")
-    assert len(norms) == 3 and norms[2] == "nan" and all(float(norm) > 0 for norm in norms[:2])
+    pattern = r"train_loss of step 3 is not finite, on rank 1, of (.+?); .*up to it: (.+?); "
+    files, norms = re.search(pattern, line).groups()
+    files = files.split(", ")
+    assert len(files) <= 2
+    for file in files:
+        assert (shapes / file).exists()
+    *finite, last = norms.split(", ")
+    assert len(finite) == 2
+    assert min(map(float, finite)) > 0
+    assert last == "nan"
 
 
 # More than one machine ----------------------------------------------------------------------------
 
 
-def agents(training, name="job"):
+def agents(training, *flags):
     """Two torchrun agents of one rank each, which meet on the loopback address."""
     launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--max-restarts=2",
-        "--rdzv-backend=c10d",
+        *PYTHON,
+        *split("-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv-backend=c10d"),
         f"--rdzv-endpoint=127.0.0.1:{free_port()}",
         "--local-addr=127.0.0.1",
+        *flags,
     ]
-    launcher += [f"--rdzv-id={name}"] if name else ["--max-restarts=0"]
     return [replace(training, launcher=launcher).start() for _ in range(2)]
 
 
@@ -366,7 +364,7 @@ def test_two_nodes_equal_one_node_bit_for_bit_also_when_their_ranks_restart(
 ):
     one = undisturbed(*flags)
     two = replace(one, results=tmp_path / "two")
-    processes = agents(two)
+    processes = agents(two, "--rdzv-id=job", "--max-restarts=2")
     if is_killed:
         wait_until(lambda: two.last_step() > 6, processes[0])
         kill(ranks(processes[0])[0])
@@ -377,6 +375,6 @@ def test_two_nodes_equal_one_node_bit_for_bit_also_when_their_ranks_restart(
 
 def test_two_nodes_without_rdzv_id_are_refused(make):
     training = make(60)
-    first, _ = (end(process, None, timeout=120) for process in agents(training, name=None))
-    assert "--rdzv-id" in error_of(first)
+    outputs = [end(process, None, timeout=120) for process in agents(training, "--max-restarts=0")]
+    assert "--rdzv-id" in error_of(outputs[0])
     assert not training.results.exists()
