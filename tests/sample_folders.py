@@ -15,7 +15,8 @@ from video.clips import Clips
 from video.index import split_videos
 from video.source import open_source
 
-SIZE, FRAMES = 16, 8
+SIZE = 16
+FRAMES = 8
 SOURCE = {
     "temporal_patch_size": 4,
     "guidance": 1.0,
