@@ -11,6 +11,7 @@ import statistics
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from shlex import split
 from types import SimpleNamespace
 
 import pytest
@@ -90,8 +91,9 @@ def random_inputs(config, num_frames, seed=1):
     output.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = 2, config.in_channels, num_frames, config.input_size, config.input_size
-    x, direction = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    shape = (2, config.in_channels, num_frames, config.input_size, config.input_size)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    direction = torch.randn(shape, generator=generator, dtype=torch.float64)
     return x, torch.tensor([1, config.num_classes]), torch.tensor([0.04, 0.08]), direction
 
 
@@ -111,9 +113,17 @@ def network_errors(network, reference, inputs, precision):
     set_precision(precision)
     x, y, time_scale, direction = (part.to(DEVICE) for part in inputs)
     on_device = deepcopy(network).float().to(DEVICE)
-    found = outputs_and_gradients(on_device, x.float(), y, time_scale, direction.float(), precision)
+    results = outputs_and_gradients(
+        on_device,
+        x.float(),
+        y,
+        time_scale,
+        direction.float(),
+        precision,
+    )
     set_precision("fp32")
-    output, *gradients = map(relative_error, (part.double().cpu() for part in found), reference)
+    results = [part.double().cpu() for part in results]
+    output, *gradients = map(relative_error, results, reference)
     return output, max(gradients)
 
 
@@ -123,13 +133,19 @@ def test_outputs_and_gradients(case, precision, check):
     """Relative errors of the device against float64 on the CPU: outputs, and the worst gradient of
     a parameter.
     """
-    size = {
-        "num_classes": 12,
-        "num_frames": 6,
-        "temporal_patch_size": 4,
-    }  # 6 frames do not fill the second patch
-    size |= {} if ON_GPU else {"depth": 2, "input_size": 16}
-    config = model_config("EqM-S/4" if ON_GPU else "EqM-Ti/4", **size, **POSITIONS[case])
+    model = "EqM-S/4"
+    size = {}
+    if not ON_GPU:
+        model = "EqM-Ti/4"
+        size = {"depth": 2, "input_size": 16}
+    config = model_config(  # 6 frames do not fill the second patch
+        model,
+        num_classes=12,
+        num_frames=6,
+        temporal_patch_size=4,
+        **size,
+        **POSITIONS[case],
+    )
     network = random_network(config)
     inputs = random_inputs(config, 6)
     errors = network_errors(network, outputs_and_gradients(network, *inputs), inputs, precision)
@@ -146,9 +162,11 @@ ROUNDING = {
     "": 1e-2,
     "--compile --precision fp32": 1e-3,
     "--grad-checkpoint --precision fp32": 1e-3,
+    "--grad-checkpoint selective --compile --precision fp32": 1e-3,
+    "--precision tf32": 5e-3,
+    "--precision bf16": 1e-2,
+    "--precision fp16": 5e-3,
 }
-ROUNDING |= {"--precision tf32": 5e-3, "--precision bf16": 1e-2, "--precision fp16": 5e-3}
-ROUNDING |= {"--grad-checkpoint selective --compile --precision fp32": 1e-3}
 # Losses of other kinds of training, / the plain one. On a CPU: muon 0.88, disp 0.98, ebm 0.43.
 OTHER_TRAINING = ["--optimizer muon", "--disp", "--ebm dot"]
 SHARDED = ["--shard", "--compile --shard"]  # against one process in fp32
@@ -161,13 +179,14 @@ def run(shapes, tmp_path_factory):
 
     It is small enough for the GPU to wait for the loader.
     """
-    usual = [
-        "--model",
-        "EqM-Ti/2",
-        "--global-batch-size",
-        RANKS * math.ceil((16 if ON_GPU else 8) / RANKS),
-    ]
-    usual += ["--log-every", 10, "--sample-every", 0, "--ckpt-every", STEPS // 4]
+    batch = RANKS * math.ceil((16 if ON_GPU else 8) / RANKS)
+    usual = split(f"""
+        --model EqM-Ti/2
+        --global-batch-size {batch}
+        --log-every 10
+        --sample-every 0
+        --ckpt-every {STEPS // 4}
+    """)
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name, *flags, ranks=1):
@@ -189,12 +208,21 @@ def all_ranks(run, plain):
     return run("ranks", "--precision", "fp32", ranks=RANKS) if RANKS > 1 else plain
 
 
+LOSSES = ("train_loss", "grad_norm", "val_loss")
+
+
 def distance(one, other, *names):
     """The largest relative difference of the last rows of two runs in these metrics; of all without
     names.
     """
-    pairs = [(one.rows()[-1][name], other.rows()[-1][name]) for name in names or other.rows()[-1]]
-    return max(0.0 if a == b else abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+    row = one.rows()[-1]
+    expected = other.rows()[-1]
+    differences = [0.0]
+    for name in names or expected:
+        if row[name] != expected[name]:
+            difference = abs(row[name] - expected[name])
+            differences.append(difference / max(abs(expected[name]), 1e-12))
+    return max(differences)
 
 
 @pytest.mark.parametrize("flags", [flags for flags in ROUNDING if ON_GPU or flags in ON_A_CPU])
@@ -204,8 +232,8 @@ def test_speed_flags(flags, plain, run, check):
     """
     if "--precision" in flags and flags.split()[-1] not in PRECISIONS:
         pytest.skip("this GPU does not have it")
-    found = run(f"run {flags}".replace("/", "-"), *flags.split())
-    check(flags or "no flags", distance(found, plain, "train_loss"), ROUNDING[flags])
+    other = run(f"run {flags}", *flags.split())
+    check(flags or "no flags", distance(other, plain, "train_loss"), ROUNDING[flags])
 
 
 @pytest.mark.parametrize(
@@ -221,28 +249,20 @@ def test_ranks(plain, all_ranks, run, check):
     """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses,
     gradient norms.
     """
-    others = (
-        {f"{RANKS} ranks / 1": all_ranks}
-        if RANKS > 1
-        else {"1 rank / plain": run("python", ranks=0)}
-    )
-    if RANKS > 1 and ON_GPU:
-        for flags in SHARDED:
-            others[f"{RANKS} ranks, {flags} / 1"] = run(
-                flags, "--precision", "fp32", *flags.split(), ranks=RANKS
-            )
+    if RANKS == 1:
+        others = {"1 rank / plain": run("python", ranks=0)}
+    else:
+        others = {f"{RANKS} ranks / 1": all_ranks}
+    is_sharded = RANKS > 1 and ON_GPU
+    for flags in SHARDED if is_sharded else ():
+        sharded = run(flags, "--precision", "fp32", *flags.split(), ranks=RANKS)
+        others[f"{RANKS} ranks, {flags} / 1"] = sharded
     for name, other in others.items():
-        check(name, distance(other, plain, "train_loss", "grad_norm", "val_loss"), 1e-3)
-    if RANKS > 1 and ON_GPU and "bf16" in PRECISIONS:  # --shard gathers rounded weights
-        sharded, whole = (
-            run(f"bf16{flag}", "--precision", "bf16", *flag.split(), ranks=RANKS)
-            for flag in (" --shard", "")
-        )
-        check(
-            "--shard / without, bf16",
-            distance(sharded, whole, "train_loss", "grad_norm", "val_loss"),
-            1e-2,
-        )
+        check(name, distance(other, plain, *LOSSES), 1e-3)
+    if is_sharded and "bf16" in PRECISIONS:  # --shard gathers rounded weights
+        sharded = run("bf16 --shard", "--precision", "bf16", "--shard", ranks=RANKS)
+        whole = run("bf16", "--precision", "bf16", ranks=RANKS)
+        check("--shard / without, bf16", distance(sharded, whole, *LOSSES), 1e-2)
 
 
 @pytest.mark.skipif(
@@ -257,29 +277,27 @@ def test_memory(row, check):
     """Peak memory of a step of EqM-XL/2 with 2 clips of 16 frames, bf16, against the counts:
     relative difference.
     """
-    settings = {
-        "num_frames": memory.COUNTED,
-        "batch_size": 2,
-        "precision": "bf16",
-        "compile": False,
-    }
     expected = memory.STATES * row["weights"] + 1e6 * (row["peak_once_mb"] + 2 * row["peak_mb"])
     if torch.cuda.get_device_properties(0).total_memory < 1.1 * expected:
         pytest.skip(f"takes {expected / 1e9:.0f} GB")
-    step = benchmark.Step(
-        SimpleNamespace(model="EqM-XL/2", **settings), num_classes=memory.SETTINGS["num_classes"]
+    args = SimpleNamespace(
+        model="EqM-XL/2",
+        num_frames=memory.COUNTED,
+        batch_size=2,
+        precision="bf16",
+        compile=False,
     )
+    step = benchmark.Step(args, num_classes=memory.SETTINGS["num_classes"])
     step.model.grad_checkpoint = None if row["flag"] == "off" else row["flag"]
     step()  # makes the optimizer states
     step.backward()  # gradients exist all the time, as in the buckets of DDP
     torch.cuda.reset_peak_memory_stats()
     step()
-    found = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated()
     del step
     torch.cuda.empty_cache()
-    check(
-        f"--grad-checkpoint {row['flag']}", abs(found / expected - 1), 0.1, f"{found / 1e9:.2f} GB"
-    )
+    note = f"{peak / 1e9:.2f} GB"
+    check(f"--grad-checkpoint {row['flag']}", abs(peak / expected - 1), 0.1, note)
 
 
 def test_a_kill_and_a_resume(all_ranks, check):
@@ -290,54 +308,55 @@ def test_a_kill_and_a_resume(all_ranks, check):
     process = killed.start("--precision", "fp32", until=STEPS // 2)
     kill_all(process)
     process.communicate()
-    at = killed.last_step()
+    step = killed.last_step()
     saved = max(int(path.stem) for path in killed.folder.glob("checkpoints/[0-9]*.pt"))
-    assert 0 < saved <= at < STEPS
+    assert 0 < saved <= step < STEPS
     killed.run("--precision", "fp32", "--resume", timeout=600)
     limit = 1e-3 if ON_GPU else 0  # the backward pass of attention adds in no fixed order on a GPU
-    check(
-        "resumed / whole",
-        distance(killed, all_ranks),
-        limit,
-        f"killed after step {at}, resumed from {saved}",
-    )
+    note = f"killed after step {step}, resumed from {saved}"
+    check("resumed / whole", distance(killed, all_ranks), limit, note)
 
 
 def test_a_save(tmp_path, check):
     """A save, which overlaps training: seconds until training continues, MB, tensors that
     differ.
     """
-    model = "EqM-B/2" if ON_GPU else "EqM-Ti/4"
-    settings = {"num_frames": 4, "batch_size": 1, "precision": PRECISIONS[-1], "compile": False}
-    step = benchmark.Step(SimpleNamespace(model=model, **settings))
+    args = SimpleNamespace(
+        model="EqM-B/2" if ON_GPU else "EqM-Ti/4",
+        num_frames=4,
+        batch_size=1,
+        precision=PRECISIONS[-1],
+        compile=False,
+    )
+    step = benchmark.Step(args)
     step()
     weights = step.model.state_dict()
     expected = {name: weight.cpu().clone() for name, weight in weights.items()}
-    state = {"step": 0, "model": weights, "ema": step.ema.state_dict()}
-    state["optimizer"] = [optimizer.state_dict() for optimizer in step.optimizers]
+    state = {
+        "step": 0,
+        "model": weights,
+        "ema": step.ema.state_dict(),
+        "optimizer": [optimizer.state_dict() for optimizer in step.optimizers],
+    }
     (tmp_path / "checkpoints").mkdir()
     writer = checkpoint.Writer(tmp_path)
     write = partial(writer.write, state, [], before=lambda: None, after=lambda: None)
-    stands = []
-    takes = []
-    for _ in range(4):
-        takes.append(
-            benchmark.seconds_of(
-                lambda: (stands.append(benchmark.seconds_of(write)), writer.wait())
-            )
-        )
-    stands, takes = (
-        statistics.median(seconds[1:]) for seconds in (stands, takes)
-    )  # the first one takes longer
-    note = f"{writer.path.stat().st_size / 1e6:.0f} MB are written after {takes:.2g} s"
-    check(f"{model} with EMA and optimizer: training pauses, s", stands, math.inf, note)
+    pauses = []
+
+    def save():
+        pauses.append(benchmark.seconds_of(write))
+        writer.wait()
+
+    saves = [benchmark.seconds_of(save) for _ in range(4)]
+    pause = statistics.median(pauses[1:])  # the first one takes longer
+    seconds = statistics.median(saves[1:])
+    note = f"{writer.path.stat().st_size / 1e6:.0f} MB are written after {seconds:.2g} s"
+    what = f"{args.model} with EMA and optimizer: training pauses, s"
+    check(what, pause, math.inf, note)
     write()
     with torch.no_grad():
         torch._foreach_add_(list(step.model.parameters()), 1.0)  # training changes them right after
     writer.wait()
     saved = torch.load(writer.path, weights_only=True)["model"]
-    check(
-        "tensors that differ",
-        sum(not torch.equal(saved[name], expected[name]) for name in expected),
-        0,
-    )
+    changed = [name for name in expected if not torch.equal(saved[name], expected[name])]
+    check("tensors that differ", len(changed), 0)
