@@ -25,25 +25,6 @@ from video.index import CorruptDataError
 
 
 @pytest.mark.parametrize(
-    ("kind", "bounds", "good", "bad"),
-    [
-        (int, {"least": 1}, ["1", "7"], ["0", "-3"]),
-        (float, {"above": 0}, ["0.001", "1e9"], ["0", "-1", "nan", "inf"]),
-        (float, {"least": 0, "most": 1}, ["0", "1", "0.5"], ["-0.1", "1.1", "nan"]),
-        (float, {"most": 1}, ["-5", "1"], ["2", "nan"]),
-    ],
-)
-def test_a_number_must_be_within_its_bounds(kind, bounds, good, bad):
-    parse = number(kind, **bounds)
-    for text in good:
-        assert parse(text) == kind(text)
-        assert type(parse(text)) is kind
-    for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match=rf"{text}\b.*(number|integer) "):
-            parse(text)
-
-
-@pytest.mark.parametrize(
     ("words", "values"),
     [
         ([], {}),

@@ -27,7 +27,13 @@ from transport import OBJECTIVES
 from vae import VAE, load_vae
 from video.index import scan_videos, split_videos
 
-VIDEOS = split("--video --model EqM-Ti/4 --depth 1 --num-frames 8 --use-rope")
+VIDEOS = split("""
+    --video
+    --model EqM-Ti/4
+    --depth 1
+    --num-frames 8
+    --use-rope
+""")
 TRAIN = [*VIDEOS, *split("--vae none --image-size 16 --global-batch-size 4")]
 CONFIG = model_config("EqM-Ti/4", input_size=16, in_channels=3, num_classes=2, num_frames=8)
 LOGGED = split("--num-workers 0 --log-every 1 --sample-every 0")
@@ -146,7 +152,12 @@ def test_a_validation_loss_that_is_not_finite_is_no_best(videos, tmp_path, monke
     )
 
 
-SHORT = split("--global-batch-size 8 --lr 1e-3 --max-steps 6 --val-every 3")
+SHORT = split("""
+    --global-batch-size 8
+    --lr 1e-3
+    --max-steps 6
+    --val-every 3
+""")
 
 
 @pytest.fixture(scope="module")
@@ -260,10 +271,14 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
 
 
 def test_training_from_a_cache_equals_encoding_on_the_fly(shapes, latents, tiny_vae, tmp_path):
-    shared = [
-        *VIDEOS,
-        *split("--frame-interval 1 2 --global-batch-size 4 --lr 1e-3 --max-steps 4 --val-every 2"),
-    ]
+    settings = """
+        --frame-interval 1 2
+        --global-batch-size 4
+        --lr 1e-3
+        --max-steps 4
+        --val-every 2
+    """
+    shared = [*VIDEOS, *split(settings)]
     encoding = ["--data-path", shapes, "--vae", tiny_vae, "--image-size", 16]
     slow, _ = run_training(tmp_path / "slow", *shared, *encoding)
     fast, state = run_training(tmp_path / "fast", *shared, "--data-path", latents)
@@ -340,14 +355,33 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     vae = make_vae(tmp_path / "vae")
     for name in ("A/a", "A/b", "B/c", "B/d", "B/e", "B/f"):
         write_video(data / f"{name}.avi", 20, size=(16, 16))
-    flags = [
-        *split("--video --use-rope --model EqM-Ti/2 --depth 1 --temporal-patch-size 4"),
-        *split("--hidden-size 48 --num-heads 2 --num-frames 8 --frame-interval 4"),
-        *split("--optimizer muon --global-batch-size 2 --val-clips 2 --num-workers 0"),
-        *["--data-path", data, "--results-dir", results],
-    ]
-    first = split("--position-table space --rope-speed 0.5 --forcing 0.5 --image-size 8")
-    rows, state = run_training(results, *flags, *first, "--vae", vae, "--resume", "--max-steps", 1)
+    flags = split(f"""
+        --data-path {data}
+        --results-dir {results}
+        --video
+        --use-rope
+        --model EqM-Ti/2
+        --depth 1
+        --temporal-patch-size 4
+        --hidden-size 48
+        --num-heads 2
+        --num-frames 8
+        --frame-interval 4
+        --optimizer muon
+        --global-batch-size 2
+        --val-clips 2
+        --num-workers 0
+    """)
+    first = split(f"""
+        --position-table space
+        --rope-speed 0.5
+        --forcing 0.5
+        --vae {vae}
+        --image-size 8
+        --max-steps 1
+        --resume
+    """)
+    rows, state = run_training(results, *flags, *first)
     (run,) = results.glob("[0-9]*")
     log = (run / "log.txt").read_text()
     printed = capsys.readouterr().out

@@ -30,21 +30,38 @@ PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SMALL = split("--image-size 16 --global-batch-size 4 --num-workers 0")
 IMAGES = [*SMALL, *split("--model EqM-Ti/4 --depth 1 --vae none")]
-ANY_LENGTH = [
-    *IMAGES,
-    *split("--video --use-rope --hidden-size 96 --num-heads 2 --no-flip"),
-    *split("--frame-interval 1 3 --val-clips 4 --lr 1e-3"),
-]
+MOVING = """
+    --video
+    --use-rope
+    --hidden-size 96
+    --num-heads 2
+    --no-flip
+    --frame-interval 1 3
+    --val-clips 4
+    --lr 1e-3
+"""
+ANY_LENGTH = [*IMAGES, *split(MOVING)]
 TINY = [*ANY_LENGTH, "--num-frames", 4]
-TINY_VAE = [
-    *SMALL,
-    *split("--downsample 4 --widths 8 8 8 --latent-channels 2"),
-    *split("--log-every 2 --num-val-frames 20 --val-every 5"),
-]
-OFTEN = [
-    *split("--log-every 3 --val-every 2 --ckpt-every 4 --keep-last 2"),
-    *split("--sample-every 5 --num-samples 1 --num-sampling-steps 3"),
-]
+TINY_VAE = split("""
+    --image-size 16
+    --global-batch-size 4
+    --num-workers 0
+    --downsample 4
+    --widths 8 8 8
+    --latent-channels 2
+    --log-every 2
+    --num-val-frames 20
+    --val-every 5
+""")
+OFTEN = split("""
+    --log-every 3
+    --val-every 2
+    --ckpt-every 4
+    --keep-last 2
+    --sample-every 5
+    --num-samples 1
+    --num-sampling-steps 3
+""")
 FEW_STEPS = split("--num-samples 2 --num-sampling-steps 4 --stepsize 0.05")
 # depends on the clock
 MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}
