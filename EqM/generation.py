@@ -542,7 +542,7 @@ def generate(
 
 
 def sample_windows(plan, start_of, follow, clips, mask, keep_background):
-    """Sample the windows of a batch, each from the last frames of the previous one, and decode them.
+    """Sample the windows of a batch, each from the last frames of the one before, and decode them.
 
     start_of(window=number) returns initial latents; follow(x, masked=...) is `sample_window`.
     clips, mask: the given frames, or None. Yields for each window the number of the first new
