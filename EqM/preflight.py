@@ -38,12 +38,13 @@ def check_run(args):
     if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
         return None
     args = resolve_frames(args)
-    check_flags(args)
+    lengths = clip_lengths(args)
+    check_flags(args, lengths)
     check_data_path(args.data_path, images=not args.video)
     start = checkpoint.find_start(args, run.run_name(args))
     args, vae = resolve_latents(args, start)
-    config = make_config(args, vae, start)
-    args = resolve_settings(args, start, config)
+    config = make_config(args, vae, start, lengths)
+    args = resolve_settings(args, start, config, lengths)
     data = None
     phases = args.frames_schedule
     if phases:
@@ -58,7 +59,7 @@ def check_run(args):
         data = open_data(
             args,
             start,
-            lengths=clip_lengths(args),
+            lengths=lengths,
             val_lengths=args.val_frames,
             flag=frames_flag(args),
         )
@@ -126,16 +127,15 @@ def resolve_frames(args):
             raise UserError(
                 f"{flag_text(args, name)}: contradicts --frames-schedule; remove one of them"
             )
-    return args.resolve(
-        num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step
-    )
+    phases = args.frames_schedule
+    return args.resolve(num_frames=phases[0].num_frames, max_steps=phases[-1].last_step)
 
 
-def check_flags(args):
+def check_flags(args, lengths):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     check_job()
     cli.check_speed_flags(args)
-    transport.check_flags(args, clip_lengths(args))
+    transport.check_flags(args, lengths)
     schedule.check_flags(args)
     optim.check_flags(args)
     checkpoint.check_flags(args)
@@ -185,9 +185,9 @@ def resolve_latents(args, start):
     return args.resolve(vae=vae.name, image_size=image_size), vae
 
 
-def make_config(args, vae, start):
+def make_config(args, vae, start, lengths):
     """The EqMConfig of this run without its classes, from the flags or from a checkpoint that
-    agrees with them.
+    agrees with them. lengths: of the training clips, in frames.
     """
     model = args.model or USUAL_NAME
     unit = vae.downsample
@@ -212,7 +212,7 @@ def make_config(args, vae, start):
             asked = model_shape(args.model) | settings
             saved = checkpoint.config_of(start.flag, start.state, video=args.video, **asked)
             config = replace(saved, num_frames=args.num_frames)
-        for num_frames in (*clip_lengths(args), *args.val_frames):
+        for num_frames in (*lengths, *args.val_frames):
             config.check_num_frames(num_frames)
     except ValueError as error:
         typed = args.typed & {*names, "image_size", "val_frames"}
@@ -223,7 +223,7 @@ def make_config(args, vae, start):
     return config
 
 
-def resolve_settings(args, start, config):
+def resolve_settings(args, start, config, lengths):
     """Flags with the values that depend on the checkpoint, the model and the machine.
 
     Raises UserError.
@@ -262,7 +262,7 @@ def resolve_settings(args, start, config):
                 f"note: --ckpt was trained with {flag} {before}, this phase is not, so it may "
                 f"forget {skill}"
             )
-        shortest = min(clip_lengths(args))
+        shortest = min(lengths)
         if getattr(args, name) and shortest <= config.temporal_patch_size:
             say(
                 f"note: {flag_text(args, name)}: clips of {plural(shortest, 'frame')} are one "

@@ -144,7 +144,7 @@ def main():
         if not os.path.isdir(args.data_path) or latents_settings(args.data_path):
             check_data_path(args.data_path, cached=False)
         vae = PUBLISHED_VAE if args.vae in REPOSITORIES else load_vae(args.vae)
-        config = preflight.make_config(args, vae, Start(Progress()))
+        config = preflight.make_config(args, vae, Start(Progress()), [args.num_frames])
     except UserError as error:
         fail(str(error).replace("--data-path", "DIR"))
     device = distributed.start()
@@ -402,7 +402,7 @@ def suggest_command(args, vae, source, corrupt, device):
     if flags.vae != "none":
         once = "EqM/cache_latents.py encodes each video once"
         say(f"note: --vae {flags.vae} encodes the clips of each step; {once}")
-    config = preflight.make_config(flags, vae, Start(Progress()))
+    config = preflight.make_config(flags, vae, Start(Progress()), [flags.num_frames])
     _, seconds, _ = measure(config, flags.num_frames, min(CLIPS_TIMED, batch), device)
     hours = in_words(seconds * batch * flags.max_steps / 3600 / processes)
     say(f"to train on these videos on this machine, for about {hours}, paste this command:")
@@ -447,7 +447,7 @@ def with_num_frames(flags, vae, source, corrupt):
     for num_frames in [flags.num_frames] if "num_frames" in flags.typed else usual:
         longer = cli.Flags(vars(flags) | {"num_frames": num_frames}, flags.typed)
         with suppress(UserError):
-            preflight.make_config(longer, vae, Start(Progress()))
+            preflight.make_config(longer, vae, Start(Progress()), [longer.num_frames])
             check_data(longer, source, corrupt)
             return longer
     return None
