@@ -106,9 +106,16 @@ def windows_of(num_frames, window=None, overlap=0):
 def parts_of(plan, batch_size=16, **changes):
     """What `generate` yields; changes replace SETTINGS or are arguments of `generate`."""
     settings = {name: changes.pop(name, value) for name, value in SETTINGS.items()}
-    return list(
-        generate(plan, range(len(plan.conditions)), 0, "cpu", settings, batch_size, **changes)
+    parts = generate(
+        plan,
+        range(len(plan.conditions)),
+        seed=0,
+        device="cpu",
+        settings=settings,
+        batch_size=batch_size,
+        **changes,
     )
+    return list(parts)
 
 
 def run(plan, batch_size=16, **changes):
@@ -323,10 +330,15 @@ def test_the_default_window_lasts_as_long_as_the_longest_training_clip(
     trained, longest, scale, window
 ):
     def choose(use_rope=True, forcing=0.5, rope_scale="none", window=None, overlap=None):
-        flags = SimpleNamespace(rope_scale=rope_scale, window=window, overlap=overlap)
-        config = replace(Quadratic.config, num_frames=trained, use_rope=use_rope)
-        data = {"longest_time_scale": longest}
-        return choose_windows(flags, config, 99, trained, data, scale, forcing)
+        return choose_windows(
+            SimpleNamespace(rope_scale=rope_scale, window=window, overlap=overlap),
+            replace(Quadratic.config, num_frames=trained, use_rope=use_rope),
+            num_frames=99,
+            trained=trained,
+            data={"longest_time_scale": longest},
+            time_scale=scale,
+            forcing=forcing,
+        )
 
     assert choose() == (window, window // 2)
     assert choose(use_rope=False) == (trained, trained // 2)

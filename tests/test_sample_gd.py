@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import checkpoint
-import gallery
 import sample_gd
 import train
 from generation import SAMPLER, generate
@@ -182,10 +181,6 @@ def test_more_frames_than_in_training_are_sampled_window_by_window(
     short, _ = sample_here(ckpt, folder, "--num-frames", 8, "--no-previews")
     is_forced = model != "plain"  # without forcing, all frames are one window, with other noise
     assert np.array_equal(short, clips[:, :8]) == is_forced
-    if model == "pixels":
-        run_main(gallery, folder)
-        run_main(gallery, folder, "--png", tmp_path / "picture.png")
-        assert (folder / "gallery.html").exists() and (tmp_path / "picture.png").exists()
     sample_here(ckpt, folder, "--num-frames", 12, "--window", 8, "--no-previews")
     note = "trained without --forcing, or on clips of one"
     assert (note in capsys.readouterr().out) == (not is_forced)

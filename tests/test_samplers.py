@@ -78,7 +78,15 @@ def test_the_observer_sees_every_point_and_the_start_is_not_changed(method, num_
         assert keep.tolist() == [0, 1, 2]
 
     start = normal(3, 4)
-    x, evaluations = sample(field, start, method, num_steps, 0.1, objective=EQM, observe=observe)
+    x, evaluations = sample(
+        field,
+        start,
+        method,
+        num_steps=num_steps,
+        step_size=0.1,
+        objective=EQM,
+        observe=observe,
+    )
     count = 2 * num_steps - 3 if method == "heun" else num_steps - 1
     assert evaluations.tolist() == [count] * 3
     assert evaluated == [[0, 1, 2]] * count
@@ -99,7 +107,7 @@ def test_stopped_samples_are_not_evaluated_again():
         evaluated.append(keep.tolist())
         return halve(x, keep)
 
-    x, evaluations = sample(field, start, "gd", 100, 0.5, stop_below=1.0)
+    x, evaluations = sample(field, start, num_steps=100, step_size=0.5, stop_below=1.0)
     assert evaluated == [[0, 1, 2, 3], [0, 1, 3], [0, 3], [0, 3], [0]]
     # Including the one that finds f below the threshold
     assert evaluations.tolist() == [5, 2, 1, 4]
@@ -111,10 +119,17 @@ def test_a_diverging_sample_does_not_stop_early(method):
     def field(x, keep):
         return torch.where(keep[:, None] == 0, torch.nan, -x)
 
-    _, (diverging, other) = sample(field, normal(2, 3), method, 50, 0.5, stop_below=0.01)
+    _, (diverging, other) = sample(
+        field,
+        normal(2, 3),
+        method,
+        num_steps=50,
+        step_size=0.5,
+        stop_below=0.01,
+    )
     assert diverging == 49
     assert other < 20
-    _, evaluations = sample(halve, torch.zeros(3, 4), method, 10, 0.1, stop_below=0.0)
+    _, evaluations = sample(halve, torch.zeros(3, 4), method, num_steps=10, stop_below=0.0)
     assert evaluations.tolist() == [9, 9, 9]  # 0 never stops
 
 
@@ -132,7 +147,14 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
         return transport.decay(gamma)[:, None] * path
 
     start = noise + start_gamma * path
-    x, _ = sample(field, start, method, num_steps, start_gamma=start_gamma, objective=EQM)
+    x, _ = sample(
+        field,
+        start,
+        method,
+        num_steps=num_steps,
+        start_gamma=start_gamma,
+        objective=EQM,
+    )
     assert_close(x, data)
 
 
@@ -149,12 +171,19 @@ def test_the_error_of_a_solver_falls_with_its_order(method, order):
     start = normal(2, 3, dtype=torch.float64)
 
     def error(num_steps):
-        x, _ = sample(halve, start, method, num_steps, objective=objective)
+        x, _ = sample(halve, start, method, num_steps=num_steps, objective=objective)
         return (x - start / torch.e).norm()
 
     assert torch.log2(error(41) / error(81)).item() == pytest.approx(order, abs=0.1)
     gammas.clear()
-    sample(halve, start, method, num_steps=7, start_gamma=0.4, objective=objective)
+    sample(
+        halve,
+        start,
+        method,
+        num_steps=7,
+        start_gamma=0.4,
+        objective=objective,
+    )
     # Equal steps, never at gamma 1
     assert sorted(set(gammas)) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
 
@@ -174,15 +203,23 @@ def test_masked_values_stay_and_the_others_move_as_if_alone(method):
     def observe(x, keep):
         points.append(x)
 
-    masked = {"given": given, "mask": GIVEN.expand(3, 8)}
-    x, _ = sample(field, start, method, 6, 0.1, observe=observe, objective=EQM, **masked)
+    settings = {"num_steps": 6, "step_size": 0.1, "objective": EQM}
+    x, _ = sample(
+        field,
+        start,
+        method,
+        observe=observe,
+        given=given,
+        mask=GIVEN.expand(3, 8),
+        **settings,
+    )
     for point in (x, *points):
         assert torch.equal(point[:, GIVEN], given[:, GIVEN])  # bit for bit
 
     def unmasked_field(x, keep):
         return goal[~GIVEN] - x
 
-    alone, _ = sample(unmasked_field, start[:, ~GIVEN], method, 6, 0.1, objective=EQM)
+    alone, _ = sample(unmasked_field, start[:, ~GIVEN], method, **settings)
     assert torch.equal(x[:, ~GIVEN], alone)
 
 
@@ -191,7 +228,15 @@ def test_a_sample_stops_by_the_field_of_its_unmasked_part():
     start = torch.full((3, 8), 8.0)
     mask = torch.stack([GIVEN, torch.zeros(8, dtype=torch.bool), torch.arange(8) < 6])
     given = torch.full((3, 8), 9.0)
-    x, evaluations = sample(halve, start, "gd", 100, 0.5, stop_below=1.0, given=given, mask=mask)
+    x, evaluations = sample(
+        halve,
+        start,
+        num_steps=100,
+        step_size=0.5,
+        stop_below=1.0,
+        given=given,
+        mask=mask,
+    )
     assert evaluations.tolist() == [5, 5, 5]
     assert torch.equal(x, torch.where(mask, 9.0, 0.5))
 

@@ -28,7 +28,14 @@ def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
     first, _, last = phases
 
     def frames_from(step):
-        return frames_of_steps(phases, last, step=step, first_step=2000, mix=0.3, seed=0)
+        return frames_of_steps(
+            phases,
+            last,
+            step=step,
+            first_step=2000,
+            mix=0.3,
+            seed=0,
+        )
 
     assert frames_of_steps(phases, first, step=0, first_step=0, mix=0.3, seed=0) == [4] * 1000
     frames = frames_from(2000)
@@ -110,7 +117,14 @@ def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_pa
     expected = []
     total = 0
     for phase in schedule:
-        expected += frames_of_steps(schedule, phase, first_step, first_step, 0.6, 0)
+        expected += frames_of_steps(
+            schedule,
+            phase,
+            step=first_step,
+            first_step=first_step,
+            mix=0.6,
+            seed=0,
+        )
         first_step = phase.last_step
     flags = split("--log-every 1 --ckpt-every 1 --keep-last 1 --mix 0.6 --forcing 0.5")
     training = run_schedule(text, shapes, tmp_path / "r", *flags)

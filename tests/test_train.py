@@ -71,7 +71,8 @@ def test_too_many_processes_are_one_line_from_the_first_rank(training, monkeypat
     preflight.check_run(SimpleNamespace())  # without a look at a flag, file or folder
     monkeypatch.setenv("LOCAL_RANK", "2")
     line = refused(capsys, train, *training)
-    assert "--nproc_per_node=8" in line and "GPUs on this machine: 2" in line
+    assert "--nproc_per_node=8" in line
+    assert "GPUs on this machine: 2" in line
 
 
 @pytest.mark.parametrize(
@@ -245,12 +246,28 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
     )
     config = replace(CONFIG, class_dropout_prob=0.5)
     losses, target_square = train.training_losses(
-        network, VAE("none"), batch, config, args, 5, torch.device("cpu")
+        network,
+        VAE("none"),
+        batch,
+        config=config,
+        args=args,
+        stream=5,
+        device=torch.device("cpu"),
     )
 
     x = clips.float() / 127.5 - 1
     noise = normal(3, "noise", 5, indices, (3, T, 16, 16))
-    gamma = transport.draw_gammas(3, 5, indices, T, 4, 2.0, forcing, 1, regions, 16)
+    gamma = transport.draw_gammas(
+        3,
+        5,
+        indices,
+        num_frames=T,
+        patch=4,
+        shift=2.0,
+        share=forcing,
+        region_share=regions,
+        size=16,
+    )
     is_dropped = uniform(3, "label drop", 5, indices) < transport.condition_dropout(gamma, 0.5)
     assert is_dropped.any() and not is_dropped.all()
     ((x_gamma, y_seen, time_scales, return_features),) = calls

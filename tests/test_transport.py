@@ -41,7 +41,14 @@ def losses_of(f, x, noise, gamma, first=0):
         return f, "features"
 
     loss, square, features = EQM.losses(
-        network, x, noise, gamma, "y", "time_scale", first, return_features=True
+        network,
+        x,
+        noise,
+        gamma=gamma,
+        y="y",
+        time_scale="time_scale",
+        first=first,
+        return_features=True,
     )
     assert features == "features"
     return loss, square

@@ -47,9 +47,16 @@ def batches(data_set, chunks=CHUNKS):
 
 
 def run(models, loader, num_frames=4, given=False, together=False):
-    stop = StopSignal(together=together)
-    device = torch.device("cpu")
-    metrics, _ = validate(*models, VAE("none"), loader, num_frames, "fp32", device, stop, given)
+    metrics, _ = validate(
+        *models,
+        VAE("none"),
+        loader=loader,
+        num_frames=num_frames,
+        precision="fp32",
+        device=torch.device("cpu"),
+        stop=StopSignal(together=together),
+        given=given,
+    )
     return metrics
 
 

@@ -328,7 +328,7 @@ def test_a_bug_ends_the_processes_while_loaders_work(launcher, make):
 
 
 def test_a_loss_that_is_not_finite_names_step_rank_files_and_norms(make, shapes):
-    flags = [*OFTEN, "--val-every", 100]
+    flags = [*OFTEN, *split("--log-every 4 --val-every 100")]
     training = make(20, sabotaged("nan_on_rank_1", TORCHRUN), flags)
     line = error_of(training.run(status=1))
     pattern = r"train_loss of step 3 is not finite, on rank 1, of (.+?); .*up to it: (.+?); "
