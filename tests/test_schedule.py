@@ -126,7 +126,13 @@ def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_pa
             seed=0,
         )
         first_step = phase.last_step
-    flags = split("--log-every 1 --ckpt-every 1 --keep-last 1 --mix 0.6 --forcing 0.5")
+    flags = split("""
+        --log-every 1
+        --ckpt-every 1
+        --keep-last 1
+        --mix 0.6
+        --forcing 0.5
+    """)
     training = run_schedule(text, shapes, tmp_path / "r", *flags)
     names = {path.name for path in (training.folder / "checkpoints").iterdir()}
     assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names

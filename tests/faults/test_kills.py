@@ -32,7 +32,12 @@ from training import (
     run_main,
 )
 
-OFTEN = split("--log-every 1 --val-every 5 --ckpt-every 10 --sample-every 0")
+OFTEN = split("""
+    --log-every 1
+    --val-every 5
+    --ckpt-every 10
+    --sample-every 0
+""")
 WORKERS = [*OFTEN, "--num-workers", 1]
 
 
@@ -194,7 +199,12 @@ def test_a_kill_while_a_sharded_checkpoint_is_gathered_leaves_the_one_before_it(
 
 
 def test_saving_by_the_clock_does_not_change_the_result(make):
-    flags = split("--log-every 7 --val-every 1000 --ckpt-every 1000 --sample-every 0")
+    flags = split("""
+        --log-every 7
+        --val-every 1000
+        --ckpt-every 1000
+        --sample-every 0
+    """)
     usual = make(200, TORCHRUN, flags, "usual")
     usual.run()
     training = make(200, sabotaged("votes_often", TORCHRUN), [*flags, "--save-minutes", 0.002])
@@ -215,7 +225,13 @@ def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
 
 
 def test_readers_can_open_latest_and_best_at_any_time(make):
-    flags = split("--log-every 1 --val-every 1 --ckpt-every 1 --keep-last 2 --sample-every 0")
+    flags = split("""
+        --log-every 1
+        --val-every 1
+        --ckpt-every 1
+        --keep-last 2
+        --sample-every 0
+    """)
     training = make(60, flags=flags)
     process = training.start(until=2)
     loaded = set()
@@ -282,7 +298,12 @@ def test_a_disk_full_of_checkpoints_names_those_to_delete(small_disk, make):
 
 def test_samples_on_a_full_disk_are_one_line(small_disk, places, capsys):
     disk = small_disk(0.1)
-    flags = split("--video --num-samples 64 --stepsize 0.1 --num-sampling-steps 3")
+    flags = split("""
+        --video
+        --num-samples 64
+        --stepsize 0.1
+        --num-sampling-steps 3
+    """)
     paths = ["--ckpt", places / "plain.pt", "--folder", disk / "s"]
     line = refused(capsys, sample_gd, *flags, *paths, status=1)
     assert f"samples.npz can't be written (No space left on device; the disk {disk}" in line

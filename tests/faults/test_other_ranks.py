@@ -36,7 +36,12 @@ def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tm
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
     }
-    paths = split("--data-path shapes --results-dir results --ckpt start.pt --max-steps 4")
+    paths = split("""
+        --data-path shapes
+        --results-dir results
+        --ckpt start.pt
+        --max-steps 4
+    """)
     command = [*PYTHON, ROOT / "EqM/train.py", *TINY, *OFTEN, *paths]
     ranks = []
     for rank in (0, 1):

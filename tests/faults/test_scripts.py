@@ -30,7 +30,12 @@ def tree(tmp_path):
 
 
 PHASES = {"PATH": PATH, "EXP": "E", "MODEL": "EqM-Ti/4", "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4}
-FLAGS = split("--depth 1 --num-workers 0 --log-every 1 --val-clips 4")
+FLAGS = split("""
+    --depth 1
+    --num-workers 0
+    --log-every 1
+    --val-clips 4
+""")
 
 
 def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
