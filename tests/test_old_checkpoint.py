@@ -114,13 +114,20 @@ def test_it_starts_a_new_phase_and_samples(videos, tmp_path):
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 7, 8, 8, 3)
 
 
-@pytest.mark.parametrize(
-    ("part", "name"), [("model", "rope_speed"), ("data", "longest_time_scale")]
-)
-def test_an_older_file_is_one_line_that_names_the_commit_that_reads_it(part, name, tmp_path):
+def without(folder, part, name):
+    """A copy of the checkpoint that lacks a setting."""
     state = torch.load(BEFORE, weights_only=True)
     del state["config"][part][name]
-    torch.save(state, tmp_path / "older.pt")
-    line = error_of(checkpoint.load, tmp_path / "older.pt")
-    assert "older.pt: " in line
-    assert line.endswith("commit f311e33 reads older files")
+    torch.save(state, folder / "older.pt")
+    return folder / "older.pt"
+
+
+def test_a_setting_that_an_older_file_lacks_has_its_default(tmp_path):
+    model, _, _ = checkpoint.load_model(without(tmp_path, "model", "rope_speed"))
+    assert model.config.rope_speed == 0
+
+
+def test_a_file_that_is_too_old_is_one_line_that_names_the_commit_that_reads_it(tmp_path):
+    path = without(tmp_path, "data", "longest_time_scale")
+    line = error_of(checkpoint.load, path)
+    assert line == f"--ckpt {path}: lacks settings; commit f311e33 reads older files"
