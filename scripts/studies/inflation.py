@@ -61,7 +61,7 @@ SHARES = {  # of the compute
     "images": (0.2, 0.4, 0.6, 0.8),
 }
 TASK = "--num-frames 8 --num-samples 576", ("census",)
-SCORE = "valid"
+SCORE = "valid"  # of the samples
 LOSS = "val_loss"
 PAY_COLUMNS = {
     "validation loss": lab.Column(LOSS, 1, 3),
