@@ -1,6 +1,7 @@
 """Clips that the user gives: their files, frames and classes, and how samples show them."""
 
 from argparse import ArgumentTypeError
+from shlex import split
 
 import numpy as np
 import pytest
@@ -31,18 +32,18 @@ def only(path):
     ("rate", "seconds", "shown"),
     [
         (25, 2 / 25, [0, 2, 4, 6]),
-        (30, 1 / 10, [0, 3, 6, 9]),
         (30, 1 / 25, [0, 1, 2, 4]),  # the nearest in time: 0, 1.2, 2.4, 3.6
         (10, 1 / 25, [0, 0, 1, 1]),  # a slower video repeats frames: 0, 0.4, 0.8, 1.2
     ],
 )
 def test_clips_are_read_at_the_frame_rate_of_the_model(tmp_path, rate, seconds, shown):
     write_video(tmp_path / "v.mp4", 20, rate=rate, codec="libx264", size=(48, 48))
-    frames = only(tmp_path / "v.mp4").read(range(4), seconds, 48)
+    clip = only(tmp_path / "v.mp4")
+    frames = clip.read(range(4), seconds, 48)
     assert frames.dtype == torch.uint8
     assert frames.shape == (3, 4, 48, 48)
     assert (halves(frames[0])[0] / 4).round().int().tolist() == shown
-    assert torch.equal(only(tmp_path / "v.mp4").read((1, 3), seconds, 48), frames[:, 1::2])
+    assert torch.equal(clip.read((1, 3), seconds, 48), frames[:, 1::2])
 
 
 def test_the_frame_count_of_a_clip_follows_the_time_scale_and_frames_are_cropped(tmp_path):
@@ -50,13 +51,8 @@ def test_the_frame_count_of_a_clip_follows_the_time_scale_and_frames_are_cropped
     save(tmp_path / "a.png", picture(48, 56))
     video = only(tmp_path / "v.avi")
     image = only(tmp_path / "a.png")
-    assert [video.count(seconds / 25) for seconds in (1, 2, 3, 9, 10)] == [
-        10,
-        5,
-        4,
-        2,
-        1,
-    ]
+    counts = [video.count(frames / 25) for frames in (1, 2, 3, 9, 10)]
+    assert counts == [10, 5, 4, 2, 1]
     assert image.count(0.04) == 1
     assert video.read(range(4), 3 / 25, 48).shape[1] == 4
     assert "has 4 frames of 0.12 s" in error_of(video.read, range(5), 3 / 25, 48)
@@ -66,37 +62,26 @@ def test_the_frame_count_of_a_clip_follows_the_time_scale_and_frames_are_cropped
 
 
 def test_a_folder_gives_its_files_then_the_files_of_its_class_folders(tmp_path):
-    for name in (
-        "2.png",
-        "10.JPG",
-        ".hidden.png",
-        "v.mp4",
-        "notes.txt",
-        "inner/3.png",
-        "inner/deep/4.png",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    found = [
-        (clip.path.removeprefix(f"{tmp_path}/"), clip.class_name)
-        for clip in find_clips("", tmp_path, BOTH)
-    ]
-    assert found == [
-        *((name, tmp_path.name) for name in ("10.JPG", "2.png", "v.mp4")),
-        ("inner/3.png", "inner"),
-    ]
+    (tmp_path / "inner/deep").mkdir(parents=True)
+    used = ["10.JPG", "2.png", "v.mp4", "inner/3.png"]
+    for name in [*used, ".hidden.png", "notes.txt", "inner/deep/4.png"]:
+        (tmp_path / name).touch()
+    clips = find_clips("", tmp_path, BOTH)
+    assert [clip.path for clip in clips] == [str(tmp_path / name) for name in used]
+    assert [clip.class_name for clip in clips] == [tmp_path.name] * 3 + ["inner"]
     assert len(find_clips("--given", tmp_path, ("image",))) == 3
 
 
 def test_earlier_samples_keep_their_frame_rate_and_classes(tmp_path):
-    clips = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8, 1, 1, 1) * np.ones((16, 16, 3), np.uint8)
-    folder = write_samples(tmp_path / "s", clips, [1, -1, 0], ["A", "B"])
-    for place in (folder, folder / "samples.npz"):
-        found = find_clips("--given", place, BOTH)
-        assert [clip.class_name for clip in found] == ["B", None, "A"]
-        assert str(found[2]).endswith("sample 2")
-        assert found[1].count(0.08) == 4
-        assert found[1].read(range(4), 0.08, 16)[0, :, 0, 0].tolist() == [8, 10, 12, 14]
+    numbers = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8, 1, 1, 1)
+    videos = np.broadcast_to(numbers, (3, 8, 16, 16, 3))
+    folder = write_samples(tmp_path / "s", videos, [1, -1, 0], ["A", "B"])
+    for path in (folder, folder / "samples.npz"):
+        clips = find_clips("--given", path, BOTH)
+        assert [clip.class_name for clip in clips] == ["B", None, "A"]
+        assert str(clips[2]).endswith("sample 2")
+        assert clips[1].count(0.08) == 4
+        assert clips[1].read(range(4), 0.08, 16)[0, :, 0, 0].tolist() == [8, 10, 12, 14]
 
 
 def test_frame_ranges_are_parsed_and_printed():
@@ -113,10 +98,9 @@ def test_frame_ranges_are_parsed_and_printed():
 def sample(places, tmp_path):
     """A function that returns (samples, content of samples.json) of a checkpoint and flags."""
 
-    def sample(model, *flags, folder="s", **expected):
-        return sample_here(
-            places / f"{model}.pt", tmp_path / folder, "--no-previews", *flags, **expected
-        )
+    def sample(model, *flags, folder="s", status=0):
+        ckpt = places / f"{model}.pt"
+        return sample_here(ckpt, tmp_path / folder, "--no-previews", *flags, status=status)
 
     return sample
 
@@ -131,85 +115,68 @@ def test_samples_show_given_frames_exactly_as_read(places, sample, model):
     flags = {"latents": ["--sampler", "heun"], "energy": ["--report-energy"]}.get(model, [])
     clips, about = sample(model, "--given", places / "B", *flags)
     plain, _ = sample(model, "--classes", "B", *flags)
-    for number, (name, count) in enumerate((("b", 4), ("c", 3))):  # of 8 frames at most a half
+    counts = {"b": 4, "c": 3}  # of 8 frames at most a half
+    for number, (name, count) in enumerate(counts.items()):
         path = places / f"B/{name}.mp4"
         assert np.array_equal(clips[number, :count], frames_of(path, range(count)))
-        assert not np.array_equal(
-            clips[number, count:], plain[number, count:]
-        )  # the others are sampled
-        entry = {"source": str(path), "frames": f"0-{count - 1}", "class": "B", "time_scale": 0.04}
-        assert about["given"][number] == entry
-    assert "real" not in about
+        # the others are sampled
+        assert not np.array_equal(clips[number, count:], plain[number, count:])
+        assert about["given"][number] == {
+            "source": str(path),
+            "frames": f"0-{count - 1}",
+            "class": "B",
+            "time_scale": 0.04,
+        }
 
 
 def test_given_latents_stay_bit_for_bit_and_only_background_is_added(places, sample, monkeypatch):
-    seen = []  # (latents, decoded) of each window
-    decode = VAE.decode
+    windows = record_calls(monkeypatch, VAE, "decode", lambda vae, latents: latents)
     path = places / "B/b.mp4"
-    monkeypatch.setattr(
-        VAE, "decode", lambda vae, x: seen.append((x, decode(vae, x))) or seen[-1][1]
-    )
-    flags = [
-        "--given",
-        path,
-        "--given-frames",
-        "0-3,5",
-        "--num-frames",
-        16,
-        "--window",
-        10,
-        "--overlap",
-        4,
-    ]
+    flags = split("--given-frames 0-3,5 --num-frames 16 --window 10 --overlap 4")
+    flags += ["--given", path]
     clips, about = sample("latents", *flags, "--no-keep-background")
     known = [0, 1, 2, 3, 5]
     others = [4, *range(6, 16)]
-    encoded = load_vae(str(places / "vae")).encode(only(path).read(known, 0.04, 16)[None])[0]
-    (latents, _), _ = seen
-    torch.testing.assert_close(latents[0][:, known], encoded)
-    assert torch.equal(latents[0][:, known], latents[1][:, known])
-    assert np.array_equal(
-        clips[:, others], torch.cat([decoded for _, decoded in seen], dim=1)[:, others]
-    )
-    assert all(np.array_equal(clip[known], frames_of(path, known)) for clip in clips)
-    kept, other = sample("latents", *flags)
+    vae = load_vae(str(places / "vae"))
+    (encoded,) = vae.encode(only(path).read(known, 0.04, 16)[None])
+    first, second = windows[0][:, :, known]
+    torch.testing.assert_close(first, encoded)
+    assert torch.equal(first, second)
+    decoded = torch.cat([vae.decode(latents) for latents in tuple(windows)], dim=1)
+    assert np.array_equal(clips[:, others], decoded[:, others])
+    for clip in clips:
+        assert np.array_equal(clip[known], frames_of(path, known))
+    assert about["source"]["keep_background"] is False
+    kept, about = sample("latents", *flags)
     assert not np.array_equal(kept, clips)
     assert np.array_equal(kept[:, known], clips[:, known])
-    assert [found["source"]["keep_background"] for found in (about, other)] == [False, True]
+    assert about["source"]["keep_background"] is True
 
 
+@pytest.mark.parametrize(
+    ("folder", "flags", "classes"),
+    [
+        ("other", [], ["none", "none"]),
+        ("other", ["--classes", "A", "B"], ["A", "B"]),
+        ("B", ["--classes", "A"], ["B", "B"]),
+        ("B", ["--classes", "none"], ["none", "none"]),
+    ],
+)
 def test_the_class_is_the_folder_of_the_clip_else_the_flag_else_none(
-    places, sample, tmp_path, capsys
+    places, sample, capsys, folder, flags, classes
 ):
-    for number, (place, words, classes) in enumerate(
-        (
-            ("other", [], ["none", "none"]),
-            ("other", ["A", "B"], ["A", "B"]),
-            ("B", ["A"], ["B", "B"]),
-            ("B", ["none"], ["none", "none"]),
-            (tmp_path / "1", [], ["A", "B"]),  # the samples of the second
-        )
-    ):
-        words = ["--classes", *words] if words else []
-        _, about = sample("pixels", "--given", places / place, *words, folder=str(number))
-        assert [entry["class"] for entry in about["given"]] == classes
-        assert ("note: the model has no class other" in capsys.readouterr().out) == (number == 0)
+    _, about = sample("pixels", "--given", places / folder, *flags)
+    assert [entry["class"] for entry in about["given"]] == classes
+    is_unknown = folder == "other" and not flags
+    assert ("note: the model has no class other" in capsys.readouterr().out) == is_unknown
 
 
 def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
     clips, about = sample("pixels", "--given", places, "--num-samples", 8, "--samples-per-clip", 2)
-    assert [entry["source"][-5:] for entry in about["given"][::2]] == [
-        "a.png",
-        "b.mp4",
-        "c.mp4",
-        "d.mp4",
-    ]  # not z.mp4
-    assert [entry["class"] for entry in about["given"][::2]] == [
-        "A",
-        "B",
-        "B",
-        "none",
-    ]  # in one batch
+    entries = about["given"][::2]
+    names = [entry["source"][-5:] for entry in entries]
+    assert names == ["a.png", "b.mp4", "c.mp4", "d.mp4"]  # not z.mp4
+    assert [entry["class"] for entry in entries] == ["A", "B", "B", "none"]  # in one batch
     assert np.load(tmp_path / "s/samples.npz")["labels"].tolist() == [0, 0, 1, 1, 1, 1, -1, -1]
     assert np.array_equal(clips[2, :4], clips[3, :4])
     assert not np.array_equal(clips[2, 4:], clips[3, 4:])
@@ -221,23 +188,17 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
     for name, rate in (("A/a", 25), ("A/b", 20), ("B/c", 12.5)):
         write_video(data / f"{name}.avi", 20, rate, size=(16, 16))
     _, val = split_videos(data, scan_videos(data).videos, 0.6)
-    flags = [
-        "--given",
-        data,
-        "--given-split",
-        "val",
-        "--val-fraction",
-        0.6,
-        "--given-frames",
-        "0-2,7",
-    ]
+    flags = split("--given-split val --val-fraction 0.6 --given-frames 0-2,7")
+    flags += ["--given", data]
     clips, about = sample("pixels", *flags, "--samples-per-clip", 2, "--num-samples", 4)
     for clip, entry in zip(clips, about["given"], strict=True):
         (video,) = (video for video in val if entry["source"].startswith(f"{video.path}, clip "))
-        assert (entry["frames"], entry["class"]) == ("0-2,7", video.class_name)
+        assert entry["frames"] == "0-2,7"
+        assert entry["class"] == video.class_name
         assert entry["time_scale"] == pytest.approx(1 / video.fps)
-        assert np.diff(clip[frames, :, :6].mean(axis=(1, 2, 3))) == pytest.approx([4, 4, 20], abs=2)
-    assert np.array_equal(clips[[0, 2]][:, frames], clips[[1, 3]][:, frames])
+        grays = clip[frames, :, :6].mean(axis=(1, 2, 3))
+        assert np.diff(grays) == pytest.approx([4, 4, 20], abs=2)
+    assert np.array_equal(clips[::2, frames], clips[1::2, frames])
     assert len({entry["source"] for entry in about["given"]}) == 2  # one for two samples
     real = {"split": "val", "val_fraction": 0.6, "num_clips": 2, "samples_per_clip": 2}
     assert about["real"].items() >= real.items()
@@ -252,17 +213,24 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
 
 
 def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_path, capsys):
-    for flags, is_given in (
-        (["--given", places / "A/a.png"], True),
-        (["--init", places / "B/b.mp4", "--init-gamma", 1, "--stepsize", 1e-9], False),
-    ):
-        clips, about = sample_here(places / "plain.pt", tmp_path / "s", *flags)
-        count = 1 if is_given else 8
-        assert np.array_equal(clips[0, :count], frames_of(flags[1], range(count)))
-        assert [entry["frames"] for entry in about.get("given", [])] == ["0", "0"] * is_given
-        assert ("trained without --forcing" in capsys.readouterr().out) == is_given
-        sheet = np.array(Image.open(tmp_path / "s/sheet.png")).reshape(-1, 3)
-        assert (sheet == (255, 127, 14)).all(axis=1).any() == is_given  # marked on the sheet
+
+    def has_mark():
+        sheet = np.array(Image.open(tmp_path / "s/sheet.png"))
+        return (sheet == (255, 127, 14)).all(axis=-1).any()
+
+    path = places / "A/a.png"
+    clips, about = sample_here(places / "plain.pt", tmp_path / "s", "--given", path)
+    assert np.array_equal(clips[0, :1], frames_of(path, [0]))
+    assert [entry["frames"] for entry in about["given"]] == ["0", "0"]
+    assert "trained without --forcing" in capsys.readouterr().out
+    assert has_mark()
+    path = places / "B/b.mp4"
+    flags = ["--init", path, "--init-gamma", 1, "--stepsize", 1e-9]
+    clips, about = sample_here(places / "plain.pt", tmp_path / "s", *flags)
+    assert np.array_equal(clips[0], frames_of(path, range(8)))
+    assert "given" not in about
+    assert "trained without --forcing" not in capsys.readouterr().out
+    assert not has_mark()
 
 
 @pytest.mark.parametrize(
@@ -278,17 +246,14 @@ def test_a_wrong_path_of_a_clip_is_found_before_the_model_is_loaded(
     flags, words, places, monkeypatch, capsys
 ):
     monkeypatch.chdir(places)
-    record_calls(
-        monkeypatch, checkpoint, "load_model", lambda *_, **__: pytest.fail("the model was loaded")
-    )
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("model loaded"))
     assert words in refused(capsys, sample_gd, "--video", "--ckpt", "pixels.pt", *flags.split())
 
 
 def random_video(frames, low=50, high=200, seed=0):
     """Random frames of two samples, uint8 (2, T, 4, 4, 3)."""
-    return torch.randint(
-        low, high, (2, frames, 4, 4, 3), generator=torch.Generator().manual_seed(seed)
-    ).byte()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, (2, frames, 4, 4, 3), generator=generator).byte()
 
 
 def details(real, mask, **settings):
@@ -320,14 +285,13 @@ def test_without_given_frames_or_loss_clips_are_shown_as_decoded():
 def test_details_do_not_depend_on_windows(given):
     decoded = random_video(8, 100, 120)
     real = random_video(8, 100, 120, seed=2)
-    mask = torch.tensor(
-        [[frame in given for frame in range(8)], [frame == 0 for frame in range(8)]]
-    )
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[0, list(given)] = True
+    mask[1, 0] = True
     whole = details(real, mask).add(decoded, 0)
     parts = details(real, mask)
-    windows = torch.cat(
-        [parts.add(decoded[:, first : first + 2], first) for first in (0, 2, 4, 6)], dim=1
-    )
+    windows = [parts.add(decoded[:, first : first + 2], first) for first in (0, 2, 4, 6)]
+    windows = torch.cat(windows, dim=1)
     known = min(given, default=0)
     assert torch.equal(windows[0, known:], whole[0, known:])
     assert torch.equal(windows[1], whole[1])
@@ -335,7 +299,8 @@ def test_details_do_not_depend_on_windows(given):
 
 def test_the_nearest_given_frame_is_the_previous_one_or_else_the_first():
     mask = torch.rand(50, 9, generator=torch.Generator().manual_seed(3)) < 0.3
-    for row, found in zip(mask.tolist(), nearest_given(mask).tolist(), strict=True):
-        for frame, source in enumerate(found):
-            given = [number for number, known in enumerate(row) if known]
-            assert not given or source == max((n for n in given if n <= frame), default=given[0])
+    for row, nearest in zip(mask, nearest_given(mask).tolist(), strict=True):
+        given = row.nonzero().flatten().tolist()
+        for frame in range(9 if given else 0):
+            before = [number for number in given if number <= frame]
+            assert nearest[frame] == max(before, default=given[0])

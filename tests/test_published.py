@@ -6,6 +6,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from inflate import inflate
 from models import Condition, EqM, EqMConfig
 from published import convert_published
 from runtime.cli import UserError
+from test_models import distance
 from tiny_data import flip_bit, make_images, make_vae
 from tiny_videos import write_equal_videos
 from training import differences, error_of, refused, run_main
@@ -34,10 +36,8 @@ with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as fi
 STATE = {name.removeprefix("state."): value for name, value in TENSORS.items() if "state." in name}
 X = TENSORS["x"].unsqueeze(2)  # images of one frame
 Y = TENSORS["y"]
-KNOWN = {field.name for field in fields(EqMConfig)}
-CONFIG = EqMConfig(
-    temporal_patch_size=1, **{name: value for name, value in SETTINGS.items() if name in KNOWN}
-)
+FIELDS = SETTINGS.keys() & {field.name for field in fields(EqMConfig)}
+CONFIG = EqMConfig(temporal_patch_size=1, **{name: SETTINGS[name] for name in FIELDS})
 
 
 def make_model(**changes):
@@ -49,17 +49,24 @@ def make_model(**changes):
 
 def guided(function, guidance):
     return samplers.guided(
-        function, Condition(Y, CONFIG.num_classes), torch.full((3,), 0.04), guidance
+        function=function,
+        condition=Condition.of(Y, CONFIG),
+        time_scale=torch.full((3,), 0.04),
+        guidance=guidance,
     )
 
 
 def descend(method):
-    settings = {"step_size": SETTINGS["sampler_eta"], "momentum": SETTINGS["sampler_mu"]}
-    num_steps = SETTINGS["sampler_evaluations"] + 1
+    most = SETTINGS["sampler_evaluations"]
     x, evaluations = samplers.sample(
-        guided(make_model(), 1.0), X, method, num_steps=num_steps, **settings
+        guided(make_model(), 1.0),
+        X,
+        method,
+        num_steps=most + 1,
+        step_size=SETTINGS["sampler_eta"],
+        momentum=SETTINGS["sampler_mu"],
     )
-    assert evaluations.tolist() == [SETTINGS["sampler_evaluations"]] * 3
+    assert evaluations.tolist() == [most] * 3
     return x
 
 
@@ -87,9 +94,8 @@ RESULTS = {  # of the published code: what gives the same
 @pytest.mark.parametrize("name", RESULTS)
 @torch.no_grad()
 def test_the_published_model_gives_the_results_of_the_published_code(name):
-    value = RESULTS[name]()
     expected = TENSORS[name]
-    assert ((value.view_as(expected) - expected).norm() / expected.norm()).item() < 1e-5
+    assert distance(RESULTS[name]().view_as(expected), expected) < 1e-5
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -100,8 +106,8 @@ BIAS = "final_layer.linear.bias"
 @pytest.fixture(autouse=True)
 def tiny_name(monkeypatch):
     """A --model for the tiny model, and one of another width."""
-    for name, width in (("Tiny", 48), ("Wide", 96)):
-        monkeypatch.setitem(models.SIZES, name, (2, width, 2))
+    monkeypatch.setitem(models.SIZES, "Tiny", (2, 48, 2))
+    monkeypatch.setitem(models.SIZES, "Wide", (2, 96, 2))
     models.NAMES.append("EqM-Tiny/2")
     yield "EqM-Tiny/2"
     models.NAMES.remove("EqM-Tiny/2")
@@ -110,11 +116,11 @@ def tiny_name(monkeypatch):
 def write_file(path, state, kind):
     """Write a file as the published training script does, or only its network ("bare")."""
     ema = state | {BIAS: state[BIAS] + 1}  # so that the EMA weights differ from the raw ones
-    args = argparse.Namespace(vae="mse", **({"ebm": "l2"} if kind == "of energies" else {}))
-    torch.save(
-        ema if kind == "bare" else {"model": state, "ema": ema, "opt": {"state": {}}, "args": args},
-        path,
-    )
+    args = argparse.Namespace(vae="mse")
+    if kind == "of energies":
+        args.ebm = "l2"
+    whole = {"model": state, "ema": ema, "opt": {"state": {}}, "args": args}
+    torch.save(ema if kind == "bare" else whole, path)
     return path
 
 
@@ -126,8 +132,8 @@ def test_a_published_file_loads_and_is_exported_with_its_ema_weights(tmp_path, t
     expected.final_layer.linear.bias.data += 1
     run_main(export, path, tmp_path / "shared", "--model", tiny_name)
     shared, shared_config, _ = checkpoint.load_model(tmp_path / "shared")  # which knows its model
-    for one in (model, shared):
-        assert differences(one.state_dict(), expected.state_dict()) == []
+    assert differences(model.state_dict(), expected.state_dict()) == []
+    assert differences(shared.state_dict(), expected.state_dict()) == []
     assert shared_config == config
     assert model.config == replace(CONFIG, ebm="l2" if kind == "of energies" else "none")
     assert config["data"]["vae"] == ("ema" if kind == "bare" else "mse")
@@ -143,19 +149,18 @@ def test_a_published_file_loads_and_is_exported_with_its_ema_weights(tmp_path, t
 
 
 def test_a_published_file_has_its_own_energy_or_the_energy_of_the_flag(tmp_path, tiny_name):
-    bare, own = (
-        write_file(tmp_path / f"{kind}.pt", STATE, kind) for kind in ("bare", "of energies")
-    )
-    assert checkpoint.load_model(bare, model=tiny_name, ebm="dot")[0].config.ebm == "dot"
-    assert "has ebm l2, --ebm gives dot" in error_of(
-        checkpoint.load_model, own, model=tiny_name, ebm="dot"
-    )
+    bare = write_file(tmp_path / "bare.pt", STATE, "bare")
+    model, _, _ = checkpoint.load_model(bare, model=tiny_name, ebm="dot")
+    assert model.config.ebm == "dot"
+    path = write_file(tmp_path / "a.pt", STATE, "of energies")
+    line = error_of(checkpoint.load_model, path, model=tiny_name, ebm="dot")
+    assert "has ebm l2, --ebm gives dot" in line
+    # plain args, half precision
     half = {name: value.half() for name, value in STATE.items()}
-    torch.save(
-        {"ema": half, "args": {"ebm": "dot", "vae": "mse"}}, tmp_path / "a.pt"
-    )  # plain args, half precision
-    model, config, _ = checkpoint.load_model(tmp_path / "a.pt", model=tiny_name)
-    assert (model.config.ebm, config["data"]["vae"]) == ("dot", "mse")
+    torch.save({"ema": half, "args": {"ebm": "dot", "vae": "mse"}}, path)
+    model, config, _ = checkpoint.load_model(path, model=tiny_name)
+    assert model.config.ebm == "dot"
+    assert config["data"]["vae"] == "mse"
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "opt"])
@@ -169,59 +174,60 @@ def test_a_flipped_bit_of_a_published_file_is_found_if_it_is_used(tmp_path, tiny
     }
     torch.save(state, path)
     flip_bit(path, state[part][weight])
-    for load, used in (
-        (lambda: checkpoint.load_model(path, model=tiny_name), ["ema"]),
-        (lambda: checkpoint.load_model(path, model=tiny_name, use_ema=False), ["model"]),
-        (lambda: checkpoint.load(path, model=tiny_name), ["model", "ema"]),  # as training does
-    ):
-        with pytest.raises(UserError, match="a.pt: damaged") if part in used else nullcontext():
-            load()
+
+    def expect(is_used):
+        return pytest.raises(UserError, match="a.pt: damaged") if is_used else nullcontext()
+
+    with expect(part == "ema"):
+        checkpoint.load_model(path, model=tiny_name)
+    with expect(part == "model"):
+        checkpoint.load_model(path, model=tiny_name, use_ema=False)
+    with expect(part != "opt"):
+        checkpoint.load(path, model=tiny_name)  # as training does
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"model": None}, "pass --model, such as EqM-XL/2"),
+        ({"model": "EqM-Wide/2"}, "holds EqM-Tiny/2, expected EqM-Wide/2; pass another --model"),
+        ({"model": "EqM-Tiny/4"}, "holds EqM-Tiny/2, expected EqM-Tiny/4"),
+        ({"model": "EqM-Tiny/2", "use_rope": True}, "cannot be converted"),
+        ({"model": "EqM-Tiny/2", "video": True}, "holds an image model"),
+    ],
+)
+def test_a_published_file_that_does_not_fit_the_flags_is_refused(tmp_path, flags, words):
+    path = write_file(tmp_path / "a.pt", STATE, "bare")
+    line = error_of(checkpoint.load_model, path, **flags)
+    assert line.startswith(f"--ckpt {path}: ")
+    assert words in line
 
 
 TABLE = STATE["pos_embed"]
-# what is wrong: (tensors that are replaced or missing, --model, other flags, words of the line)
-REFUSALS = {
-    "no name": ({}, None, {}, "pass --model, such as EqM-XL/2"),
-    "width": ({}, "EqM-Wide/2", {}, "holds EqM-Tiny/2, expected EqM-Wide/2; pass another --model"),
-    "patches": ({}, "EqM-Tiny/4", {}, "holds EqM-Tiny/2, expected EqM-Tiny/4"),
-    "rotary positions": ({}, "EqM-Tiny/2", {"use_rope": True}, "cannot be converted"),
-    "videos": ({}, "EqM-Tiny/2", {"video": True}, "holds an image model"),
-    "positions moved": (
-        {"pos_embed": TABLE.roll(1, dims=1)},
-        "EqM-Tiny/2",
-        {},
-        "pos_embed is not our table",
-    ),
-    # as in DiT forks
-    "height first": (
-        {"pos_embed": TABLE.roll(24, dims=2)},
-        "EqM-Tiny/2",
-        {},
-        "pos_embed is not our table",
-    ),
-    "positions cut": ({"pos_embed": TABLE[:, :9]}, "EqM-Tiny/2", {}, "pos_embed is not our table"),
-    "no positions": ({"pos_embed": None}, "EqM-Tiny/2", {}, "pos_embed"),
-    "no weight": ({"blocks.1.mlp.fc1.weight": None}, "EqM-Tiny/2", {}, "blocks.1.mlp.fc1.weight"),
-}
+NO_TABLE = "pos_embed is not our table"
 
 
-@pytest.mark.parametrize("wrong", REFUSALS)
-def test_a_published_file_that_does_not_fit_is_refused(tmp_path, wrong):
-    tensors, name, asked, words = REFUSALS[wrong]
-    torch.save(
-        {key: value for key, value in (STATE | tensors).items() if value is not None},
-        tmp_path / "a.pt",
-    )
-    line = error_of(checkpoint.load_model, tmp_path / "a.pt", model=name, **asked)
-    assert line.startswith(f"--ckpt {tmp_path / 'a.pt'}: ")
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("pos_embed", TABLE.roll(1, dims=1), NO_TABLE),
+        ("pos_embed", TABLE.roll(24, dims=2), NO_TABLE),  # height first, as in DiT forks
+        ("pos_embed", TABLE[:, :9], NO_TABLE),
+        ("pos_embed", None, "it has no pos_embed"),
+        ("blocks.1.mlp.fc1.weight", None, "blocks.1.mlp.fc1.weight"),
+    ],
+)
+def test_a_published_file_with_other_tensors_is_refused(tmp_path, tiny_name, name, tensor, words):
+    state = STATE | {name: tensor}
+    if tensor is None:
+        del state[name]
+    path = tmp_path / "a.pt"
+    torch.save(state, path)
+    assert words in error_of(checkpoint.load_model, path, model=tiny_name)
+    args = argparse.Namespace(inflate=path, model=tiny_name, ebm=None)
+    line = error_of(checkpoint.load_inflated, args)
+    assert line.startswith(f"--inflate {path}: ")
     assert words in line
-    if not asked:
-        line = error_of(
-            checkpoint.load_inflated,
-            argparse.Namespace(inflate=tmp_path / "a.pt", model=name, ebm=None),
-        )
-        assert line.startswith(f"--inflate {tmp_path / 'a.pt'}: ")
-        assert words in line
 
 
 def rename_classes(data, names):
@@ -249,14 +255,12 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     (folder,) = (tmp_path / "results").iterdir()
     trained = checkpoint.load(folder / "checkpoints/0000002.pt")
     started = checkpoint.load(path, model=tiny_name)
-    assert all(
-        (value - started["model"][name]).abs().max() < 1e-6
-        for name, value in trained["model"].items()
-    )
-    before, after = (one["ema"][BIAS] - started["model"][BIAS] for one in (started, trained))
-    torch.testing.assert_close(
-        after, before * 2 / 11 * 3 / 12
-    )  # the average began anew: see optim.ema_decay
+    for name, value in trained["model"].items():
+        assert (value - started["model"][name]).abs().max() < 1e-6
+    before = started["ema"][BIAS] - started["model"][BIAS]
+    after = trained["ema"][BIAS] - started["model"][BIAS]
+    # the average began anew: see optim.ema_decay
+    torch.testing.assert_close(after, before * 2 / 11 * 3 / 12)
     assert (folder / "samples/0000002.png").exists()
 
     # Only the classes of the published model have no names; those of this run are called 0 and 1
@@ -265,8 +269,8 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     run_main(export, folder / "checkpoints/latest.pt", tmp_path / "trained")
     for start in (path, tmp_path / "published"):
         run_main(train, *flags, "--max-steps", 3, "--ckpt", start, "--dry-run")
-    own = folder / "checkpoints/latest.pt", tmp_path / "trained"
-    for start in (["--ckpt", own[0]], ["--ckpt", own[1]], ["--resume"]):
+    latest = folder / "checkpoints/latest.pt"
+    for start in (["--ckpt", latest], ["--ckpt", tmp_path / "trained"], ["--resume"]):
         line = refused(capsys, train, *flags, "--max-steps", 3, *start)
         assert "has the classes cat, dog (2), " in line
         assert " has 0, 1 (2); " in line
@@ -279,54 +283,32 @@ def test_a_published_file_starts_clips_with_the_field_of_the_published_code(
     path = write_file(tmp_path / "a.pt", STATE, "whole")
     vae = make_vae(tmp_path / "vae")
     data = write_equal_videos(tmp_path / "data", 10, size=(16, 16))
-    flags = [
-        "--video",
-        "--use-rope",
-        "--inflate",
-        path,
-        "--model",
-        tiny_name,
-        "--new-classes",
-        "--vae",
-        vae,
-    ]
-    flags += [
-        "--data-path",
-        data,
-        "--image-size",
-        16,
-        "--num-frames",
-        4,
-        "--max-steps",
-        1,
-        "--lr",
-        1e-9,
-    ]
-    flags += ["--global-batch-size", 2, "--num-workers", 0, "--sample-every", 0, "--val-clips", 2]
-    flags += ["--results-dir", tmp_path / "results"]
-    assert "add --new-classes" in refused(
-        capsys, train, *[flag for flag in flags if flag != "--new-classes"]
-    )
+    flags = split("--video --use-rope --image-size 16 --num-frames 4 --max-steps 1 --lr 1e-9")
+    flags += split("--global-batch-size 2 --num-workers 0 --sample-every 0 --val-clips 2")
+    flags += ["--inflate", path, "--model", tiny_name, "--vae", vae]
+    flags += ["--data-path", data, "--results-dir", tmp_path / "results"]
+    assert "add --new-classes" in refused(capsys, train, *flags)
     with torch.enable_grad():
-        run_main(train, *flags)
+        run_main(train, *flags, "--new-classes")
     (latest,) = tmp_path.glob("results/*/checkpoints/latest.pt")
     model, config, _ = checkpoint.load_model(latest, use_ema=False)
-    positions = {"use_rope": True, "rope_split": "8,0,0", "position_table": "space"}
-    own = {"num_frames": 4, "temporal_patch_size": 2, "num_classes": 2}
-    assert model.config == replace(CONFIG, **positions, **own)
-    assert config["data"]["classes"] == [
-        "A",
-        "B",
-    ]
+    assert model.config == replace(
+        CONFIG,
+        use_rope=True,
+        rope_split="8,0,0",
+        position_table="space",
+        num_frames=4,
+        temporal_patch_size=2,
+        num_classes=2,
+    )
+    assert config["data"]["classes"] == ["A", "B"]
 
     image = make_model()
     image.final_layer.linear.bias += 1  # of the EMA weights
-    expected = image(X, torch.full((3,), CONFIG.num_classes)).expand(
-        -1, -1, 2, -1, -1
-    )  # new classes start as none
+    expected = image(X, torch.full((3,), CONFIG.num_classes))  # new classes start as none
     for fps in (12, 25, 50):
         f = model(X.expand(-1, -1, 2, -1, -1), torch.tensor([0, 1, 2]), torch.full((3,), 1 / fps))
-        assert ((f - expected).norm() / expected.norm()).item() < 1e-5
+        assert distance(f, expected.expand_as(f)) < 1e-5
 
 
 @torch.no_grad()
@@ -338,14 +320,15 @@ def test_equal_frames_get_the_output_of_the_published_code(patch):
     for fps in (12, 25, 50):
         f = model(X.expand(-1, -1, patch, -1, -1), Y, torch.full((3,), 1 / fps))
         expected = TENSORS["output"].unsqueeze(2).expand_as(f)
-        assert ((f - expected).norm() / expected.norm()).item() < 1e-5
+        assert distance(f, expected) < 1e-5
 
 
 def test_a_folder_instead_of_a_checkpoint_names_its_newest_checkpoint(tmp_path):
     for number, name in enumerate(("000-a", "001-b")):
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
-        (tmp_path / name / "checkpoints/best.pt").touch()
-        os.utime(tmp_path / name / "checkpoints/best.pt", (number, number))
+        folder = tmp_path / name / "checkpoints"
+        folder.mkdir(parents=True)
+        (folder / "best.pt").touch()
+        os.utime(folder / "best.pt", (number, number))
     newest = tmp_path / "001-b/checkpoints/best.pt"
     for folder in (tmp_path, tmp_path / "001-b"):
         assert f"a checkpoint file such as {newest}" in error_of(checkpoint.load_model, folder)
