@@ -11,6 +11,7 @@ These tests miss autocast (meta has none), generators on the device (CPU generat
 kernels, numerics, torch.compile, several ranks and streams. Other tests check values."""
 
 from contextlib import nullcontext
+from shlex import split
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +20,11 @@ import torch.optim.optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sample_gd
 import train
 from models import EqM, EqM_models, model_config
 from runtime import distributed, rng
-from tiny_data import make_images, save_checkpoint
-from training import IMAGES, TINY, Training, record_calls, run_here, run_main
+from tiny_data import make_images, random_checkpoint
+from training import IMAGES, TINY, Training, record_calls, run_here, sample_here
 from transport import draw_gammas
 from vae import VAE
 
@@ -33,17 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta p
 
 GPU = torch.device("meta")
 aten = torch.ops.aten
-COPIES = {
-    aten.copy_.default: 1,
-    aten._to_copy.default: 0,
-}  # and the place of the source in their arguments
-STAGED = (
-    2**16
-)  # bytes; the CPU waits for a larger copy to a GPU, also a non-blocking one, unless it is pinned
-FUSED = (
-    aten._fused_adamw_.default,
-    aten._fused_adamw_.tensor_lr,
-)  # their kernels take no scalar from the CPU
+# and the place of the source in their arguments
+COPIES = {aten.copy_.default: 1, aten._to_copy.default: 0}
+# bytes; the CPU waits for a larger copy to a GPU, also a non-blocking one, unless it is pinned
+STAGED = 2**16
+# their kernels take no scalar from the CPU
+FUSED = (aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr)
 
 
 class OneDevice(TorchDispatchMode):
@@ -70,21 +65,21 @@ class OneDevice(TorchDispatchMode):
         if function in COPIES:
             return self.copy(function, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-        devices = {
-            part.device for part in tensors if part.dim() or on_gpu(part) or function in FUSED
-        }
+        devices = set()
+        for tensor in tensors:
+            if tensor.dim() or on_gpu(tensor) or function in FUSED:
+                devices.add(tensor.device)
         if len(devices) > 1:
-            pytest.fail(
-                f"{function}: "
-                f"{', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}"
-            )
-        if function is aten._local_scalar_dense.default and on_gpu(
-            args[0]
-        ):  # item(), float(), bool(), tolist()
+            shapes = [(tensor.device.type, *tensor.shape) for tensor in tensors]
+            pytest.fail(f"{function}: {shapes}")
+        # item(), float(), bool(), tolist()
+        if function is aten._local_scalar_dense.default and on_gpu(args[0]):
             self.waits.append(function)
             return torch.ones((), dtype=args[0].dtype).item()
         if function is aten.index.Tensor and on_gpu(args[0]):
-            args = args[0], [self.true_everywhere(index, function) for index in args[1]]
+            tensor, indices = args
+            indices = [self.true_everywhere(index, function) for index in indices]
+            return function(tensor, indices)
         return function(*args, **kwargs)
 
     def copy(self, function, args, kwargs):
@@ -97,7 +92,8 @@ class OneDevice(TorchDispatchMode):
         device = torch.device(kwargs.get("device") or args[0].device)
         if on_gpu(source) and device != GPU:
             self.waits.append(function)
-            args = *args[:place], torch.ones(source.shape, dtype=source.dtype), *args[place + 1 :]
+            args = list(args)
+            args[place] = torch.ones(source.shape, dtype=source.dtype)
         elif not on_gpu(source) and device == GPU and self.is_wait(source, non_blocking):
             self.waits.append(function)
         return function(*args, **kwargs)
@@ -128,42 +124,24 @@ def gpu(monkeypatch):
         yield mode
 
 
-VIDEOS = [*TINY, "--precision", "fp32"]
-FIXED = [flag for flag in VIDEOS if flag != "--use-rope"]
-RUNS = {  # base flags, more flags
-    "adamw, pixels through a VAE": (
-        VIDEOS,
-        ["--vae", "VAE", "--disp", "--grad-accum", 2],
-    ),
-    "muon, padded and forced clips": (
-        VIDEOS,
-        [
-            "--optimizer",
-            "muon",
-            "--num-frames",
-            6,
-            "--val-frames",
-            4,
-            "--forcing",
-            0.5,
-            "--position-table",
-            "space",
-            "--rope-speed",
-            0.5,
-            "--qk-norm",
-            "--gamma-shift",
-            2,
-            "--grad-checkpoint",
-            "--sample-every",
-            0,
-        ],
-    ),
-    "energy": (
-        VIDEOS,
-        ["--ebm", "dot", "--grad-checkpoint", "--sampler", "ngd", "--stop-below"],
-    ),
-    "fixed positions, cached latents": (FIXED, ["--vae", "VAE", "--ebm", "l2"]),
-    "images": (IMAGES, ["--val-clips", 4, "--precision", "fp32"]),
+MUON = """
+    --optimizer muon
+    --num-frames 6
+    --val-frames 4
+    --forcing 0.5
+    --position-table space
+    --rope-speed 0.5
+    --qk-norm
+    --gamma-shift 2
+    --grad-checkpoint
+    --sample-every 0
+"""
+RUNS = {
+    "adamw, pixels through a VAE": "--vae VAE --disp --grad-accum 2",
+    "muon, padded and forced clips": MUON,
+    "energy": "--ebm dot --grad-checkpoint --sampler ngd --stop-below",
+    "fixed positions, cached latents": "--vae VAE --ebm l2",
+    "images": "--val-clips 4",
 }
 
 
@@ -171,95 +149,74 @@ RUNS = {  # base flags, more flags
 def test_training_and_resuming_stay_on_the_gpu_and_steps_do_not_wait(
     kind, latents, tiny_vae, gpu, shapes, tmp_path, monkeypatch
 ):
-    base, flags = RUNS[kind]
-    flags = [tiny_vae if flag == "VAE" else flag for flag in flags]
-    data = (
-        make_images(tmp_path / "data", 12)
-        if kind == "images"
-        else latents
-        if "latents" in kind
-        else shapes
-    )
+    flags = [tiny_vae if flag == "VAE" else flag for flag in split(RUNS[kind])]
+    base = TINY
+    data = shapes
+    if kind == "images":
+        base = IMAGES
+        data = make_images(tmp_path / "data", 12)
+    elif "latents" in kind:
+        base = [flag for flag in TINY if flag != "--use-rope"]
+        data = latents
     training = Training(data, tmp_path / "results", 5, flags=flags, base=base)
-    often = ["--log-every", 5, "--val-every", 5, "--ckpt-every", 5]  # at the end, as samples
-    seen = record_calls(monkeypatch, train, "update_ema", lambda *_: len(gpu.waits))
+    # evaluations are at the end, as are samples
+    often = split("--precision fp32 --log-every 5 --val-every 5 --ckpt-every 5")
+    waits = record_calls(monkeypatch, train, "update_ema", lambda *_: len(gpu.waits))
     assert run_here(training, *often, stop_after=3) == 3
-    assert seen[2] == seen[1] == seen[0]
+    assert waits[2] == waits[1] == waits[0]
     assert run_here(training, *often, "--resume") == 2
-    assert seen[4] == seen[3]
-    assert training.rows()[-1]["step"] == 5 and "val_loss" in training.rows()[-1]
+    assert waits[4] == waits[3]
+    row = training.rows()[-1]
+    assert row["step"] == 5
+    assert "val_loss" in row
 
 
 @pytest.mark.parametrize("regions", [0.0, 0.5])
 def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(regions, gpu):
-    B, T, size = 4, 8, 64
-    clips = torch.zeros(B, 3, T, size, size, dtype=torch.uint8).pin_memory()  # as the loader does
+    clips = torch.zeros(4, 3, 8, 64, 64, dtype=torch.uint8)
     batch = {
-        "clips": clips,
-        "y": torch.zeros(B, dtype=torch.int64),
-        "time_scales": torch.full((B,), 0.04),
+        "clips": clips.pin_memory(),  # as the loader does
+        "y": torch.zeros(4, dtype=torch.int64),
+        "time_scales": torch.full((4,), 0.04),
+        "indices": torch.arange(4),
     }
-    batch["indices"] = torch.arange(B)
     args = SimpleNamespace(
-        global_seed=3, gamma_shift=2.0, precision="fp32", disp=False, forcing=0.5
+        global_seed=3,
+        gamma_shift=2.0,
+        precision="fp32",
+        disp=False,
+        forcing=0.5,
+        forcing_regions=regions,
     )
-    args.forcing_regions = regions
-    config = model_config("EqM-S/4", num_classes=2, use_rope=True, input_size=size)
+    config = model_config("EqM-S/4", num_classes=2, use_rope=True, input_size=64)
     train.training_losses(lambda x, *_, **__: x, VAE("none"), batch, config, args, 5, GPU)
     assert gpu.waits == []
     if regions:
         _, levels = gpu.pinned
-        assert torch.equal(levels, draw_gammas(3, 5, range(B), T, 4, 2.0, 0.5, 1, regions, size))
+        assert torch.equal(levels, draw_gammas(3, 5, range(4), 8, 4, 2.0, 0.5, 1, regions, 64))
+
+
+SAMPLING = "--num-frames 6 --num-samples 3 --batch-size 2 --no-previews --precision fp32"
 
 
 @pytest.mark.parametrize(
-    ("flags", "ebm", "stops"),
+    ("flags", "ebm"),
     [
-        ("gd", "none", False),
-        ("ngd --mu 0.3 --cfg-scale 1", "none", False),
-        ("ngd --stop-below 1", "none", True),
-        ("euler", "none", False),
-        ("heun", "none", False),
-        ("ngd --report-energy", "dot", False),
+        ("--sampler gd", "none"),
+        ("--sampler ngd --mu 0.3 --cfg-scale 1", "none"),
+        ("--sampler ngd --stop-below 1", "none"),
+        ("--sampler heun", "none"),
+        ("--sampler ngd --report-energy", "dot"),
     ],
 )
 def test_sampling_stays_on_the_gpu_and_waits_only_to_stop_samples(
-    flags, ebm, stops, gpu, tmp_path, monkeypatch
+    flags, ebm, gpu, tmp_path, monkeypatch
 ):
-    shape = {
-        "depth": 1,
-        "hidden_size": 48,
-        "num_heads": 2,
-        "num_frames": 8,
-        "use_rope": True,
-        "ebm": ebm,
-    }
-    ckpt = save_checkpoint(tmp_path / "c.pt", **shape)
-    shared = [
-        "--video",
-        "--num-frames",
-        6,
-        "--num-samples",
-        3,
-        "--batch-size",
-        2,
-        "--num-sampling-steps",
-        4,
-    ]
-    shared += [
-        "--no-previews",
-        "--precision",
-        "fp32",
-        "--ckpt",
-        ckpt,
-        "--folder",
-        tmp_path / "s",
-        "--sampler",
-    ]
-    seen = record_calls(monkeypatch, EqM, "forward", lambda *_, **__: len(gpu.waits))
-    run_main(sample_gd, *shared, *flags.split())
-    assert len(seen) >= 2 * 3
-    assert (len(set(seen)) > 2) == stops  # 2 batches
+    ckpt = random_checkpoint(tmp_path / "c.pt", num_frames=8, use_rope=True, ebm=ebm)
+    waits = record_calls(monkeypatch, EqM, "forward", lambda *_, **__: len(gpu.waits))
+    sample_here(ckpt, tmp_path / "s", *split(SAMPLING), *split(flags))
+    assert len(waits) >= 2 * 3
+    assert (len(set(waits)) > 2) == ("--stop-below" in flags)  # 2 batches
 
 
 def test_clips_without_a_time_scale_are_on_the_gpu(gpu):
