@@ -8,15 +8,14 @@ import time
 
 import pytest
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+WHICH = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+CHROMIUM = next(filter(None, WHICH), None)
 TIMEOUT = 60  # seconds to wait before a test fails
-ERRORS = (
-    "Runtime.exceptionThrown",
-    "Log.entryAdded",
-    "Runtime.consoleAPICalled",
-)  # also of the security policy
+# also of the security policy
+ERRORS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+# runs a command whose pipe of DevTools, 3 to read and 4 to write, is its input
+WITH_PIPE = ["bash", "-c", 'exec "$@" 3<&0 4>&0', ""]
+FLAGS = "--headless --no-sandbox --disable-gpu --mute-audio --remote-debugging-pipe"
 
 
 class Browser:
@@ -27,38 +26,16 @@ class Browser:
     def __init__(self, profile):
         self.pipe, theirs = socket.socketpair()
         self.pipe.settimeout(TIMEOUT)
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--mute-audio",
-            "--remote-debugging-pipe",
-        ]
-        self.process = subprocess.Popen(
-            [
-                "bash",
-                "-c",
-                'exec "$@" 3<&0 4>&0',
-                "",
-                CHROMIUM,
-                *flags,
-                f"--user-data-dir={profile}",
-            ],
-            stdin=theirs,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        command = [*WITH_PIPE, CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}"]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, stdin=theirs, **silent)
         theirs.close()
         self.rest = b""
         self.count = 0
         self.session = {}
         self.events = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {
-            "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)[
-                "sessionId"
-            ]
-        }
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -79,32 +56,25 @@ class Browser:
         return json.loads(message)
 
     def open(self, path, ready="true", width=1000, height=800, query="", **media):
-        """Show a file and wait until it is ready; media: features such as
-        prefers_color_scheme="dark".
-        """
+        """Show a file and wait until it is ready; media: features of CSS and their values."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **screen)
-        features = [
-            {"name": name.replace("_", "-"), "value": value} for name, value in media.items()
-        ]
+        features = [{"name": name, "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.events.clear()
         self.call("Page.navigate", url=path.as_uri() + query)
         self.wait(f"document.readyState === 'complete' && location.protocol === 'file:' && {ready}")
 
     def ask(self, expression):
-        answer = self.call(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
-        )
+        wanted = {"awaitPromise": True, "returnByValue": True}
+        answer = self.call("Runtime.evaluate", expression=expression, **wanted)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def wait(self, condition):
         deadline = time.monotonic() + TIMEOUT
         while not self.ask(condition):
-            assert time.monotonic() < deadline, (
-                f"{condition} is still not true: {self.seen(*ERRORS)}"
-            )
+            assert time.monotonic() < deadline, f"not {condition}: {self.seen(*ERRORS)}"
             time.sleep(0.02)
 
     def seen(self, *methods):
@@ -114,7 +84,6 @@ class Browser:
 
 
 def press(browser, key):
+    text = key if len(key) == 1 else ""
     for kind in ("keyDown", "keyUp"):
-        browser.call(
-            "Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else ""
-        )
+        browser.call("Input.dispatchKeyEvent", type=kind, key=key, text=text)

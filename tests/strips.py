@@ -16,8 +16,10 @@ MOVES = {0: (1, 0), 1: (0, 1), 3: (1, 1), 4: (2, 0)}  # px per frame, down and t
 def draw(person, number, num_frames, size=64):
     """The frames of a clip, uint8 (T, size, size, 3)."""
     frames = np.full((num_frames, size, size, 3), 40 + 20 * person, np.uint8)
+    down, right = MOVES[number]
     for t, frame in enumerate(frames):
-        y, x = ((8 + speed * t) % (size - 16) for speed in MOVES[number])
+        y = (8 + down * t) % (size - 16)
+        x = (8 + right * t) % (size - 16)
         frame[y : y + 16, x : x + 16] = 230, 60 + 30 * person, 20
     return frames
 
@@ -27,14 +29,16 @@ def write_strips(folder, people=3, num_frames=20):
     of odd number.
     """
     for action, number in enumerate(MOVES):
+        place = Path(folder, "data/actions", str(number))
+        place.mkdir(parents=True, exist_ok=True)
         for person in range(people):
-            place = Path(folder, "data", "actions", str(number))
-            place.mkdir(parents=True, exist_ok=True)
             frames = draw(person, number, num_frames)
-            for mirrored, clip in enumerate((frames, frames[:, :, ::-1])):
+            index = person * 8 + 2 * action
+            for clip in (frames, frames[:, :, ::-1]):
                 strip = clip.transpose(1, 0, 2, 3).reshape(64, -1, 3)
-                with open(place / f"{person * 8 + 2 * action + mirrored:08d}.jpg", "wb") as file:
+                with open(place / f"{index:08d}.jpg", "wb") as file:
                     Image.fromarray(strip).save(file, format="PNG")
+                index += 1
     return folder
 
 

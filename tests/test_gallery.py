@@ -341,7 +341,7 @@ def test_on_a_phone_the_page_fits_and_plays_only_visible_videos(browser, page):
     assert not browser.ask("videos.at(-1).ready")
     browser.ask("scrollTo(0, document.body.scrollHeight)")
     browser.wait("videos.at(-1).ready && !videos.at(-1).paused && !videos[0].ready")
-    browser.open(page, READY, prefers_reduced_motion="reduce")
+    browser.open(page, READY, **{"prefers-reduced-motion": "reduce"})
     assert browser.ask("!playing && videos.every(video => video.paused)")
 
 
