@@ -490,10 +490,9 @@ def generate(
 
     Args:
         settings: from `sampling_settings`.
-        given: given(indices) returns clips uint8 (n, 3, T, H, W) and a mask (n, T), which is true
-            for given frames. Samples keep these; for keep_background see `Details`.
-        init: init(indices) returns clips as `given` does. They replace a share init_gamma of the
-            noise at the start.
+        given: given(indices) returns clips uint8 (n, 3, T, H, W) and a mask (n, T), true where
+            samples keep their frames; for keep_background see `Details`.
+        init: as `given`; its clips replace a share init_gamma of the noise at the start.
         energy: also record the (guided) energy at every point.
         strict: raise UserError if samples are not finite; otherwise print a note.
         before_evaluation: called before each evaluation of the network; may raise.
