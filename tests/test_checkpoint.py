@@ -19,7 +19,8 @@ import torch
 
 import checkpoint
 import tiny_data
-from models import model_config
+from models import EqM, model_config
+from optim import make_optimizers
 from runtime import runs
 from runtime.atomic import link
 from tiny_data import flip_bit
@@ -267,6 +268,26 @@ def test_only_readers_of_a_damaged_part_refuse_the_file(tmp_path, part):
         else:
             model, _, _ = checkpoint.load_model(path, use_ema=use_ema)
             assert torch.equal(model.state_dict()[WEIGHT], make_state()[weights][WEIGHT])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
+    model = EqM(CONFIG)
+    flags = SimpleNamespace(optimizer=kind, lr=1.0, muon_lr=1.0, weight_decay=0.0)
+    before = make_optimizers(model, flags)
+    after = make_optimizers(model, flags)
+    sum(weight.square().sum() for weight in model.parameters()).backward()
+    for optimizer in before:
+        optimizer.step()
+    saved = [optimizer.state_dict() for optimizer in before]
+    for state in saved:
+        state["param_groups"][0]["lr"] = "of another run"
+    checkpoint.load_optimizers(after, saved)
+    for old, new in zip(before, after, strict=True):
+        assert new.param_groups[0]["lr"] == 1.0
+        for weight, values in old.state.items():
+            for name, value in values.items():
+                assert torch.equal(new.state[weight][name], value)
 
 
 # The model ----------------------------------------------------------------------------------------
