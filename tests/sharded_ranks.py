@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import checkpoint
 from models import model_config
@@ -17,6 +17,7 @@ from runtime import distributed
 from runtime.cli import UserError
 from runtime.rng import normal
 from sharding import full_tensor, is_sharded, make_networks
+from training import differences
 
 SMALL = {
     "input_size": 8,
@@ -77,47 +78,43 @@ class Run:
                 optimizer.step()
                 optimizer.zero_grad()
             update_ema(self.ema, self.model, 0.5)
-            for one in (
-                self.model,
-                self.ema,
-            ):  # as validation does: this must not leave full weights behind
-                with torch.no_grad(), distributed.autocast(CPU, self.precision):
-                    one(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
-        states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
-        states = [value for values in states for value in values.values() if value.dim()]
-        return grad_norm, local_bytes(
-            [*self.model.parameters(), *self.ema.parameters(), *gradients, *states]
-        )
+            # as validation does: this must not leave full weights behind
+            with torch.no_grad(), distributed.autocast(CPU, self.precision):
+                self.model(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
+                self.ema(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
+        states = tree_leaves([optimizer.state_dict()["state"] for optimizer in self.optimizers])
+        states = [state for state in states if state.dim()]
+        weights = [*self.model.parameters(), *self.ema.parameters()]
+        return grad_norm, local_bytes([*weights, *gradients, *states])
 
     def backward(self, network, step):
         for number in range(self.micro_batches):
-            x, target = (
-                normal(step, name, number, [distributed.rank(), 9], (1, 4, 8, 8), CPU)
-                for name in "xt"
-            )
-            with (
-                nullcontext()
-                if self.shard or number == self.micro_batches - 1
-                else network.no_sync()
-            ):
+            indices = [distributed.rank(), 9]
+            x = normal(step, "x", number, indices, (1, 4, 8, 8))
+            target = normal(step, "t", number, indices, (1, 4, 8, 8))
+            is_last = number == self.micro_batches - 1
+            with nullcontext() if self.shard or is_last else network.no_sync():
                 with distributed.autocast(CPU, self.precision):
                     f, features = network(x, LABELS, return_features=True, **self.told)
-                loss = (
-                    f.float() - target
-                ).square().mean() + features.float().square().mean()  # as with --disp
+                loss = (f.float() - target).square().mean()
+                loss += features.float().square().mean()  # as with --disp
                 (loss / self.micro_batches).backward()
 
     def state(self):
         about = {"model": vars(self.config), "training": {"optimizer": self.optimizer}}
-        parts = self.model, self.ema, self.optimizers, NO_SCALER
-        return checkpoint.run_state(about, *parts, checkpoint.Progress())
+        return checkpoint.run_state(
+            about,
+            self.model,
+            self.ema,
+            self.optimizers,
+            NO_SCALER,
+            checkpoint.Progress(),
+        )
 
     def weights(self):
         """Full copies of the weights and of the EMA weights."""
-        states = [network.state_dict() for network in (self.model, self.ema)]
-        return [
-            {name: full_tensor(value).clone() for name, value in state.items()} for state in states
-        ]
+        states = [self.model.state_dict(), self.ema.state_dict()]
+        return tree_map(lambda value: full_tensor(value).clone(), states)
 
 
 def local_bytes(tensors):
@@ -133,16 +130,18 @@ def train_both(kind):
     """Train with DDP and sharded. Returns (results of both, the two runs)."""
     runs = [Run(shard, **KINDS[kind]) for shard in (False, True)]
     start = [run.weights() for run in runs]
-    (norm, _), (sharded_norm, held) = (run.train() for run in runs)
-    full_bytes, block = (
-        local_bytes(part.parameters()) for part in (runs[0].model, runs[0].model.blocks[0])
-    )
-    found = {
+    usual, sharded = runs
+    norm, _ = usual.train()
+    sharded_norm, held = sharded.train()
+    full_bytes = local_bytes(usual.model.parameters())
+    block = local_bytes(usual.model.blocks[0].parameters())
+    results = {
         "start": start,
         "end": [run.weights() for run in runs],
         "norms": (norm.item(), sharded_norm.item()),
+        "bytes": (held, full_bytes, block),
     }
-    return found | {"bytes": (held, full_bytes, block)}, runs
+    return results, runs
 
 
 class Traffic(TorchDispatchMode):
@@ -152,9 +151,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            self.bytes += max(
-                [part.nbytes for part in tree_leaves(args) if torch.is_tensor(part)], default=0
-            )
+            tensors = [part for part in tree_leaves(args) if torch.is_tensor(part)]
+            self.bytes += max([tensor.nbytes for tensor in tensors], default=0)
         return func(*args, **(kwargs or {}))
 
 
@@ -214,17 +212,17 @@ def overflow():
     """
     run = Run(True, **KINDS["accumulation"])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = run.weights()[0]
-    loss = run.model(torch.ones(2, 1, 4, 8, 8), LABELS, **run.told).sum() * (
-        torch.inf if distributed.rank() == 1 else 1
-    )
+    before = run.weights()
+    loss = run.model(torch.ones(2, 1, 4, 8, 8), LABELS, **run.told).sum()
+    if distributed.rank() == 1:
+        loss = loss * torch.inf
     scaler.scale(loss).backward()
-    scaler.unscale_(run.optimizers[0])
-    scaler.step(run.optimizers[0])
+    (adamw,) = run.optimizers
+    scaler.unscale_(adamw)
+    scaler.step(adamw)
     scaler.update()
-    return scaler.get_scale(), any(
-        not torch.equal(value, before[name]) for name, value in run.weights()[0].items()
-    )
+    has_changed = differences(before, run.weights()) != []
+    return scaler.get_scale(), has_changed
 
 
 def main():

@@ -5,6 +5,7 @@ process pays it once.
 import copy
 import shutil
 from dataclasses import replace
+from shlex import split
 
 import pytest
 import torch
@@ -39,9 +40,8 @@ def compare_with_eager(grad_checkpoint=None, **positions):
     assert compiled.state_dict().keys() == model.state_dict().keys()
     x = clip(8, batch=3)
     y = labels(3)
-    (loss, gradients), (again, same) = (
-        loss_and_gradients(network, x, y) for network in (model, compiled)
-    )
+    loss, gradients = loss_and_gradients(model, x, y)
+    again, same = loss_and_gradients(compiled, x, y)
     assert again == pytest.approx(loss, rel=1e-5)
     assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
     with torch.no_grad():
@@ -90,10 +90,9 @@ def test_a_compiled_flow_model_takes_one_level_per_clip_or_per_temporal_patch():
     model, compiled = (tiny(objective="flow") for _ in range(2))
     compiled.compile_blocks()
     for gamma in (torch.rand(3), torch.rand(3, 2).repeat_interleave(4, dim=1)):
-        inputs = clip(8, batch=3), labels(3)
-        (loss, gradients), (again, same) = (
-            loss_and_gradients(one, *inputs, gamma=gamma) for one in (model, compiled)
-        )
+        x = clip(8, batch=3)
+        loss, gradients = loss_and_gradients(model, x, labels(3), gamma)
+        again, same = loss_and_gradients(compiled, x, labels(3), gamma)
         assert again == pytest.approx(loss, rel=1e-5)
         assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
     for num_frames in (12, 16, 64):
@@ -115,18 +114,7 @@ def test_the_compiler_can_ask_whether_tf32_is_allowed():
 
 def test_a_compiled_run_learns_what_the_plain_run_learns(shapes, tmp_path):
     # Of the width and heads of the models above: what was compiled for them is in the cache
-    flags = [
-        "--hidden-size",
-        64,
-        "--num-heads",
-        2,
-        "--lr",
-        3e-3,
-        "--global-batch-size",
-        8,
-        "--log-every",
-        1,
-    ]
+    flags = split("--hidden-size 64 --num-heads 2 --lr 3e-3 --global-batch-size 8 --log-every 1")
     plain = Training(shapes, tmp_path / "plain", 12, flags=flags)
     compiled = replace(plain, results=tmp_path / "compiled")
     for run, more in ((plain, []), (compiled, ["--compile"])):

@@ -1,6 +1,7 @@
 """Ranks: which of them does what, and what they exchange."""
 
 import torch
+from torch.utils._pytree import tree_map
 
 from process import run_ranks
 from runtime.rng import generator
@@ -47,20 +48,8 @@ torch.save(found, os.environ["OUT"])
 
 
 def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers(tmp_path):
-    votes = [
-        0,
-        1,
-        2,
-        5,
-        9,
-        10,
-        11,
-        14,
-        18,
-        22,
-        27,
-        37,
-    ]  # by the clock of rank 0: 0.3 s a step, from step 20 on 0.11 s
+    # by the clock of rank 0: 0.3 s a step, from step 20 on 0.11 s
+    votes = [0, 1, 2, 5, 9, 10, 11, 14, 18, 22, 27, 37]
     on_all = {
         "broadcast": ["from", 0],
         "gather": [0, 10],
@@ -73,7 +62,5 @@ def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers(tm
     }
     on_first = {"collect": [0, 10, 20], "collect from one": [[1.0, 1.0]]}
     expected = [on_all | on_first, on_all | dict.fromkeys(on_first)]
-    found = run_ranks(ON_EACH_RANK, 2, tmp_path)
-    assert [
-        {k: v.tolist() if torch.is_tensor(v) else v for k, v in rank.items()} for rank in found
-    ] == expected
+    ranks = run_ranks(ON_EACH_RANK, 2, tmp_path)
+    assert tree_map(lambda value: getattr(value, "tolist", lambda: value)(), ranks) == expected

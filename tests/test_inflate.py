@@ -4,6 +4,7 @@
 
 import shutil
 from dataclasses import replace
+from shlex import split
 
 import pytest
 import torch
@@ -37,18 +38,18 @@ KINDS = {  # of image models; head_dim is 32
 def largest_error(image, video, y=0, seconds=1 / 25):
     """The largest distance of the fields of equal frames from the image's field, over all RATES."""
     x = clip(1, image.config)
-    told = {"gamma": torch.tensor([0.3])} if image.config.objective == "flow" else {}
+    gamma = torch.tensor([0.3]) if image.config.objective == "flow" else None
 
     def field(model, x, seconds):
-        return model(x, torch.tensor([y]), torch.tensor([seconds]), **told)
+        return model(x, torch.tensor([y]), torch.tensor([seconds]), gamma=gamma)
 
     equal = x.expand(-1, -1, video.config.temporal_patch_size, -1, -1)
-    expected = field(image, x, seconds)
-    return max(distance(field(video, equal, 1 / fps), expected.expand_as(equal)) for fps in RATES)
+    expected = field(image, x, seconds).expand_as(equal)
+    return max(distance(field(video, equal, 1 / fps), expected) for fps in RATES)
 
 
-def inflated(image, *settings, **more):
-    weights, config = inflate(image.state_dict(), image.config, 8, *settings, **more)
+def inflated(image, **settings):
+    weights, config = inflate(image.state_dict(), image.config, num_frames=8, **settings)
     video = EqM(config).eval()
     video.load_state_dict(weights)
     return video
@@ -58,19 +59,16 @@ def inflated(image, *settings, **more):
 def test_equal_frames_get_the_field_of_the_image_at_any_frame_rate(kind):
     image = tiny(**IMAGE | KINDS[kind])
     video = inflated(image)
-    own = image.config
-    positions = (
-        {}
-        if own.use_rope
-        else {"use_rope": True, "rope_split": "10,0,0", "position_table": "space"}
-    )
-    assert video.config == replace(own, num_frames=8, temporal_patch_size=2, **positions)
+    positions = {"use_rope": True, "rope_split": "10,0,0", "position_table": "space"}
+    if image.config.use_rope:
+        positions = {}
+    assert video.config == replace(image.config, num_frames=8, temporal_patch_size=2, **positions)
     assert largest_error(image, video) < 1e-5
-    assert largest_error(image, inflated(image, 4, 100.0)) < 1e-5
-    assert (
-        largest_error(image, inflated(image, time_scale=1 / 8), seconds=1 / 8) < 1e-5
-    )  # frames of 8 fps
-    assert largest_error(image, inflated(image, time_scale=1 / 8)) > 0.01
+    video = inflated(image, temporal_patch_size=4, rope_theta=100.0)
+    assert largest_error(image, video) < 1e-5
+    video = inflated(image, time_scale=1 / 8)  # frames of 8 fps
+    assert largest_error(image, video, seconds=1 / 8) < 1e-5
+    assert largest_error(image, video) > 0.01
 
 
 @torch.no_grad()
@@ -80,27 +78,16 @@ def test_frame_rates_and_times_can_be_learned():
     with torch.enable_grad():
         video(clip(8), labels(), torch.tensor([1 / 12])).square().sum().backward()
     assert (video.t_embedder.mlp[0].weight.grad != 0).any()
-    later = (
-        clip(8).unflatten(2, (-1, 2)).roll(1, dims=2).flatten(2, 3)
-    )  # its temporal patches, one later
+    # its temporal patches, one later
+    later = clip(8).unflatten(2, (-1, 2)).roll(1, dims=2).flatten(2, 3)
     assert distance(video(later, labels()), video(clip(8), labels())) > 0.05
 
 
 # Runs ---------------------------------------------------------------------------------------------
 
-STEPS = ["--log-every", 1, "--sample-every", 0, "--val-clips", 2]
-VIDEOS = [
-    *IMAGES,
-    *STEPS,
-    "--video",
-    "--use-rope",
-    "--temporal-patch-size",
-    2,
-    "--num-frames",
-    4,
-    "--lr",
-    1e-9,
-]
+STEPS = split("--log-every 1 --sample-every 0 --val-clips 2")
+CLIPS = split("--video --use-rope --temporal-patch-size 2 --num-frames 4 --lr 1e-9")
+VIDEOS = [*IMAGES, *STEPS, *CLIPS]
 
 
 def newest(results):
@@ -111,15 +98,9 @@ def newest(results):
 def runs(tmp_path_factory):
     """(the checkpoint of a small image run, videos of the same classes)."""
     root = tmp_path_factory.mktemp("runs")
-    images = [
-        *IMAGES,
-        *STEPS,
-        "--data-path",
-        make_images(root / "images", 6),
-        "--results-dir",
-        root / "image",
-    ]
-    run_main(train, *images, "--max-steps", 3, "--lr", 0.1, "--ema-decay", 0.5, "--sampler", "ngd")
+    paths = ["--data-path", make_images(root / "images", 6), "--results-dir", root / "image"]
+    flags = split("--max-steps 3 --lr 0.1 --ema-decay 0.5 --sampler ngd")
+    run_main(train, *IMAGES, *STEPS, *paths, *flags)
     return newest(root / "image"), write_equal_videos(root / "videos", 10, size=(16, 16))
 
 
@@ -158,13 +139,10 @@ def test_the_frame_rate_of_the_images_is_that_of_their_training(runs, tmp_path):
     checkpoint.save(tmp_path / "image.pt", state)
     flags = [*VIDEOS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 1]
     run_main(train, *flags, "--inflate", tmp_path / "image.pt")
-    image, video = (checkpoint.load_model(one)[0] for one in (path, newest(tmp_path)))
-    assert (
-        largest_error(image, video, y=1, seconds=1 / 8)
-        < 1e-5
-        < 0.001
-        < largest_error(image, video, y=1)
-    )
+    image, _, _ = checkpoint.load_model(path)
+    video, _, _ = checkpoint.load_model(newest(tmp_path))
+    assert largest_error(image, video, y=1, seconds=1 / 8) < 1e-5
+    assert largest_error(image, video, y=1) > 0.001
 
 
 def test_a_run_from_scratch_is_not_resumed_as_one_from_an_image_model(runs, tmp_path, capsys):

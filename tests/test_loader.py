@@ -25,25 +25,33 @@ def seen(tmp_path_factory):
     """What there is to see of a loader with two processes: a dict."""
     root = write_equal_videos(tmp_path_factory.mktemp("videos"))
     source = open_source(root, 16)
-    clips = {n: clips_of(source, n, frame_interval=(1, 2)) for n in (4, 8)}
-    loader = make_loader(clips, KEYS, 2, 0, torch.device("cpu"))
+    loader = make_loader(
+        clips={n: clips_of(source, n, frame_interval=(1, 2)) for n in (4, 8)},
+        batches=KEYS,
+        num_workers=2,
+        timeout=0,
+        device=torch.device("cpu"),
+    )
     before = set(multiprocessing.active_children())
     batches = batches_of(loader)
-    processes = [
-        Path("/proc", str(process.pid))
-        for process in set(multiprocessing.active_children()) - before
-    ]
-    found = {"blocked here": signal.pthread_sigmask(signal.SIG_BLOCK, [])}
-    assert [batch["indices"].tolist() for batch in batches] == [
-        [index for _, index in keys] for keys in KEYS
-    ]
-    found["commands"] = [(process / "cmdline").read_text() for process in processes]
-    found["statuses"] = [(process / "status").read_text() for process in processes]
+    children = set(multiprocessing.active_children()) - before
+    processes = [Path("/proc", str(process.pid)) for process in children]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    indices = [batch["indices"].tolist() for batch in batches]
+    assert indices == [[index for _, index in keys] for keys in KEYS]
+    commands = [(process / "cmdline").read_text() for process in processes]
+    statuses = [(process / "status").read_text() for process in processes]
     for video in source.videos():
         (root / video.path).unlink()
     with pytest.raises(CorruptDataError) as error:
         list(batches_of(loader))
-    return found | {"error": str(error.value), "root": root}
+    return {
+        "blocked here": blocked,
+        "commands": commands,
+        "statuses": statuses,
+        "error": str(error.value),
+        "root": root,
+    }
 
 
 def test_loader_processes_get_no_scan(tmp_path):
@@ -59,10 +67,10 @@ def test_loader_processes_are_no_forks_and_leave_stop_signals_to_the_rank(seen):
     assert all("spawn_main" in command for command in seen["commands"])
     assert not seen["blocked here"] & set(STOP_SIGNALS)
     for status in seen["statuses"]:
-        (mask,) = [
-            int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:")
-        ]
-        assert [number.name for number in STOP_SIGNALS if not mask >> (number - 1) & 1] == []
+        (line,) = [line for line in status.splitlines() if line.startswith("SigBlk:")]
+        mask = int(line.split()[1], 16)
+        for number in STOP_SIGNALS:
+            assert mask >> (number - 1) & 1, number.name
 
 
 def test_an_error_in_a_loader_process_is_one_line_without_its_traceback(seen):

@@ -41,40 +41,37 @@ def test_muon_gets_the_block_matrices_and_adamw_all_other_weights():
     model = EqM(model_config("EqM-Ti/4", **SMALL))
     args = SimpleNamespace(optimizer="muon", lr=1e-3, muon_lr=2e-2, weight_decay=0.3)
     optimizers = optim.make_optimizers(model, args)
-    (adamw,), (muon,) = (optimizer.param_groups for optimizer in optimizers)
+    (adamw,), (muon,) = [optimizer.param_groups for optimizer in optimizers]
     names = {id(weight): name for name, weight in model.named_parameters()}
-    by_adamw, by_muon = (
-        {names[id(weight)] for weight in group["params"]} for group in (adamw, muon)
-    )
-    assert by_muon == {
-        f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    }
-    assert by_adamw == set(names.values()) - by_muon
+    assert [names[id(weight)] for weight in muon["params"]] == [
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+    ]
+    both = adamw["params"] + muon["params"]
+    assert sorted(map(id, both)) == sorted(names)
     assert (adamw["lr"], muon["lr"]) == (1e-3, 2e-2)
     assert adamw["weight_decay"] == muon["weight_decay"] == 0.3
-    (alone,) = optim.make_optimizers(
-        model, SimpleNamespace(optimizer="adamw", lr=1e-3, weight_decay=0.0)
-    )
+    args.optimizer = "adamw"
+    (alone,) = optim.make_optimizers(model, args)
     assert len(alone.param_groups[0]["params"]) == len(names)
 
 
-SHAPES = [
-    (96, 32),
-    (32, 32),
-    (128, 32),
-    (32, 128),
-    (32, 32),
-    (16, 8, 3, 3),
-]  # the last one: a convolution
+# the last one: a convolution
+SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128), (32, 32), (16, 8, 3, 3)]
+
+
+def make_ones(shapes):
+    return [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
 
 
 def steps_of(*optimizers):
     """Make four steps of optimizers with the same random gradients."""
     torch.manual_seed(0)
+    columns = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
     for _ in range(4):
-        for weights in zip(
-            *(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True
-        ):
+        for weights in zip(*columns, strict=True):
             gradient = torch.randn(weights[0].shape)
             for weight in weights:
                 weight.grad = gradient.clone().view_as(weight)
@@ -83,20 +80,18 @@ def steps_of(*optimizers):
 
 
 def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding_and_takes_convolutions_too():
-    ours, theirs = (
-        [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES[:-1]] for _ in range(2)
-    )
-    optimizers = Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
-    steps_of(*optimizers)
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one - other).norm() < 0.02 * (other - 1).norm()
-    momenta = [
-        optimizer.state_dict()["state"] for optimizer in optimizers
-    ]  # checkpoints are interchangeable
-    assert differences(*momenta) == []
+    weights = make_ones(SHAPES[:-1])
+    torch_weights = make_ones(SHAPES[:-1])
+    muon = Muon(weights, 0.02, 0.1)
+    torch_muon = torch.optim.Muon(torch_weights, lr=0.02, weight_decay=0.1)
+    steps_of(muon, torch_muon)
+    for weight, expected in zip(weights, torch_weights, strict=True):
+        assert (weight - expected).norm() < 0.02 * (expected - 1).norm()
+    # checkpoints are interchangeable
+    assert differences(muon.state_dict()["state"], torch_muon.state_dict()["state"]) == []
     # A convolution is a matrix with a row per output
-    kernels, matrix = (torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 8, 3, 3), (16, 72)))
-    steps_of(*(Muon([weight], 0.02, 0.1) for weight in (kernels, matrix)))
+    kernels, matrix = make_ones([(16, 8, 3, 3), (16, 72)])
+    steps_of(Muon([kernels], 0.02, 0.1), Muon([matrix], 0.02, 0.1))
     assert torch.equal(kernels.flatten(1), matrix)
     assert not torch.equal(matrix, torch.ones(16, 72))
 
@@ -122,7 +117,7 @@ def train_by_muon(rank, ranks, folder):
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
         )
-    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    weights = make_ones(SHAPES)
     muon = Muon(weights, 0.02, 0.1)
     steps_of(muon)
     torch.save([weights, muon.state_dict()["state"], muon.batches], folder / f"{rank}-{ranks}.pt")
@@ -133,13 +128,12 @@ def test_muon_gives_all_ranks_the_weights_of_a_single_rank(ranks, tmp_path):
     train_by_muon(0, 1, tmp_path)
     # A fork does not import torch again, which takes seconds.
     multiprocessing.start_processes(train_by_muon, (ranks, tmp_path), ranks, start_method="fork")
-    names = ["0-1", *(f"{rank}-{ranks}" for rank in range(ranks))]
-    (alone, momenta, _), *found = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names
-    )
-    for weights, same_momenta, batches in found:
+    alone, expected_momenta, _ = torch.load(tmp_path / "0-1.pt", weights_only=True)
+    for rank in range(ranks):
+        results = torch.load(tmp_path / f"{rank}-{ranks}.pt", weights_only=True)
+        weights, momenta, batches = results
         assert {owner for owner, _ in batches} == set(range(ranks))  # no rank is idle
-        assert differences(momenta, same_momenta) == []
+        assert differences(momenta, expected_momenta) == []
         for weight, expected in zip(weights, alone, strict=True):
             assert (weight - expected).abs().max() <= 1e-6
 
@@ -172,6 +166,5 @@ def test_fp16_excuses_only_overflows(grad_norm, loss, skip, tolerated):
 
 def test_the_ema_soon_forgets_its_start():  # its formula: test_export.py
     args = SimpleNamespace(ema_decay=0.9999)
-    assert [optim.ema_decay(args, steps) for steps in (1, 90, 10**6)] == pytest.approx(
-        [2 / 11, 0.91, 0.9999]
-    )
+    decays = [optim.ema_decay(args, steps) for steps in (1, 90, 10**6)]
+    assert decays == pytest.approx([2 / 11, 0.91, 0.9999])

@@ -20,7 +20,6 @@ import sample_gd
 import samplers
 import train
 import transport
-from inflate import inflate
 from models import Condition, EqM, EqMConfig
 from published import convert_published
 from runtime.cli import UserError
@@ -309,18 +308,6 @@ def test_a_published_file_starts_clips_with_the_field_of_the_published_code(
     for fps in (12, 25, 50):
         f = model(X.expand(-1, -1, 2, -1, -1), torch.tensor([0, 1, 2]), torch.full((3,), 1 / fps))
         assert distance(f, expected.expand_as(f)) < 1e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("patch", [1, 2, 4])
-def test_equal_frames_get_the_output_of_the_published_code(patch):
-    weights, config = inflate(convert_published(STATE, CONFIG), CONFIG, 8, patch)
-    model = EqM(config).eval()
-    model.load_state_dict(weights)
-    for fps in (12, 25, 50):
-        f = model(X.expand(-1, -1, patch, -1, -1), Y, torch.full((3,), 1 / fps))
-        expected = TENSORS["output"].unsqueeze(2).expand_as(f)
-        assert distance(f, expected) < 1e-5
 
 
 def test_a_folder_instead_of_a_checkpoint_names_its_newest_checkpoint(tmp_path):

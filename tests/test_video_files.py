@@ -2,7 +2,6 @@
 
 import struct
 from dataclasses import replace
-from itertools import product
 
 import av
 import decord
@@ -28,7 +27,7 @@ def remux(source, target, change, **options):
                 new.mux(packet)
 
 
-VARIABLE = [40 * index for index in range(20)] + [800 + 70 * index for index in range(25)]  # ms
+VARIABLE = [*range(0, 800, 40), *range(800, 800 + 25 * 70, 70)]  # ms
 X265 = {
     "codec": "libx265",
     "x265-params": "log-level=none:keyint=10:min-keyint=5:bframes=3:open-gop=1",
@@ -36,7 +35,6 @@ X265 = {
 LONG = {
     "plain.avi": {},
     "B-frames.mov": {"bf": "2"},
-    "B-frames.mkv": {"bf": "2"},
     "XviD.avi": {"tag": "XVID", "bf": "2"},
     "B-frames.mp4": {"codec": "libx264", "bf": "3"},
     "open GOP.mkv": {
@@ -49,7 +47,6 @@ LONG = {
     },
     "HEVC.mp4": X265,
     "10 bits.mkv": X265 | {"pixel_format": "yuv420p10le"},
-    "VP8.webm": {"codec": "libvpx", "deadline": "realtime"},
     "VP9.webm": {
         "codec": "libvpx-vp9",
         "cpu-used": "5",
@@ -66,13 +63,15 @@ LONG = {
 def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(
     tmp_path, monkeypatch, name
 ):
-    seen = []  # an item for each frame that PyAV decodes
+    seen = []  # the frames that PyAV decodes
     decode_from = files.decode_from
-    monkeypatch.setattr(
-        files,
-        "decode_from",
-        lambda *args: (seen.append(1) or frame for frame in decode_from(*args)),
-    )
+
+    def recorded(*args):
+        for frame in decode_from(*args):
+            seen.append(frame)
+            yield frame
+
+    monkeypatch.setattr(files, "decode_from", recorded)
     write_video(tmp_path / name, 45, noise=200, **LONG[name])
     video = scan_videos(tmp_path).videos[0]
     assert len(video.keyframes) >= 3
@@ -80,20 +79,20 @@ def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(
     assert video.varies == ("variable" in name)
     plain = replace(video, keyframes=())
     expected = read_frames(tmp_path, plain, range(45))  # in order, with decord
-    for one, numbers in product((plain, video), ([0], [9, 10], [8, 19, 41], [44])):
-        assert np.array_equal(read_frames(tmp_path, one, numbers), expected[numbers])
+    for numbers in ([0], [9, 10], [8, 19, 41], [44]):
+        assert np.array_equal(read_frames(tmp_path, plain, numbers), expected[numbers])
+        assert np.array_equal(read_frames(tmp_path, video, numbers), expected[numbers])
     if not video.varies:  # else decord gives the time stamps
-        assert (
-            halves(expected[..., 0])[0] - 4 * torch.arange(45)
-        ).abs().max() < 4  # frame k is frame k
+        grays, _ = halves(expected[..., 0])
+        assert (grays - 4 * torch.arange(45)).abs().max() < 4  # frame k is frame k
         monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: pytest.fail("decord decodes"))
-    for start in range(video.keyframes[1][0], 43):  # before, decord decodes
+    keyframes = [number for number, _, _ in video.keyframes]
+    for start in range(keyframes[1], 43):  # before, decord decodes
         seen.clear()
-        assert np.array_equal(
-            read_frames(tmp_path, video, [start, start + 2]), expected[[start, start + 2]]
-        )
-        distance = start - max(number for number, _, _ in video.keyframes if number <= start)
-        assert 0 < len(seen) <= 3 + distance or video.varies
+        numbers = [start, start + 2]
+        assert np.array_equal(read_frames(tmp_path, video, numbers), expected[numbers])
+        keyframe = max(number for number in keyframes if number <= start)
+        assert 0 < len(seen) <= 3 + start - keyframe or video.varies
 
 
 def test_all_frames_of_a_file_that_decord_refuses_are_decoded_with_pyav(tmp_path):
@@ -124,26 +123,24 @@ def test_damage_makes_only_the_clips_between_two_keyframes_unreadable(tmp_path, 
             read_frames(tmp_path, video, numbers)
 
 
+def bytes_or_none(root, video, numbers):
+    try:
+        return read_frames(root, video, numbers).tobytes()
+    except UnreadableError:
+        return None
+
+
 @pytest.mark.parametrize("params", ["keyint=10", "keyint=10:slices=4", "intra-refresh=1:keyint=20"])
 def test_frames_after_a_keyframe_that_is_damaged_or_none_are_those_of_decord(tmp_path, params):
-    write_video(
-        tmp_path / "v.mp4",
-        45,
-        codec="libx264",
-        noise=200,
-        **{"x264-params": f"{params}:bframes=0:scenecut=0"},
-    )
+    options = {"codec": "libx264", "x264-params": f"{params}:bframes=0:scenecut=0"}
+    write_video(tmp_path / "v.mp4", 45, noise=200, **options)
     video = scan_videos(tmp_path).videos[0]
     if "refresh" not in params:
         scribble(tmp_path / "v.mp4", offset=1000)  # in the middle of frame 10, a keyframe
     for numbers in ([8, 9], [10, 11], [25, 28]):
-        found = []
-        for one in (video, replace(video, keyframes=())):
-            try:
-                found.append(read_frames(tmp_path, one, numbers).tobytes())
-            except UnreadableError:
-                found.append(None)
-        assert found[0] == found[1] or (numbers[0] == 25 and found[1] is None), numbers
+        by_pyav = bytes_or_none(tmp_path, video, numbers)
+        by_decord = bytes_or_none(tmp_path, replace(video, keyframes=()), numbers)
+        assert by_pyav == by_decord or (numbers[0] == 25 and by_decord is None), numbers
 
 
 def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_path):
@@ -151,9 +148,8 @@ def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_pa
     write_video(tmp_path / "plain.avi", 45)
 
     def doubled(packet):
-        two = av.Packet(
-            2 * bytes(packet)
-        )  # XviD puts a B-frame into the packet of the frame before it
+        # XviD puts a B-frame into the packet of the frame before it
+        two = av.Packet(2 * bytes(packet))
         two.dts = packet.dts
         two.pts = packet.pts
         two.is_keyframe = packet.is_keyframe
@@ -161,15 +157,15 @@ def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_pa
 
     remux(tmp_path / "plain.avi", tmp_path / "packed.avi", doubled)
     assert len(probe(tmp_path, "all", "plain.avi").keyframes) > 1
-    for name in ("a.avi", "packed.avi"):
-        assert probe(tmp_path, "all", name).keyframes == ()
-    assert read_frame_indices(tmp_path, probe(tmp_path, "all", "a.avi"), range(45)) == list(
-        range(45)
-    )
+    assert probe(tmp_path, "all", "packed.avi").keyframes == ()
+    video = probe(tmp_path, "all", "a.avi")
+    assert video.keyframes == ()
+    assert read_frame_indices(tmp_path, video, range(45)) == list(range(45))
 
 
 def test_a_video_of_too_many_pixels_is_unreadable(tmp_path, monkeypatch):
-    write_video(tmp_path / "a.avi", size=(16, 16)), write_video(tmp_path / "b.avi", size=(64, 48))
+    write_video(tmp_path / "a.avi", size=(16, 16))
+    write_video(tmp_path / "b.avi", size=(64, 48))
     video = scan_videos(tmp_path).videos[1]
     monkeypatch.setattr(files, "MAX_PIXELS", 64 * 48 - 1)
     assert scan_videos(tmp_path).unreadable == ["b.avi"]
@@ -188,20 +184,17 @@ def test_a_video_that_lost_frames_is_unreadable_only_for_those(tmp_path):
 
 @pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
 def test_frames_of_a_variable_rate_are_those_at_equal_distances_in_time(tmp_path, name):
-    times = [40 * index for index in range(10)] + [400 + 80 * index for index in range(10)]
+    times = [*range(0, 400, 40), *range(400, 1200, 80)]
     write_video(tmp_path / name, codec="libx264", times=times)
     video = scan_videos(tmp_path).videos[0]
     assert video.num_frames == 20
     assert video.fps == pytest.approx(19 / 1.12)
-    expected = [
-        min(range(20), key=lambda n: abs(times[n] - 1120 * index / 19)) for index in range(20)
-    ]
-    assert expected[:3] == [0, 1, 3]
-    assert len(set(expected)) < 20  # twice as fast at first, some twice at the end
-    assert read_frame_indices(tmp_path, video, range(20)) == expected
-    assert read_frame_indices(tmp_path, video, [3, 17, 19]) == [
-        expected[index] for index in (3, 17, 19)
-    ]
+    distances = np.abs(np.subtract.outer(np.linspace(0, 1120, 20), times))
+    expected = distances.argmin(axis=1)
+    assert expected[:3].tolist() == [0, 1, 3]  # twice as fast at first
+    assert len(set(expected)) < 20  # some twice at the end
+    assert read_frame_indices(tmp_path, video, range(20)) == expected.tolist()
+    assert read_frame_indices(tmp_path, video, [3, 17, 19]) == expected[[3, 17, 19]].tolist()
     chunks = np.concatenate(list(read_all_frames(tmp_path, video, 7)))
     assert np.array_equal(chunks, read_frames(tmp_path, video, range(20)))
 
@@ -210,9 +203,8 @@ def test_time_stamps_that_jitter_leave_every_frame_in_its_place(tmp_path):
     jitter = np.random.default_rng(0).integers(-8, 9, 60).tolist()
     times = [round(1000 * index / 29.97) + shift for index, shift in enumerate(jitter)]
     write_video(tmp_path / "v.mp4", 60, codec="libx264", times=times)
-    assert read_frame_indices(tmp_path, scan_videos(tmp_path).videos[0], range(60)) == list(
-        range(60)
-    )
+    (video,) = scan_videos(tmp_path).videos
+    assert read_frame_indices(tmp_path, video, range(60)) == list(range(60))
 
 
 @pytest.mark.parametrize("b_frames", ["0", "2"])
@@ -223,12 +215,8 @@ def test_frames_that_an_edit_list_removes_do_not_count(tmp_path, b_frames):
         return packet
 
     write_video(tmp_path / "whole.mp4", 30, codec="libx264", bf=b_frames)
-    remux(
-        tmp_path / "whole.mp4",
-        tmp_path / "cut.mp4",
-        shifted,
-        options={"avoid_negative_ts": "disabled"},
-    )
+    options = {"avoid_negative_ts": "disabled"}
+    remux(tmp_path / "whole.mp4", tmp_path / "cut.mp4", shifted, options=options)
     video = probe(tmp_path, "all", "cut.mp4")
     assert (video.num_frames, video.fps) == (25, 25)
     assert read_frame_indices(tmp_path, video, range(25)) == list(range(5, 30))
@@ -237,25 +225,21 @@ def test_frames_that_an_edit_list_removes_do_not_count(tmp_path, b_frames):
 
 
 def test_a_video_is_read_upright_however_the_phone_was_held(tmp_path):
-    turns = {
-        0: (1, 0, 0, 1),
-        90: (0, 1, -1, 0),
-        180: (-1, 0, 0, -1),
-        270: (0, -1, 1, 0),
-    }  # clockwise
-    for turn, (a, b, c, d) in turns.items():
-        write_video(tmp_path / f"{turn}.mp4", codec="libx264")
-        data = bytearray((tmp_path / f"{turn}.mp4").read_bytes())
-        matrix = data.index(b"tkhd") + 44  # in the track's header
-        one = 0x10000
-        data[matrix : matrix + 36] = struct.pack(
-            ">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 0x40000000
-        )
+    one = 0x10000
+    matrices = {  # clockwise
+        90: (0, one, 0, -one, 0),
+        180: (-one, 0, 0, 0, -one),
+        270: (0, -one, 0, one, 0),
+    }
+    write_video(tmp_path / "0.mp4", codec="libx264")
+    data = bytearray((tmp_path / "0.mp4").read_bytes())
+    start = data.index(b"tkhd") + 44  # in the track's header
+    for turn, matrix in matrices.items():
+        struct.pack_into(">5i", data, start, *matrix)
         (tmp_path / f"{turn}.mp4").write_bytes(data)
-    found = {video.path: video for video in scan_videos(tmp_path).videos}
-    stored = read_frames(tmp_path, found["0.mp4"], [0, 1])
-    for turn in turns:
-        video = found[f"{turn}.mp4"]
+    stored = read_frames(tmp_path, probe(tmp_path, "all", "0.mp4"), [0, 1])
+    for turn in matrices:
+        video = probe(tmp_path, "all", f"{turn}.mp4")
         assert video.keyframes  # PyAV and decord agree
         frames = read_frames(tmp_path, video, [0, 1])
         assert frames.shape[1:3] == (video.height, video.width)
@@ -268,8 +252,9 @@ def test_videos_of_any_width_are_not_changed(tmp_path, size):
     video = scan_videos(tmp_path).videos[0]
     frames = read_frames(tmp_path, video, [3, 7])
     assert (video.width, video.height) == size
-    assert frames.shape == (2, size[1], size[0], 3)
-    assert np.abs(frames.astype(int) - decode(tmp_path / "v.avi")[0][[3, 7]]).max() <= 1
+    expected, _ = decode(tmp_path / "v.avi")
+    assert frames.shape == (2, *expected.shape[1:])
+    assert np.abs(frames.astype(int) - expected[[3, 7]]).max() <= 1
 
 
 def test_resizing_is_antialiased_and_keeps_the_center():
@@ -319,25 +304,21 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
     colors = picture()
     gray = picture()[..., 0]
     three = np.repeat(gray[..., None], 3, axis=2)
-    sixteen = np.random.default_rng(0).integers(0, 256, gray.shape)  # the low bytes
-    transparent = np.dstack([colors, gray])
+    sixteen_bits = gray.astype(np.uint16) * 256 + gray[::-1]  # the low bytes do not matter
     palette = Image.fromarray(gray // 64 * 64).quantize(4)
     kinds = {
-        "rgb": (Image.fromarray(colors), colors),
-        "gray": (Image.fromarray(gray), three),
-        "gray16": (
-            Image.fromarray((gray.astype(np.int32) * 256 + sixteen).astype(np.uint16)),
-            three,
-        ),
-        "bilevel": (Image.fromarray(gray > 100), np.where(three > 100, 255, 0)),
-        "grayalpha": (Image.fromarray(np.dstack([gray, 255 - gray])), three),
-        "rgba": (Image.fromarray(transparent), colors),
+        "gray": (gray, three),
+        "gray16": (sixteen_bits, three),
+        "bilevel": (gray > 100, np.where(three > 100, 255, 0)),
+        "grayalpha": (np.dstack([gray, 255 - gray]), three),
+        "rgba": (np.dstack([colors, gray]), colors),
         "palette": (palette, np.asarray(palette.convert("RGB"))),
     }
-    for name, (image, expected) in kinds.items():
-        save(tmp_path / f"{name}.png", image)
-        found = read_image(tmp_path / f"{name}.png")
-        assert found.dtype == np.uint8 and np.array_equal(found, expected), name
+    for name, (stored, expected) in kinds.items():
+        save(tmp_path / f"{name}.png", stored)
+        image = read_image(tmp_path / f"{name}.png")
+        assert image.dtype == np.uint8
+        assert np.array_equal(image, expected), name
     assert Image.open(tmp_path / "gray16.png").mode == "I;16"
     save(tmp_path / "cmyk.jpg", Image.fromarray(colors).convert("CMYK"), quality=95)
     assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - colors).mean() < 6
