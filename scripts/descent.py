@@ -46,8 +46,8 @@ def obstacles(state, config):
     training = state["config"]["training"]
     vae = state["config"]["data"]["vae"]
     if vae != "none":
-        place = vae if vae in REPOSITORIES else "in its folder"
-        yield f"needs the VAE {place}, which has no JavaScript"
+        name = vae if vae in REPOSITORIES else "in its folder"
+        yield f"needs the VAE {name}, which has no JavaScript"
     if config.in_channels not in (1, 3):
         yield f"has {config.in_channels} channels; expected 1 or 3 (pixels)"
     if config.ebm != "none":

@@ -166,14 +166,14 @@ def make_card(state, dtype, vae, scores):
     )
 
 
-def load_vae_folder(place, flag, data):
-    """The VAE of a checkpoint if it is a folder, at `place` if it has moved.
+def load_vae_folder(folder, flag, data):
+    """The VAE of a checkpoint if it is a folder, at `folder` if it has moved.
 
     None for pixels and downloads.
     """
-    if place is None and data["vae"] in ("none", *REPOSITORIES):
+    if folder is None and data["vae"] in ("none", *REPOSITORIES):
         return None
-    vae = load_vae(place, data["vae"], flag)
+    vae = load_vae(folder, data["vae"], flag)
     check_same(vae, data.get("vae_sha256"), flag)
     return vae
 

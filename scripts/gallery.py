@@ -77,9 +77,9 @@ def parse_args():
             "samples only"
         ),
     )
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--out", metavar="FILE.html", help="the page; default: FOLDER/gallery.html")
-    place.add_argument("--png", metavar="FILE.png", help="a picture to draw instead of a page")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--out", metavar="FILE.html", help="the page; default: FOLDER/gallery.html")
+    output.add_argument("--png", metavar="FILE.png", help="a picture to draw instead of a page")
     add("--num-samples", type=COUNT, default=64, help="show at most the first N samples on a page")
     add("--rows", type=COUNT, default=4, help="samples of each folder in a picture")
     add(
@@ -318,9 +318,9 @@ def draw_rows(samples, count):
         title.append("given frames in orange")
     smooth = Image.Resampling.NEAREST if size < SIDE else Image.Resampling.LANCZOS
     frames = np.empty((N, n, SIDE, SIDE, 3), np.uint8)
-    for place in np.ndindex(N, n):
-        frame = Image.fromarray(clips[place])
-        frames[place] = frame.resize((SIDE, SIDE), smooth)
+    for index in np.ndindex(N, n):
+        frame = Image.fromarray(clips[index])
+        frames[index] = frame.resize((SIDE, SIDE), smooth)
     names = [samples.shown_class(name) for name in samples.names[:count]]
     names = [name[:MAX_NAME_LENGTH] for name in names]
     marked = [np.isin(columns, given) for given in samples.given[:count]]

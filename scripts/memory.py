@@ -123,11 +123,12 @@ def measure(name, flag):
         model = EqM_models[f"EqM-{name}"](**SETTINGS)
     weights = list(model.parameters())
     pinned = SAVED * sum(pinned_bytes(weight.nbytes) for weight in weights)
+    others = len(model.blocks) - 1
     sizes = []
     for clips in BATCHES:
         shallow = np.array(count_step(name=name, flag=flag, clips=clips, depth=1))
         deep = np.array(count_step(name=name, flag=flag, clips=clips, depth=2))
-        sizes.append(shallow + (len(model.blocks) - 1) * (deep - shallow))
+        sizes.append(shallow + others * (deep - shallow))
     few, many = sizes
     per_clip = (many - few) / (BATCHES[1] - BATCHES[0])
     once = few - BATCHES[0] * per_clip  # rounded weights
@@ -169,9 +170,11 @@ def tables(rows):
     ]
     for row in rows:
         off = next(other for other in rows if other["model"] == row["model"])
+        kept = row["kept_mb"]
+        once = row["kept_once_mb"]
         flops = row["gflops"] / off["gflops"]
-        sizes = f"{row['kept_mb']:.0f} | {row['kept_once_mb']:.0f}"
-        lines.append(f"| {row['model']} | {row['flag']} | {sizes} | {flops:.3f} |")
+        name = f"{row['model']} | {row['flag']}"
+        lines.append(f"| {name} | {kept:.0f} | {once:.0f} | {flops:.3f} |")
     titles = "".join(f" {gb} GB |" for gb in GPUS)
     for frames in FRAMES:
         lines += [
@@ -207,7 +210,7 @@ def tables(rows):
 @one_line_errors()
 def main():
     parse_args()
-    rows = [measure(name, flag) for name, flag in itertools.product(MODELS, FLAGS)]
+    rows = list(itertools.starmap(measure, itertools.product(MODELS, FLAGS)))
     content = {"made": made(), "rows": rows}
     (ROOT / "results/memory.json").write_text(json.dumps(content, indent=1) + "\n")
     title = f"# Memory of training, counted with torch {torch.__version__}"

@@ -83,16 +83,16 @@ class Curve:
         return [row for _, rows in self.phases for row in rows]
 
 
-def load_runs(places):
-    """{run folder: its rows of metrics.jsonl, at least one} of all runs in these places.
+def load_runs(folders):
+    """{run folder: its rows of metrics.jsonl, at least one} of all runs in these folders.
 
     Raises UserError.
     """
     runs = {}
-    for place in map(Path, places):
-        files = sorted(place.glob(f"*/{METRICS}"))
-        if (place / METRICS).exists():
-            files = [place / METRICS]
+    for folder in map(Path, folders):
+        files = sorted(folder.glob(f"*/{METRICS}"))
+        if (folder / METRICS).exists():
+            files = [folder / METRICS]
         logged = {}
         for file in files:
             rows, torn = read_metrics(file)
@@ -103,7 +103,7 @@ def load_runs(places):
         if not logged:
             what = f"{METRICS} has no step yet" if files else f"no {METRICS}, nor a folder with one"
             raise UserError(
-                f"RUN {place}: {what}; name a run folder of train.py that has logged a step"
+                f"RUN {folder}: {what}; name a run folder of train.py that has logged a step"
             )
         runs |= logged
     return runs

@@ -29,14 +29,14 @@ def write_strips(folder, people=3, num_frames=20):
     of odd number.
     """
     for action, number in enumerate(MOVES):
-        place = Path(folder, "data/actions", str(number))
-        place.mkdir(parents=True, exist_ok=True)
+        action_folder = Path(folder, "data/actions", str(number))
+        action_folder.mkdir(parents=True, exist_ok=True)
         for person in range(people):
             frames = draw(person, number, num_frames)
             index = person * 8 + 2 * action
             for clip in (frames, frames[:, :, ::-1]):
                 strip = clip.transpose(1, 0, 2, 3).reshape(64, -1, 3)
-                with open(place / f"{index:08d}.jpg", "wb") as file:
+                with open(action_folder / f"{index:08d}.jpg", "wb") as file:
                     Image.fromarray(strip).save(file, format="PNG")
                 index += 1
     return folder

@@ -283,7 +283,8 @@ def test_a_clip_rolls_until_it_rests_and_a_disturbance_wakes_it(page):
     press(page, " ")
     page.wait("running && resting")
     rested = state(page)
-    assert 10 <= count_of(page) <= 25 and rested.abs().max() < 1.5
+    assert 10 <= count_of(page) <= 25
+    assert rested.abs().max() < 1.5
     assert page.ask("$('line').textContent").startswith("At rest")
     page.ask("$('label').value = 5; $('label').dispatchEvent(new Event('change'))")
     page.wait("resting")
@@ -395,9 +396,8 @@ def test_a_gif_has_all_frames_and_their_colors(page):
 
 def test_the_tour_ends_with_one_frame_that_became_sixteen(browser, demo):
     browser.open(demo, READY, width=400, height=800)
-    browser.ask(
-        "TOUR.forEach((part, index) => { part[1] = index ? Infinity : 0; })"
-    )  # the first step ends by itself
+    # the first step ends by itself
+    browser.ask("TOUR.forEach((part, index) => { part[1] = index ? Infinity : 0; })")
     assert browser.ask("facts.healsRegions") is True
     press(browser, "t")
     browser.wait("tourAt === 1")
@@ -406,7 +406,8 @@ def test_the_tour_ends_with_one_frame_that_became_sixteen(browser, demo):
         if number in (2, 4, 5):
             browser.wait("resting")
         browser.ask("$('next').click()")
-    assert browser.ask("$('guide').hidden") and count_of(browser, "pinned") == [0]
+    assert browser.ask("$('guide').hidden")
+    assert count_of(browser, "pinned") == [0]
     reached = state(browser)
     assert reached.shape[2] == 16
     assert reached.abs().max() < 1.5

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta p
 
 GPU = torch.device("meta")
 aten = torch.ops.aten
-# and the place of the source in their arguments
+# and the position of the source in their arguments
 COPIES = {aten.copy_.default: 1, aten._to_copy.default: 0}
 # bytes; the CPU waits for a larger copy to a GPU, also a non-blocking one, unless it is pinned
 STAGED = 2**16
@@ -86,14 +86,14 @@ class OneDevice(TorchDispatchMode):
         """A copy may have two devices. The CPU waits for it, except for some non-blocking copies to
         the GPU.
         """
-        place = COPIES[function]
-        source = args[place]
+        position = COPIES[function]
+        source = args[position]
         non_blocking = kwargs.get("non_blocking") or True in args[2:]
         device = torch.device(kwargs.get("device") or args[0].device)
         if on_gpu(source) and device != GPU:
             self.waits.append(function)
             args = list(args)
-            args[place] = torch.ones(source.shape, dtype=source.dtype)
+            args[position] = torch.ones(source.shape, dtype=source.dtype)
         elif not on_gpu(source) and device == GPU and self.is_wait(source, non_blocking):
             self.waits.append(function)
         return function(*args, **kwargs)

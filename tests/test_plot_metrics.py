@@ -169,8 +169,10 @@ def test_validation_has_a_row_of_losses_that_were_finite(tmp_path):
     folder = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, torn=last, cost=(), **columns)
     every = np.arange(10, 51, 10)
     training, validation = plot_curves(curves_of(folder)).axes
-    assert training.lines[0].get_xdata()[-1] == 60 and training.get_yscale() == "log"
-    assert validation.get_xlabel() == "step" and training.get_ylabel() == "training loss"
+    assert training.lines[0].get_xdata()[-1] == 60
+    assert training.get_yscale() == "log"
+    assert validation.get_xlabel() == "step"
+    assert training.get_ylabel() == "training loss"
     (line,) = validation.lines
     expected = np.where(every == 30, np.nan, 50 / every)
     assert line.get_xdata().tolist() == every.tolist()
@@ -178,7 +180,8 @@ def test_validation_has_a_row_of_losses_that_were_finite(tmp_path):
     training, validation = plot_curves(curves_of(folder), relative=True).axes
     assert np.allclose(training.lines[0].get_ydata(), [*(10 / every), 0.2])
     assert np.allclose(validation.lines[0].get_ydata(), 5 / every)
-    assert "of zero" in training.get_ylabel() and "of zero" in validation.get_ylabel()
+    assert "of zero" in training.get_ylabel()
+    assert "of zero" in validation.get_ylabel()
 
 
 def test_validation_losses_of_one_clip_length_are_absolute_and_of_several_phases_relative(tmp_path):
@@ -202,7 +205,8 @@ def test_lines_say_what_was_not_drawn_and_odd_names_are_shown_as_they_are(tmp_pa
         f"{out}: 2 curves",
     ]
     with Image.open(out) as image:
-        assert image.format == "PNG" and image.width == 1200  # two columns
+        assert image.format == "PNG"
+        assert image.width == 1200  # two columns
     (text,) = plot_curves(curves_of(folder)).legends[0].texts
     assert not text.get_parse_math()
     assert text.get_text() == "_a$b_{$/000-EqM-S-4-f4-rope"

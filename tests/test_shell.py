@@ -430,8 +430,8 @@ def test_each_recipe_passes_its_flags_and_our_positions(
     assert energy[-2:] == ["--ebm", "dot"]
     expected = [*flags.split(), *POSITIONS, "--forcing", share, "--lr-decay", "0", *compiled]
     for words in (check, call):
-        place = words.index("--results-dir=results/progressive_rope_training") + 1
-        assert words[place : words.index("--data-path=datasets/ucf-101")] == expected
+        start = words.index("--results-dir=results/progressive_rope_training") + 1
+        assert words[start : words.index("--data-path=datasets/ucf-101")] == expected
     assert {"--num-frames=4", "--val-every=2500", "--sample-every=2500"} <= set(call)
 
 
