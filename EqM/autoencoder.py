@@ -119,14 +119,11 @@ def losses_of(x, reconstruction, mean, logvar):
     divergence per latent value (Kingma and Welling, arXiv 1312.6114, appendix B).
     """
     error = reconstruction.float() - x
+    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     mean = mean.float()
     logvar = logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return {
-        "pixel_loss": error.abs().mean(),
-        "gradient_loss": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
-        "kl_loss": KL_WEIGHT * kl,
-    }
+    return {"pixel_loss": error.abs().mean(), "gradient_loss": gradient, "kl_loss": KL_WEIGHT * kl}
 
 
 def psnr(real, decoded):
