@@ -16,12 +16,8 @@ def block_matrices(model):
     """The weight matrices of attention and MLP of an EqM."""
     weights = []
     for block in model.blocks:
-        weights += [
-            block.attn.qkv.weight,
-            block.attn.proj.weight,
-            block.mlp.fc1.weight,
-            block.mlp.fc2.weight,
-        ]
+        layers = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
+        weights += [layer.weight for layer in layers]
     return weights
 
 

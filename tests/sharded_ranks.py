@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 from models import model_config
@@ -17,7 +17,6 @@ from runtime import distributed
 from runtime.cli import UserError
 from runtime.rng import normal
 from sharding import full_tensor, is_sharded, make_networks
-from training import differences
 
 SMALL = {
     "input_size": 8,
@@ -113,8 +112,10 @@ class Run:
 
     def weights(self):
         """Full copies of the weights and of the EMA weights."""
-        states = [self.model.state_dict(), self.ema.state_dict()]
-        return tree_map(lambda value: full_tensor(value).clone(), states)
+        return [
+            {name: full_tensor(value).clone() for name, value in network.state_dict().items()}
+            for network in (self.model, self.ema)
+        ]
 
 
 def local_bytes(tensors):
@@ -221,7 +222,8 @@ def overflow():
     scaler.unscale_(adamw)
     scaler.step(adamw)
     scaler.update()
-    has_changed = differences(before, run.weights()) != []
+    pairs = zip(tree_leaves(before), tree_leaves(run.weights()), strict=True)
+    has_changed = not all(torch.equal(old, new) for old, new in pairs)
     return scaler.get_scale(), has_changed
 
 
