@@ -46,7 +46,7 @@ VERSION = 1
 KEYS = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
 SAVED_STEP = "saved_step.txt"  # in a run folder: the step of its newest checkpoint
 PARTS = ("model", "ema", "optimizer", "run")  # the parts that hold tensors
-SETTINGS = {  # names that every config has; EqMConfig knows the values of others in older files
+SETTINGS = {  # names that every config has; older files may lack those with a default
     "model": {field.name for field in fields(EqMConfig) if field.default is MISSING},
     "data": {"vae", "image_size", "time_scale", "longest_time_scale"},
     "training": {"model", "num_frames", "video"},
@@ -129,7 +129,7 @@ class Writer:
         # {place in the state: tensor on the CPU}, memory that all checkpoints of the run reuse
         self.copies = {}
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.writing = None
+        self.pending = None
 
     def write(self, state, names, before, after):
         """Save a state as latest.pt and under `names`, between before() and after().
@@ -157,7 +157,7 @@ class Writer:
                 self.path.parents[1].joinpath(SAVED_STEP).write_text(f"{state['step']}\n")
             after()
 
-        self.writing = self.thread.submit(run)
+        self.pending = self.thread.submit(run)
 
     def copy(self, place, value):
         """A copy of a value on the CPU, in the memory of the previous copy if the shapes agree."""
@@ -187,13 +187,13 @@ class Writer:
 
     def check(self):
         """Raise the error of the thread, if it has ended with one."""
-        if self.writing is not None and self.writing.done():
-            self.writing.result()
+        if self.pending is not None and self.pending.done():
+            self.pending.result()
 
     def wait(self):
         """Wait until nothing is being written. Raises the error of the thread."""
-        if self.writing is not None:
-            self.writing.result()
+        if self.pending is not None:
+            self.pending.result()
 
 
 def names_at(progress, last_step, every):
@@ -203,7 +203,10 @@ def names_at(progress, last_step, every):
 
 
 def complete_names(start, phases, every):
-    """Link the resumed checkpoint to all its names, as a kill may have come before that."""
+    """Link the resumed checkpoint to all its names: the run may have been killed before it did.
+
+    If it had steps to log, the loop does this after it has validated.
+    """
     if distributed.rank() == 0 and start.resumes and not start.unlogged:
         last_step = current_phase(phases, start.progress.first_step).last_step
         for name in ["latest.pt", *names_at(start.progress, last_step, every)]:
@@ -278,7 +281,7 @@ def load_inflated(args):
         raise UserError(
             f"{flag}: {error}; change --temporal-patch-size, the clips' length or the model"
         ) from error
-    # with the settings of its sampler
+    # the flags of the image run give defaults; all that was trained is one frame
     training = state["config"]["training"] | {"num_frames": 1, "video": True}
     inflated = {"model": asdict(config), "data": data, "training": training}
     return from_elsewhere(inflated, model=weights, ema=weights, step=0)
@@ -384,13 +387,14 @@ def load_optimizers(optimizers, saved):
         moments = {}
         for index, values in state["state"].items():
             moments[index] = {
-                name: shard_like(value, weights[index]) if value.dim() else value
+                name: shard_like(value, weights[index]) if value.dim() else value  # a step count
                 for name, value in values.items()
             }
         optimizer.load_state_dict(
             {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
         )
-        for values in optimizer.state.values():  # on the CPU they still map the file
+        # On the CPU, tensors still map the file, which training must not change
+        for values in optimizer.state.values():
             values |= {name: value.clone() for name, value in values.items()}
 
 
@@ -480,8 +484,8 @@ class Start:
     inflates: bool = False  # whether it is the image model of --inflate
     sha256: str | None = None  # of the weights that a new phase starts from, on rank 0
     folder: Path | None = None  # of the run to resume, even if it has no checkpoint yet
+    restarts: bool = False  # whether torchrun restarted the job of that run
     resumes: bool = False  # whether the checkpoint belongs to that run; only then:
-    restarts: bool = False  # whether torchrun restarted the job that wrote it
     unlogged: dict | None = None  # the StepStats.averaged of steps that the run had not logged
     bad_videos: list = ()  # paths of the corrupt videos that it knows
 
@@ -517,6 +521,7 @@ def find_start(args, name):
     """
     ckpt = args.ckpt or args.inflate
     start = find_resumed(args, name, ckpt)
+    # a restart repeats a command that was checked
     if start.resumes and ckpt and not start.restarts and distributed.rank() == 0:
         check_began_from(start, args, Path(ckpt))
     if start.resumes or not ckpt:
@@ -632,6 +637,7 @@ def check_not_deleted(folder):
     checkpoints = Path(folder, "checkpoints")
     metrics = Path(folder, "metrics.jsonl")
     rows = read_metrics(metrics)[0] if metrics.exists() else []
+    # a run makes the folder of its checkpoints at once
     had_saved = Path(folder, SAVED_STEP).exists() or not checkpoints.exists()
     if rows and had_saved and not any(checkpoints.glob("*.pt")):
         raise UserError(

@@ -208,7 +208,9 @@ def cast_products(model, precision):
 
     Outputs under autocast are bit-equal.
     """
-    for module in model.modules() if precision in distributed.MIXED else ():
+    if precision not in distributed.MIXED:
+        return
+    for module in model.modules():
         # PatchEmbed's convolution is a matrix product, too
         if isinstance(module, nn.Linear | nn.Conv3d):
             module.to(distributed.MIXED[precision])
@@ -343,8 +345,10 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
     usual = num_frames
     if forcing and args.rope_scale == "none":
         patch = config.temporal_patch_size
-        stretch = data["longest_time_scale"] / time_scale if config.use_rope else 1
-        whole_patches = math.floor(trained * stretch / patch + 1e-6)
+        trained_here = trained  # the longest training clip, in frames of these samples
+        if config.use_rope:
+            trained_here *= data["longest_time_scale"] / time_scale
+        whole_patches = math.floor(trained_here / patch + 1e-6)
         usual = max(trained, whole_patches * patch)
     window = min(num_frames, args.window or usual)
     if window < num_frames and not args.window:
@@ -513,7 +517,7 @@ def generate(
 
     with bar:
         for batch in batches:
-            start_of = partial(
+            noise_of = partial(
                 initial_latents,
                 plan,
                 batch,
@@ -522,7 +526,7 @@ def generate(
                 init=init,
                 init_gamma=init_gamma,
             )
-            follow = partial(
+            sample_latents = partial(
                 sample_window,
                 plan,
                 condition=Condition.of(plan.conditions[batch], plan.model.config).to(device),
@@ -532,32 +536,40 @@ def generate(
                 strict=strict,
                 step=step,
             )
-            clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
+            given_clips = given(batch) if given else None
             end = bar.n
-            for part in sample_windows(plan, start_of, follow, clips, mask, keep_background):
+            windows = sample_windows(
+                plan, noise_of, sample_latents, given_clips=given_clips, keep=keep_background
+            )
+            for part in windows:
                 end += most
                 bar.update(end - bar.n)  # samples may all stop early
                 yield batch, *part
 
 
-def sample_windows(plan, start_of, follow, clips, mask, keep_background):
+def sample_windows(plan, noise_of, sample_latents, given_clips, keep):
     """Sample the windows of a batch, each from the last frames of the one before, and decode them.
 
-    start_of(window=number) returns initial latents; follow(x, masked=...) is `sample_window`.
-    clips, mask: the given frames, or None. Yields for each window the number of the first new
-    frame, the new frames uint8 (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None
-    unless they are recorded.
+    noise_of(window=number) returns initial latents; sample_latents(x, masked=...) is
+    `sample_window`. given_clips: clips and masks as in `generate`, or None. keep: see `Details`.
+    Yields for each window the number of the first new frame, the new frames uint8 (n, k, H, W, 3),
+    evaluations (n,) and energies (n, num_steps), None unless they are recorded.
     """
-    details = None if mask is None else Details(clips, mask, keep_background)
+    clips = None
+    mask = None
     tail = None
-    for window, start in enumerate(plan.window_starts):
-        x = start_of(window=window)
+    for index, start in enumerate(plan.window_starts):
+        x = noise_of(window=index)
+        if given_clips and index == 0:
+            clips, mask = (tensor.to(x.device) for tensor in given_clips)
+            details = Details(clips, mask, keep)
         masked = masked_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
-        latents, evaluations, energies = follow(x, masked=masked)
+        latents, evaluations, energies = sample_latents(x, masked=masked)
         tail = latents[:, :, -plan.overlap :]
-        first = plan.overlap if window else 0
+        first = plan.overlap if index else 0
+        # the last window may reach beyond the video
         videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
-        if details:
+        if given_clips:
             videos = details.add(videos, start + first)
         yield start + first, videos, evaluations, energies
 
@@ -589,7 +601,7 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
         energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device)
     points = iter(range(settings["num_steps"]))
 
-    def counted(x, keep, *gamma):
+    def field_with_progress(x, keep, *gamma):
         step(len(keep))
         return field(x, keep, *gamma)
 
@@ -599,7 +611,7 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
 
     with distributed.autocast(x.device, precision):
         samples, evaluations = sample(
-            counted,
+            field_with_progress,
             x,
             objective=objective,
             shift=objective.solver_shift(plan.gamma_shift),
@@ -627,9 +639,10 @@ def masked_part(plan, x, start, clips, mask, tail):
     masked = torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
     if mask is not None:
         masked[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
-        used = masked.any(dim=0).nonzero()[:, 0]
-        if len(used):  # encoding takes long, so only given frames
-            latents[:, :, used] = plan.vae.encode(clips[:, :, start + used])
+        # encoding takes long, so only frames that some sample is given
+        frames = masked.any(dim=0).nonzero()[:, 0]
+        if len(frames):
+            latents[:, :, frames] = plan.vae.encode(clips[:, :, start + frames])
     if tail is not None:
         latents[:, :, : plan.overlap] = tail
         masked[:, : plan.overlap] = True

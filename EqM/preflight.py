@@ -54,7 +54,7 @@ def check_run(args):
             tokens=lambda num_frames: math.prod(config.grid(num_frames)),
             parts=world_size() * args.grad_accum,
         )
-    # only rank 0 opens the data, so only it knows Data, phases and the number of classes
+    # only rank 0 opens the data, which tells the classes and, without a schedule, the phase
     if rank() == 0:
         data = open_data(
             args,
@@ -75,16 +75,18 @@ def share_run(checked):
     """
     args, start, vae, config, data, phases = checked or [None] * 6
     check_same_start(start)
-    state = None
-    if start:  # each rank maps the file itself
-        state = start.state
+    # Rank 0 decides all but the VAE and the content of the checkpoint. The first rank of each
+    # machine has loaded its own in `check_run`; the others load them here.
+    own_state = None
+    if checked is not None:
+        own_state = start.state
         start = replace(start, state=None)
     args, start, config, data, phases = distributed.broadcast((args, start, config, data, phases))
     cli.check_precision(args.precision)
     if checked is None:
         vae = load_vae(args.vae)
-        state = start.read(args) if start.path else None
-    start.state = state
+        own_state = start.read(args) if start.path else None
+    start.state = own_state
     if args.new_classes and not start.resumes:
         start.state = with_new_classes(start.state, data.scan.classes, config.num_classes)
     if args.cache_frames:
@@ -140,7 +142,8 @@ def check_flags(args, lengths):
     optim.check_flags(args)
     checkpoint.check_flags(args)
     run.check_flags(args)
-    if args.frame_interval != sorted(args.frame_interval)[:2]:
+    interval = args.frame_interval
+    if len(interval) > 2 or interval != sorted(interval):
         raise UserError(
             f"{flag_text(args, 'frame_interval')}: expected one number, or two in ascending order"
         )
@@ -152,24 +155,24 @@ def resolve_latents(args, start):
     The latent cache or the checkpoint gives defaults.
     """
     cache = latents_settings(args.data_path, images=not args.video)
-    kept = start.config["data"]
-    usual = cache or kept  # the source of defaults
+    saved = start.config["data"]
+    defaults = cache or saved
     if cache:
         if args.image_size not in (None, cache["image_size"]):
             raise UserError(
                 f"--image-size {args.image_size}: the cache --data-path has "
                 f"{cache['image_size']}; remove it"
             )
-        if must_differ(cache.get("vae"), kept.get("vae")):
+        if must_differ(cache.get("vae"), saved.get("vae")):
             raise UserError(
                 f"--data-path {args.data_path}: made with the VAE {cache.get('vae')}, "
-                f"{start.flag} with {kept.get('vae')}; pass the videos, or a cache of that VAE"
+                f"{start.flag} with {saved.get('vae')}; pass the videos, or a cache of that VAE"
             )
         if not (args.no_flip or cache["flips"]):
             say("note: the cache was made without --with-flips, so no clip is mirrored")
             args = args.resolve(no_flip=True)
     owner = "the latent cache" if cache else "the checkpoint"
-    vae = load_vae(args.vae, usual.get("vae"), owner)  # a cache needs it for samples
+    vae = load_vae(args.vae, defaults.get("vae"), owner)  # a cache needs it for samples
     if cache:
         check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
         for name in ("channels", "downsample", "scale", "shift"):
@@ -178,8 +181,8 @@ def resolve_latents(args, start):
                     f"--data-path {args.data_path}: its VAE differs from {vae.name}; pass its own "
                     "VAE with --vae"
                 )
-    check_same(vae, kept.get("vae_sha256"), start.flag)
-    image_size = args.image_size or usual.get("image_size", 256)
+    check_same(vae, saved.get("vae_sha256"), start.flag)
+    image_size = args.image_size or defaults.get("image_size", 256)
     if not image_size:  # a published model
         image_size = start.config["model"]["input_size"] * vae.downsample
     return args.resolve(vae=vae.name, image_size=image_size), vae
@@ -206,7 +209,7 @@ def make_config(args, vae, start, lengths):
         if start.state is None:
             config = model_config(model, **settings)
         else:
-            model = start.path
+            model = start.path  # for the message
             if args.new_classes and not start.resumes:
                 settings.pop("num_classes", None)
             asked = model_shape(args.model) | settings
@@ -299,9 +302,9 @@ def only_phase(args, start, data):
         clips = (args.epochs or 1400) * len(data.train[args.num_frames])
         steps = math.ceil(clips / args.global_batch_size)
         last_step = min(last_step, start.progress.first_step + steps)
-    # with the same --epochs, videos were removed since: the run is finished
-    is_new = args.epochs and args.epochs != start.kept("epochs")
-    if is_new and start.progress.step > last_step:
+    # A run that resumes with the same --epochs is only finished, if videos were removed since
+    has_new_epochs = args.epochs and args.epochs != start.kept("epochs")
+    if has_new_epochs and start.progress.step > last_step:
         raise UserError(
             f"--epochs {args.epochs}: the checkpoint is at step {start.progress.step}, these "
             f"epochs end at step {last_step}; give more"
@@ -350,7 +353,8 @@ def with_new_classes(state, classes, num_classes):
     """
     before = state["config"]["data"]["classes"]
     table = "y_embedder.embedding_table.weight"
-    rows = [-1] * (num_classes + 1)  # the last row: no class
+    # rows of the old table; -1, its last row, is for no class, and for classes that are new
+    rows = [-1] * (num_classes + 1)
     for label, name in enumerate(classes):
         if name in before:
             rows[label] = before.index(name)

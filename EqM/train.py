@@ -187,7 +187,7 @@ def main():
     stop = run.stop
     network = model if args.shard else distributed.parallel(model)
     note_changes(start, run_config, run)
-    # or the file would stay open during the run
+    # both map the checkpoint's file, which would stay open during the run
     start.state = None
     checked = None
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
@@ -236,12 +236,14 @@ def main():
             tokens = plural(math.prod(config.grid(phase.num_frames)), "token")
             log(f"to step {phase.last_step}: {clips} per step, {frames} = {tokens} each")
 
-            with suppress(Interrupted):  # the loader processes take seconds to start
+            # The loader processes take seconds to start, and a signal may reach one rank only:
+            # resolve() raises Interrupted again, on all ranks together.
+            with suppress(Interrupted):
                 batches = itertools.chain([stop.wait(batches)], batches)
             stop.resolve()
             while True:
-                # After new steps: sample periodically; log, validate and save periodically and at
-                # the end of a phase
+                # After new steps, also of an interrupted run that had not logged them: sample
+                # periodically; log, validate and save periodically and at the end of a phase
                 if len(run.stats) and is_due(progress.step, phase.last_step, *periods):
                     step = progress.step
                     videos = None
@@ -267,7 +269,7 @@ def main():
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
                     if is_due(step, math.inf, args.sample_every):
                         videos = sample_ema(previews, args, device, stop)
-                    # A resumed run repeats what a signal interrupts up to here.
+                    # A signal may interrupt what is above: a resumed run does it again.
                     if "val_loss" in row:
                         note = ""
                         if not math.isfinite(row["val_loss"]):
@@ -278,8 +280,8 @@ def main():
                             progress.best_step = step
                     if videos is not None:
                         write_previews(run, step, previews, videos.numpy())
-                    # Log before saving: a checkpoint must not be ahead of the metrics. Later rows
-                    # are logged again.
+                    # Log before saving: a checkpoint must not be ahead of the metrics. A resumed
+                    # run drops rows after its checkpoint, and logs them again.
                     progress.seconds = time.monotonic() - began
                     row |= optim.learning_rates(optimizers)
                     row |= {
@@ -322,14 +324,13 @@ def main():
                         sums[name] += value.detach() / args.grad_accum
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                skip = False
                 loss_values = list(sums.values())
-                sums["grad_norm"] = full_tensor(
-                    clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-                )
-                # this makes the CPU wait for the GPU
-                if scaler.is_enabled():
-                    skip, sums["skipped"] = check_fp16(sums["grad_norm"], loss_values)
+                grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+                sums["grad_norm"] = full_tensor(grad_norm)
+                skip = False
+                if scaler.is_enabled():  # the CPU waits for the GPU
+                    skip, is_overflow = check_fp16(sums["grad_norm"], loss_values)
+                    sums["skipped"] = is_overflow  # without it, the run ends at the next row
                 for optimizer in optimizers:
                     if not skip:
                         scaler.step(optimizer)
@@ -427,7 +428,7 @@ def start_phase(args, data, phases, phase, progress, device):
         )
         for num_frames in val_lengths
     }
-    frames = frames_of_steps(
+    frames_of_step = frames_of_steps(
         phases,
         phase,
         step=progress.step,
@@ -435,17 +436,17 @@ def start_phase(args, data, phases, phase, progress, device):
         mix=args.mix,
         seed=args.global_seed,
     )
-    indices = rank_batches(
+    indices_of_batches = rank_batches(
         progress.position,
-        len(frames),
+        len(frames_of_step),
         global_batch=phase.batch_size,
         rank=rank(),
         world_size=world_size(),
         micro_batches=args.grad_accum,
     )
-    batches = (
-        [(frames[number // args.grad_accum], index) for index in batch]
-        for number, batch in enumerate(indices)
+    batches = (  # the loader takes pairs (number of frames, index)
+        [(frames_of_step[micro_batch // args.grad_accum], index) for index in batch_indices]
+        for micro_batch, batch_indices in enumerate(indices_of_batches)
     )
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)
     if not args.shard:
