@@ -8,9 +8,11 @@ scripts/score.sh samples and scores. The number of ranks changes the values only
 """
 
 import uncaught  # noqa: F401
+import itertools
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +36,7 @@ from scoring import (
     prediction,
     sources,
 )
+from video.clips import Clips
 from video.source import check_data_path
 
 # What is true of one data set only is beside its maker; only its metric imports it.
@@ -49,20 +52,38 @@ NUM_REAL = {
     "census": 1000,
 }
 # file names that sample_gd.py uses in its folders
-OWN = {"samples", "sheet", "grid", "evaluations", "energy"}
+OF_SAMPLES = {"samples", "sheet", "grid", "evaluations", "energy"}
+# flags without effect, as the metric chooses its real clips
 CHOOSES = {
     "nearest": {"split"},
     "prediction": {"split", "num_real"},
     "classifier": {"split", "num_real"},
+    "census": {"split"},
 }
-CHOOSES["census"] = {"split"}
+
+
+class RealClips(NamedTuple):
+    """What samples are compared with. Clips of videos, training videos, perhaps a Truth of motion.
+
+    manifest: without the values.
+    """
+
+    clips: Clips
+    training: list
+    truth: object
+    manifest: dict
 
 
 def parse_args(words=None):
     parser = cli.ArgumentParser(description="Score folders of samples against real clips.")
     add = parser.add_argument_group("clips and metric").add_argument
     metrics = [*NUM_REAL, "prediction", "classifier"]
-    add("--metric", choices=metrics, default="motion", help="motion: Moving Shapes only")
+    add(
+        "--metric",
+        choices=metrics,
+        default="motion",
+        help="motion: Moving Shapes only",
+    )
     add(
         "--samples",
         nargs="+",
@@ -79,12 +100,9 @@ def parse_args(words=None):
     add(
         "--detector",
         metavar="FILE",
-        help=(
-            "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, "
-            "or "
-            "inception-2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file "
-            "that you trust"
-        ),
+        help="feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, "
+        "or inception-2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file "
+        "that you trust",
     )
     add(
         "--split",
@@ -101,24 +119,22 @@ def parse_args(words=None):
     add(
         "--num-real",
         type=number(int, least=2),
-        help=(
-            "number of real clips; census: of each split; prediction, classifier: all; default: "
-            f"{counts}"
-        ),
+        help="number of real clips; census: of each split; prediction, classifier: all; default: "
+        f"{counts}",
     )
     add(
         "--keep-background",
         action="store_true",
         help="prediction: accept samples of --keep-background",
     )
-    test = (
-        "real clips that test the classifier. groups: each group of few videos (equal file "
-        "stems), held out once; "
+    add(
+        "--classifier-test",
+        choices=[*classifier.RECIPES],
+        default="groups",
+        help="real clips that test the classifier. groups: each group of few videos (equal file "
+        "stems), held out once; val: the validation split of many videos, without mirrored "
+        "windows; default: %(default)s",
     )
-    test += (
-        "val: the validation split of many videos, without mirrored windows; default: %(default)s"
-    )
-    add("--classifier-test", choices=[*classifier.RECIPES], default="groups", help=test)
     steps = ", ".join(f"{recipe.steps} for {test}" for test, recipe in classifier.RECIPES.items())
     add(
         "--classifier-steps",
@@ -140,11 +156,8 @@ def parse_args(words=None):
         "--resamples",
         type=NATURAL,
         default=frechet.RESAMPLES,
-        help=(
-            "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 "
-            "clips); 0 "
-            "= none"
-        ),
+        help="bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 "
+        "clips); 0 = none",
     )
     add = parser.add_argument_group("run").add_argument
     add(
@@ -158,7 +171,12 @@ def parse_args(words=None):
         metavar="DIR",
         help="folder for statistics of real clips; default: evaluate-cache beside --out",
     )
-    add("--batch-size", type=COUNT, default=16, help="clips per rank at a time")
+    add(
+        "--batch-size",
+        type=COUNT,
+        default=16,
+        help="clips per rank at a time",
+    )
     add(
         "--num-workers",
         type=NATURAL,
@@ -172,11 +190,9 @@ def check_flags(args):
     """Raise UserError for flags that contradict each other or the machine. Touches nothing."""
     cli.check_devices()
     if (args.detector is None) == (args.metric in frechet.CALLS):
-        advice = (
-            "expected a TorchScript file (see --help)"
-            if args.detector is None
-            else "remove the flag"
-        )
+        advice = "remove the flag"
+        if args.detector is None:
+            advice = "expected a TorchScript file (see --help)"
         raise UserError(f"--detector: {args.detector} for --metric {args.metric}; {advice}")
     if args.vae and args.metric != "census":
         raise UserError(f"--vae {args.vae}: --metric {args.metric} needs no VAE; remove the flag")
@@ -187,10 +203,11 @@ def check_flags(args):
         )
     if os.path.isdir(args.out):
         raise UserError(f"--out {args.out}: a folder; expected the name of a JSON file")
+    has_folder = Path(args.out).name != args.out
     for folder in map(Path, args.samples):
-        out = Path(folder if len(args.samples) > 1 else "", args.out)
-        is_own = out.stem in OWN and out.parent.resolve() == folder.resolve()
-        if is_own or (len(args.samples) > 1 and Path(args.out).name != args.out):
+        out = out_path(args, folder)
+        is_of_samples = out.stem in OF_SAMPLES and out.parent.resolve() == folder.resolve()
+        if is_of_samples or (len(args.samples) > 1 and has_folder):
             raise UserError(
                 f"--out {args.out}: expected the name of a new file in each of --samples "
                 "(motion.json)"
@@ -199,31 +216,37 @@ def check_flags(args):
     cli.check_writable("--cache", args.cache or out.parent)
 
 
-def find_real(args, samples, detector):
-    """(Clips of the real videos, training videos, Truth, the manifest without its values).
+def out_path(args, folder):
+    """The path of the manifest of a sample folder. With several folders, it is in each."""
+    return Path(args.out) if len(args.samples) == 1 else Path(folder, args.out)
 
-    Raises UserError.
-    """
+
+def find_real(args, samples, detector):
+    """The RealClips for samples. Raises UserError."""
     metric = args.metric
-    T = samples.num_frames
     images = samples.num_frames == 1
     check_data_path(args.data_path, images, cached=False)
-    about = detector and frechet.check_detector(
-        args.detector, detector, metric, T, samples.image_size
-    )
+    about_detector = detector and frechet.check_detector(args, detector, samples)
     split = args.split or manifest.SPLITS.get(metric, "val")
     share = args.val_fraction
-    count = args.num_real
+    count = args.num_real or NUM_REAL.get(metric)
+    num_frames = samples.num_frames
     if metric == "prediction":
-        split, share, count = (
-            samples.about["real"][name] for name in ("split", "val_fraction", "num_clips")
-        )
+        continued = samples.about["real"]
+        split = continued["split"]
+        share = continued["val_fraction"]
+        count = continued["num_clips"]
     elif metric == "classifier":
-        T = min(T, classifier.MOST_FRAMES)
-    count = count or NUM_REAL.get(metric)
-    which = (split, share, T, samples.time_scale, samples.image_size)
+        num_frames = min(num_frames, classifier.MOST_FRAMES)
     clips, training, real = sources.find_real(
-        args.data_path, *which, samples.source.get("checkpoint"), images
+        data_path=args.data_path,
+        split=split,
+        val_fraction=share,
+        num_frames=num_frames,
+        time_scale=samples.time_scale,
+        image_size=samples.image_size,
+        ckpt=samples.source.get("checkpoint"),
+        images=images,
     )
     if count and len(clips.videos) < count:
         advice = "" if metric == "prediction" else "; a lower --num-real is faster"
@@ -231,84 +254,155 @@ def find_real(args, samples, detector):
             f"note: --split {split}: {plural(count, 'clip')} from only "
             f"{plural(len(clips.videos), 'video')}{advice}"
         )
+    truth = check_real(
+        args=args,
+        samples=samples,
+        clips=clips,
+        training=training,
+        real=real,
+    )
+    real["num_clips"] = count
+    new = manifest.start(args, samples, real)
+    new["detector"] = about_detector
+    return RealClips(clips, training, truth, new)
+
+
+def check_real(args, samples, clips, training, real):
+    """Raise UserError if the metric can't compare Samples with these Clips. Adds to their record.
+
+    Returns the Truth of the motion, or None.
+    """
+    metric = args.metric
     place = f"--data-path {args.data_path}"
     if metric == "nearest" and not training:
         raise UserError(
-            f"{place}: no training video is as long as the samples ({T}); sample fewer frames"
+            f"{place}: no training video is as long as the samples ({samples.num_frames}); sample "
+            "fewer frames"
         )
     if metric in ("nearest", "census"):
-        real["training_sha256"] = sources.videos_sha256(args.data_path, training)
+        real["training_sha256"] = sources.videos_sha256(clips.source, training)
     if metric == "census":
         import sprites_census
 
         sprites_census.check(samples, clips, place)
         real["vae_sha256"] = sprites_census.find_vae(samples, args.vae).sha256
-    elif metric == "classifier":
-        classifier.check(samples, clips, training, place, args.classifier_test)
-        split = args.classifier_test  # in the name of the protocol
-    elif metric == "prediction" and real["videos_sha256"] != samples.about["real"]["videos_sha256"]:
+    if metric == "classifier":
+        classifier.check(
+            samples=samples,
+            clips=clips,
+            training=training,
+            args=args,
+        )
+    if metric == "prediction" and real["videos_sha256"] != samples.about["real"]["videos_sha256"]:
         raise UserError(
             f"{place}: not the videos that {samples.place} continues; pass the folder of those"
         )
-    truth = None
-    if metric in ("motion", "prediction"):
-        import shapes_tracker
+    if metric not in ("motion", "prediction"):
+        return None
+    import shapes_tracker
 
-        truth = shapes_tracker.find_truth(metric, args.data_path, samples, clips.classes)
-    return clips, training, truth, manifest.start(args, samples, split, count, real, about)
+    return shapes_tracker.find_truth(args, samples, clips.classes)
 
 
-def score(args, samples, out, clips, training, truth, new, detector, device, corrupt):
-    """(values, result, lines to print) on rank 0.
+def score(args, samples, out, against, detector, device, corrupt):
+    """(values, result, lines to print) of Samples against RealClips, on rank 0.
 
     Adds paths of real videos that can't be decoded to `corrupt`.
     """
+    clips, training, truth, new = against
     count = new["real"]["num_clips"]  # None: classifier reads entire videos instead
-    real = sources.real_stream(clips, distributed.own_indices(count or 0), args, corrupt)
-    streams = sources.generated_stream(samples), real
+    generated = sources.generated_stream(samples)
+    real = sources.real_stream(
+        clips=clips,
+        indices=distributed.own_indices(count or 0),
+        args=args,
+        corrupt=corrupt,
+    )
     if args.metric == "motion":
         import shapes_tracker
 
-        return shapes_tracker.score_shapes(*streams, truth)
+        return shapes_tracker.score_shapes(generated, real, truth)
     if args.metric == "consistency":
-        return consistency.score_consistency(*streams, samples.source)
+        return consistency.score_consistency(generated, real, samples.source)
     if args.metric == "nearest":
+        windows = nearest.TrainingWindows(clips.source, training, samples)
         return nearest.score_nearest(
-            samples, real, args, training, out.with_suffix(".sheet.png"), device
+            samples=samples,
+            real=real,
+            windows=windows,
+            args=args,
+            sheet=out.with_suffix(".sheet.png"),
+            device=device,
         )
     if args.metric == "prediction":
-        return prediction.score_prediction(samples, real, clips, out, truth)
+        return prediction.score_prediction(
+            samples=samples,
+            real=real,
+            clips=clips,
+            out=out,
+            truth=truth,
+        )
     if args.metric == "classifier":
-        return classifier.score_classifier(samples, clips, training, args, corrupt)
+        return classifier.score_classifier(
+            samples=samples,
+            clips=clips,
+            training=training,
+            args=args,
+            corrupt=corrupt,
+        )
     if args.metric == "census":
         import sprites_census
 
-        return sprites_census.score_census(samples, clips, training, count, args, device)
-    cache = Path(args.cache or out.with_name("evaluate-cache"))
-    return frechet.score_frechet(*streams, args, detector, new, clips, cache, device)
+        return sprites_census.score_census(
+            samples=samples,
+            clips=clips,
+            training=training,
+            count=count,
+            args=args,
+            device=device,
+        )
+    folder = args.cache or out.with_name("evaluate-cache")
+    return frechet.score_frechet(
+        generated=generated,
+        real=real,
+        args=args,
+        detector=detector,
+        cached=frechet.cache_path(folder, new, clips),
+        device=device,
+    )
 
 
 def run(args, samples, real, detector, device):
     """Score samples and write the manifest."""
-    out = Path(args.out if len(args.samples) == 1 else samples.folder / args.out)
-    *real, new = distributed.broadcast(real)
+    out = out_path(args, samples.folder)
+    real = distributed.broadcast(real)
     out.parent.mkdir(parents=True, exist_ok=True)
-    values, result, lines = score(args, samples, out, *real, new, detector, device, corrupt := [])
-    corrupt = sorted({path for paths in distributed.gather(corrupt) for path in paths})
+    corrupt = []
+    values, result, lines = score(
+        args=args,
+        samples=samples,
+        out=out,
+        against=real,
+        detector=detector,
+        device=device,
+        corrupt=corrupt,
+    )
+    corrupt = sorted(set(itertools.chain(*distributed.gather(corrupt))))
     if distributed.rank() != 0:
         return
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    machine = {
-        "device": name,
+    new = real.manifest | {"values": values, "result": result}
+    new["machine"] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "ranks": distributed.world_size(),
         "threads": torch.get_num_threads(),
     }
-    new |= {"values": values, "result": result, "machine": machine}
     new["real"]["bad_videos"] = corrupt
     manifest.write_manifest(out, new)
-    lines += [f"{path} can't be decoded; it is skipped" for path in corrupt]
-    for line in (*lines, f"{new['protocol']}: {out}"):
+    for line in lines:
         say(line)
+    for path in corrupt:
+        say(f"{path} can't be decoded; it is skipped")
+    say(f"{new['protocol']}: {out}")
 
 
 @one_line_errors()
@@ -329,7 +423,13 @@ def main():
         # no TF32, which changes features and the exact sums of nearest
         distributed.set_precision("fp32")
         for samples, real in jobs:
-            run(args, samples, real, detector, device)
+            run(
+                args=args,
+                samples=samples,
+                real=real,
+                detector=detector,
+                device=device,
+            )
     distributed.stop()
 
 

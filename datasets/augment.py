@@ -22,9 +22,9 @@ from runtime import cli
 from runtime.atomic import write_file
 from runtime.cli import Bar, UserError, check_writable, say, wrong_input
 from runtime.rng import generator
-from video.files import UnreadableError, read_all_frames
-from video.index import scan_videos, split_videos
-from video.source import check_data_path
+from video.files import UnreadableError
+from video.index import split_videos
+from video.source import check_data_path, open_source
 from video.writers import write_lossless
 
 ZOOM = 0.15  # largest zoom; the crop is drawn for each copy
@@ -41,7 +41,12 @@ def parse_args():
         metavar="DIR",
         help="folder of <class>/<video>, or of videos without classes",
     )
-    add("--out", required=True, metavar="DIR", help="folder for the larger data set")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder for the larger data set",
+    )
     add(
         "--copies",
         type=cli.COUNT,
@@ -54,42 +59,47 @@ def parse_args():
         default=0.05,
         help="share of the videos that validate, without split files",
     )
-    add("--seed", type=cli.NATURAL, default=0, help="seed of every random draw")
+    add(
+        "--seed",
+        type=cli.NATURAL,
+        default=0,
+        help="seed of every random draw",
+    )
     return parser.parse_args()
 
 
-def changed_frames(root, video, random):
-    """Yield the frames of a video, uint8 (H, W, 3), all changed in the same way."""
+def changed_frames(source, video, random):
+    """Yield the frames of a video of a source, uint8 (H, W, 3), all changed in the same way."""
     matrix, offset = draw_colors(random, most=2)
     zoom, down, right = torch.rand(3, generator=random).tolist()
-    for frames in read_all_frames(root, video):
+    for frames in source.decode(video):
         x = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, H, W)
         height, width = x.shape[2:]
-        h, w = (round(side / (1 + ZOOM * zoom)) for side in (height, width))
+        h = round(height / (1 + ZOOM * zoom))
+        w = round(width / (1 + ZOOM * zoom))
         top = round(down * (height - h))
         left = round(right * (width - w))
-        x = F.interpolate(
-            x[:, :, top : top + h, left : left + w],
-            (height, width),
-            mode="bilinear",
-            antialias=True,
-        )
+        crop = x[:, :, top : top + h, left : left + w]
+        x = F.interpolate(crop, (height, width), mode="bilinear", antialias=True)
         x = torch.einsum("ij,njhw->nihw", matrix, x) + offset
-        yield from ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        pixels = (x.clamp(-1, 1) + 1) * 127.5
+        yield from pixels.round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def plan_copies(args):
+def plan_copies(source, args):
     """({file in --out: (video, copy number; 0: original)}, training videos, validation videos)."""
-    check_data_path(args.data_path, cached=False)
-    parts = split_videos(args.data_path, scan_videos(args.data_path).videos, args.val_fraction)
-    train, val = ({video.path: (video, 0) for video in part} for part in parts)
-    for video, copy in product(parts[0], range(1, args.copies + 1)):
-        train[f"{os.path.splitext(video.path)[0]}-copy{copy}.mkv"] = video, copy
-    lists = [
-        [f"{video.class_name}/{Path(file).name}" for file, (video, _) in part.items()]
-        for part in (train, val)
-    ]
-    return train | val, *map(sorted, lists)
+    train, val = split_videos(args.data_path, source.videos(), args.val_fraction)
+    copies = {}
+    train_names = []
+    for video, copy in product(train, range(args.copies + 1)):
+        file = video.path
+        if copy > 0:
+            file = f"{os.path.splitext(file)[0]}-copy{copy}.mkv"
+        copies[file] = video, copy
+        train_names.append(f"{video.class_name}/{Path(file).name}")
+    copies |= {video.path: (video, 0) for video in val}
+    val_names = [f"{video.class_name}/{Path(video.path).name}" for video in val]
+    return copies, sorted(train_names), sorted(val_names)
 
 
 @cli.one_line_errors(UnreadableError)
@@ -99,7 +109,9 @@ def main():
         check_writable("--out", args.out)
         if Path(args.out).resolve() == Path(args.data_path).resolve():
             raise UserError(f"--out {args.out}: the same as --data-path; expected another folder")
-        copies, train, val = plan_copies(args)
+        check_data_path(args.data_path, cached=False)
+        source = open_source(args.data_path, image_size=None)
+        copies, train, val = plan_copies(source, args)
         out = Path(args.out).absolute()
         folder = out if out.exists() else out.with_name(f".{out.name}.partial")
         missing = missing_videos(folder, copies)
@@ -107,7 +119,7 @@ def main():
     with cli.writing(folder):
         write_lists(folder, train, val)  # first: new copies must not validate
     for file in Bar(missing, desc="copying", unit="video"):
-        (video, copy) = copies[file]
+        video, copy = copies[file]
         path = folder / file
         with cli.writing(path):
             path.parent.mkdir(exist_ok=True)
@@ -115,13 +127,12 @@ def main():
                 write_file(path, Path(args.data_path, file).read_bytes())
             else:
                 random = generator(args.seed, "copies", video.key, copy)
-                write_lossless(path, changed_frames(args.data_path, video, random), video.fps)
+                write_lossless(path, changed_frames(source, video, random), video.fps)
     folder.replace(out)
     before = len(train) // (args.copies + 1)
     after = len(train)
-    say(
-        f"{args.out}: {after} training videos instead of {before}, {after + len(val)} videos in all"
-    )
+    total = after + len(val)
+    say(f"{args.out}: {after} training videos instead of {before}, {total} videos in all")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from runtime.untrusted import is_text
 from vae import REPOSITORIES, load_vae
 from video.clips import Clips
 from video.drawing import drawable, evenly_spaced
-from video.files import has_suffix, read_all_frames, why_unreadable
+from video.files import has_suffix, why_unreadable
 from video.index import CorruptDataError, CorruptVideos, find_data, find_files, log_data, name_some
 from video.samples import is_sample_folder
 from video.source import THREADS, check_data_path, latents_settings, open_source, write_each
@@ -76,12 +76,22 @@ MOST_HOURS = 72
 def parse_args():
     parser = ArgumentParser(description="Look at a folder of videos before you train on it.")
     parser.set_defaults(
-        video=True, epochs=None, use_rope=True, num_classes=1, frames_schedule=None, val_frames=[]
+        video=True,
+        epochs=None,
+        use_rope=True,
+        num_classes=1,
+        frames_schedule=None,
+        val_frames=[],
     )
     parser.set_defaults(**dict.fromkeys(models.FLAGS))
     add = parser.add_argument
     add("data_path", metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
-    add("--num-frames", type=COUNT, default=16, help="frames per clip")
+    add(
+        "--num-frames",
+        type=COUNT,
+        default=16,
+        help="frames per clip",
+    )
     add(
         "--frame-interval",
         type=COUNT,
@@ -109,7 +119,12 @@ def parse_args():
         metavar="NAME",
         help="EqM-{Ti,S,B,L,XL}/{2,4,8}",
     )
-    add("--global-batch-size", type=COUNT, default=256, help="clips per step")
+    add(
+        "--global-batch-size",
+        type=COUNT,
+        default=256,
+        help="clips per step",
+    )
     add(
         "--max-steps",
         type=COUNT,
@@ -158,13 +173,23 @@ def main():
         data = check_data(args, source, corrupt)
         log_data(say, args, data)
         write_clips(args, data, out)
+        steps = preflight.only_phase(args, Start(Progress()), data).last_step
         estimate(
-            args, config, preflight.only_phase(args, Start(Progress()), data).last_step, device
+            args,
+            config=config,
+            steps=steps,
+            device=device,
         )
     except UserError as error:
         refusal = refusal or error
     if source and not isinstance(refusal, CorruptDataError):
-        suggest_command(args, vae, source, corrupt, device)
+        suggest_command(
+            args=args,
+            vae=vae,
+            source=source,
+            corrupt=corrupt,
+            device=device,
+        )
     if refusal:
         fail(f"train.py would refuse these videos: {refusal}")
 
@@ -185,7 +210,7 @@ def open_videos(args):
 def describe_videos(args, source):
     """Print what the videos are and what training skips. Returns the paths of corrupt ones."""
     describe(source.scan)
-    corrupt = [] if args.quick else undecodable(args.data_path, source.scan.videos)
+    corrupt = [] if args.quick else undecodable(source)
     describe_skipped(args, source.scan, corrupt)
     return corrupt
 
@@ -202,50 +227,53 @@ def too_many_corrupt(args, scan, corrupt):
 def check_data(args, source, corrupt):
     """The Data of the training, without corrupt videos. Raises UserError where train.py does."""
     data = find_data(source, args.val_fraction, [args.num_frames], [], "--num-frames")
-    train, val = (
-        {
-            length: [video for video in videos if video.path not in corrupt]
-            for length, videos in part.items()
-        }
-        for part in (data.train, data.val)
-    )
+    train = without_corrupt(data.train, corrupt)
     if not train[args.num_frames]:
         raise UserError(
             f"--data-path {args.data_path}: all training videos are corrupt; add videos"
         )
-    return replace(data, train=train, val=val)
+    return replace(data, train=train, val=without_corrupt(data.val, corrupt))
+
+
+def without_corrupt(videos_of, corrupt):
+    """{number of frames: videos} without those with corrupt paths."""
+    readable = {}
+    for num_frames, videos in videos_of.items():
+        readable[num_frames] = [video for video in videos if video.path not in corrupt]
+    return readable
 
 
 def describe(scan):
     """Print counts, lengths, rates and sizes."""
     videos = scan.videos
-    found = f"{plural(len(videos), 'video')} in {plural(len(scan.classes), 'class')}"
-    say(f"{found}; {plural(len(scan.unreadable), 'file')} that can't be opened")
+    counts = f"{plural(len(videos), 'video')} in {plural(len(scan.classes), 'class')}"
+    say(f"{counts}; {plural(len(scan.unreadable), 'file')} that can't be opened")
     for name in scan.classes:
-        own = [video.num_frames / video.fps for video in videos if video.class_name == name]
-        say(f"  {name}: {plural(len(own), 'video')}, {sum(own):.1f} s")
+        seconds = [video.num_frames / video.fps for video in videos if video.class_name == name]
+        say(f"  {name}: {plural(len(seconds), 'video')}, {sum(seconds):.1f} s")
     columns = {
         "frames": [video.num_frames for video in videos],
         "frames per second": [video.fps for video in videos],
+        "seconds": [video.num_frames / video.fps for video in videos],
     }
-    columns["seconds"] = [video.num_frames / video.fps for video in videos]
-    for what, values in columns.items():
-        say(
-            f"{what}: {min(values):.4g} to {max(values):.4g}, median "
-            f"{statistics.median(values):.4g}"
-        )
+    for name, values in columns.items():
+        median = statistics.median(values)
+        say(f"{name}: {min(values):.4g} to {max(values):.4g}, median {median:.4g}")
     sizes = Counter(f"{video.width} x {video.height}" for video in videos)
-    say(
-        "sizes, upright: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8))
-    )
+    common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8))
+    say(f"sizes, upright: {common}")
 
 
-def undecodable(root, videos):
+def undecodable(source):
     """The paths of the videos that can't be decoded to their end."""
-    decoded = write_each(
-        videos, lambda video: deque(read_all_frames(root, video), maxlen=0), THREADS
+    videos = source.videos()
+    decoded = write_each(videos, lambda video: deque(source.decode(video), maxlen=0), THREADS)
+    bar = Bar(
+        decoded,
+        total=len(videos),
+        desc="decoding",
+        unit="video",
     )
-    bar = Bar(decoded, total=len(videos), desc="decoding", unit="video")
     return [video.path for video, is_readable in bar if not is_readable]
 
 
@@ -254,13 +282,14 @@ def describe_skipped(args, scan, corrupt):
     skipped = []
     for path in scan.unreadable:
         skipped.append((path, why_unreadable(os.path.join(args.data_path, path))))
-    skipped += [(path, "can't be decoded to its end; repair or remove it") for path in corrupt]
-    found = {*(video.path for video in scan.videos), *scan.unreadable}
+    for path in corrupt:
+        skipped.append((path, "can't be decoded to its end; repair or remove it"))
+    scanned = {*scan.unreadable, *(video.path for video in scan.videos)}
     for path in sorted(Path(args.data_path).rglob("[!.]*")):
         name = str(path.relative_to(args.data_path))
         if is_sample_folder(path.parent):  # the scan has named this folder
             continue
-        if has_suffix("video", name) and name not in found and path.is_file():
+        if has_suffix("video", name) and name not in scanned and path.is_file():
             skipped.append((name, "too deep; expected DIR/<class>/<video>"))
         elif path.suffix.lower() in (".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
             skipped.append((name, "another kind of video; convert it: ffmpeg -i FILE FILE.mp4"))
@@ -276,31 +305,28 @@ def write_clips(args, data, out):
     """Write a sheet with clips of some training videos, first to last, and print their files."""
     videos = data.train[args.num_frames]
     shown = [videos[index] for index in evenly_spaced(len(videos), MAX_ROWS)]
+    (interval,) = args.frame_interval
     clips = Clips(
-        data.source,
-        shown,
-        data.scan.classes,
-        args.num_frames,
-        (*args.frame_interval * 2,),
+        source=data.source,
+        videos=shown,
+        classes=data.scan.classes,
+        num_frames=args.num_frames,
+        frame_interval=(interval, interval),
         flip=False,
     )
-    samples = sorted(
-        (clips[index] for index in range(len(shown))), key=lambda sample: sample["video"]
-    )
-    paths = [sample["video"] for sample in samples]
+    samples = [clips[index] for index in range(len(shown))]
+    samples.sort(key=lambda sample: sample["video"])
     names = []
     for row, sample in enumerate(samples):
         folder, file = os.path.split(sample["video"])
-        names.append(
-            os.path.join(drawable(folder, f"class {sample['y']}"), drawable(file, f"video {row}"))
-        )
+        folder = drawable(folder, f"class {sample['y']}")
+        names.append(os.path.join(folder, drawable(file, f"video {row}")))
     videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_sheet(out, videos, names)
-    say(
-        f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: "
-        f"{', '.join(paths)}"
-    )
+    count = plural(len(shown), "training clip")
+    paths = ", ".join(sample["video"] for sample in samples)
+    say(f"{out}: {count} as the model sees them, from the top: {paths}")
 
 
 # What a step costs --------------------------------------------------------------------------------
@@ -310,10 +336,11 @@ def write_clips(args, data, out):
 def measure(config, num_frames, most_clips, device):
     """(parameters, seconds, bytes of activations) of a forward and backward pass on one clip."""
     model = EqM(config).to(device)
-    kept = {}  # place -> bytes of what the backward pass needs
+    kept = {}  # address -> bytes of what the backward pass needs
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     size = config.input_size
@@ -321,8 +348,9 @@ def measure(config, num_frames, most_clips, device):
         kept.clear()
         x = torch.randn(count, config.in_channels, num_frames, size, size, device=device)
         began = time.monotonic()
+        y = torch.zeros(count, dtype=torch.int64, device=device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = model(x, torch.zeros(count, dtype=torch.int64, device=device))
+            output = model(x, y)
             loss = (output.float() - x).square().mean()
         loss.backward()
         if device.type == "cuda":
@@ -330,25 +358,36 @@ def measure(config, num_frames, most_clips, device):
         seconds = (time.monotonic() - began) / count
         if seconds > SLOW:
             break
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    activations = sum(bytes for place, bytes in kept.items() if place not in weights) / count
-    return sum(parameter.numel() for parameter in model.parameters()), seconds, activations
+    num_parameters = 0
+    for parameter in model.parameters():
+        num_parameters += parameter.numel()
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return num_parameters, seconds, sum(kept.values()) / count
 
 
 def estimate(args, config, steps, device):
     """Print memory and time of training, scaled from a few clips to the batch."""
     batch = args.global_batch_size
-    size, seconds, activations = measure(config, args.num_frames, min(CLIPS_TIMED, batch), device)
+    size, seconds, activations = measure(
+        config=config,
+        num_frames=args.num_frames,
+        most_clips=min(CLIPS_TIMED, batch),
+        device=device,
+    )
     tokens = math.prod(config.grid(args.num_frames))
     say(f"{args.model}: {size / 1e6:.1f} M parameters, {plural(tokens, 'token')} per clip")
-    each = f"{activations / 1e6:.3g} MB for each clip that a process has at once"
-    total = f"{(size * BYTES + activations * batch) / 1e9:.3g} GB for {plural(batch, 'clip')}"
-    say(f"memory, fp32: {size * BYTES / 1e9:.2g} GB for the model, {each}: {total}")
-    hours = seconds * batch * steps / 3600
-    per_step = (
-        f"about {seconds * batch:.3g} s per step x {plural(steps, 'step')} = {in_words(hours)}"
+    of_model = size * BYTES
+    total = of_model + activations * batch
+    say(
+        f"memory, fp32: {of_model / 1e9:.2g} GB for the model, {activations / 1e6:.3g} MB for each "
+        f"clip that a process has at once: {total / 1e9:.3g} GB for {plural(batch, 'clip')}"
     )
-    say(f"time, fp32 on this {device.type}: {per_step}, without VAE, validation and samples")
+    step = seconds * batch
+    hours = step * steps / 3600
+    say(
+        f"time, fp32 on this {device.type}: about {step:.3g} s per step x "
+        f"{plural(steps, 'step')} = {in_words(hours)}, without VAE, validation and samples"
+    )
     if hours > MOST_HOURS:
         suggest(args, config, hours)
 
@@ -371,13 +410,15 @@ def suggest(args, config, hours):
             ratio = other.training_flops(args.num_frames) / config.training_flops(args.num_frames)
             if ratio < 1 and other.values_per_token <= other.hidden_size:
                 smaller[name] = hours * ratio
-    quick = {name: own for name, own in smaller.items() if own <= MOST_HOURS}
-    name = max(quick, key=quick.get, default=None) or min(smaller, key=smaller.get, default=None)
-    model = f"--model {name} takes about {in_words(smaller[name])}; " if name else ""
-    less = (
-        "a GPU, or a lower --max-steps, --image-size, --num-frames or --global-batch-size helps too"
+    model = ""
+    if smaller:
+        quick = {name: time for name, time in smaller.items() if time <= MOST_HOURS}
+        name = max(quick, key=quick.get) if quick else min(smaller, key=smaller.get)
+        model = f"--model {name} takes about {in_words(smaller[name])}; "
+    say(
+        f"note: more than {MOST_HOURS} hours are too long for most machines; {model}a GPU, or a "
+        "lower --max-steps, --image-size, --num-frames or --global-batch-size helps too"
     )
-    say(f"note: more than {MOST_HOURS} hours are too long for most machines; {model}{less}")
 
 
 # A command of train.py ----------------------------------------------------------------------------
@@ -389,21 +430,39 @@ def suggest_command(args, vae, source, corrupt, device):
     Prints nothing if the videos are too few or too short.
     """
     num_gpus = count_gpus()
-    flags, vae = choose_flags(args, vae, source.videos(), num_gpus)
-    flags = with_num_frames(flags, vae, source, corrupt)
+    flags, vae = choose_flags(
+        args=args,
+        vae=vae,
+        videos=source.videos(),
+        num_gpus=num_gpus,
+    )
+    flags = with_num_frames(
+        flags=flags,
+        vae=vae,
+        source=source,
+        corrupt=corrupt,
+    )
     if flags is None:
         return
     batch = flags.global_batch_size
     processes = max(count for count in range(1, max(1, num_gpus) + 1) if batch % count == 0)
     sided = [name for name in source.scan.classes if SIDES.search(name)]
     if sided:
-        reason = "a mirrored clip may show another class, hence --no-flip"
-        say(f"note: class {name_some(sided)}: {reason}")
+        say(
+            f"note: class {name_some(sided)}: a mirrored clip may show another class, hence "
+            "--no-flip"
+        )
     if flags.vae != "none":
-        once = "EqM/cache_latents.py encodes each video once"
-        say(f"note: --vae {flags.vae} encodes the clips of each step; {once}")
-    config = preflight.make_config(flags, vae, Start(Progress()), [flags.num_frames])
-    _, seconds, _ = measure(config, flags.num_frames, min(CLIPS_TIMED, batch), device)
+        say(
+            f"note: --vae {flags.vae} encodes the clips of each step; EqM/cache_latents.py encodes "
+            "each video once"
+        )
+    _, seconds, _ = measure(
+        config=preflight.make_config(flags, vae, Start(Progress()), [flags.num_frames]),
+        num_frames=flags.num_frames,
+        most_clips=min(CLIPS_TIMED, batch),
+        device=device,
+    )
     hours = in_words(seconds * batch * flags.max_steps / 3600 / processes)
     say(f"to train on these videos on this machine, for about {hours}, paste this command:")
     words = [*launcher(processes, num_gpus), shown_path(TRAIN), *train_words(flags, bool(sided))]
@@ -422,7 +481,12 @@ def choose_flags(args, vae, videos, num_gpus):
     side = statistics.median_low(min(video.height, video.width) for video in videos)
     if "image_size" in args.typed:
         side = args.image_size
-    values = {"vae": "none", "model": "EqM-Ti/4", "global_batch_size": 8, "max_steps": 2_000}
+    values = {
+        "vae": "none",
+        "model": "EqM-Ti/4",
+        "global_batch_size": 8,
+        "max_steps": 2_000,
+    }
     if num_gpus:
         values["vae"] = "none" if side <= MOST_PIXELS else "ema"
         values["model"] = models.USUAL_NAME
@@ -443,8 +507,10 @@ def choose_flags(args, vae, videos, num_gpus):
 def with_num_frames(flags, vae, source, corrupt):
     """The flags with the user's --num-frames, or one that half of the videos have; else None."""
     median = statistics.median_high(video.num_frames for video in source.videos())
-    usual = [num_frames for num_frames in LENGTHS if num_frames <= median]
-    for num_frames in [flags.num_frames] if "num_frames" in flags.typed else usual:
+    lengths = [num_frames for num_frames in LENGTHS if num_frames <= median]
+    if "num_frames" in flags.typed:
+        lengths = [flags.num_frames]
+    for num_frames in lengths:
         longer = cli.Flags(vars(flags) | {"num_frames": num_frames}, flags.typed)
         with suppress(UserError):
             preflight.make_config(longer, vae, Start(Progress()), [longer.num_frames])
@@ -455,11 +521,12 @@ def with_num_frames(flags, vae, source, corrupt):
 
 def train_words(flags, is_sided):
     """The flags of train.py as words of its command line."""
-    name = Path(flags.data_path).resolve().name
     words = ["--video", "--num-frames", flags.num_frames, "--use-rope", "--model", flags.model]
     words += ["--position-table", "space", "--rope-speed", "0.5"]  # as train_progressive.sh
     words += ["--data-path", flags.data_path]
-    words += ["--results-dir", f"results/{name}"] if is_text(name) else []
+    name = Path(flags.data_path).resolve().name
+    if is_text(name):
+        words += ["--results-dir", f"results/{name}"]
     words += ["--vae", flags.vae, "--image-size", flags.image_size]
     words += ["--global-batch-size", flags.global_batch_size, "--max-steps", flags.max_steps]
     if flags.max_steps <= 10_000:  # train.py would make its first samples there
@@ -468,7 +535,9 @@ def train_words(flags, is_sided):
         words += ["--sample-every", max(100, flags.max_steps // 2)]
     for typed in sorted(flags.typed & {"frame_interval", "val_fraction", "max_bad_fraction"}):
         words += cli.flag_text(flags, typed).split()
-    return [str(word) for word in [*words, *["--no-flip"] * is_sided]]
+    if is_sided:
+        words.append("--no-flip")
+    return [str(word) for word in words]
 
 
 def launcher(processes, num_gpus):

@@ -16,6 +16,7 @@ import os
 import tempfile
 from layout import write_lists
 from argparse import Namespace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -105,14 +106,17 @@ def draw_clip(video, size, frames):
     if "path" in video:
         centers[:, list(AXES).index(video["axis"])] = video["path"][:frames]
     else:
-        centers += (
-            np.arange(frames)[:, None]
-            * np.array(DIRECTIONS[video["direction"]])
-            * video["speed"]
-            / FPS
-        )
-    appearance = video["radius"], size, video["rgb"], video["background_rgb"]
-    return np.stack([draw_frame(video["shape"], center, *appearance) for center in centers])
+        direction = np.array(DIRECTIONS[video["direction"]])
+        centers += np.arange(frames)[:, None] * direction * video["speed"] / FPS
+    draw = partial(
+        draw_frame,
+        shape=video["shape"],
+        radius=video["radius"],
+        size=size,
+        color=video["rgb"],
+        background=video["background_rgb"],
+    )
+    return np.stack([draw(center=center) for center in centers])
 
 
 def plan_video(shape, kind, index, args):
@@ -120,19 +124,21 @@ def plan_video(shape, kind, index, args):
 
     kind: a direction; with --bounce an axis.
     """
-    rng = generator(
-        args.seed, "bouncing-shapes" if args.bounce else "moving-shapes", shape, kind, index
-    )
-    size, u_color, u_background, *rest = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
+    purpose = "bouncing-shapes" if args.bounce else "moving-shapes"
+    rng = generator(args.seed, purpose, shape, kind, index)
+    draws = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
+    u_size, u_color, u_background, *u_motion = draws
     small, large = args.radius
-    radius = args.size * (small + (large - small) * size)
+    radius = args.size * (small + (large - small) * u_size)
     color = args.colors[int(u_color * len(args.colors))]
     background = args.backgrounds[int(u_background * len(args.backgrounds))]
+    left, up, right, down = EXTENTS[shape]
     ends = [
-        (radius * EXTENTS[shape][axis], args.size - radius * EXTENTS[shape][axis + 2])
-        for axis in range(2)
+        (radius * left, args.size - radius * right),
+        (radius * up, args.size - radius * down),
     ]
-    motion, path = (bounce if args.bounce else cross)(kind, ends, *rest, args)
+    move = bounce if args.bounce else cross
+    motion, path = move(kind, ends=ends, draws=u_motion, args=args)
     return {
         "class": f"{shape}{kind}",
         "shape": shape,
@@ -147,41 +153,41 @@ def plan_video(shape, kind, index, args):
     }
 
 
-def cross(direction, ends, u_x, u_y, _, args):
-    """(fields of a motion across the frame, {}), from uniform numbers.
+def cross(direction, ends, draws, args):
+    """(the fields of a motion across the frame, {}), from three uniform numbers.
 
     ends: lowest and highest position per axis.
     """
     speed = TRAVEL * args.size * FPS / args.frames
-    start = []
     distance = speed * (args.frames - 1) / FPS
-    for (low, high), move, place in zip(ends, DIRECTIONS[direction], (u_x, u_y), strict=True):
+    start = []
+    for (low, high), move, share in zip(ends, DIRECTIONS[direction], draws[:2], strict=True):
         first = low + distance * (move < 0)
         last = high - distance * (move > 0)
-        start.append(round(first + (last - first) * place, 6))
+        start.append(round(first + (last - first) * share, 6))
     return {"direction": direction, "start": start, "speed": speed}, {}
 
 
-def bounce(axis, ends, u_x, u_y, turn, args):
+def bounce(axis, ends, draws, args):
     """As `cross`, for a motion that turns at the ends.
 
     The path: the centroid on the axis in each frame, px.
     """
-    start = [
-        low + (high - low) * place for place, (low, high) in zip((u_x, u_y), ends, strict=True)
-    ]
+    start = []
+    for (low, high), share in zip(ends, draws[:2], strict=True):
+        start.append(low + (high - low) * share)
     along = list(AXES).index(axis)
     speed = TRAVEL * args.size
-    forwards = turn < 0.5
-    low, high = ends[along]
-    position = start[along] + (1 if forwards else -1) * speed / FPS * np.arange(args.frames)
+    forwards = draws[2] < 0.5
+    sign = 1 if forwards else -1
+    position = start[along] + sign * speed / FPS * np.arange(args.frames)
     # reflected at both ends
+    low, high = ends[along]
     path = low + np.abs((position - high) % (2 * (high - low)) - (high - low))
-    start = [round(value, 6) for value in start]
     motion = {
         "axis": axis,
         "direction": AXES[axis][forwards],
-        "start": start,
+        "start": [round(value, 6) for value in start],
         "low": low,
         "high": high,
         "speed": speed,
@@ -193,12 +199,17 @@ def plan_videos(args):
     """{`Class/stem`: entry in shapes.json} of all videos."""
     videos = {}
     groups = min(GROUPS, args.videos_per_class)
-    for shape, kind, index in product(
-        SHAPES, AXES if args.bounce else DIRECTIONS, range(args.videos_per_class)
-    ):
+    kinds = AXES if args.bounce else DIRECTIONS
+    for shape, kind, index in product(SHAPES, kinds, range(args.videos_per_class)):
         clip, group = divmod(index, groups)
-        key = f"{shape}{kind}/v_{shape}{kind}_g{group + 1:02d}_c{clip + 1:02d}"
-        videos[key] = plan_video(shape, kind, index, args)
+        name = f"{shape}{kind}"
+        key = f"{name}/v_{name}_g{group + 1:02d}_c{clip + 1:02d}"
+        videos[key] = plan_video(
+            shape=shape,
+            kind=kind,
+            index=index,
+            args=args,
+        )
     return videos
 
 
@@ -208,9 +219,21 @@ def write_video(path, frames):
     It has no date or encoder version.
     """
     # constant best quality
-    options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1", "threads": "1"}
+    options = {
+        "flags": "+bitexact+qscale",
+        "qmin": "1",
+        "qmax": "1",
+        "threads": "1",
+    }
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as file:
-        encode(file, frames, FPS, "mpeg4", "yuv420p", options)
+        encode(
+            file,
+            frames=frames,
+            fps=FPS,
+            codec="mpeg4",
+            pixel_format="yuv420p",
+            options=options,
+        )
 
 
 def is_made(out, settings):
@@ -222,12 +245,12 @@ def is_made(out, settings):
         return False
     advice = "expected a new or empty folder, or the same data set; name another folder"
     try:
-        found = read_json(out / "shapes.json")["settings"]
+        made_with = read_json(out / "shapes.json")["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--out {out}: holds files that are not Moving Shapes; {advice}") from error
-    if found != settings:
+    if made_with != settings:
         raise UserError(
-            f"--out {out}: holds Moving Shapes made with other flags ({found}); {advice}"
+            f"--out {out}: holds Moving Shapes made with other flags ({made_with}); {advice}"
         )
     return True
 
@@ -235,9 +258,8 @@ def is_made(out, settings):
 def write_data_set(out, settings, args):
     """Write the data set to a temporary folder beside `out`, and rename it when it is complete."""
     videos = plan_videos(args)
-    train, test = (
-        [f"{key}.avi" for key in videos if ("_g01_" in key) == tests] for tests in (False, True)
-    )
+    train = [f"{key}.avi" for key in videos if "_g01_" not in key]
+    test = [f"{key}.avi" for key in videos if "_g01_" in key]
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary,
@@ -249,16 +271,17 @@ def write_data_set(out, settings, args):
         for key, video in Bar(videos.items(), desc="Moving Shapes", unit="video"):
             write_video(folder / f"{key}.avi", draw_clip(video, args.size, args.frames))
         write_lists(folder, train, test)
-        top = {
+        about = {
             "version": VERSION,
             "size": args.size,
             "fps": FPS,
             "seconds": args.frames / FPS,
             "seed": args.seed,
+            "frames": args.frames,
+            "settings": settings,
+            "videos": videos,
         }
-        text = json.dumps(
-            {**top, "frames": args.frames, "settings": settings, "videos": videos}, indent=1
-        )
+        text = json.dumps(about, indent=1)
         (folder / "shapes.json").write_text(text + "\n")
         os.replace(folder, out)
 
@@ -272,8 +295,7 @@ def check_flags(args):
     if not 0.05 <= small <= large <= most:
         raise UserError(
             f"--radius {small:g} {large:g}: expected MIN <= MAX, both between 0.05 and {most:g} "
-            "of --size, "
-            "so that shapes can be recognized and stay in the frame"
+            "of --size, so that shapes can be recognized and stay in the frame"
         )
 
 
@@ -331,9 +353,8 @@ def parse_args(argv=None):
 @one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    settings = {name: value for name, value in vars(args).items() if name != "out"} | {
-        "version": VERSION
-    }
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings["version"] = VERSION
     if not args.bounce:
         del settings["bounce"]  # older data sets do not have this setting
     with wrong_input():
@@ -343,10 +364,8 @@ def main(argv=None):
             return
         cli.check_writable("--out", args.out)
     write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
-    say(
-        f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with "
-        f"{args.videos_per_class} videos each"
-    )
+    classes = BOUNCING if args.bounce else CLASSES
+    say(f"{args.out}: {len(classes)} classes with {args.videos_per_class} videos each")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,27 @@ Pixel Cup, under CC-BY-SA 3.0 and GPL 3.0: name them with your pictures.
 The script is safe to run again: it only makes missing videos, and writes the split again.
 """
 
-from layout import missing_videos, write_missing
+from layout import missing_videos, write_lists, write_videos
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from runtime.cli import ArgumentParser, UserError, check_writable, one_line_errors, wrong_input
+from runtime.cli import (
+    ArgumentParser,
+    UserError,
+    check_writable,
+    one_line_errors,
+    plural,
+    say,
+    wrong_input,
+)
 
-SIZE, FPS, COLUMNS, ROWS = 64, 8, 13, 21  # of a tile in px; of a video; of tiles in a sheet
+SIZE = 64  # of a tile in px
+FPS = 8
+COLUMNS = 13  # of tiles in a sheet
+ROWS = 21
 VALUES = range(6)  # of an attribute
 # from the lowest layer to the highest; shoes come last
 ATTRIBUTES = "body", "bottomwear", "topwear", "hair"
@@ -57,7 +68,12 @@ def parse_args():
         metavar="DIR",
         help="a clone of the Sprites repository, which holds the sheets",
     )
-    add("--out", default="datasets/sprites", metavar="DIR", help="folder for the data set")
+    add(
+        "--out",
+        default="datasets/sprites",
+        metavar="DIR",
+        help="folder for the data set",
+    )
     return parser.parse_args()
 
 
@@ -71,13 +87,10 @@ def read_sheets(source):
                 pixels = np.asarray(image.convert("RGBA"))
             tiles = pixels.reshape(ROWS, SIZE, COLUMNS, SIZE, 4).swapaxes(1, 2)
         except (OSError, ValueError) as error:
-            expected = (
-                f"expected a sheet of {COLUMNS * SIZE} x {ROWS * SIZE} px; clone the Sprites "
-                "repository again"
-            )
             reason = "not found" if isinstance(error, FileNotFoundError) else "not a sheet"
             raise UserError(
-                f"--source {source}: {layer}/{value}.png: {reason}; {expected}"
+                f"--source {source}: {layer}/{value}.png: {reason}; expected a sheet of "
+                f"{COLUMNS * SIZE} x {ROWS * SIZE} px; clone the Sprites repository again"
             ) from error
         sheets[layer, value] = tiles.reshape(-1, SIZE, SIZE, 4)
     return sheets
@@ -86,18 +99,20 @@ def read_sheets(source):
 def compose(sheets, class_name, character):
     """The frames of a character, uint8 (8, 64, 64, 3): its layers over black, the highest last."""
     layers = [*zip(ATTRIBUTES, character, strict=True), SHOES]
-    frames = []
     (order,) = (order for action, order in ORDER.items() if action in class_name)
-    for tile in (FIRST_TILE[class_name] + number for number in order):
+    frames = []
+    for number in order:
         frame = Image.new("RGBA", (SIZE, SIZE), "black")
         for layer in layers:
-            frame.alpha_composite(Image.fromarray(sheets[layer][tile]))
+            tile = sheets[layer][FIRST_TILE[class_name] + number]
+            frame.alpha_composite(Image.fromarray(tile))
         frames.append(np.asarray(frame)[..., :3])
     return np.stack(frames)
 
 
 def path_of(class_name, character):
-    return f"{class_name}/character{''.join(map(str, character))}.mkv"
+    digits = "".join(map(str, character))
+    return f"{class_name}/character{digits}.mkv"
 
 
 @one_line_errors()
@@ -110,14 +125,18 @@ def main():
         videos = {path_of(*video): video for video in product(FIRST_TILE, characters)}
         missing = missing_videos(args.out, videos)
     order = np.random.RandomState(423).permutation(len(characters)).tolist()  # as published
-    parts = (
-        [path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
-        for part in (order[:1000], order[1000:])
+    training = {characters[number] for number in order[:1000]}
+    train = [name for name, (_, character) in videos.items() if character in training]
+    test = [name for name, (_, character) in videos.items() if character not in training]
+    write_videos(
+        args.out,
+        names=missing,
+        frames_of=lambda name: compose(sheets, *videos[name]),
+        fps=FPS,
     )
+    write_lists(args.out, train, test)
     about = f"{len(characters)} characters in {len(FIRST_TILE)} classes"
-    write_missing(
-        args.out, missing, lambda name: compose(sheets, *videos[name]), FPS, *parts, about
-    )
+    say(f"{args.out}: {about}; {plural(len(missing), 'video')} written")
 
 
 if __name__ == "__main__":

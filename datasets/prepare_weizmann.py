@@ -15,7 +15,7 @@ research data: read its terms before you share videos, or models trained on them
 The script is safe to run again: it only makes missing videos, and writes the split again.
 """
 
-from layout import missing_videos, write_missing
+from layout import missing_videos, write_lists, write_videos
 from itertools import product
 from pathlib import Path
 
@@ -29,12 +29,20 @@ from runtime.cli import (
     UserError,
     check_writable,
     one_line_errors,
+    plural,
+    say,
     wrong_input,
 )
 
 # number of the folder: class
-CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}
-SIZE, FPS = 64, 25
+CLASSES = {
+    0: "OneHandWave",
+    1: "TwoHandWave",
+    3: "JumpingJack",
+    4: "Bend",
+}
+SIZE = 64
+FPS = 25
 
 
 def parse_args():
@@ -48,7 +56,12 @@ def parse_args():
         metavar="DIR",
         help="a clone of MoCoGAN's repository, or its folder of actions",
     )
-    add("--out", default="datasets/weizmann", metavar="DIR", help="folder for the data set")
+    add(
+        "--out",
+        default="datasets/weizmann",
+        metavar="DIR",
+        help="folder for the data set",
+    )
     add(
         "--hold-out",
         type=COUNT,
@@ -64,20 +77,18 @@ def find_strips(source):
 
     Raises UserError if a person lacks a class.
     """
-    advice = "expected a complete clone of MoCoGAN's repository; clone it again"
-    places = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
-    paths = [
-        path
-        for place in places
-        for number in CLASSES
-        for path in place.glob(f"{number}/[0-9]*[02468].jpg")
-    ]
-    strips = {(CLASSES[int(path.parent.name)], int(path.stem) // 8 + 1): path for path in paths}
+    folders = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
+    strips = {}
+    for folder, (number, class_name) in product(folders, CLASSES.items()):
+        for path in folder.glob(f"{number}/[0-9]*[02468].jpg"):
+            person = int(path.stem) // 8 + 1
+            strips[class_name, person] = path
     people = {person for _, person in strips} or {1}
-    for clip in product(CLASSES.values(), people):
-        if clip not in strips:
+    for class_name, person in product(CLASSES.values(), people):
+        if (class_name, person) not in strips:
             raise UserError(
-                f"--source {source}: person {clip[1]} has no clip of {clip[0]}; {advice}"
+                f"--source {source}: person {person} has no clip of {class_name}; expected a "
+                "complete clone of MoCoGAN's repository; clone it again"
             )
     return strips
 
@@ -107,19 +118,26 @@ def main():
                 f"--hold-out {sorted(held_out)}: expected some of people 1 to {max(people)}, but "
                 "not all"
             )
-        videos = {
-            f"{name}/person{person}.mkv": (person, path)
-            for (name, person), path in sorted(strips.items())
-        }
+        videos = {}
+        train = []
+        test = []
+        for (class_name, person), path in sorted(strips.items()):
+            name = f"{class_name}/person{person}.mkv"
+            videos[name] = path
+            part = test if person in held_out else train
+            part.append(name)
         # 30 MB of memory
-        clips = {name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)}
-    train, test = (
-        [name for name in videos if (videos[name][0] in held_out) == tests]
-        for tests in (False, True)
+        clips = {name: read_strip(videos[name]) for name in missing_videos(args.out, videos)}
+    write_videos(
+        args.out,
+        names=clips,
+        frames_of=clips.get,
+        fps=FPS,
     )
+    write_lists(args.out, train, test)
     numbers = " and ".join(map(str, sorted(held_out)))
     about = f"{len(CLASSES)} classes with {len(people)} people each, person {numbers} held out"
-    write_missing(args.out, clips, clips.get, FPS, train, test, about)
+    say(f"{args.out}: {about}; {plural(len(clips), 'video')} written")
 
 
 if __name__ == "__main__":

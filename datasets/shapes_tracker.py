@@ -72,7 +72,6 @@ TRACKED = {  # values of `summarize`
     "speed_ratio": "speed / true speed",
     "area_ratio": "area / true area",
 }
-RIGHT = "direction", "shape"  # of a Track
 FOLLOWED = {  # values of `summarize_bounces`
     "one_object": "one object, color and shape",
     "turns_right": "turns at the borders only",
@@ -87,31 +86,36 @@ def score_shapes(generated, real, truth):
 
     def measure(clip, name, time_scale, _):
         expected = truth(name, clip.shape[1], time_scale)
-        return follow(clip, expected) if truth.bounces else (track(clip), expected)
+        if truth.bounces:
+            return follow(clip, expected)
+        return track(clip), expected
 
-    summarize, titles = (
-        (summarize_bounces, FOLLOWED) if truth.bounces else (summarize_tracks, TRACKED)
-    )
-    columns = gather(generated, measure), gather(real, measure)
-    result = {
-        kind: summarize(*own) for kind, own in zip(("generated", "real"), columns, strict=True)
-    }
-    units, line = interval_units(generated=columns[0][-1], real=columns[1][-1])
+    summarize = summarize_bounces if truth.bounces else summarize_tracks
+    titles = FOLLOWED if truth.bounces else TRACKED
+    generated = gather(generated, measure)
+    real = gather(real, measure)
+    result = {"generated": summarize(*generated), "real": summarize(*real)}
+    result["interval_units"], line = interval_units(generated=generated[-1], real=real[-1])
     values = {name: result["generated"][name] for name in titles}
-    lines = [*result_lines(result, titles), line]
-    return values, result | {"interval_units": units}, lines
+    return values, result, [*result_lines(result, titles), line]
 
 
 def result_lines(result, titles):
     """Lines to print: both summaries of a result, and why generated clips were refused."""
-    both = [result["generated"], result["real"]]
-    rows = [("", "generated, 95%", "real, 95%"), ("clips", *(str(one["clips"]) for one in both))]
+    generated = result["generated"]
+    real = result["real"]
+    rows = [
+        ("", "generated, 95%", "real, 95%"),
+        ("clips", str(generated["clips"]), str(real["clips"])),
+    ]
     for name, title in titles.items():
         interval = f"{name.removesuffix('_accuracy')}_interval95"
-        rows.append((title, *(cell(one, name, interval=interval) for one in both)))
-    return table(rows) + [
-        f"  refused: {why}, {plural(clips, 'clip')}" for why, clips in both[0]["refused"].items()
-    ]
+        cells = [cell(summary, name, interval=interval) for summary in (generated, real)]
+        rows.append((title, *cells))
+    lines = table(rows)
+    for reason, count in generated["refused"].items():
+        lines.append(f"  refused: {reason}, {plural(count, 'clip')}")
+    return lines
 
 
 # What a clip shows, and the truth -----------------------------------------------------------------
@@ -152,9 +156,9 @@ class Truth:
             self.videos = list(shapes["videos"].values())
             self.bounces = bool(shapes.get("settings", {}).get("bounce"))
         except (OSError, ValueError, KeyError) as error:
-            got = f"not the shapes.json of a Moving Shapes data set ({error!r})"
             raise UserError(
-                f"{self.path}: {got}; make one with datasets/make_moving_shapes.py"
+                f"{self.path}: not the shapes.json of a Moving Shapes data set ({error!r}); make "
+                "one with datasets/make_moving_shapes.py"
             ) from error
 
     def __call__(self, class_name, height, time_scale):
@@ -173,10 +177,19 @@ class Truth:
         first = videos[0]
         speed = scale * mean("speed") * time_scale
         if self.bounces:
-            low = scale * mean("low")
-            high = scale * mean("high")
-            return Bounce(first["shape"], AXES.index(first["axis"]), speed, low, high)
-        return Track(first["direction"], first["shape"], speed, mean("area") * scale**2)
+            return Bounce(
+                shape=first["shape"],
+                axis=AXES.index(first["axis"]),
+                speed=speed,
+                low=scale * mean("low"),
+                high=scale * mean("high"),
+            )
+        return Track(
+            direction=first["direction"],
+            shape=first["shape"],
+            speed=speed,
+            area=mean("area") * scale**2,
+        )
 
     def track_pair(self, predicted, real, class_name, time_scale):
         """(Track of a predicted clip, Track of the real clip, what both should show)."""
@@ -201,29 +214,30 @@ class Truth:
         ]
 
 
-def find_truth(metric, data_path, samples, classes):
-    """The Truth for --metric motion, and for prediction if the motion is straight; else None.
+def find_truth(args, samples, classes):
+    """The Truth for --metric motion, and for prediction of straight motion; else None.
 
     Raises UserError if Samples are too short, or if a class has no truth (for prediction: one of
     all `classes`).
     """
-    exists = Path(data_path, "shapes.json").exists()
-    if metric == "motion" and not exists:
-        got = f"--data-path {data_path} has no shapes.json"
+    exists = Path(args.data_path, "shapes.json").exists()
+    if args.metric == "motion" and not exists:
         raise UserError(
-            f"--metric motion: is for Moving Shapes, but {got}; choose consistency, nearest or fvd"
+            f"--metric motion: is for Moving Shapes, but --data-path {args.data_path} has no "
+            "shapes.json; choose consistency, nearest or fvd"
         )
-    if metric not in ("motion", "prediction") or not exists:
+    if not exists:
         return None
-    truth = Truth(data_path)
-    if truth.bounces and metric == "prediction":
+    truth = Truth(args.data_path)
+    if truth.bounces and args.metric == "prediction":
         return None
     if truth.bounces and samples.num_frames < WINDOW:
         raise UserError(
             f"{samples.place}: bouncing shapes need at least {WINDOW} frames, got "
             f"{samples.num_frames}"
         )
-    for name in classes if metric == "prediction" else set(samples.names):
+    names = classes if args.metric == "prediction" else set(samples.names)
+    for name in names:
         truth(name, samples.image_size, samples.time_scale)
     return truth
 
@@ -233,14 +247,19 @@ def find_truth(metric, data_path, samples, classes):
 
 def track(clip):
     """The Track of one clip, uint8 (T >= 2, H, W = H, 3)."""
-    found = Track()
+    shown = Track()
     try:
         centers, area, shape, color = look(clip)
-        found = Track(shape=shape, area=area, color=tuple(color.round().astype(int).tolist()))
+        color = color.round().astype(int).tolist()
+        shown = Track(
+            shape=shape,
+            area=area,
+            color=tuple(color),
+        )
         direction, speed = fit_motion(centers, clip.shape[1] / 16)
     except ValueError as reason:
-        return found._replace(reason=str(reason))
-    return found._replace(direction=direction, speed=speed)
+        return shown._replace(reason=str(reason))
+    return shown._replace(direction=direction, speed=speed)
 
 
 def look(clip):
@@ -252,10 +271,8 @@ def look(clip):
     height = clip.shape[1]
     size = height // max(1, height // 16)
     frames = torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
-    frames = (
-        F.interpolate(frames, size=(size, size), mode="area").permute(0, 2, 3, 1).double().numpy()
-    )
-    signal, bright, color = separate(frames)
+    frames = F.interpolate(frames, size=(size, size), mode="area")
+    signal, bright, color = separate(frames.permute(0, 2, 3, 1).double().numpy())
     centers, area = find_object(signal, bright, size / 16)
     shape = recognize(signal, centers, area)
     factor = height / size
@@ -285,11 +302,13 @@ def separate(clip):
         raise ValueError("the object vanishes")
 
     def angle(colors):  # degrees from the clip's color
-        cosine = colors @ color / full / np.maximum(np.linalg.norm(colors, axis=-1), 1e-9)
+        norm = np.maximum(np.linalg.norm(colors, axis=-1), 1e-9)
+        cosine = colors @ color / full / norm
         return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
     of_frames = np.einsum("thw,thwc->tc", bright, clip)
-    off = (bright * (angle(clip) > 2 * MAX_ANGLE)).sum((1, 2))
+    is_off = angle(clip) > 2 * MAX_ANGLE
+    off = (bright * is_off).sum((1, 2))
     if (angle(of_frames) > MAX_ANGLE).any() or (off > MAX_OFF_COLOR * masses).any():
         raise ValueError("more than one color")
     return clip @ color / full**2, bright, color + background
@@ -304,19 +323,22 @@ def find_object(signal, bright, unit):
     ys, xs = np.mgrid[: signal.shape[1], : signal.shape[2]] + 0.5
 
     def centroids(weight):
-        return (
-            np.stack([(weight * xs).sum((1, 2)), (weight * ys).sum((1, 2))], 1)
-            / weight.sum((1, 2))[:, None]
-        )
+        x = (weight * xs).sum((1, 2))
+        y = (weight * ys).sum((1, 2))
+        return np.stack([x, y], 1) / weight.sum((1, 2))[:, None]
 
     def squares(centers):  # squared distances (T, H, W)
-        return (xs - centers[:, 0, None, None]) ** 2 + (ys - centers[:, 1, None, None]) ** 2
+        x, y = centers.T[:, :, None, None]
+        return (xs - x) ** 2 + (ys - y) ** 2
 
     masses = bright.sum((1, 2))
-    if np.median(masses) > signal[0].size / 4:
+    mass = np.median(masses)
+    if mass > signal[0].size / 4:
         raise ValueError("too much is bright for one object")
-    disc = squares(centroids(bright)) < (1.5 * math.sqrt(np.median(masses) / math.pi) + unit) ** 2
-    if ((bright * ~disc).sum((1, 2)) > MAX_STRAY * masses).any():
+    radius = 1.5 * math.sqrt(mass / math.pi) + unit
+    disc = squares(centroids(bright)) < radius**2
+    stray = (bright * ~disc).sum((1, 2))
+    if (stray > MAX_STRAY * masses).any():
         raise ValueError("more than one object")
     weight = signal * disc  # includes weak pixels, so blur and noise hardly change the sum
     areas = weight.sum((1, 2))
@@ -346,18 +368,25 @@ def recognize(signal, centers, area):
     ValueError: none does.
     """
     sub = 8  # points per px and axis
-    ys, xs = ((np.arange(n * sub) + 0.5) / sub for n in signal.shape[1:])
-    x = (xs - centers[:, :1])[:, None, :] / math.sqrt(area)
-    y = (ys - centers[:, 1:])[:, :, None] / math.sqrt(area)
+    _, H, W = signal.shape
+    xs = (np.arange(W * sub) + 0.5) / sub
+    ys = (np.arange(H * sub) + 0.5) / sub
+    side = math.sqrt(area)
+    x = (xs - centers[:, :1])[:, None, :] / side
+    y = (ys - centers[:, 1:])[:, :, None] / side
     row = torch.tensor([1.0, 2.0, 1.0]) / 4
     blur = row.outer(row)[None, None]  # standard deviation 0.7 px
 
     def match(shape):
-        fine = torch.from_numpy(inside(shape, x, y).astype(np.float32))[:, None]  # (T, 1, 8 H, 8 W)
-        sharp = F.avg_pool2d(fine, sub)
+        fine = inside(shape, x, y).astype(np.float32)  # (T, 8 H, 8 W)
+        sharp = F.avg_pool2d(torch.from_numpy(fine)[:, None], sub)
         soft = F.conv2d(sharp, blur, padding=1)
-        images = sharp, soft, F.conv2d(soft, blur, padding=1)
-        return max(np.corrcoef(image.flatten().numpy(), signal.ravel())[0, 1] for image in images)
+        softer = F.conv2d(soft, blur, padding=1)
+        correlations = []
+        for image in (sharp, soft, softer):
+            matrix = np.corrcoef(image.flatten().numpy(), signal.ravel())
+            correlations.append(matrix[0, 1])
+        return max(correlations)
 
     matches = {shape: match(shape) for shape in SHAPES}
     best = max(matches, key=matches.get)
@@ -371,15 +400,17 @@ def fit_motion(centers, unit):
 
     Raises ValueError unless motion is straight and steady.
     """
-    time = np.arange(len(centers)) - (len(centers) - 1) / 2
+    steps = len(centers) - 1
+    time = np.arange(len(centers)) - steps / 2
     velocity = time @ centers / (time @ time)  # least squares
     axis = int(abs(velocity[1]) > abs(velocity[0]))
     speed = abs(velocity[axis])
     across = abs(velocity[1 - axis])
-    travel = speed * (len(centers) - 1)
+    travel = speed * steps
     if travel < MIN_TRAVEL * unit:
         raise ValueError("the object stands still")
-    off_line = np.linalg.norm(centers - centers.mean(0) - time[:, None] * velocity, axis=1).max()
+    residuals = centers - centers.mean(0) - time[:, None] * velocity
+    off_line = np.linalg.norm(residuals, axis=1).max()
     if across > MAX_SLANT * speed or off_line > min(MAX_OFF_LINE * unit, travel / 4):
         raise ValueError("the motion is not straight and steady")
     return DIRECTIONS[axis][int(velocity[axis] > 0)], float(speed)
@@ -392,24 +423,30 @@ def summarize_tracks(tracks, expected, videos=()):
     over true) are means over clips of right direction.
     """
     pairs = list(zip(tracks, expected, strict=True))
-    is_right = [found.direction == true.direction for found, true in pairs]
-    right, videos_of_right = (
-        list(itertools.compress(column, is_right)) for column in (pairs, videos)
-    )
-    summary = {"clips": len(pairs), "right": len(right)}
     hits = {
-        what: [getattr(found, what) == getattr(true, what) for found, true in pairs]
-        for what in RIGHT
+        "direction": [found.direction == true.direction for found, true in pairs],
+        "shape": [found.shape == true.shape for found, true in pairs],
     }
-    hits["both"] = list(map(all, zip(*hits.values(), strict=True)))
-    for what, own in hits.items():
-        summary[f"{what}_accuracy"], summary[f"{what}_interval95"] = share(own, videos)
-    for what in ("speed", "area"):
-        ratios = [getattr(found, what) / getattr(true, what) for found, true in right]
-        summary[f"{what}_ratio"], _ = mean_and_error(ratios)
-        summary[f"{what}_ratio_interval95"] = mean_interval(ratios, videos_of_right)
-    reasons = sorted(found.reason for found in tracks if found.direction is None)
-    return summary | {"refused": dict(Counter(reasons).most_common())}
+    hits["both"] = [*map(all, zip(*hits.values(), strict=True))]
+    right = list(itertools.compress(pairs, hits["direction"]))
+    videos_of_right = list(itertools.compress(videos, hits["direction"]))
+    summary = {"clips": len(pairs), "right": len(right)}
+    for name, of_clips in hits.items():
+        summary[f"{name}_accuracy"], summary[f"{name}_interval95"] = share(of_clips, videos)
+    ratios = {
+        "speed_ratio": [found.speed / true.speed for found, true in right],
+        "area_ratio": [found.area / true.area for found, true in right],
+    }
+    for name, of_clips in ratios.items():
+        summary[name], _ = mean_and_error(of_clips)
+        summary[f"{name}_interval95"] = mean_interval(of_clips, videos_of_right)
+    summary["refused"] = count_reasons(track.reason for track in tracks if track.direction is None)
+    return summary
+
+
+def count_reasons(reasons):
+    """{reason: number of clips}, the most frequent first."""
+    return dict(Counter(sorted(reasons)).most_common())
 
 
 def keeps_appearance(found, real):
@@ -426,20 +463,21 @@ def follow(clip, truth):
     """(the first window that loses the object and why, or None; windows' speeds / true speed; are
     the turns right?)
     """
-    centers = []
+    path = []
     speeds = []
     first = None
     for start in range(0, len(clip) - WINDOW + 1, WINDOW):
         try:
-            found, _, shape, color = look(clip[start : start + WINDOW])
+            centers, _, shape, color = look(clip[start : start + WINDOW])
             first = color if first is None else first
             if shape != truth.shape or np.linalg.norm(color - first) > MIN_CONTRAST:
                 raise ValueError("another object")
         except ValueError as reason:
             return {"window": start // WINDOW, "reason": str(reason)}, speeds, False
-        centers.append(found)
-        speeds.append(float(np.median(np.abs(np.diff(found[:, truth.axis])))) / truth.speed)
-    return None, speeds, turns_are_right(np.concatenate(centers), truth, clip.shape[1] / 16)
+        path.append(centers)
+        steps = np.abs(np.diff(centers[:, truth.axis]))
+        speeds.append(float(np.median(steps)) / truth.speed)
+    return None, speeds, turns_are_right(np.concatenate(path), truth, clip.shape[1] / 16)
 
 
 def turns_are_right(centers, truth, unit):
@@ -451,11 +489,12 @@ def turns_are_right(centers, truth, unit):
 
     path = centers[:, truth.axis]
     near = NEAR * unit
-    is_inside = truth.low - near <= path.min() and path.max() <= truth.high + near
+    is_right = truth.low - near <= path.min() and path.max() <= truth.high + near
     for sign, border in ((1, truth.high), (-1, truth.low)):
-        turns = path[find_peaks(sign * path, prominence=near)[0]]  # less is jitter
-        is_inside = is_inside and (np.abs(turns - border) <= near).all()
-    return bool(is_inside and centers[:, 1 - truth.axis].std() <= ACROSS * unit)
+        peaks, _ = find_peaks(sign * path, prominence=near)  # less is jitter
+        is_right = is_right and (np.abs(path[peaks] - border) <= near).all()
+    across = centers[:, 1 - truth.axis].std()
+    return bool(is_right and across <= ACROSS * unit)
 
 
 def summarize_bounces(lost, speeds, turns, videos):
@@ -463,14 +502,12 @@ def summarize_bounces(lost, speeds, turns, videos):
 
     Speeds: 5%, 50% and 95% quantiles over all windows.
     """
+    hits = {"one_object": [not entry for entry in lost], "turns_right": turns}
+    summary = {"clips": len(lost)} | shares(hits, videos)
     every = [*itertools.chain(*speeds)]
-    refused = [entry for entry in lost if entry]
-    summary = {"clips": len(lost)} | shares(
-        {"one_object": [not entry for entry in lost], "turns_right": turns}, videos
-    )
     for name, part in (("speed_low", 0.05), ("speed_median", 0.5), ("speed_high", 0.95)):
         summary[name] = np.quantile(every, part).item() if every else None
+    refused = [entry for entry in lost if entry]
     summary["lost_in_window"] = [entry["window"] for entry in refused]
-    return summary | {
-        "refused": dict(Counter(sorted(entry["reason"] for entry in refused)).most_common())
-    }
+    summary["refused"] = count_reasons(entry["reason"] for entry in refused)
+    return summary

@@ -333,7 +333,12 @@ def measure(world, clips, title):
     `decode`; worst_rmse and clip_rmse (n,).
     """
     rows = []
-    with Bar(desc=title, total=len(clips), unit="clip", leave=False) as progress:
+    with Bar(
+        desc=title,
+        total=len(clips),
+        unit="clip",
+        leave=False,
+    ) as progress:
         for first in range(0, len(clips), CHUNK):
             part = torch.from_numpy(np.array(clips[first : first + CHUNK]))
             part = part.flatten(2).to(world.frames.device)
@@ -455,7 +460,7 @@ def make_blends(world, places, made, through, seed):
             yield f"{attribute}_blended_{percent}", ((blended + 50) // 100).byte()
 
 
-def calibrate(world, clips, training, count, args, vae, device):
+def calibrate(world, clips, training, count, args, vae):
     """(limits, a result about real clips and controls) from up to `count` clips of each split
     through the VAE.
     """
@@ -468,7 +473,7 @@ def calibrate(world, clips, training, count, args, vae, device):
             unit="part",
             leave=False,
         ):
-            latents = vae.encode(part.permute(0, 4, 1, 2, 3).to(device))
+            latents = vae.encode(part.permute(0, 4, 1, 2, 3).to(world.frames.device))
             parts.append(vae.decode(latents).cpu())
         return torch.cat(parts)
 
@@ -514,11 +519,12 @@ def calibrate(world, clips, training, count, args, vae, device):
     validation = keys_of(places)
     for name, hit in hits.items():
         result |= shares({name: hit}, validation[: len(hit)])  # blends are of the first ones
-    result["rmse_real"] = measured["clip_rmse"].mean()
-    result["num_real"] = len(validation)
-    result["num_blended"] = few
-    result["validation"] = validation
-    return limits, result
+    return limits, result | {
+        "rmse_real": measured["clip_rmse"].mean(),
+        "num_real": len(validation),
+        "num_blended": few,
+        "validation": validation,
+    }
 
 
 def score_census(samples, clips, training, count, args, device):
@@ -538,7 +544,6 @@ def score_census(samples, clips, training, count, args, device):
             count=count,
             args=args,
             vae=vae,
-            device=device,
         )
         CALIBRATED[key] = world, limits, result
     world, limits, result = CALIBRATED[key]
@@ -588,14 +593,15 @@ def summarize(world, samples, measured, valid, known):
     result = shares({"valid": valid} | hits_of(world, samples, measured), videos)
     who = measured["place"][valid, 1]
     result |= shares({"held_out": ~np.isin(who, [*known])}, np.array(videos)[valid].tolist())
-    num_characters = len(world.characters)
-    result["held_out_expected"] = 1 - len(known) / num_characters
-    result["characters"] = len({*who.tolist()})
-    missed = (1 - 1 / num_characters) ** len(who)  # by draws from all
-    result["characters_expected"] = num_characters * (1 - missed)
-    result["rmse"] = measured["clip_rmse"].mean()
-    result["rmse_interval95"] = mean_interval(measured["clip_rmse"], videos)
-    return result
+    K = len(world.characters)
+    missed = (1 - 1 / K) ** len(who)  # by draws from all
+    return result | {
+        "held_out_expected": 1 - len(known) / K,
+        "characters": len({*who.tolist()}),
+        "characters_expected": K * (1 - missed),
+        "rmse": measured["clip_rmse"].mean(),
+        "rmse_interval95": mean_interval(measured["clip_rmse"], videos),
+    }
 
 
 def limits_line(limits):

@@ -52,18 +52,8 @@ def samples(shapes, tmp_path_factory):
 
 @pytest.fixture
 def fvd(shapes, samples, detector):
-    return [
-        "--metric",
-        "fvd",
-        "--samples",
-        samples,
-        "--data-path",
-        shapes,
-        "--detector",
-        detector,
-        "--num-real",
-        8,
-    ]
+    flags = ["--metric", "fvd", "--samples", samples, "--data-path", shapes]
+    return [*flags, "--detector", detector, "--num-real", 8]
 
 
 def by_scipy(a, b):
@@ -81,131 +71,85 @@ def naive_features(clips):
 
 
 @pytest.mark.parametrize("metric", ["fvd", "fid"])
-def test_fvd_and_fid_equal_a_naive_version(
-    metric, shapes, samples, detector, tmp_path, monkeypatch
-):
+def test_fvd_and_fid_equal_a_naive_version(metric, shapes, samples, fvd, tmp_path, monkeypatch):
     generated = np.load(samples / "samples.npz")["arr_0"]
     real = read_clips(shapes, "train", 20)[0]
     if metric == "fid":  # of frames
         generated = generated.reshape(-1, 1, SIZE, SIZE, 3)
         real = real.reshape(-1, 1, SIZE, SIZE, 3)
 
-    def size(detector, clips, *rest, **others):
-        assert (
-            not torch.backends.cudnn.allow_tf32
-            and torch.get_float32_matmul_precision() == "highest"
-        )
+    def size(detector, clips, args):
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
         return len(clips)
 
     batches = record_calls(monkeypatch, frechet, "extract", size)
-    monkeypatch.setattr(frechet, "check_detector", lambda path, *_: {"sha256": file_sha256(path)})
+    monkeypatch.setattr(frechet, "check_detector", lambda args, *_: {"sha256": "a"})
     distributed.set_precision("tf32")
-    flags = [
-        "--metric",
-        metric,
-        "--samples",
-        samples,
-        "--data-path",
-        shapes,
-        "--detector",
-        detector,
-        "--num-real",
-        20,
-    ]
-    found = run(tmp_path / "a" / "b.json", *flags, "--batch-size", 5)
-    assert found["values"][metric] == pytest.approx(
-        by_scipy(naive_features(generated), naive_features(real)), rel=1e-4
-    )
+    fvd[1] = metric
+    fvd[-1] = 20
+    found = run(tmp_path / "a" / "b.json", *fvd, "--batch-size", 5)
+    naive = by_scipy(naive_features(generated), naive_features(real))
+    assert found["values"][metric] == pytest.approx(naive, rel=1e-4)
     low, high = found["result"]["interval95"]
     assert low < found["values"][metric] < high
     assert found["protocol"] == f"{metric}12_real20_8f_cfg1"
     assert max(batches) == 5  # no more clips are held at once
-    assert found["real"]["split"] == "train" and found["real"]["num_videos"] == len(
-        list(shapes.glob("*/*g02*"))
-    )
+    assert found["real"]["split"] == "train"
+    assert found["real"]["num_videos"] == len([*shapes.glob("*/*g02*")])
 
 
 @pytest.mark.parametrize(
     ("source", "label", "name"),
     [
         ({"guidance": 4.0, "guidance_chosen": False}, None, None),
-        ({"guidance": 4.0}, None, None),
         ({"guidance": 1.5, "guidance_chosen": True}, None, "cfg1.5"),
-        (
-            {"guidance": 4.0, "guidance_chosen": False},
-            -1,
-            "cfg1",
-        ),  # without classes there is no guidance
-        (
-            {"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"},
-            -1,
-            "auto2",
-        ),  # except by a weaker model
+        # without classes there is no guidance
+        ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1"),
+        # except by a weaker model
+        ({"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"}, -1, "auto2"),
     ],
 )
 def test_frechet_protocols_name_the_guidance_that_the_user_chose(
     source, label, name, shapes, fvd, tmp_path, capsys
 ):
-    clips, own, classes = read_clips(shapes, "val", 2)
-    fvd[3] = write_samples(
-        tmp_path / "s", clips, [label] * 2 if label else own, classes, source=source
-    )
-    if name:
-        assert run(tmp_path / "a.json", *fvd)["protocol"] == f"fvd2_real8_8f_{name}"
-        said = capsys.readouterr().out
-        assert (
-            "warning: 2 generated members for 6 features" in said and "8 real members" not in said
-        )
-    else:
-        refused(
-            capsys,
-            tmp_path / "a.json",
-            *fvd,
-            words=["sample again with --cfg-scale (1 turns it off)"],
-        )
+    clips, labels, classes = read_clips(shapes, "val", 2)
+    labels = [label] * 2 if label else labels
+    fvd[3] = write_samples(tmp_path / "s", clips, labels, classes, source=source)
+    if name is None:
+        words = ["sample again with --cfg-scale (1 turns it off)"]
+        refused(capsys, tmp_path / "a.json", *fvd, words=words)
+        return
+    assert run(tmp_path / "a.json", *fvd)["protocol"] == f"fvd2_real8_8f_{name}"
+    said = capsys.readouterr().out
+    assert "warning: 2 generated members for 6 features" in said and "8 real members" not in said
 
 
 def test_each_of_several_sample_folders_gets_a_manifest(
     shapes, samples, tmp_path, monkeypatch, capsys
 ):
     folders = [shutil.copytree(samples, tmp_path / name) for name in "ab"]
-    np.savez(
-        folders[1] / "samples.npz",
-        **{name: x[:5] for name, x in np.load(samples / "samples.npz").items()},
-    )
+    content = np.load(samples / "samples.npz")
+    np.savez(folders[1] / "samples.npz", **{name: x[:5] for name, x in content.items()})
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 6, "--samples"]
     run("scores.json", *flags, *folders)
     alone = run(tmp_path / "alone.json", *flags, folders[1])
-    found = [json.loads((folder / "scores.json").read_text()) for folder in folders]
-    assert (
-        found[1]["values"] == alone["values"] and found[0]["protocol"] == "consistency12_real6_8f"
-    )
-    for out in (tmp_path / "x.json", "samples.json", "sheet.json", "grid.json"):
-        refused(
-            capsys,
-            out,
-            *flags,
-            *folders,
-            words=[f"{out}: expected the name of a new file in each of --samples"],
-        )
-    refused(
-        capsys,
-        folders[0] / "sheet.json",
-        *flags,
-        folders[0],
-        words=["expected the name of a new file"],
-    )
+    first, second = (json.loads((folder / "scores.json").read_text()) for folder in folders)
+    assert second["values"] == alone["values"] and first["protocol"] == "consistency12_real6_8f"
+    words = ["expected the name of a new file in each of --samples"]
+    for out in (tmp_path / "x.json", "samples.json", "sheet.json"):
+        refused(capsys, out, *flags, *folders, words=words)
+    refused(capsys, folders[0] / "sheet.json", *flags, folders[0], words=words)
     made = tempfile.mkdtemp  # the check of a folder
-    monkeypatch.setattr(
-        tempfile, "mkdtemp", lambda dir: os.open("", 0) if dir == folders[1] else made(dir=dir)
-    )
-    refused(
-        capsys,
-        "more.json",
-        *flags,
-        *folders,
-        words=[f"--out {folders[1]}: ", "is not a writable folder"],
-    )
+
+    def mkdtemp(dir):
+        if dir == folders[1]:
+            raise PermissionError
+        return made(dir=dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    words = [f"--out {folders[1]}: ", "is not a writable folder"]
+    refused(capsys, "more.json", *flags, *folders, words=words)
 
 
 def test_real_features_are_cached_until_the_file_or_the_data_change(
@@ -214,11 +158,13 @@ def test_real_features_are_cached_until_the_file_or_the_data_change(
     fvd[5] = shutil.copytree(shapes, tmp_path / "data")
     reads = []
     real_stream = sources.real_stream
-    monkeypatch.setattr(
-        sources,
-        "real_stream",
-        lambda *args: (reads.append(1) or part for part in real_stream(*args)),
-    )
+
+    def noted(**settings):
+        for row in real_stream(**settings):
+            reads.append(row)
+            yield row
+
+    monkeypatch.setattr(sources, "real_stream", noted)
 
     def again():
         reads.clear()
@@ -257,25 +203,17 @@ def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 12, "--samples"]
     scores = {}
     for patch in (4, 5):
-        folder = write_samples(
-            tmp_path / f"{patch}", clips, labels, classes, source={"temporal_patch_size": patch}
-        )
-        found = run(tmp_path / f"{patch}.json", *flags, folder)
-        scores[patch] = found["values"]["seam_score"]
+        source = {"temporal_patch_size": patch}
+        folder = write_samples(tmp_path / f"{patch}", clips, labels, classes, source=source)
+        values = run(tmp_path / f"{patch}.json", *flags, folder)["values"]
+        scores[patch] = values["seam_score"]
     assert scores[4] > 1.5 and scores[5] < 1  # the seams are not at the borders of patches of 5
 
 
 def test_images_of_sample_gd_get_a_fid(detector, places, tmp_path):
     data = make_images(tmp_path / "images", 40)
-    sample_here(
-        places / "image.pt",
-        tmp_path / "s",
-        "--num-samples",
-        10,
-        "--cfg-scale",
-        1.5,
-        "--no-previews",
-    )
+    sample = ["--num-samples", 10, "--cfg-scale", 1.5, "--no-previews"]
+    sample_here(places / "image.pt", tmp_path / "s", *sample)
     flags = ["--metric", "fid", "--data-path", data, "--detector", detector, "--num-real", 10]
     found = run(tmp_path / "a.json", *flags, "--samples", tmp_path / "s")
     assert found["protocol"] == "fid10_1f_cfg1.5" and found["values"]["fid"] > 0
@@ -304,8 +242,9 @@ def test_score_sh_samples_a_model_and_scores_the_samples(shapes, tmp_path):
         "REAL": "4",
         "OUT": str(tmp_path / "s"),
     }
-    command = "bash", ROOT / "scripts/score.sh", "--num-sampling-steps", 4, "--no-previews"
-    end(spawn(*command, environment=environment), timeout=240)
+    flags = ["--num-sampling-steps", 4, "--no-previews"]
+    process = spawn("bash", ROOT / "scripts/score.sh", *flags, environment=environment)
+    end(process, timeout=240)
     for metric in ("consistency", "nearest"):
         made = json.loads((tmp_path / "s" / f"{metric}.json").read_text())
         assert made["protocol"] == f"{metric}3_real4_8f"
@@ -321,9 +260,8 @@ def test_the_commit_in_a_manifest_has_a_plus_if_files_have_changed(tmp_path, mon
 
     def git(*words):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     git("init")
     assert manifest.code_commit() is None  # in a repository, but not tracked

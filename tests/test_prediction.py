@@ -5,6 +5,7 @@ to end.
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from PIL import Image
 from scipy.special import stdtrit
 from skimage.metrics import structural_similarity
 
-from make_moving_shapes import draw_clip
 from sample_folders import FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import prediction, sources
 from scoring.plots import plot_prediction
@@ -22,48 +22,31 @@ from tiny_data import write_npz
 
 
 def test_prediction_scores_equal_their_definitions():
-    levels = (
-        10 * np.arange(6)[:, None, None, None] + 4 * np.arange(16)[:, None]
-    )  # frame t: 10 t plus a slope
+    # frame t: 10 t plus a slope
+    levels = 10 * np.arange(6)[:, None, None, None] + 4 * np.arange(16)[:, None]
     real = np.broadcast_to(levels, (6, 16, 16, 3)).astype(np.uint8)
     samples = np.stack([noisy(real, 8, seed) for seed in range(3)])
     scores, baselines = prediction.score_clip(real, samples, given=(1, 4))
-    assert scores.shape == (3, 3, 4) and baselines.keys() == {
-        "repeated",
-        "average",
-    }  # the true motion is not known
-    assert np.allclose(
-        scores[0], [[psnr(sample[t], real[t]) for t in (0, 2, 3, 5)] for sample in samples]
-    )
+    assert scores.shape == (3, 3, 4) and baselines.keys() == {"repeated", "average"}
+    expected = [[psnr(sample[t], real[t]) for t in (0, 2, 3, 5)] for sample in samples]
+    assert np.allclose(scores[0], expected)
     shown = {0: 1, 2: 1, 3: 1, 5: 4}  # the last given frame before, or else the first after
-    assert np.allclose(
-        baselines["repeated"][0], [psnr(real[frame], real[t]) for t, frame in shown.items()]
-    )
+    expected = [psnr(real[frame], real[t]) for t, frame in shown.items()]
+    assert np.allclose(baselines["repeated"][0], expected)
     (whole, ssim, moving), _ = prediction.score_clip(real, real[None], given=(0,))
     assert (whole == 60).all() and (ssim == 1).all() and (moving == 60).all()
-    settings = {
-        "gaussian_weights": True,
-        "sigma": 1.5,
-        "use_sample_covariance": False,
-        "data_range": 255,
-    }
-    channels = [
-        structural_similarity(real[5, ..., c], samples[0, 5, ..., c], **settings) for c in range(3)
-    ]
+    channels = []
+    for c in range(3):
+        ssim = structural_similarity(
+            real[5, ..., c],
+            samples[0, 5, ..., c],
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
+        )
+        channels.append(ssim)
     assert scores[1, 0, 3] == pytest.approx(np.mean(channels))
-
-
-def moving(direction="Right", shape="Circle", rgb=(240, 70, 60), speed=12):
-    """A clip of 8 frames as the data set draws them; speed in px per second at 25 fps."""
-    video = {
-        "shape": shape,
-        "direction": direction,
-        "start": [8, 8],
-        "speed": speed,
-        "radius": 3,
-        "rgb": rgb,
-    }
-    return draw_clip(video | {"background_rgb": (0, 0, 0)}, 16, 8)
 
 
 def test_the_best_sample_is_chosen_for_each_metric_on_its_own():
@@ -80,30 +63,24 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own():
     assert result["psnr_gain"] == pytest.approx(result["psnr"] - 10)
     gain = result["psnr_gain"]
     assert result["psnr_gain_interval95"] == pytest.approx([gain - half, gain + half])
+    # each video gives three clips
     scores = np.tile(scores, (3, 1, 1, 1))
-    repeated = np.full((12, 3, 2), 10.0)
-    tripled = prediction.compare(
-        scores, {"repeated": repeated}, [*range(4)] * 3
-    )  # each video gives three clips
-    assert tripled["psnr_gain_interval95"] == pytest.approx(result["psnr_gain_interval95"])
-    assert tripled["psnr_best_by_frame"]["half95"] == pytest.approx(
-        result["psnr_best_by_frame"]["half95"]
-    )
+    baselines = {"repeated": np.full((12, 3, 2), 10.0)}
+    tripled = prediction.compare(scores, baselines, [*range(4)] * 3)
+    assert tripled["psnr_gain_interval95"] == pytest.approx([gain - half, gain + half])
+    assert tripled["psnr_best_by_frame"]["half95"] == pytest.approx([half] * 2)
 
 
 def test_averaging_samples_with_independent_errors_raises_the_score():
     real = np.broadcast_to(np.arange(40, 200, 10, dtype=np.uint8)[:, None], (6, 16, 16, 3))
     samples = np.stack([noisy(real, 8, seed) for seed in range(4)])
     scores, baselines = prediction.score_clip(real, samples, given=(0, 1))
-    assert baselines["average"][0] == pytest.approx(
-        scores[0].mean(axis=0) + 10 * math.log10(4), abs=0.5
-    )  # a quarter
-    result = prediction.compare(
-        scores[None], {kind: values[None] for kind, values in baselines.items()}
-    )
-    assert result["psnr_average_gain"] == pytest.approx(
-        result["psnr_average"] - result["psnr_repeated"]
-    )
+    expected = scores[0].mean(axis=0) + 10 * math.log10(4)  # a quarter of the error
+    assert baselines["average"][0] == pytest.approx(expected, abs=0.5)
+    baselines = {kind: values[None] for kind, values in baselines.items()}
+    result = prediction.compare(scores[None], baselines)
+    gain = result["psnr_average"] - result["psnr_repeated"]
+    assert result["psnr_average_gain"] == pytest.approx(gain)
     assert "average" not in prediction.score_clip(real, samples[:1], given=(0,))[1]
 
 
@@ -125,37 +102,28 @@ def test_means_over_moving_pixels_are_of_clips_in_which_something_moves():
     scores = np.full((4, 3, 2, 3), 20.0)
     repeated = np.full((4, 3, 3), 20.0)
     scores[:, 2] = np.array([30, 26, 27, np.nan])[:, None, None]  # in the last clip nothing moves
-    scores[0, 2, :, 0] = repeated[0, 2, 0] = scores[:, 2, :, 2] = repeated[:, 2, 2] = repeated[
-        3, 2
-    ] = np.nan
+    for values in (scores[0, 2, :, 0], scores[:, 2, :, 2], repeated[:1, 2, 0], repeated[:, 2, 2]):
+        values[:] = np.nan
+    repeated[3, 2] = np.nan
     result = prediction.compare(scores, {"repeated": repeated})
     assert result["clips"] == 4 and result["clips_that_move"] == 3
     assert result["psnr_moving"] == result["psnr_moving_best"] == pytest.approx(83 / 3)
-    assert result["psnr_moving_repeated"] == 20 and result["psnr_moving_gain"] == pytest.approx(
-        23 / 3
-    )
+    assert result["psnr_moving_repeated"] == 20
+    assert result["psnr_moving_gain"] == pytest.approx(23 / 3)
     half = stdtrit(2, 0.975) * np.std([10, 6, 7], ddof=1) / 3**0.5
     expected = [23 / 3 - half, 23 / 3 + half]
     assert result["psnr_moving_gain_interval95"] == pytest.approx(expected)
     assert result["psnr_moving_by_frame"]["mean"] == [26.5, pytest.approx(83 / 3), None]
     scores[:, 2] = repeated[:, 2] = np.nan  # nothing moves at all
-    result = json.loads(
-        json.dumps(prediction.compare(scores, {"repeated": repeated}), allow_nan=False)
-    )
-    assert (
-        result["psnr_moving"]
-        is result["psnr_moving_gain"]
-        is result["psnr_moving_gain_interval95"]
-        is None
-    )
+    result = prediction.compare(scores, {"repeated": repeated})
+    assert json.dumps(result, allow_nan=False)
+    assert result["psnr_moving"] is result["psnr_moving_gain_interval95"] is None
     assert prediction.result_lines(result | {"given_frames": "0"})[1].endswith(" -")
 
 
 def test_predictions_of_one_unit_have_no_interval_and_a_plot(tmp_path):
     scores = np.random.default_rng(0).uniform(10, 30, (4, 3, 1, 2))
-    people = [
-        f"{name}/person7.mkv" for name in ("Bend", "JumpingJack", "OneHandWave", "TwoHandWave")
-    ]
+    people = [f"{name}/person7.mkv" for name in "abcd"]
     for count, videos in ((4, people), (1, ["a.mkv"])):
         result = prediction.compare(scores[:count], {"repeated": scores[:count, :, 0]}, videos)
         intervals = {name: value for name, value in result.items() if name.endswith("_interval95")}
@@ -177,23 +145,16 @@ def write_predictions(
     """A folder of samples of the first real clips of a data set; change(clip, number) makes a
     sample of a clip.
     """
-    clips, _, real = sources.find_real(data, split, 0.05, FRAMES, 1 / 25, SIZE, None, False)
+    clips, _, real = sources.find_real(data, split, 0.05, FRAMES, 1 / 25, SIZE)
     items = [clips[index] for index in range(count)]
     pixels = [item["clip"].permute(1, 2, 3, 0).numpy() for item in items]
     labels = [item["y"] for item in items]
-    made = np.stack(
-        [change(clip.copy(), number) for clip in pixels for number in range(samples_per_clip)]
-    )
+    numbers = range(samples_per_clip)
+    made = np.stack([change(clip.copy(), number) for clip in pixels for number in numbers])
     real |= {"num_clips": count, "samples_per_clip": samples_per_clip}
-    given = [
-        {"source": "x", "frames": given, "class": clips.classes[label], "time_scale": 0.04}
-        for label in labels
-    ]
-    about = {
-        "real": real,
-        "given": [one for one in given for _ in range(samples_per_clip)],
-    } | changes
-    return write_samples(folder, made, np.repeat(labels, samples_per_clip), clips.classes, **about)
+    about = {"real": real, "given": [{"source": "x", "frames": given}] * len(made)}
+    labels = np.repeat(labels, samples_per_clip)
+    return write_samples(folder, made, labels, clips.classes, **about | changes)
 
 
 def stops(clip, number):
@@ -212,50 +173,34 @@ def test_samples_are_scored_against_the_clips_that_they_continue(shapes, tmp_pat
     folder = write_predictions(tmp_path / "s", shapes, stops)
     made = run(tmp_path / "p.json", *flags_of(folder, shapes), "--batch-size", 2)
     assert made["protocol"] == "prediction3_best2_3of8f"
-    assert made["result"]["given_frames"] == "0-1,6" and made["result"]["predicted_frames"] == [
-        2,
-        3,
-        4,
-        5,
-        7,
-    ]
+    assert made["result"]["given_frames"] == "0-1,6"
+    assert made["result"]["predicted_frames"] == [2, 3, 4, 5, 7]
     values = made["values"]
-    (clips, _, _) = read_clips(shapes, "val", 3)
-    repeated = np.mean(
-        [
-            psnr(clip[max(given for given in (0, 1, 6) if given < t)], clip[t])
-            for clip in clips
-            for t in (2, 3, 4, 5, 7)
-        ]
-    )
+    clips, _, _ = read_clips(shapes, "val", 3)
+    shown = {2: 1, 3: 1, 4: 1, 5: 1, 7: 6}
+    repeated = np.mean([psnr(clip[shown[t]], clip[t]) for clip in clips for t in shown])
     assert values["psnr_best"] == 60 and values["psnr_repeated"] == pytest.approx(repeated)
     assert values["psnr"] == pytest.approx((60 + repeated) / 2)
     assert values["psnr_gain"] == pytest.approx((60 - repeated) / 2)
     assert values["psnr_repeated"] < values["psnr_average"] < values["psnr"]
     assert values["direction_accuracy"] == values["appearance_kept"] == 1  # of the first samples
     assert made["result"]["motion_real"]["direction_accuracy"] == 1
-    assert (
-        Image.open(tmp_path / "p.sheet.png").size[1] > 6 * 128
-        and (tmp_path / "p.png").stat().st_size > 1000
-    )
+    assert Image.open(tmp_path / "p.sheet.png").size[1] > 6 * 128
+    assert (tmp_path / "p.png").stat().st_size > 1000
 
 
 def test_split_and_background_are_those_of_the_samples_which_may_have_no_class(shapes, tmp_path):
-    folder = write_predictions(
-        tmp_path / "s", shapes, stops, count=24, samples_per_clip=1, split="all"
-    )
+    one_each = {"count": 24, "samples_per_clip": 1}
+    folder = write_predictions(tmp_path / "s", shapes, stops, **one_each, split="all")
     write_npz(folder / "samples.npz", np.load(folder / "samples.npz")["arr_0"], [-1] * 24)
     made = run(tmp_path / "p.json", *flags_of(folder, shapes))
     assert made["protocol"] == "prediction24_all_3of8f" and made["values"]["psnr"] == 60
     assert made["real"]["num_videos"] == made["real"]["num_clips"] == 24
-    folder = write_predictions(
-        tmp_path / "few", shapes, stops, count=24, samples_per_clip=1, **KEPT
-    )
+    folder = write_predictions(tmp_path / "few", shapes, stops, **one_each, **KEPT)
     made = run(tmp_path / "few.json", *flags_of(folder, shapes), "--keep-background")
     assert made["protocol"] == "prediction24_3of8f_background"
-    assert made["real"]["num_videos"] == 12 and made["result"]["interval_units"] == {
-        "real": "12 videos"
-    }
+    assert made["real"]["num_videos"] == 12
+    assert made["result"]["interval_units"] == {"real": "12 videos"}
 
 
 MISTAKES = {
@@ -275,11 +220,6 @@ MISTAKES = {
         [],
         ["was sampled with --keep-background", "--no-keep-background", "add the flag here"],
     ),
-    "another split": (
-        {},
-        ["--split", "all"],
-        ["--split: --metric prediction chooses its real clips"],
-    ),
     "other videos": (
         {},
         ["--data-path", "other"],
@@ -294,14 +234,12 @@ def test_samples_that_cannot_be_compared_are_refused(case, shapes, tmp_path, cap
     about, flags, words = MISTAKES[case]
     monkeypatch.chdir(tmp_path)
     if case == "other videos":
-        shutil.copytree(
-            shapes, "other", ignore=shutil.ignore_patterns("*CircleUp_g01*", "ucfTrainTestlist")
-        )
+        ignore = shutil.ignore_patterns("*CircleUp_g01*", "ucfTrainTestlist")
+        shutil.copytree(shapes, "other", ignore=ignore)
     if case == "no truth of a class":
         shutil.copytree(shapes, "lacking")
-        (tmp_path / "lacking/shapes.json").write_text(
-            (shapes / "shapes.json").read_text().replace("SquareUp", "X")
-        )
+        text = (shapes / "shapes.json").read_text().replace("SquareUp", "X")
+        Path("lacking/shapes.json").write_text(text)
     change = (lambda clip, number: clip[:, :10, :10]) if "SSIM" in case else stops
     folder = write_predictions(tmp_path / "s", shapes, change, **about)
     refused(capsys, tmp_path / "p.json", *flags_of(folder, shapes), *flags, words=words)

@@ -44,7 +44,9 @@ def assert_same_clips(files, cache, num_frames=5):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths of the videos that are decoded into a cache from here on."""
-    return record_calls(monkeypatch, source, "read_all_frames", lambda root, video: video.path)
+    return record_calls(
+        monkeypatch, source, "read_all_frames", lambda root, video, chunk_size: video.path
+    )
 
 
 def test_clips_of_images_are_the_same_bit_for_bit_with_a_cache(tmp_path):

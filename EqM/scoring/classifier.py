@@ -32,22 +32,33 @@ from runtime import distributed
 from runtime.cli import Bar, UserError, plural
 from runtime.rng import generator
 from scoring.stats import cell, interval_units, share, table, unit_of
-from video.files import UnreadableError, read_frames, resize_and_crop
+from video.files import UnreadableError, resize_and_crop
 from video.source import in_threads
 
-SIZE, MOST_FRAMES = 32, 16  # px and most frames of a window
+SIZE = 32  # px of a window
+MOST_FRAMES = 16  # of a window
 PURPOSE = "judge"  # names its random draws; another word would change published scores
 # of 255 levels: a pixel moves if its gray changes by more in a window; a VAE flickers less
 MOVES = 40
 # accuracy on real validation clips below which errors of samples may be errors of the classifier
 ENOUGH = 0.999
 ENTROPIES = "IS", "H(y|x)", "H(y)"  # values of `sharpness`
-COMMON = {"batch": 16, "lr": 3e-3, "weight_decay": 0.05}
+COMMON = {
+    "batch": 16,
+    "lr": 3e-3,
+    "weight_decay": 0.05,
+}
 # By --classifier-test. Random changes: the largest, as shares of size, side, contrast and of the
 # range black to white
 RECIPES = {
     "groups": Namespace(
-        **COMMON, steps=250, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15
+        **COMMON,
+        steps=250,
+        smoothing=0.1,
+        zoom=0.1,
+        shift=0.12,
+        contrast=0.3,
+        light=0.15,
     ),
     "val": Namespace(**COMMON, steps=1000, smoothing=0.0),
 }
@@ -55,25 +66,25 @@ RECIPES = {
 Real = namedtuple("Real", "windows label group video")
 
 
-def check(samples, clips, training, place, test):
-    """Raise UserError unless a network can learn the classes of Samples from Clips.
-
-    test: --classifier-test.
-    """
+def check(samples, clips, training, args):
+    """Raise UserError unless a network can learn the classes of Samples from Clips."""
+    place = f"--data-path {args.data_path}"
     samples.check_classes(clips.classes, place)
     tested = {video.class_name for video in set(clips.videos) - set(training)}
+    trained = {video.class_name for video in training}
     for name in clips.classes:
-        count = len({unit_of(video.path) for video in clips.videos if video.class_name == name})
+        paths = [video.path for video in clips.videos if video.class_name == name]
+        count = len(set(map(unit_of, paths)))
         if count < 2 or len(clips.classes) < 2:
-            got = f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} in {name}"
             raise UserError(
-                f"{place}: {got}; expected at least 2 of both, as each group is held out once"
+                f"{place}: {plural(len(clips.classes), 'class')}, {plural(count, 'group')} in "
+                f"{name}; expected at least 2 of both, as each group is held out once"
             )
-        if test == "val" and name not in tested:
+        if args.classifier_test == "val" and name not in tested:
             raise UserError(
                 f"{place}: no validation video of class {name}; expected one; raise --val-fraction"
             )
-        if all(video.class_name != name for video in training):
+        if name not in trained:
             raise UserError(
                 f"{place}: no training video of class {name}; expected one; lower --val-fraction"
             )
@@ -89,66 +100,86 @@ def score_classifier(samples, clips, training, args, corrupt):
     if by_split and distributed.rank() != 0:  # there is one network to train
         return None, None, None
     torch.set_num_threads(1)  # another order of sums makes another classifier
-    classes = clips.classes
-    window = clips.num_frames
-    interval = clips.frame_interval[0]
-    real = read_real(clips, args, samples.image_size, corrupt)
+    real = read_real(clips, args.num_workers, corrupt)
     training = set(training)
-    own = [one for one in real if one.video in training]
-    others = [one for one in real if one.video not in training]
-    clips = replace(clips, videos=[one.video for one in real])
-    place = f"--data-path {args.data_path}"
-    check(samples, clips, [one.video for one in own], place, args.classifier_test)
-    span = (window - 1) * interval + 1
-    steps = args.classifier_steps or recipe.steps
-    settings = {"num_classes": len(classes), "recipe": recipe, "steps": steps, "seed": args.seed}
-    tested, logits = (others, None) if by_split else (real, leave_one_out(real, span, settings))
+    trained = [one for one in real if one.video in training]
+    tested = [one for one in real if not by_split or one.video not in training]
+    check(
+        samples=samples,
+        clips=replace(clips, videos=[one.video for one in real]),
+        training=[one.video for one in trained],
+        args=args,
+    )
+    span = (clips.num_frames - 1) * clips.frame_interval[0] + 1
+    settings = {
+        "num_classes": len(clips.classes),
+        "recipe": recipe,
+        "steps": args.classifier_steps or recipe.steps,
+        "seed": args.seed,
+    }
+    if not by_split:
+        logits = leave_one_out(real, span, settings)
     if distributed.rank() != 0:
         return None, None, None
-    network = train(own, "of the training split", **settings)
+    network = train(trained, "of the training split", **settings)
     if by_split:
         logits = [logits_of(network, one.windows, span) for one in tested]
-    videos = [one.video.path for one in tested]
-    about = summarize(logits, [one.label for one in tested], classes, videos)
-    about["wrong"] = [
-        one.video.path for one, got in zip(tested, about["found"], strict=True) if one.label != got
-    ]
-    shown = [every_window(prepare(clip, samples.image_size), window, 1) for clip in samples.clips]
-    of_samples = [logits_of(network, every, window) for every in shown]
-    asked = [*map(classes.index, samples.names)]
-    found = summarize(of_samples, asked, classes, samples.videos)
-    found["static"] = find_static(shown, asked, real)
-    groups = sorted({one.group for one in real})
+    paths = [one.video.path for one in tested]
+    labels = [one.label for one in tested]
+    of_real = summarize(logits, labels, paths)
+    of_real["wrong"] = []
+    for path, label, found in zip(paths, labels, of_real["found"], strict=True):
+        if found != label:
+            of_real["wrong"].append(path)
+    of_samples, sample_logits = classify_samples(samples, network, clips, real)
     values = {
-        "accuracy": about["share"],
-        "window_accuracy": about["windows"]["share"],
-        "asked_class": found["share"],
+        "accuracy": of_real["share"],
+        "window_accuracy": of_real["windows"]["share"],
+        "asked_class": of_samples["share"],
     }
+    groups = sorted({one.group for one in real})
+    how = f"each of {len(groups)} groups held out once"
     if by_split:
-        about = about | sharpness(logits)
-        found = found | sharpness(of_samples)
-        values |= {name: found[name] for name in ENTROPIES}
-    how = (
-        f"trained on {len(own)} others"
-        if by_split
-        else f"each of {len(groups)} groups held out once"
-    )
-    lines = compare({f"real clips ({how})": about, "samples": found})
+        of_real |= sharpness(logits)
+        of_samples |= sharpness(sample_logits)
+        values |= {name: of_samples[name] for name in ENTROPIES}
+        how = f"trained on {len(trained)} others"
+    lines = compare({f"real clips ({how})": of_real, "samples": of_samples})
     lines.append(
         "  static samples, which move less than any real clip of their class: "
-        f"{len(found['static'])}"
+        f"{len(of_samples['static'])}"
     )
     result = {
-        "real": about,
-        "samples": found,
-        "recipe": vars(recipe) | {"size": SIZE, "steps": steps},
+        "real": of_real,
+        "samples": of_samples,
+        "recipe": vars(recipe) | {"size": SIZE, "steps": settings["steps"]},
+        "window": clips.num_frames,
+        "classes": clips.classes,
+        "groups": groups,
+        "num_training": len(trained),
     }
-    result |= {"window": window, "classes": classes, "groups": groups, "num_training": len(own)}
-    result["interval_units"], line = interval_units(real=videos, samples=samples.videos)
+    result["interval_units"], line = interval_units(real=paths, samples=samples.videos)
     return values, result, [*lines, line]
 
 
-def read_real(clips, args, size, corrupt):
+def classify_samples(samples, network, clips, real):
+    """(what `summarize` returns of Samples, and which are static; the logits of their windows).
+
+    Their windows are as long as the Clips; real: the Real of all videos.
+    """
+    window = clips.num_frames
+    shown = []
+    for clip in samples.clips:
+        frames = torch.tensor(clip).permute(0, 3, 1, 2)
+        shown.append(every_window(prepare(frames), window, interval=1))
+    logits = [logits_of(network, windows, window) for windows in shown]
+    asked = [clips.classes.index(name) for name in samples.names]
+    summary = summarize(logits, asked, samples.videos)
+    summary["static"] = find_static(shown, asked, real)
+    return summary, logits
+
+
+def read_real(clips, num_workers, corrupt):
     """The Real of the videos of Clips in the order of paths.
 
     Adds the paths of corrupt videos to the list `corrupt`.
@@ -156,18 +187,26 @@ def read_real(clips, args, size, corrupt):
 
     def read(video):
         try:
-            clip = prepare(read_frames(args.data_path, video, range(video.num_frames)), size)
+            frames = clips.source.read(video, range(video.num_frames)).transpose(0, 1)
         except UnreadableError:
             corrupt.append(video.path)
             return None
-        windows = every_window(clip, clips.num_frames, clips.frame_interval[0])
-        return Real(windows, clips.classes.index(video.class_name), unit_of(video.path), video)
+        return Real(
+            windows=every_window(prepare(frames), clips.num_frames, clips.frame_interval[0]),
+            label=clips.classes.index(video.class_name),
+            group=unit_of(video.path),
+            video=video,
+        )
 
     videos = sorted(clips.videos, key=lambda video: video.path)
-    found = in_threads(read, videos, max(1, args.num_workers))
-    return [
-        *filter(None, Bar(found, total=len(videos), desc="real clips", unit="clip", leave=False))
-    ]
+    real = Bar(
+        in_threads(read, videos, max(1, num_workers)),
+        total=len(videos),
+        desc="real clips",
+        unit="clip",
+        leave=False,
+    )
+    return [one for one in real if one is not None]
 
 
 class Classifier(nn.Module):
@@ -180,40 +219,36 @@ class Classifier(nn.Module):
         super().__init__()
         layers = []
         for inside, outside in itertools.pairwise((2, 12, 24, 48)):
-            layers += [
-                nn.Conv3d(inside, outside, 3, stride=2, padding=1),
-                nn.GroupNorm(4, outside),
-                nn.ReLU(),
-            ]
+            layers.append(nn.Conv3d(inside, outside, 3, stride=2, padding=1))
+            layers.append(nn.GroupNorm(4, outside))
+            layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers)
         # Not pooled over places: one arm or two is a question of left and right
         self.head = nn.Sequential(
-            nn.Linear(48 * (SIZE // 8) ** 2, 32), nn.ReLU(), nn.Linear(32, num_classes)
+            nn.Linear(48 * (SIZE // 8) ** 2, 32),
+            nn.ReLU(),
+            nn.Linear(32, num_classes),
         )
 
     def forward(self, x):
         gray = x - x.mean(dim=(1, 2, 3), keepdim=True)
         change = x.diff(dim=1, prepend=x[:, :1])
-        # (B, 48, T / 8, SIZE / 8, SIZE / 8)
-        features = self.layers(torch.stack([2 * gray, 8 * change], dim=1))
+        both = torch.stack([2 * gray, 8 * change], dim=1)
+        features = self.layers(both)  # (B, 48, T / 8, SIZE / 8, SIZE / 8)
         return self.head(features.mean(dim=2).flatten(1))
 
 
-def prepare(frames, image_size):
-    """uint8 frames (T, H, W, 3) -> a gray clip (T, SIZE, SIZE), by way of a model's image_size."""
-    frames = resize_and_crop(
-        resize_and_crop(torch.tensor(frames).permute(0, 3, 1, 2), image_size), SIZE
-    )
-    return (
-        torch.einsum("tchw,c->thw", frames.float(), torch.tensor([0.299, 0.587, 0.114]))
-        .round()
-        .byte()
-    )
+def prepare(frames):
+    """Frames uint8 (T, 3, image_size, image_size) of a model -> a gray clip (T, SIZE, SIZE)."""
+    frames = resize_and_crop(frames, SIZE).float()
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    return torch.einsum("tchw,c->thw", frames, weights).round().byte()
 
 
 def every_window(clip, window, interval):
     """All windows of a clip, one from each frame: (n, window, SIZE, SIZE), a view."""
-    return clip.unfold(0, (window - 1) * interval + 1, 1)[..., ::interval].movedim(-1, 1)
+    span = (window - 1) * interval + 1
+    return clip.unfold(0, span, 1)[..., ::interval].movedim(-1, 1)
 
 
 def windows_of(every, span):
@@ -222,22 +257,23 @@ def windows_of(every, span):
     Each overlaps the next by half or more. span: the frames from the start of a window to its end.
     """
     rest = len(every) - 1
-    return every[torch.linspace(0, rest, 1 + math.ceil(2 * rest / span)).round().long()]
+    count = 1 + math.ceil(2 * rest / span)
+    return every[torch.linspace(0, rest, count).round().long()]
 
 
 def least_motion(windows):
     """The smallest share of moving pixels in any window of a clip."""
-    return (
-        (windows.amax(dim=1) - windows.amin(dim=1) > MOVES).double().mean(dim=(1, 2)).min().item()
-    )
+    moves = windows.amax(dim=1) - windows.amin(dim=1) > MOVES
+    return moves.double().mean(dim=(1, 2)).min().item()
 
 
 def find_static(samples, asked, real):
     """Indices of samples with a window, of `every_window`, that moves less than all their Real."""
-    least = {
-        label: min(least_motion(one.windows) for one in real if one.label == label)
-        for label in set(asked)
-    }
+    least = {}
+    for one in real:
+        if one.label in asked:
+            motion = least_motion(one.windows)
+            least[one.label] = min(motion, least.get(one.label, motion))
     rows = enumerate(zip(samples, asked, strict=True))
     return [index for index, (windows, label) in rows if least_motion(windows) < least[label]]
 
@@ -247,13 +283,14 @@ def random_windows(of_class, random, batch):
 
     of_class: {label: windows of each clip}.
     """
-    windows = []
     # classes equally often
-    y = torch.tensor(list(of_class))[torch.randint(len(of_class), (batch,), generator=random)]
-    for label, (which, when) in zip(
-        y.tolist(), torch.rand(batch, 2, generator=random).tolist(), strict=True
-    ):
-        every = of_class[label][int(which * len(of_class[label]))]
+    classes = torch.randint(len(of_class), (batch,), generator=random)
+    y = torch.tensor(list(of_class))[classes]
+    draws = torch.rand(batch, 2, generator=random)
+    windows = []
+    for label, (which, when) in zip(y.tolist(), draws.tolist(), strict=True):
+        clips = of_class[label]
+        every = clips[int(which * len(clips))]
         windows.append(every[int(when * len(every))])
     return torch.stack(windows).float() / 255, y
 
@@ -263,13 +300,15 @@ def change(x, recipe, random):
 
     Half of them mirrored.
     """
-    zoom, right, down, contrast, light = 2 * torch.rand(5, B := len(x), generator=random) - 1
+    B = len(x)
+    zoom, right, down, contrast, light = 2 * torch.rand(5, B, generator=random) - 1
     mirror = 1 - 2 * torch.randint(2, (B,), generator=random)
     zero = torch.zeros(B)
     zoom = 1 + recipe.zoom * zoom
     right = 2 * recipe.shift * right
     down = 2 * recipe.shift * down
-    matrix = torch.stack([mirror * zoom, zero, right, zero, zoom, down], dim=1).view(B, 2, 3)
+    rows = [mirror * zoom, zero, right, zero, zoom, down]
+    matrix = torch.stack(rows, dim=1).view(B, 2, 3)
     # the same for all frames of a window
     grid = F.affine_grid(matrix, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -287,18 +326,21 @@ def train(real, name, num_classes, steps, seed, recipe):
         torch.manual_seed(generator(seed, PURPOSE, name).initial_seed())
         network = Classifier(num_classes)
     optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-    labels = sorted({one.label for one in real})
-    of_class = {label: [one.windows for one in real if one.label == label] for label in labels}
+    of_class = {label: [] for label in sorted({one.label for one in real})}
+    for one in real:
+        of_class[one.label].append(one.windows)
     for step in range(steps):
-        done = step / steps  # warm-up for a tenth of the steps, then a cosine to 0
-        optimizer.param_groups[0]["lr"] = (
-            recipe.lr * min(1, 10 * done + 0.1) * math.cos(done * math.pi / 2) ** 2
-        )
+        done = step / steps
+        warm_up = min(1, 10 * done + 0.1)  # for a tenth of the steps, then a cosine to 0
+        lr = recipe.lr * warm_up * math.cos(done * math.pi / 2) ** 2
+        optimizer.param_groups[0]["lr"] = lr
         random = generator(seed, PURPOSE, name, step)
         x, y = random_windows(of_class, random, recipe.batch)
-        x = change(x, recipe, random) if hasattr(recipe, "zoom") else x
+        if hasattr(recipe, "zoom"):
+            x = change(x, recipe, random)
         optimizer.zero_grad()
-        F.cross_entropy(network(x), y, label_smoothing=recipe.smoothing).backward()
+        loss = F.cross_entropy(network(x), y, label_smoothing=recipe.smoothing)
+        loss.backward()
         optimizer.step()
     return network
 
@@ -315,41 +357,48 @@ def leave_one_out(real, span, settings):
     Equal on all ranks. settings: arguments of `train`. The ranks share the groups.
     """
     names = sorted({one.group for one in real})
-    found = []
-    own = [names[number] for number in distributed.own_indices(len(names))]
-    for held_out in Bar(own, desc="groups held out", unit="group", leave=False):
-        network = train(
-            [one for one in real if one.group != held_out], f"without {held_out}", **settings
-        )
-        mine = [(index, one.windows) for index, one in enumerate(real) if one.group == held_out]
-        found += [(index, logits_of(network, windows, span)) for index, windows in mine]
-    return distributed.gather_in_order(found)[0]
+    of_rank = [names[number] for number in distributed.own_indices(len(names))]
+    rows = []
+    for held_out in Bar(
+        of_rank,
+        desc="groups held out",
+        unit="group",
+        leave=False,
+    ):
+        others = [one for one in real if one.group != held_out]
+        network = train(others, f"without {held_out}", **settings)
+        for index, one in enumerate(real):
+            if one.group == held_out:
+                rows.append((index, logits_of(network, one.windows, span)))
+    return distributed.gather_in_order(rows)[0]
 
 
-def summarize(logits, labels, classes, videos=()):
+def summarize(logits, labels, videos=()):
     """The share of clips that are classified as their label, a plain dict.
 
     logits: (n, classes) of each clip's windows. videos: those of the clips. windows: the same share
     of single windows. confusion: a row per label, a column per class that the clips got.
     """
-    found = [own.mean(dim=0).argmax().item() for own in logits]
+    found = [of_clip.mean(dim=0).argmax().item() for of_clip in logits]
     counts = Counter(zip(labels, found, strict=True))
-    every = range(len(classes))
-    right = sum(counts[label, label] for label in every)
-    count = len(labels)
-    windows = [
-        (own.argmax(dim=1) == label).double().mean().item()
-        for own, label in zip(logits, labels, strict=True)
-    ]
-    about = {"count": sum(map(len, logits))}
-    about["share"], about["interval95"] = share(windows, videos)
-    _, interval = share([label == own for label, own in zip(labels, found, strict=True)], videos)
+    every = range(logits[0].shape[1])
+    hits = []
+    window_shares = []
+    for of_clip, label, own in zip(logits, labels, found, strict=True):
+        hits.append(own == label)
+        window_shares.append((of_clip.argmax(dim=1) == label).double().mean().item())
+    window_share, window_interval = share(window_shares, videos)
+    _, interval = share(hits, videos)
     return {
-        "clips": count,
-        "right": right,
-        "share": right / count,
+        "clips": len(labels),
+        "right": sum(hits),
+        "share": sum(hits) / len(labels),
         "interval95": interval,
-        "windows": about,
+        "windows": {
+            "count": sum(map(len, logits)),
+            "share": window_share,
+            "interval95": window_interval,
+        },
         "confusion": [[counts[row, column] for column in every] for row in every],
         "found": found,
     }
@@ -362,25 +411,30 @@ def sharpness(logits):
     KL(p(y|x) || p(y))), which equals exp(H(y) - H(y|x)): at most the number of classes, if they are
     equally frequent.
     """
-    p = torch.stack([own.mean(dim=0) for own in logits]).double().softmax(dim=1)
-    given, overall = (
-        torch.special.entr(q).sum(dim=1).mean().item() for q in (p, p.mean(dim=0, keepdim=True))
-    )
-    return dict(zip(ENTROPIES, (math.exp(overall - given), given, overall), strict=True))
+    p = torch.stack([of_clip.mean(dim=0) for of_clip in logits]).double().softmax(dim=1)
+    given = torch.special.entr(p).sum(dim=1).mean().item()
+    overall = torch.special.entr(p.mean(dim=0, keepdim=True)).sum(dim=1).item()
+    scores = math.exp(overall - given), given, overall
+    return dict(zip(ENTROPIES, scores, strict=True))
 
 
-def compare(found):
+def compare(summaries):
     """Lines: how {title: clips} are classified, real clips first, and what to doubt."""
-    real, *_ = found.values()
+    real, *_ = summaries.values()
     names = [name for name in ENTROPIES if name in real]
     rows = [["", "wrong", "clips", "accuracy, 95%", *names]]
-    for title, one in found.items():
-        entropies = [f"{one[name]:.4f}" for name in names]
-        wrong = one["clips"] - one["right"]
-        accuracy = cell(one, "share", 4, "interval95")
-        rows.append([title, str(wrong), str(one["clips"]), accuracy, *entropies])
-    note = (
-        f"below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; raise "
-        "--classifier-steps"
-    )
-    return [*table(rows), *[f"  note: {note}"] * bool(names and real["share"] < ENOUGH)]
+    for title, summary in summaries.items():
+        row = [
+            title,
+            str(summary["clips"] - summary["right"]),
+            str(summary["clips"]),
+            cell(summary, "share", digits=4, interval="interval95"),
+        ]
+        rows.append(row + [f"{summary[name]:.4f}" for name in names])
+    lines = table(rows)
+    if names and real["share"] < ENOUGH:
+        lines.append(
+            f"  note: below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; "
+            "raise --classifier-steps"
+        )
+    return lines

@@ -26,8 +26,14 @@ from scoring.stats import (
 )
 
 STATISTICS = [
-    f"{what} {color}" for what in ("mean", "contrast") for color in ("red", "green", "blue")
-] + ["sharpness"]
+    "mean red",
+    "mean green",
+    "mean blue",
+    "contrast red",
+    "contrast green",
+    "contrast blue",
+    "sharpness",
+]
 TITLES = {  # of the values
     "seam_score": "seam score (1 = none)",
     "window_seam_score": "seam score of windows",
@@ -41,24 +47,29 @@ def score_consistency(generated, real, source):
 
     source: how samples were made, from samples.json.
     """
-    both = [
-        gather(stream, lambda clip, *_: measure(torch.from_numpy(clip)))
-        for stream in (generated, real)
-    ]
-    both = [
-        (torch.stack(statistics), torch.stack(change), videos)
-        for statistics, change, videos in both
-    ]
-    windows = source.get("window"), source.get("overlap") or 0
-    result = summarize(*both, source["temporal_patch_size"], *windows)
-    videos = {"generated": both[0][2], "real": both[1][2]}
-    result["interval_units"], units = interval_units("ratios", **videos)
+    generated = measure_all(generated)
+    real = measure_all(real)
+    result = summarize(
+        generated=generated,
+        real=real,
+        temporal_patch_size=source["temporal_patch_size"],
+        window=source.get("window"),
+        overlap=source.get("overlap") or 0,
+    )
+    result["interval_units"], line = interval_units(
+        "ratios", generated=generated[-1], real=real[-1]
+    )
     values, lines = report(result, TITLES)
-    drift = [
-        (f"drift of {name}", cell(own, "drift", interval="interval95"))
-        for name, own in result["drift"].items()
-    ]
-    return values, result, [*lines, *table(drift), units]
+    rows = []
+    for name, drift in result["drift"].items():
+        rows.append((f"drift of {name}", cell(drift, "drift", interval="interval95")))
+    return values, result, [*lines, *table(rows), line]
+
+
+def measure_all(stream):
+    """(statistics (N, T, 7), change (N, T - 1), videos) of the clips of all ranks' streams."""
+    statistics, change, videos = gather(stream, lambda clip, *_: measure(torch.from_numpy(clip)))
+    return torch.stack(statistics), torch.stack(change), videos
 
 
 def measure(clip):
@@ -70,7 +81,9 @@ def measure(clip):
     frames = clip.permute(0, 3, 1, 2).double()  # (T, C, H, W)
     mean = frames.mean(dim=(2, 3))
     contrast = frames.std(dim=(2, 3), correction=0)
-    sharpness = sum(frames.diff(dim=dim).square().mean(dim=(1, 2, 3)) / 2 for dim in (2, 3)).sqrt()
+    down = frames.diff(dim=2).square().mean(dim=(1, 2, 3))
+    right = frames.diff(dim=3).square().mean(dim=(1, 2, 3))
+    sharpness = (down / 2 + right / 2).sqrt()
     change = frames.diff(dim=0).square().mean(dim=(1, 2, 3)).sqrt()
     return torch.cat([mean, contrast, sharpness[:, None]], dim=1), change
 
@@ -83,11 +96,9 @@ def borders(num_frames, temporal_patch_size, window=None, overlap=0):
     new = [start + overlap for start in starts[1:]]
     patches = []
     for start, first, end in zip(starts, [0, *new], [*new, num_frames], strict=True):
-        patches += [
-            frame
-            for frame in range(start, start + window, temporal_patch_size)
-            if first <= frame < end
-        ]
+        for frame in range(start, start + window, temporal_patch_size):
+            if first <= frame < end:
+                patches.append(frame)
     return patches[1:], new
 
 
@@ -98,20 +109,18 @@ def seam_score(generated, real, borders, videos=((), ())):
     Both are None without borders, without frames between, or if nothing moves. videos: those of the
     clips, two lists.
     """
-    # (T - 1,)
-    at_border = torch.isin(
-        torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64)
-    )
-    # mean change of each clip at the borders and elsewhere: clips count by how much they move
-    both = [
-        torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1)
-        for part in (generated, real)
-    ]
+    frames = torch.arange(generated.shape[1]) + 1
+    at_border = torch.isin(frames, torch.tensor(borders, dtype=torch.int64))  # (T - 1,)
+    both = []
+    for change in (generated, real):
+        # the means of each clip: clips count by how much they move
+        means = [change[:, at_border].mean(dim=1), change[:, ~at_border].mean(dim=1)]
+        both.append(torch.stack(means, dim=1))
 
     def score(generated, real):  # (..., 2) each
         return (generated[..., 0] / generated[..., 1]) / (real[..., 0] / real[..., 1])
 
-    value = score(*(changes.mean(dim=0) for changes in both))
+    value = score(both[0].mean(dim=0), both[1].mean(dim=0))
     if not value.isfinite():
         return None, None
     return value.item(), ratio_interval(score, both, videos)
@@ -130,40 +139,60 @@ def drifts(generated, real, videos=((), ())):
     Both are None where all real frames are equal. One unit has no interval.
     """
     deviations = real.flatten(0, 1).std(dim=0).tolist()
-    rise, real_rise = (rises(statistics) for statistics in (generated, real))
+    rise = rises(generated)
+    real_rise = rises(real)
     half = half95(by_unit(rise, videos[0]))
     real_half = half95(by_unit(real_rise, videos[1]))
     half = np.hypot(half, real_half)  # of a difference of independent means: Zou and Donner, 2008
     difference = (rise.mean(dim=0) - real_rise.mean(dim=0)).tolist()
-    found = {name: {"drift": None, "interval95": None} for name in STATISTICS}
+    drift_of = {}
     rows = zip(STATISTICS, deviations, difference, half.tolist(), strict=True)
     for name, deviation, middle, width in rows:
+        drift = None
+        interval = None
         if deviation:
-            found[name]["drift"] = middle / deviation
+            drift = middle / deviation
         if deviation and not math.isnan(width):
-            ends = middle - width, middle + width
-            found[name]["interval95"] = [end / deviation for end in ends]
-    return found
+            interval = [(middle - width) / deviation, (middle + width) / deviation]
+        drift_of[name] = {"drift": drift, "interval95": interval}
+    return drift_of
 
 
 def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
-    """All results, a plain dict for JSON.
+    """All results of two sets of at least two clips, from `measure_all`: a plain dict for JSON.
 
-    Both are (statistics, change, videos) of at least two clips. window, overlap: in frames; None:
-    all frames were sampled at once.
+    window, overlap: in frames; None: all frames were sampled at once.
     """
-    statistics, changes, videos = zip(generated, real, strict=True)
-    patches, windows = borders(statistics[0].shape[1], temporal_patch_size, window, overlap)
-    result = {"temporal_patch_size": temporal_patch_size, "drift": drifts(*statistics, videos)}
-    for name, frames in {
-        "seam_score": patches,
-        **({"window_seam_score": windows} if windows else {}),
-    }.items():
-        result[name], result[f"{name}_interval95"] = seam_score(*changes, frames, videos)
-    known = {
-        name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None
+    statistics, change, videos = generated
+    real_statistics, real_change, real_videos = real
+    both = videos, real_videos
+    result = {
+        "temporal_patch_size": temporal_patch_size,
+        "drift": drifts(statistics, real_statistics, both),
     }
+    patches, windows = borders(
+        num_frames=statistics.shape[1],
+        temporal_patch_size=temporal_patch_size,
+        window=window,
+        overlap=overlap,
+    )
+    seams = {"seam_score": patches}
+    if windows:
+        seams["window_seam_score"] = windows
+    for name, frames in seams.items():
+        result[name], result[f"{name}_interval95"] = seam_score(
+            generated=change,
+            real=real_change,
+            borders=frames,
+            videos=both,
+        )
+    motion = change.mean().item()
+    real_motion = real_change.mean().item()
+    drift_of = {name: entry["drift"] for name, entry in result["drift"].items()}
+    known = {name: drift for name, drift in drift_of.items() if drift is not None}
     worst = max(known, key=lambda name: abs(known[name]), default=None)
-    motion = [change.mean().item() for change in changes]
-    result |= {"change_ratio": motion[0] / motion[1] if motion[1] else None}
-    return result | {"largest_drift": known.get(worst), "largest_drift_of": worst}
+    return result | {
+        "change_ratio": motion / real_motion if real_motion else None,
+        "largest_drift": known.get(worst),
+        "largest_drift_of": worst,
+    }

@@ -13,9 +13,10 @@ themselves (224 and 299 px). Any other TorchScript works that takes the same cal
 features (B, D).
 """
 
+import functools
 import itertools
-import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -31,78 +32,101 @@ from scoring.sources import json_sha256
 from scoring.stats import Z95
 
 CALLS = {  # arguments of the detector of each metric
-    "fvd": {"rescale": True, "resize": True, "return_features": True},
+    "fvd": {
+        "rescale": True,
+        "resize": True,
+        "return_features": True,
+    },
     "fid": {"return_features": True},
 }
 RESAMPLES = 50  # of the bootstrap: enough for its standard deviation to 1 / sqrt(2 * 50) = 10%
 CACHE_FORMAT = 2  # of files of moments
 
 
-def score_frechet(generated, real, args, detector, about, clips, folder, device):
+def cache_path(folder, about, clips):
+    """The file of the moments of real Clips in a folder. Its name says what determines them.
+
+    about: the manifest.
+    """
+    times = [clips.source.stamp(video)[1] for video in clips.videos]
+    determines = {name: value for name, value in about["real"].items() if name != "data_path"}
+    key = json_sha256([determines, times, about["detector"], CACHE_FORMAT])
+    return Path(folder, f"{key}.safetensors")
+
+
+def score_frechet(generated, real, args, detector, cached, device):
     """Score two streams of clips with --metric fvd or fid.
 
-    clips: the Clips of `real`; about: the manifest.
+    cached: the `cache_path`. Real clips are read only if this file is missing or damaged.
     """
-    detector = detector.to(device)
-    times = [
-        os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos
-    ]
-    determines = {name: value for name, value in about["real"].items() if name != "data_path"}
-    # The file of the real clips' moments: they are read only if it is missing or damaged
-    cached = (
-        folder / f"{json_sha256([determines, times, about['detector'], CACHE_FORMAT])}.safetensors"
+    features_of = functools.partial(
+        all_features, detector=detector.to(device), args=args, device=device
     )
-    reference = read_moments(cached) if distributed.rank() == 0 and cached.exists() else None
+    reference = None
+    if distributed.rank() == 0 and cached.exists():
+        reference = read_moments(cached)
     from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
-        features = all_features(detector, real, args, device)
+        features = features_of(real)
         if distributed.rank() == 0:
             reference = moments_of(features)
-            folder.mkdir(parents=True, exist_ok=True)
+            cached.parent.mkdir(parents=True, exist_ok=True)
             write_file(cached, safetensors.torch.save(reference))
-    features = all_features(detector, generated, args, device)
+    features = features_of(generated)
     if distributed.rank() != 0:
         return None, None, None
     moments = moments_of(features)
     D = features.shape[-1]
-    value = frechet_distance(reference["mean"], reference["cov"], moments["mean"], moments["cov"])
+    value = frechet_distance(
+        mean_a=reference["mean"],
+        cov_a=reference["cov"],
+        mean_b=moments["mean"],
+        cov_b=moments["cov"],
+    )
     members = {"generated": moments["count"].item(), "real": reference["count"].item()}
-    result = {"num_features": D} | {f"{kind}_members": count for kind, count in members.items()}
-    result |= {
+    result = {
+        "num_features": D,
+        "generated_members": members["generated"],
+        "real_members": members["real"],
         "real_from_cache": from_cache,
         "resamples": args.resamples,
         "standard_error": None,
         "interval95": None,
     }
-    lines = [f"  {args.metric} {value:.4f}"]
+    line = f"  {args.metric} {value:.4f}"
     if args.resamples > 1:
-        reference = reference["mean"].to(device), reference["cov"].to(device)
-        error = bootstrap_error(*reference, features.to(device), args.resamples, args.seed)
+        error = bootstrap_error(
+            mean_a=reference["mean"].to(device),
+            cov_a=reference["cov"].to(device),
+            features=features.to(device),
+            resamples=args.resamples,
+            seed=args.seed,
+        )
         low = max(0.0, value - Z95 * error)
         high = value + Z95 * error
         result |= {"standard_error": error, "interval95": [low, high]}
-        lines[0] += (
+        line += (
             f" (95%: {low:.4g} to {high:.4g}, over generated clips; the real ones stay the same)"
         )
-    few = (
-        f"for {D} features: the distance is much too large; compare it only with distances of the "
-        "same counts"
-    )
-    lines += [
-        f"  warning: {count} {kind} members {few}" for kind, count in members.items() if count <= D
-    ]
+    lines = [line]
+    for kind, count in members.items():
+        if count <= D:
+            lines.append(
+                f"  warning: {count} {kind} members for {D} features: the distance is much too "
+                "large; compare it only with distances of the same counts"
+            )
     return {args.metric: value}, result, lines
 
 
-def all_features(detector, stream, args, device):
+def all_features(stream, detector, args, device):
     """The features (N, G, D) of the clips of all ranks' streams, on rank 0; None on the others."""
     indices = []
     parts = [torch.empty(0)]
     while batch := [*itertools.islice(stream, args.batch_size)]:
-        own, clips, *_ = zip(*batch, strict=True)
-        indices += own
+        of_batch, clips, *_ = zip(*batch, strict=True)
+        indices += of_batch
         clips = torch.from_numpy(np.stack(clips)).to(device)
-        parts.append(extract(detector, clips, args.metric, args.batch_size).cpu())
+        parts.append(extract(detector, clips, args).cpu())
     return distributed.collect(indices, torch.cat(parts))
 
 
@@ -123,9 +147,15 @@ def moments_of(features):
     count = features.shape[:2].numel()
     parts = features.flatten(0, 1).split(4096)  # float64 takes twice the memory
     mean = sum(part.double().sum(dim=0) for part in parts) / count
-    scatter = sum(part.T @ part for part in (part.double() - mean for part in parts))
-    # as the first FID and FVD code
-    return {"count": torch.tensor(count), "mean": mean, "cov": scatter / (count - 1)}
+    scatter = 0
+    for part in parts:
+        deviation = part.double() - mean
+        scatter = scatter + deviation.T @ deviation
+    return {
+        "count": torch.tensor(count),
+        "mean": mean,
+        "cov": scatter / (count - 1),  # as the first FID and FVD code
+    }
 
 
 def square_root(matrix):
@@ -168,8 +198,15 @@ def bootstrap_error(mean_a, cov_a, features, resamples, seed):
     for resample in range(resamples):
         # their frames are correlated
         clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))
-        own = moments_of(features[clips])
-        distances.append(frechet_distance(mean_a, cov_a, own["mean"], own["cov"], root))
+        moments = moments_of(features[clips])
+        distance = frechet_distance(
+            mean_a=mean_a,
+            cov_a=cov_a,
+            mean_b=moments["mean"],
+            cov_b=moments["cov"],
+            root_a=root,
+        )
+        distances.append(distance)
     return torch.tensor(distances, dtype=torch.float64).std().item()
 
 
@@ -185,55 +222,53 @@ def load_detector(path):
             return torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         got = "no such file" if isinstance(error, ValueError) else "not a TorchScript file"
-        expected = (
-            "i3d_torchscript.pt (fvd), inception-2015-12-05.pt (fid) or one that takes the same "
-            "call"
-        )
-        raise UserError(f"--detector {path}: {got}; expected {expected}") from error
+        raise UserError(
+            f"--detector {path}: {got}; expected i3d_torchscript.pt (fvd), inception-2015-12-05.pt "
+            "(fid) or one that takes the same call"
+        ) from error
 
 
-def check_detector(path, detector, metric, num_frames, size):
-    """A detector's record in a manifest, after a try on black clips.
+def check_detector(args, detector, samples):
+    """A detector's record in a manifest, after a try on black clips of the size of Samples.
 
     Raises UserError without features (B, D).
     """
-    clips = torch.zeros(2, num_frames if metric == "fvd" else 1, size, size, 3, dtype=torch.uint8)
+    T = samples.num_frames if args.metric == "fvd" else 1
+    size = samples.image_size
+    clips = torch.zeros(2, T, size, size, 3, dtype=torch.uint8)
     try:
-        num_features = extract(detector, clips, metric, batch_size=2).shape[-1]
+        features = extract(detector, clips, args)
     except (RuntimeError, ValueError, AttributeError) as error:  # AttributeError: no tensor
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"--detector {path}: fails when called for --metric {metric}: {reason}"
+            f"--detector {args.detector}: fails when called for --metric {args.metric}: {reason}"
         ) from error
     return {
-        "path": str(path),
-        "sha256": file_sha256(path),
-        "num_features": num_features,
-        "call": CALLS[metric],
+        "path": args.detector,
+        "sha256": file_sha256(args.detector),
+        "num_features": features.shape[-1],
+        "call": CALLS[args.metric],
     }
 
 
 @torch.no_grad()
-def extract(detector, clips, metric, batch_size):
+def extract(detector, clips, args):
     """Features of clips uint8 (B, T, H, W, 3), float32: (B, 1, D) of the clips for fvd, (B, T, D)
     of frames for fid.
 
     Raises ValueError unless the detector returns finite numbers (B, D).
     """
-    inputs = (
-        clips.permute(0, 4, 1, 2, 3)[:, None] if metric == "fvd" else clips.permute(0, 1, 4, 2, 3)
-    )
-    parts = inputs.flatten(0, 1).split(batch_size)  # of (3, T, H, W) or (3, H, W)
-    # TorchScript may use view()
-    features = [detector(part.float().contiguous(), **CALLS[metric]) for part in parts]
-    if any(
-        own.shape != (len(part), *features[0].shape[-1:])
-        for own, part in zip(features, parts, strict=True)
-    ):
-        raise ValueError(
-            f"returned {list(features[0].shape)}, expected features [{len(parts[0])}, D]"
-        )
-    features = torch.cat(features).float()
+    inputs = clips.permute(0, 1, 4, 2, 3)  # (B, T, 3, H, W)
+    if args.metric == "fvd":
+        inputs = clips.permute(0, 4, 1, 2, 3)[:, None]  # (B, 1, 3, T, H, W)
+    outputs = []
+    for part in inputs.flatten(0, 1).split(args.batch_size):
+        # TorchScript may use view()
+        output = detector(part.float().contiguous(), **CALLS[args.metric])
+        if output.shape != (len(part), *output.shape[-1:]):
+            raise ValueError(f"returned {list(output.shape)}, expected features [{len(part)}, D]")
+        outputs.append(output)
+    features = torch.cat(outputs).float()
     if not features.isfinite().all():
         raise ValueError("returned features that are not finite numbers")
     return features.unflatten(0, inputs.shape[:2])

@@ -16,46 +16,56 @@ from runtime.untrusted import read_json
 FORMAT = 2
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
 # default of --split; of others: val
-SPLITS = {"fvd": "train", "fid": "train", "classifier": "all", "census": "all"}
+SPLITS = {
+    "fvd": "train",
+    "fid": "train",
+    "classifier": "all",
+    "census": "all",
+}
 
 
-def protocol(metric, samples, split, num_real):
+def protocol(args, samples, real):
     """A name such as fvd2048_16f_cfg1: metric, number of clips, frames and other choices.
 
-    fvd and fid name the guidance.
+    fvd and fid name the guidance. real: the record of the real clips.
     """
+    metric = args.metric
+    split = real["split"]
+    num_real = real["num_clips"]
     N = len(samples)
     kind = f"_{samples.num_frames}f"
     if metric == "classifier":
-        return f"classifier{N}{kind}{'_val' * (split == 'val')}"
+        return (
+            f"classifier{N}{kind}_val" if args.classifier_test == "val" else f"classifier{N}{kind}"
+        )
     split = "" if split == SPLITS.get(metric, "val") else f"_{split}"
     if metric == "prediction":
         best = "" if num_real == N else f"_best{N // num_real}"
         given = f"_{len(samples.given[0])}of{samples.num_frames}f"
-        return (
-            f"prediction{num_real}{best}{split}{given}"
-            f"{'_background' * bool(samples.source.get('keep_background'))}"
-        )
+        background = "_background" if samples.source.get("keep_background") else ""
+        return f"prediction{num_real}{best}{split}{given}{background}"
     real = "" if num_real == N else f"_real{num_real}"
-    guidance = (
-        f"_{'auto' if samples.weak else 'cfg'}{samples.guidance:g}"
-        if metric in ("fvd", "fid")
-        else ""
-    )
+    guidance = ""
+    if metric in ("fvd", "fid"):
+        guide = "auto" if samples.weak else "cfg"
+        guidance = f"_{guide}{samples.guidance:g}"
     return f"{metric}{N}{real}{split}{kind}{guidance}"
 
 
-def start(args, samples, split, num_real, real, detector):
-    """A manifest without its values: all that they depend on. real, detector: their records."""
+def start(args, samples, real):
+    """A manifest without values and detector: all that they depend on.
+
+    real: the record of the real clips.
+    """
     return {
         "format": FORMAT,
         "metric": args.metric,
-        "protocol": protocol(args.metric, samples, split, num_real),
+        "protocol": protocol(args, samples, real),
         "values": None,
         "result": None,
         "generated": samples.provenance(),
-        "real": real | {"num_clips": num_real},
-        "detector": detector,
+        "real": real,
+        "detector": None,
         "code": code_commit(),
         "packages": {name: version(name) for name in PACKAGES},
         "machine": None,
@@ -97,16 +107,21 @@ def code_commit():
     None outside git.
     """
     here = Path(__file__).resolve().parent
-    code = here, ":/EqM", ":/datasets", ":/scripts"
 
     def git(*words):
-        return subprocess.run(
-            ["git", "-C", here, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", here, *words]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
 
     try:
         # fails if the repository is not ours
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", *code) else "")
+        changes = git("status", "--porcelain", "--", here, ":/EqM", ":/datasets", ":/scripts")
+        return git("rev-parse", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None

@@ -13,6 +13,7 @@ can hold. All else is float64.
 
 import functools
 import itertools
+import math
 import operator
 from pathlib import Path
 
@@ -24,14 +25,16 @@ from runtime import distributed
 from runtime.cli import Bar, UserError
 from scoring.stats import gather, interval_units, ratio_interval, report
 from video.drawing import drawable, evenly_spaced, few
-from video.files import UnreadableError, read_all_frames, read_frames, resize_and_crop
+from video.files import UnreadableError
 from video.index import fitting_interval
 from video.loader import batches_of, worker_settings
 from video.writers import write_sheet
 
 CHUNK = 128  # frames of a video that are decoded and compared at a time
-BLOCK, GRAY = 1024, 128  # values in an exact sum of products; the level that is subtracted first
-SHOWN, COLUMNS = 8, 8  # pairs on the sheet, and frames of each
+BLOCK = 1024  # values in an exact sum of products
+GRAY = 128  # the level that is subtracted first
+SHOWN = 8  # pairs on the sheet
+COLUMNS = 8  # frames of each
 TITLES = {  # of the values
     "rmse_ratio": "RMSE to the nearest training clip, generated / real",
     "rmse": "mean of the generated clips, gray levels of 255",
@@ -43,15 +46,13 @@ TITLES = {  # of the values
 }
 
 
-def score_nearest(samples, real, args, videos, sheet, device):
-    """Score Samples and a stream of real clips against training videos.
+def score_nearest(samples, real, windows, args, sheet, device):
+    """Score Samples and a stream of real clips against TrainingWindows.
 
     Write the nearest pairs to `sheet`.
     """
-    others, held_out = gather(real, lambda clip, *_: (clip,))
-    clips = torch.from_numpy(np.concatenate([samples.clips, others]))  # (all, T, H, W, 3)
-    N = len(samples)
-    windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], samples.time_scale)
+    real_clips, real_videos = gather(real, lambda clip, *_: (clip,))
+    clips = torch.from_numpy(np.concatenate([samples.clips, real_clips]))  # (all, T, H, W, 3)
     (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
     if distances.isinf().any():
         raise UserError(
@@ -59,29 +60,36 @@ def score_nearest(samples, real, args, videos, sheet, device):
             f"{corrupt[0]}"
         )
     rmse = (distances / clips[0].numel()).sqrt().numpy()
-    result = summarize(rmse[:N], rmse[N:], (samples.videos, held_out))
-    result |= {"pairs": [], "training_videos": len(videos), "bad_training_videos": corrupt}
+    N = len(samples)
+    result = summarize(rmse[:N], rmse[N:], (samples.videos, real_videos))
+    pairs = []
     for index in rmse[:N].argsort(kind="stable")[:SHOWN].tolist():
         number, first, mirrored = places[index].tolist()
-        pair = {
-            "clip": index,
-            "class": samples.names[index],
-            "rmse": rmse[index].item(),
-            "number": number,
-        }
-        pair |= {
-            "video": videos[number].path,
-            "video_class": videos[number].class_name,
-            "first_frame": first,
-        }
-        result["pairs"].append(
-            pair | {"frame_interval": windows.intervals[number], "mirrored": bool(mirrored)}
+        video = windows.videos[number]
+        pairs.append(
+            {
+                "clip": index,
+                "class": samples.names[index],
+                "rmse": rmse[index].item(),
+                "number": number,
+                "video": video.path,
+                "video_class": video.class_name,
+                "first_frame": first,
+                "frame_interval": windows.intervals[number],
+                "mirrored": bool(mirrored),
+            }
         )
+    result |= {
+        "pairs": pairs,
+        "training_videos": len(windows.videos),
+        "bad_training_videos": corrupt,
+    }
     if distributed.rank() == 0:
-        write_pairs(sheet, windows, samples, result["pairs"])
+        write_pairs(sheet, windows, samples, pairs)
     values, lines = report(result, TITLES)
-    units = interval_units("ratios", generated=samples.videos, real=held_out)
-    result["interval_units"], line = units
+    result["interval_units"], line = interval_units(
+        "ratios", generated=samples.videos, real=real_videos
+    )
     lines += [line, f"  the nearest clips and their training clips: {sheet}"]
     lines += [
         f"{path} can't be decoded to its end; only the frames before are compared"
@@ -99,37 +107,35 @@ class TrainingWindows(IterableDataset):
     processes share the videos.
     """
 
-    def __init__(self, root, videos, T, size, time_scale):
-        self.root = root
+    def __init__(self, source, videos, samples):
+        """samples: Samples that the windows are compared with."""
+        self.source = source
         self.videos = videos
-        self.T = T
-        self.size = size
-        self.intervals = [
-            fitting_interval(video, T, max(1, round(time_scale * video.fps))) for video in videos
-        ]
-        self.own = distributed.own_indices(len(videos))
+        self.T = samples.num_frames
+        self.intervals = []
+        for video in videos:
+            interval = max(1, round(samples.time_scale * video.fps))
+            self.intervals.append(fitting_interval(video, self.T, interval))
+        self.of_rank = distributed.own_indices(len(videos))
 
     def __iter__(self):
         worker = get_worker_info()
-        for number in self.own[worker.id :: worker.num_workers] if worker else self.own:
+        numbers = self.of_rank
+        if worker:
+            numbers = numbers[worker.id :: worker.num_workers]
+        for number in numbers:
             overlap = (self.T - 1) * self.intervals[number]
             first = 0
-            rest = None
+            rest = torch.empty(0, dtype=torch.uint8)
             try:
-                for frames in map(
-                    self.resize, read_all_frames(self.root, self.videos[number], CHUNK)
-                ):
-                    frames = frames if rest is None else torch.cat([rest, frames])
+                for decoded in self.source.decode(self.videos[number], CHUNK):
+                    frames = self.source.fit(decoded).permute(0, 2, 3, 1)
+                    frames = torch.cat([rest, frames])
                     yield number, first, frames
                     rest = frames[max(0, len(frames) - overlap) :]
                     first += len(frames) - len(rest)
             except UnreadableError:
                 yield number, first, None
-
-    def resize(self, frames):
-        return resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self.size).permute(
-            0, 2, 3, 1
-        )
 
 
 def blocks(frames):
@@ -144,19 +150,21 @@ def search(clips, windows, num_workers):
     clips: uint8 (N, T, H, W, 3), kept as float32; windows: TrainingWindows. Without a window,
     distances are infinite.
     """
-    (N, T) = clips.shape[:2]
+    N, T = clips.shape[:2]
     device = clips.device
-    own = blocks(clips.flatten(0, 1))  # (N * T, BLOCK) each
-    energy = sum(part.square().sum(dim=1).double() for part in own).view(N, T).sum(dim=1)
-    best = (
-        torch.full((N,), torch.inf, dtype=torch.float64, device=device),
-        torch.zeros(N, 3, dtype=int, device=device),
-    )
+    clip_blocks = blocks(clips.flatten(0, 1))  # (N * T, BLOCK) each
+    energy = sum(part.square().sum(dim=1).double() for part in clip_blocks).view(N, T).sum(dim=1)
+    distances = torch.full((N,), torch.inf, dtype=torch.float64, device=device)
+    best = distances, torch.zeros(N, 3, dtype=int, device=device)
     loader = DataLoader(windows, batch_size=None, **worker_settings(num_workers))
     corrupt = []
-    total = sum(-(-windows.videos[number].num_frames // CHUNK) for number in windows.own)
+    total = sum(math.ceil(windows.videos[number].num_frames / CHUNK) for number in windows.of_rank)
     for number, first, frames in Bar(
-        batches_of(loader), desc="training videos", unit="part", total=total, leave=False
+        batches_of(loader),
+        desc="training videos",
+        unit="part",
+        total=total,
+        leave=False,
     ):
         if frames is None:
             corrupt.append(windows.videos[number].path)
@@ -166,13 +174,14 @@ def search(clips, windows, num_workers):
         count = len(frames) - (T - 1) * interval  # of windows
         if count < 1:
             continue
-        pairs = zip(
-            own, blocks(torch.stack([frames, frames.flip(2)], dim=1).flatten(0, 1)), strict=True
-        )
-        # |b|^2 - 2 a.b
-        terms = sum(b.square().sum(dim=1).double() - 2 * (a @ b.T).double() for a, b in pairs)
+        both = torch.stack([frames, frames.flip(2)], dim=1).flatten(0, 1)
+        terms = 0  # |b|^2 - 2 a.b
+        for a, b in zip(clip_blocks, blocks(both), strict=True):
+            terms = terms + b.square().sum(dim=1).double() - 2 * (a @ b.T).double()
         terms = terms.view(N, T, len(frames), 2)
-        sums = sum(terms[:, t, t * interval : t * interval + count] for t in range(T)).flatten(1)
+        starts = [t * interval for t in range(T)]
+        sums = sum(terms[:, t, start : start + count] for t, start in enumerate(starts))
+        sums = sums.flatten(1)
         least = sums.argmin(dim=1)  # (N,), number of the window * 2 + mirrored
         place = torch.stack([torch.full_like(least, number), first + least // 2, least % 2], dim=1)
         best = nearer(best, (energy + sums.gather(1, least[:, None])[:, 0], place))
@@ -185,10 +194,11 @@ def nearer(one, other):
 
     Of equals the first video.
     """
-    (a, place_a) = one
-    (b, place_b) = other
+    a, place_a = one
+    b, place_b = other
     is_other = (b < a) | ((b == a) & (place_b[:, 0] < place_a[:, 0]))
-    return torch.where(is_other, b, a), torch.where(is_other[:, None], place_b, place_a)
+    distances = torch.where(is_other, b, a)
+    return distances, torch.where(is_other[:, None], place_b, place_a)
 
 
 def summarize(generated, real, videos=((), ())):
@@ -196,16 +206,21 @@ def summarize(generated, real, videos=((), ())):
 
     videos: those of both.
     """
-    result = {"rmse_ratio": None, "rmse_ratio_interval95": None}
+    ratio = None
+    interval = None
     if real.any():
-        result["rmse_ratio"] = (generated.mean() / real.mean()).item()
-        both = generated, real
-        interval = ratio_interval(operator.truediv, both, videos, "nearest")
-        result["rmse_ratio_interval95"] = interval
-    for name, rmse in (("rmse", generated), ("rmse_real", real)):
-        result |= {name: rmse.mean().item(), f"{name}_median": np.median(rmse).item()}
-    limits = {"nearer_than_all_real": real.min(), "nearer_than_95_percent": np.quantile(real, 0.05)}
-    return result | {name: (generated < limit).mean().item() for name, limit in limits.items()}
+        ratio = (generated.mean() / real.mean()).item()
+        interval = ratio_interval(operator.truediv, (generated, real), videos, "nearest")
+    return {
+        "rmse_ratio": ratio,
+        "rmse_ratio_interval95": interval,
+        "rmse": generated.mean().item(),
+        "rmse_median": np.median(generated).item(),
+        "rmse_real": real.mean().item(),
+        "rmse_real_median": np.median(real).item(),
+        "nearer_than_all_real": (generated < real.min()).mean().item(),
+        "nearer_than_95_percent": (generated < np.quantile(real, 0.05)).mean().item(),
+    }
 
 
 def write_pairs(path, windows, samples, pairs):
@@ -217,20 +232,21 @@ def write_pairs(path, windows, samples, pairs):
     rows = []
     titles = []
     for pair in pairs:
+        video = windows.videos[pair["number"]]
         indices = (pair["first_frame"] + shown * pair["frame_interval"]).tolist()
-        window = windows.resize(
-            read_frames(windows.root, windows.videos[pair["number"]], indices)
-        ).numpy()
-        rows += [
-            samples.clips[pair["clip"], shown],
-            window[:, :, ::-1] if pair["mirrored"] else window,
-        ]
+        window = windows.source.read(video, indices, flipped=pair["mirrored"])
+        rows.append(samples.clips[pair["clip"], shown])
+        rows.append(window.permute(1, 2, 3, 0))
         titles.append(f"{samples.shown_class(pair['class'])} {pair['clip']}: {pair['rmse']:.1f}")
-        stem = Path(pair["video"]).stem[-24:]
+        stem = drawable(Path(video.path).stem[-24:], f"video {pair['number']}")
         mirrored = ", mirrored" if pair["mirrored"] else ""
-        stem = drawable(stem, f"video {pair['number']}")
         titles.append(
-            f"{samples.shown_class(pair['video_class'])}, {stem}, frame {indices[0]}{mirrored}"
+            f"{samples.shown_class(video.class_name)}, {stem}, frame {indices[0]}{mirrored}"
         )
     notes = few(len(pairs), len(samples), "clips") + few(len(shown), samples.num_frames, "frames")
-    write_sheet(path, np.stack(rows), titles, notes=notes)
+    write_sheet(
+        path,
+        videos=np.stack(rows),
+        names=titles,
+        notes=notes,
+    )

@@ -8,7 +8,13 @@ import numpy as np
 matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402
 
-plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update(
+    {
+        "font.size": 14,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
+)
 plt.rcParams.update({"figure.figsize": (8, 5), "figure.constrained_layout.use": True})
 # Okabe and Ito: safe for color blindness
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9")
@@ -29,7 +35,11 @@ def plot_evaluations(path, evaluations, budget):
     axes.axvline(
         evaluations.mean(), color="black", linestyle="--", label=f"mean {evaluations.mean():.1f}"
     )
-    axes.set(xlabel="evaluations of the network", ylabel="samples", xlim=(0, budget + 1))
+    axes.set(
+        xlabel="evaluations of the network",
+        ylabel="samples",
+        xlim=(0, budget + 1),
+    )
     axes.legend()
     save_figure(figure, path)
 
@@ -40,14 +50,15 @@ def plot_energies(path, energies, sampler):
     There are at most MAX_LINES lines of samples.
     """
     figure, axes = plt.subplots()
-    axes.plot(energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
-    steps = np.flatnonzero(~np.isnan(energies).all(axis=0))
     axes.plot(
-        steps,
-        np.nanmean(energies[:, steps], axis=0),
-        color="black",
-        label="mean of running samples",
+        energies[:MAX_LINES].T,
+        color="tab:blue",
+        alpha=0.3,
+        linewidth=1,
     )
+    steps = np.flatnonzero(~np.isnan(energies).all(axis=0))
+    mean = np.nanmean(energies[:, steps], axis=0)
+    axes.plot(steps, mean, color="black", label="mean of running samples")
     axes.set(xlabel=f"step of {sampler}", ylabel="energy")
     axes.legend()
     save_figure(figure, path)
@@ -62,19 +73,31 @@ def plot_prediction(path, result, num_frames, titles):
     count = result["samples_per_clip"]
     frames = result["predicted_frames"]
     given = [frame for frame in range(num_frames) if frame not in frames]
-    for axes, (name, label) in zip(
-        panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True
-    ):
+    labels = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
         for (kind, title), color in zip(titles.items(), itertools.cycle(COLORS)):
-            if by_frame := result.get(f"{name}{kind}_by_frame"):
-                # a line has gaps where frames are given
-                mean, half = np.full((2, num_frames), np.nan)
-                mean[frames] = by_frame["mean"]
-                half[frames] = by_frame["half95"]
-                axes.plot(mean, color=color, marker="o", markersize=4, label=title.format(count))
-                axes.fill_between(
-                    range(num_frames), mean - half, mean + half, color=color, alpha=0.2, linewidth=0
-                )
+            by_frame = result.get(f"{name}{kind}_by_frame")
+            if not by_frame:
+                continue
+            # a line has gaps where frames are given
+            mean, half = np.full((2, num_frames), np.nan)
+            mean[frames] = by_frame["mean"]
+            half[frames] = by_frame["half95"]
+            axes.plot(
+                mean,
+                color=color,
+                marker="o",
+                markersize=4,
+                label=title.format(count),
+            )
+            axes.fill_between(
+                range(num_frames),
+                mean - half,
+                mean + half,
+                color=color,
+                alpha=0.2,
+                linewidth=0,
+            )
         for frame in given:
             axes.axvspan(
                 frame - 0.5,

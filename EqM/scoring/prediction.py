@@ -8,6 +8,8 @@ picture. Even a perfect model's sample is one of many futures: its squared error
 of their average. For Moving Shapes, their tracker also scores the motion.
 """
 
+from itertools import product
+
 import numpy as np
 
 from runtime.distributed import rank
@@ -44,8 +46,16 @@ def score_prediction(samples, real, clips, out, truth):
 
     def measure(clip, name, time_scale, index):
         predicted = samples.clips[S * index : S * (index + 1)]
-        tracks = truth.track_pair(predicted[0], clip, name, time_scale) if truth else None
-        return *score_clip(clip, predicted, given), tracks
+        scores, baselines = score_clip(clip, predicted, given)
+        tracks = None
+        if truth:
+            tracks = truth.track_pair(
+                predicted=predicted[0],
+                real=clip,
+                class_name=name,
+                time_scale=time_scale,
+            )
+        return scores, baselines, tracks
 
     scores, baselines, pairs, videos = gather(real, measure)
     baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
@@ -54,13 +64,20 @@ def score_prediction(samples, real, clips, out, truth):
         result |= truth.summarize_pairs(pairs, videos)
     lacking = "shares" if truth else ""  # of the motion
     result["interval_units"], line = interval_units(lacking, real=videos)
-    others = [frame for frame in range(samples.num_frames) if frame not in given]
-    result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": others}
+    result["given_frames"] = samples.about["given"][0]["frames"]
+    result["predicted_frames"] = [t for t in range(samples.num_frames) if t not in given]
     if rank() == 0:
-        plots.plot_prediction(out.with_suffix(".png"), result, samples.num_frames, KINDS)
-        write_pairs(out.with_suffix(".sheet.png"), samples, clips, given)
-    names = [name + kind for name in METRICS for kind in KINDS if name + kind in result]
-    values = {name: result[name] for name in names}
+        plots.plot_prediction(
+            path=out.with_suffix(".png"),
+            result=result,
+            num_frames=samples.num_frames,
+            titles=KINDS,
+        )
+        write_pairs(out.with_suffix(".sheet.png"), samples, clips)
+    values = {}
+    for name in map("".join, product(METRICS, KINDS)):
+        if name in result:
+            values[name] = result[name]
     lines = result_lines(result)
     if truth:
         for name in ("direction_accuracy", "speed_ratio", "appearance_kept"):
@@ -75,18 +92,24 @@ def score_clip(real, samples, given):
     real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8. Baselines: "repeated", the last given
     frame before (else the first after); "average", of several samples.
     """
-    others = [frame for frame in range(len(real)) if frame not in given]
-    nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in others]
-    moving = (np.abs(real[others].astype(int) - real[nearest]) > MOVING).any(axis=-1)  # (F, H, W)
+    others = [t for t in range(len(real)) if t not in given]
+    last_given = []
+    for t in others:
+        before = [frame for frame in given if frame < t]
+        last_given.append(max(before, default=min(given)))
+    true = real[others]
+    repeated = real[last_given]
+    moving = (np.abs(true.astype(int) - repeated) > MOVING).any(axis=-1)  # (F, H, W)
 
     def scores_of(frames):
-        return np.array([*map(frame_scores, frames, real[others], moving)]).T  # (3, F)
+        return np.array([*map(frame_scores, frames, true, moving)]).T  # (3, F)
 
-    made = {"repeated": real[nearest]}
+    baselines = {"repeated": scores_of(repeated)}
     if len(samples) > 1:
-        made["average"] = np.rint(samples[:, others].mean(axis=0)).astype(np.uint8)
-    scores = np.stack([scores_of(sample[others]) for sample in samples], axis=1)
-    return scores, {kind: scores_of(frames) for kind, frames in made.items()}
+        average = samples[:, others].mean(axis=0)
+        baselines["average"] = scores_of(np.rint(average).astype(np.uint8))
+    scores = [scores_of(sample[others]) for sample in samples]
+    return np.stack(scores, axis=1), baselines
 
 
 def frame_scores(frame, real, moving):
@@ -95,18 +118,18 @@ def frame_scores(frame, real, moving):
     """
     from skimage.metrics import structural_similarity  # takes a second to load
 
-    # As published (Wang et al. 2004): Gaussian windows of sigma 1.5, the mean over the colors
-    settings = {
-        "gaussian_weights": True,
-        "sigma": 1.5,
-        "use_sample_covariance": False,
-        "data_range": 255,
-    }
-    ssim = (
-        structural_similarity(real, frame, channel_axis=-1, **settings)
-        if (frame != real).any()
-        else 1.0
-    )
+    ssim = 1.0
+    if (frame != real).any():
+        # As published (Wang et al. 2004): Gaussian windows of sigma 1.5, the mean over the colors
+        ssim = structural_similarity(
+            real,
+            frame,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
+        )
     return psnr(frame, real), ssim, psnr(frame[moving], real[moving])
 
 
@@ -122,24 +145,26 @@ def compare(scores, baselines, videos=()):
         "samples_per_clip": scores.shape[2],
     }
     for number, name in enumerate(METRICS):
-        own = scores[:, number]  # (N, S, F)
-        best = own[np.arange(len(own)), mean(own, axis=2).argmax(axis=1)]  # (N, F)
-        columns = {"": own.mean(axis=1), "_best": best}
-        columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
-        for kind, values in columns.items():
-            half = half95(by_unit(values, videos))
+        of_metric = scores[:, number]  # (N, S, F)
+        best = mean(of_metric, axis=2).argmax(axis=1)
+        columns = {
+            "": of_metric.mean(axis=1),
+            "_best": of_metric[np.arange(len(scores)), best],
+        }
+        for kind, values in baselines.items():
+            columns[f"_{kind}"] = values[:, number]
+        by_clip = {}  # (N,) each
+        for kind, values in columns.items():  # (N, F)
             result[f"{name}{kind}_by_frame"] = {
                 "mean": or_none(mean(values)),
-                "half95": or_none(half),
+                "half95": or_none(half95(by_unit(values, videos))),
             }
-        by_clip = {kind: mean(values, axis=1) for kind, values in columns.items()}  # (N,) each
+            by_clip[kind] = mean(values, axis=1)
         for kind in by_clip.keys() & {"", "_average"}:
             by_clip[f"{kind}_gain"] = by_clip[kind] - by_clip["_repeated"]
         for kind, values in by_clip.items():
-            result |= {
-                name + kind: or_none(mean(values)),
-                f"{name}{kind}_interval95": mean_interval(values, videos),
-            }
+            result[name + kind] = or_none(mean(values))
+            result[f"{name}{kind}_interval95"] = mean_interval(values, videos)
     return result
 
 
@@ -155,28 +180,31 @@ def or_none(values):
 
 def result_lines(result):
     """The main results, to print."""
-    rows = [
-        (
-            f"clips: {result['clips']}, given {result['given_frames']}",
-            *(title for title, _ in METRICS.values()),
-        )
-    ]
+    titles = [title for title, _ in METRICS.values()]
+    rows = [[f"clips: {result['clips']}, given {result['given_frames']}", *titles]]
     for kind, title in KINDS.items():
         if f"psnr{kind}" in result:
             cells = [cell(result, name + kind, digits) for name, (_, digits) in METRICS.items()]
-            rows.append((title.format(result["samples_per_clip"]), *cells))
+            rows.append([title.format(result["samples_per_clip"]), *cells])
     return table(rows)
 
 
-def write_pairs(path, samples, clips, given):
+def write_pairs(path, samples, clips):
     """A sheet of clips, two rows each: given (marked) and predicted frames, then the true ones."""
     S = samples.about["real"]["samples_per_clip"]
     rows = []
     names = []
     marked = []
     for index in range(min(SHOWN, len(samples) // S)):
+        sample = index * S
         true = clips[index]["clip"].permute(1, 2, 3, 0).numpy()  # (T, H, W, 3)
-        rows = rows + [samples.clips[index * S], true]
-        marked = marked + [given, ()]
-        names += [samples.shown_class(samples.names[index * S]), "true"]
-    write_sheet(path, np.stack(rows), names, marked, notes=few(SHOWN, len(samples) // S, "clips"))
+        rows += [samples.clips[sample], true]
+        marked += [samples.given[sample], ()]
+        names += [samples.shown_class(samples.names[sample]), "true"]
+    write_sheet(
+        path,
+        videos=np.stack(rows),
+        names=names,
+        marked=marked,
+        notes=few(SHOWN, len(samples) // S, "clips"),
+    )

@@ -6,7 +6,6 @@ seconds per frame, video). A generated clip that continues no video is its own v
 
 import hashlib
 import json
-import os
 import statistics
 from pathlib import Path
 
@@ -43,9 +42,9 @@ class Samples:
         self.folder = Path(folder)
         self.place = f"{flag} {folder}"
         self.about, self.clips, labels = read_samples(self.place, self.folder)
-        self.source, self.classes, self.time_scale = (
-            self.about[name] for name in ("source", "classes", "time_scale")
-        )
+        self.source = self.about["source"]
+        self.classes = self.about["classes"]
+        self.time_scale = self.about["time_scale"]
         self.labels = labels.tolist()
         # None: without a class
         self.names = [class_name(self.classes, label) for label in self.labels]
@@ -54,35 +53,42 @@ class Samples:
         # numbers of frames
         self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(labels)
         self.videos = [entry["source"] for entry in given] or range(len(labels))
-        guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
         # of the model that guides instead of the class, or None
         self.weak = self.source.get("weak_sha256")
-        # None: the user did not choose it
-        self.guidance = guidance if any(self.names) or self.weak else 1.0
+        self.guidance = None  # the user did not choose it
+        if not any(self.names) and not self.weak:
+            self.guidance = 1.0
+        elif self.source.get("guidance_chosen"):
+            self.guidance = self.source.get("guidance")
 
     def __len__(self):
         return len(self.clips)
 
     def shown_class(self, name):
         """The name of a class, or None, as a picture can show it."""
+        if not name:
+            return "no class"
         number = self.classes.index(name) if name in self.classes else "unknown"
-        return drawable(name, f"class {number}") if name else "no class"
+        return drawable(name, f"class {number}")
 
     def check(self, metric, keep_background):
         """Raise UserError unless they can be scored with --metric and --keep-background."""
-        if problem := next(self.problems(metric, keep_background), None):
+        problem = next(self.problems(metric, keep_background), None)
+        if problem:
             raise UserError(f"{self.place}: {problem}")
 
     def check_classes(self, known, place):
         """Raise UserError unless all of their classes are among the known ones of a place."""
-        if unknown := set(self.classes) - set(known):
-            got = f"has class {min(unknown)}, {place} has {', '.join(known)}"
-            raise UserError(f"{self.place}: {got}; pass the data set that the model was trained on")
+        unknown = set(self.classes) - set(known)
+        if unknown:
+            raise UserError(
+                f"{self.place}: has class {min(unknown)}, {place} has {', '.join(known)}; pass the "
+                "data set that the model was trained on"
+            )
 
     def problems(self, metric, keep_background):
-        if len(self) < (
-            least := 1 if metric in ("motion", "prediction", "classifier", "census") else 2
-        ):
+        least = 1 if metric in ("motion", "prediction", "classifier", "census") else 2
+        if len(self) < least:
             yield f"has {plural(len(self), 'clip')}, --metric {metric} needs at least {least}"
         if self.num_frames == 1 and metric != "fid":
             yield f"holds images, --metric {metric} needs videos of at least 2 frames"
@@ -95,11 +101,13 @@ class Samples:
             yield f"has samples without a class, --metric {metric} needs the class of each"
         if metric == "consistency" and "temporal_patch_size" not in self.source:
             yield "its samples.json does not say the temporal_patch_size of the model; sample again"
-        if metric == "prediction" and self.image_size < 11:  # its window
-            yield f"has clips of {self.image_size} px, SSIM needs at least 11; use another metric"
         if metric == "prediction":
+            size = self.image_size
+            if size < 11:  # its window
+                yield f"has clips of {size} px, SSIM needs at least 11; use another metric"
             again = "sample again with --given DATA --given-split val --no-keep-background"
-            if (real := self.about.get("real")) is None:
+            real = self.about.get("real")
+            if real is None:
                 yield f"does not continue the clips of a data set; {again}"
             if len(self) != real["num_clips"] * real["samples_per_clip"]:
                 yield (
@@ -114,25 +122,30 @@ class Samples:
 
     def provenance(self):
         """The manifest's record: how they were made (samples.json), and samples.npz's SHA-256."""
-        about = {
-            name: value for name, value in self.about.items() if name not in ("classes", "given")
+        record = {
+            "samples": str(self.folder),
+            "samples_sha256": file_sha256(self.folder / "samples.npz"),
         }
-        size = {
+        for name, value in self.about.items():
+            if name not in ("classes", "given"):
+                record[name] = value
+        return record | {
             "num_clips": len(self),
             "num_frames": self.num_frames,
             "image_size": self.image_size,
         }
-        return (
-            {
-                "samples": str(self.folder),
-                "samples_sha256": file_sha256(self.folder / "samples.npz"),
-            }
-            | about
-            | size
-        )
 
 
-def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, ckpt, images):
+def find_real(
+    data_path,
+    split,
+    val_fraction,
+    num_frames,
+    time_scale,
+    image_size,
+    ckpt=None,
+    images=False,
+):
     """(Clips of the real videos of a split, training videos that are long enough, a description of
     the Clips for JSON).
 
@@ -144,31 +157,43 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
         say(f"{path} can't be opened; it is skipped")
     # before any is skipped, as in train.py
     train, val = split_videos(data_path, source.videos(), val_fraction)
-    videos = {"train": train, "val": val, "all": [*train, *val]}[split]
+    videos = {
+        "train": train,
+        "val": val,
+        "all": [*train, *val],
+    }[split]
     fps = statistics.median(video.fps for video in videos)
     interval = max(1, round(time_scale * fps))
     span = (num_frames - 1) * interval + 1
     usable = [video for video in videos if video.num_frames >= span]
     if not usable:
-        got = (
-            f"the longest video of --split {split} has "
-            f"{plural(max(video.num_frames for video in videos), 'frame')}"
+        longest = max(video.num_frames for video in videos)
+        raise UserError(
+            f"--data-path {data_path}: the longest video of --split {split} has "
+            f"{plural(longest, 'frame')}; expected at least {span} for {num_frames} frames that "
+            f"are {interval} apart; sample fewer frames"
         )
-        expected = f"expected at least {span} for {num_frames} frames that are {interval} apart"
-        raise UserError(f"--data-path {data_path}: {got}; {expected}; sample fewer frames")
     if abs(interval / fps - time_scale) > 0.01 * time_scale:
         say(
             f"note: real frames are {interval / fps:.3g} s apart, generated frames "
             f"{time_scale:.3g} s"
         )
-    settings = {"flip": False, "seed": REAL_SEED, "stream": "real"}
-    clips = Clips(source, usable, source.scan.classes, num_frames, (interval, interval), **settings)
+    clips = Clips(
+        source=source,
+        videos=usable,
+        classes=source.scan.classes,
+        num_frames=num_frames,
+        frame_interval=(interval, interval),
+        flip=False,
+        seed=REAL_SEED,
+        stream="real",
+    )
     about = {
         "data_path": str(data_path),
         "split": split,
         "val_fraction": val_fraction,
         "num_videos": len(usable),
-        "videos_sha256": videos_sha256(data_path, usable),
+        "videos_sha256": videos_sha256(source, usable),
         "num_frames": num_frames,
         "frame_interval": interval,
         "fps": fps,
@@ -180,11 +205,9 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     return clips, [video for video in train if video.num_frames >= num_frames], about
 
 
-def videos_sha256(root, videos):
-    """The SHA-256 of the names and sizes of videos."""
-    return json_sha256(
-        [(video.path, os.stat(os.path.join(root, video.path)).st_size) for video in videos]
-    )
+def videos_sha256(source, videos):
+    """The SHA-256 of the names and sizes of videos of a source."""
+    return json_sha256([(video.path, source.stamp(video)[0]) for video in videos])
 
 
 def json_sha256(value):
@@ -194,8 +217,13 @@ def json_sha256(value):
 
 def generated_stream(samples):
     """The stream of Samples."""
-    own = distributed.own_indices(len(samples))
-    for index in Bar(own, desc="generated clips", unit="clip", leave=False):
+    indices = distributed.own_indices(len(samples))
+    for index in Bar(
+        indices,
+        desc="generated clips",
+        unit="clip",
+        leave=False,
+    ):
         yield (
             index,
             np.array(samples.clips[index]),
@@ -207,14 +235,28 @@ def generated_stream(samples):
 
 def real_stream(clips, indices, args, corrupt, title="real clips"):
     """The stream of a Clips at indices; adds the paths of corrupt videos to the list `corrupt`."""
-    # in batches, as handing over takes time
-    settings = worker_settings(args.num_workers) | {"collate_fn": collate}
-    loader = DataLoader(clips, args.batch_size, sampler=indices, **settings)
-    with Bar(desc=title, total=len(indices), unit="clip", leave=False) as progress:
+    loader = DataLoader(
+        clips,
+        batch_size=args.batch_size,  # as handing over takes time
+        sampler=indices,
+        collate_fn=collate,
+        **worker_settings(args.num_workers),
+    )
+    with Bar(
+        desc=title,
+        total=len(indices),
+        unit="clip",
+        leave=False,
+    ) as progress:
         for batch in batches_of(loader):
             corrupt += batch["corrupt"]
             names = [clips.classes[label] for label in batch["y"]]
-            pixels = batch["clips"].movedim(1, -1).numpy()
-            about = names, batch["time_scales"].tolist(), batch["videos"]
-            yield from zip(batch["indices"].tolist(), pixels, *about, strict=True)
+            yield from zip(
+                batch["indices"].tolist(),
+                batch["clips"].movedim(1, -1).numpy(),
+                names,
+                batch["time_scales"].tolist(),
+                batch["videos"],
+                strict=True,
+            )
             progress.update(len(names))

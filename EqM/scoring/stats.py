@@ -40,9 +40,10 @@ def gather(stream, measure):
     Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the
     order of the clips.
     """
-    return distributed.gather_in_order(
-        [(index, *measure(*clip, index), video) for index, *clip, video in stream]
-    )
+    rows = []
+    for index, clip, name, time_scale, video in stream:
+        rows.append((index, *measure(clip, name, time_scale, index), video))
+    return distributed.gather_in_order(rows)
 
 
 def unit_of(video):
@@ -77,7 +78,7 @@ def by_unit(values, videos=()):
         indices.setdefault(unit_of(video), []).append(index)
     if len(indices) in (0, len(values)):
         return values
-    return torch.stack([values[own].nanmean(dim=0) for own in indices.values()])
+    return torch.stack([values[of_unit].nanmean(dim=0) for of_unit in indices.values()])
 
 
 def interval_units(lacking="shares", **videos):
@@ -89,26 +90,30 @@ def interval_units(lacking="shares", **videos):
     """
     units = {}
     texts = []
-    for kind, own in videos.items():
-        count = len(set(map(unit_of, own)))
-        paths = [PurePosixPath(str(video)) for video in own]
-        num_videos = len({(path.parent, path.stem) for path in paths})
-        is_clustered = count < len(own)
-        noun = "clips"
-        if is_clustered:
-            noun = "videos" if count == num_videos else "groups of videos"
-        over = f"{count} {noun}"
-        missing = ""
-        if count == 1 and is_clustered:
-            over = f"{len(own)} clips"
-            missing = f"; no interval: fewer than 2 {noun}"
-        elif lacking and count < FEWEST and (is_clustered or lacking == "ratios"):
-            missing = f"; no interval of {lacking}: fewer than {FEWEST} {noun}"
-        elif count == 1:
-            missing = "; no interval of means: fewer than 2 clips"
+    for kind, of_clips in videos.items():
+        over, missing = count_units(of_clips, lacking)
         units[kind] = over + missing
         texts.append(f"{over} ({kind}{missing})")
     return units, f"  95% intervals over {', '.join(texts)}"
+
+
+def count_units(videos, lacking):
+    """(the number of units of clips, which intervals are missing and why), in words."""
+    count = len(set(map(unit_of, videos)))
+    is_clustered = count < len(videos)
+    noun = "clips"
+    if is_clustered:
+        paths = [PurePosixPath(str(video)) for video in videos]
+        num_videos = len({(path.parent, path.stem) for path in paths})
+        noun = "videos" if count == num_videos else "groups of videos"
+    over = f"{count} {noun}"
+    if count == 1 and is_clustered:
+        return f"{len(videos)} clips", f"; no interval: fewer than 2 {noun}"
+    if lacking and count < FEWEST and (is_clustered or lacking == "ratios"):
+        return over, f"; no interval of {lacking}: fewer than {FEWEST} {noun}"
+    if count == 1:
+        return over, "; no interval of means: fewer than 2 clips"
+    return over, ""
 
 
 def wilson(hits, count):
@@ -117,7 +122,9 @@ def wilson(hits, count):
     """
     middle = (hits + Z95**2 / 2) / (count + Z95**2)
     half = Z95 / (count + Z95**2) * math.sqrt(hits * (count - hits) / count + Z95**2 / 4)
-    return [max(0.0, middle - half), min(1.0, middle + half)]  # rounding may exceed 0 or 1
+    low = max(0.0, middle - half)  # rounding may exceed 0 or 1
+    high = min(1.0, middle + half)
+    return [low, high]
 
 
 def share(hits, videos=()):
@@ -138,17 +145,22 @@ def share(hits, videos=()):
 def shares(hits, videos=()):
     """{name: share, name_interval95: its interval} of {name: bool (N,)}; None if N is 0."""
     result = {}
-    for name, own in hits.items():
-        result[name], result[f"{name}_interval95"] = (
-            share(own, videos) if len(own) else (None, None)
-        )
+    for name, of_clips in hits.items():
+        mean = None
+        interval = None
+        if len(of_clips):
+            mean, interval = share(of_clips, videos)
+        result[name] = mean
+        result[f"{name}_interval95"] = interval
     return result
 
 
 def mean_and_error(values):
     """The mean of values (None without any) and its standard error (None for fewer than two)."""
     mean = float(np.mean(values)) if len(values) else None
-    return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    if len(values) < 2:
+        return mean, None
+    return mean, float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def half95(units):
@@ -181,10 +193,9 @@ def ratio_interval(ratio, values, videos, *key):
     values: of generated clips (N, ...) and of real clips (M, ...); videos: those of both. The key
     seeds the bootstrap. None for fewer than FEWEST units.
     """
-    units = [by_unit(*own) for own in zip(values, videos, strict=True)]
-    if min(map(len, units)) < FEWEST:
+    generated, real = map(by_unit, values, videos)
+    if min(len(generated), len(real)) < FEWEST:
         return None
-    generated, real = units
     means = bootstrap(generated, *key, "generated")
     real_means = bootstrap(real, *key, "real")
     return interval95(ratio(means, real_means))
@@ -203,17 +214,20 @@ def interval95(values):
     A ratio of resamples of few clips may be infinite.
     """
     values = values[values.isfinite()]
-    return values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
+    return values.quantile(ends).tolist()
 
 
-def psnr(found, real, most=60.0):
+def psnr(frames, real, most=60.0):
     """PSNR in dB of uint8 arrays of one shape: NaN if they are empty, `most` if they are equal
     (rounding gives 59).
     """
     if not real.size:
         return np.nan
-    error = np.mean(np.square(real.astype(float) - found))
-    return min(10 * np.log10(255**2 / error), most) if error else most
+    error = np.mean(np.square(real.astype(float) - frames))
+    if not error:
+        return most
+    return min(10 * np.log10(255**2 / error), most)
 
 
 def cell(result, name, digits=3, interval=None):
@@ -223,21 +237,26 @@ def cell(result, name, digits=3, interval=None):
     """
     if result.get(name) is None:
         return "-"
+    text = f"{result[name]:.{digits}f}"
     ends = result.get(interval or f"{name}_interval95")
-    return f"{result[name]:.{digits}f}" + (
-        f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else ""
-    )
+    if ends:
+        text += f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+    return text
 
 
 def table(rows):
     """Rows of cells as lines of text: the first column is aligned left, the others right."""
-    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
-    return [
-        " ".join([f"  {row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
+    columns = itertools.zip_longest(*rows, fillvalue="")
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for first, *others in rows:
+        cells = map(str.rjust, others, widths[1:])
+        lines.append(" ".join([f"  {first:<{widths[0]}}", *cells]))
+    return lines
 
 
 def report(result, titles):
     """({name: value}, lines with intervals) of a result, for names in `titles` {name: title}."""
     values = {name: result[name] for name in titles if name in result}
-    return values, table([(titles[name], cell(result, name)) for name in values])
+    rows = [(titles[name], cell(result, name)) for name in values]
+    return values, table(rows)

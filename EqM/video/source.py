@@ -85,6 +85,17 @@ class Files(Source):
         frames = frames.flip(-1) if flipped else frames
         return frames.transpose(0, 1).contiguous()
 
+    def decode(self, video, chunk_size=16):
+        """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size.
+
+        Raises UnreadableError.
+        """
+        return read_all_frames(self.root, video, chunk_size)
+
+    def stamp(self, video):
+        """[size in bytes, modification time in ns] of a video's file; [0, 0] if it is gone."""
+        return file_stamp(self.root, video.path)
+
     def fit(self, frames):
         """uint8 (T, H, W, 3) of a file -> (T, 3, image_size, image_size)"""
         return resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self.image_size)
@@ -217,7 +228,7 @@ def write_pixels(path, files, video, metadata):
     header = json.dumps({"__metadata__": metadata, "pixels": pixels}).encode()
     with atomic_write(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for frames in read_all_frames(files.root, video):
+        for frames in files.decode(video):
             file.write(files.fit(frames).contiguous().numpy())
 
 
@@ -308,7 +319,7 @@ class CachedFiles(Files):
         """Decode the videos whose cache files are missing or have another stamp."""
         todo = {}  # video -> metadata of its cache file
         for video in self.videos():
-            metadata = {"stamp": str(file_stamp(self.root, video.path))}
+            metadata = {"stamp": str(self.stamp(video))}
             if cached_metadata(self.cache_path(video)) != metadata:
                 todo[video] = metadata
                 self.cache_path(video).unlink(missing_ok=True)
