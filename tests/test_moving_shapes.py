@@ -18,7 +18,6 @@ from tiny_videos import decode
 from training import content, record_calls, refused
 
 SCRIPTS = Path(shapes.__file__).parent
-SMALL = "--videos-per-class", 2, "--size", 16
 
 
 def make(out, *flags):
@@ -44,41 +43,34 @@ def made(tmp_path_factory):
 
 
 def test_the_bytes_of_a_video_depend_only_on_the_flags(tmp_path, made):
-    for name, seed in (("set", 0), ("again", 0), ("other", 1)):
-        make(tmp_path / name, *SMALL, "--seed", seed)
-    same, again, other = (content(tmp_path / name) for name in ("set", "again", "other"))
-    assert same == again and same.keys() == other.keys()
-    assert all(same[name] != other[name] for name in same if name.endswith(".avi"))
     make(tmp_path / "few", "--videos-per-class", 2)
-    all_files = content(made[0])
+    make(tmp_path / "other", "--videos-per-class", 2, "--seed", 1)
     few = content(tmp_path / "few")
-    assert all(few[name] == all_files[name] for name in few if "_g01_c01" in name)
-    assert not [
-        name for name, data in all_files.items() if b"Lav" in data
-    ]  # the name of the encoder
+    other = content(tmp_path / "other")
+    assert few.keys() == other.keys()
+    assert all(few[name] != other[name] for name in few if name.endswith(".avi"))
+    every = content(made[0])
+    assert all(few[name] == every[name] for name in few if "_g01_c01" in name)
+    assert not any(b"Lav" in data for data in every.values())  # the name of the encoder
 
 
 def test_moving_shapes_has_the_layout_and_split_lists_of_ucf101(made):
     out, side = made
-    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == sorted(
-        [*shapes.CLASSES, "ucfTrainTestlist"]
+    folders = {path.name for path in out.iterdir() if path.is_dir()}
+    assert folders == {*shapes.CLASSES, "ucfTrainTestlist"}
+    index, train, test = (
+        (out / f"ucfTrainTestlist/{name}.txt").read_text().splitlines()
+        for name in ("classInd", "trainlist01", "testlist01")
     )
-    lists = (
-        out / f"ucfTrainTestlist/{name}.txt" for name in ("classInd", "trainlist01", "testlist01")
-    )
-    index, train, test = (path.read_text().splitlines() for path in lists)
     assert index == [f"{number} {name}" for number, name in enumerate(sorted(shapes.CLASSES), 1)]
     train = dict(line.split() for line in train)
     assert all(f"{class_id} {name.split('/')[0]}" in index for name, class_id in train.items())
     listed = sorted([*train, *test])
-    assert listed == sorted(str(p.relative_to(out)) for p in out.rglob("*.avi"))
+    assert listed == sorted(str(path.relative_to(out)) for path in out.rglob("*.avi"))
     assert listed == sorted(f"{key}.avi" for key in side["videos"])
-    assert {name.split("_")[2] for name in test} == {"g01"} and not any(
-        "_g01_" in name for name in train
-    )
-    assert set(Counter(name.split("/")[0] for name in test).values()) == {
-        2
-    }  # of 9: group 1 holds clips 1 and 2
+    assert all("_g01_" in name for name in test) and not any("_g01_" in name for name in train)
+    # of 9: group 1 holds clips 1 and 2
+    assert set(Counter(name.split("/")[0] for name in test).values()) == {2}
     _, videos = plan()
     assert 0.1 <= sum("_g01_" in key for key in videos) / len(videos) <= 0.2
     assert {video["color"] for video in videos.values()} == {"red", "green", "blue"}
@@ -101,17 +93,10 @@ def test_decoded_videos_show_what_shapes_json_says(made):
             assert np.abs(centroid(frame) - center).max() < 0.2
             assert np.abs(frame.astype(int) - exact).mean() < 1.5
             x, y = centroid(exact).astype(int)
-            assert (
-                np.abs(
-                    frame[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1)) - shapes.COLORS[video["color"]]
-                ).max()
-                < 5
-            )
-        assert video["rgb"] == list(shapes.COLORS[video["color"]]) and video["background_rgb"] == [
-            0,
-            0,
-            0,
-        ]
+            color = frame[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1))
+            assert np.abs(color - shapes.COLORS[video["color"]]).max() < 5
+        assert video["rgb"] == list(shapes.COLORS[video["color"]])
+        assert video["background_rgb"] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
@@ -121,20 +106,16 @@ def test_coverage_equals_a_count_of_points_and_sums_to_the_area(shape):
         assert share.min() >= 0 and share.max() <= 1 + 1e-12
         assert share.sum() == pytest.approx(shapes.AREAS[shape] * 11.52**2, rel=2e-3)
         assert centroid(share[..., None]) == pytest.approx(center, abs=0.01)
-    center = (8.3, 7.9)
-    radius = 4.2
-    size = 16
-    sub = 32
-    ys, xs = (np.mgrid[: size * sub, : size * sub] + 0.5) / sub
-    x = (xs - center[0]) / radius
-    y = (ys - center[1]) / radius
+    ys, xs = (np.mgrid[: 16 * 32, : 16 * 32] + 0.5) / 32
+    x = (xs - 8.3) / 4.2
+    y = (ys - 7.9) / 4.2
     inside = {
         "Circle": x**2 + y**2 < 1,
         "Square": np.maximum(abs(x), abs(y)) < np.sqrt(np.pi) / 2,
         "Triangle": (y < 2.3 / 3) & (y > -2 * 2.3 / 3 + 2 * abs(x)),
     }[shape]
-    naive = inside.reshape(size, sub, size, sub).mean((1, 3))
-    assert np.abs(shapes.coverage(shape, center, radius, size) - naive).max() < 0.03
+    naive = inside.reshape(16, 32, 16, 32).mean((1, 3))
+    assert np.abs(shapes.coverage(shape, (8.3, 7.9), 4.2, 16) - naive).max() < 0.03
 
 
 @pytest.mark.parametrize("flags", [(), ("--seconds", 3, "--size", 32), ("--radius", 0.05, 0.19)])
@@ -144,26 +125,22 @@ def test_shapes_are_never_cut_off_and_cross_the_frame(flags):
         distance = video["speed"] * (args.frames - 1) / 25
         assert video["speed"] * args.frames / 25 == pytest.approx(args.size * 9 / 16)
         for moved in (0, distance):
-            center = np.array(video["start"]) + moved * np.array(
-                shapes.DIRECTIONS[video["direction"]]
-            )
+            direction = np.array(shapes.DIRECTIONS[video["direction"]])
+            center = np.array(video["start"]) + moved * direction
             share = shapes.coverage(video["shape"], center, video["radius"], args.size)
             assert share.sum() == pytest.approx(video["area"], rel=0.02)
 
 
 def test_radii_colors_and_backgrounds_come_from_the_flags():
-    flags = "--radius", 0.1, 0.18, "--colors", "yellow", "cyan", "--backgrounds", "navy", "gray"
-    videos = plan("--videos-per-class", 4, *flags)[1].values()
+    flags = "--radius 0.1 0.18 --colors yellow cyan --backgrounds navy gray --videos-per-class 4"
+    videos = plan(*flags.split())[1].values()
     radii = [video["radius"] / 64 for video in videos]
     assert 0.1 <= min(radii) < 0.12 and 0.16 < max(radii) <= 0.18
     assert {video["color"] for video in videos} == {"yellow", "cyan"}
     for video in videos:
+        assert video["background"] in ("navy", "gray")
         background = np.median(shapes.draw_clip(video, 64, 25), axis=(0, 1, 2))
-        assert (
-            tuple(background)
-            == shapes.BACKGROUNDS[video["background"]]
-            in ((10, 20, 50), (40, 40, 40))
-        )
+        assert tuple(background) == shapes.BACKGROUNDS[video["background"]]
 
 
 def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, made, capsys):
@@ -179,11 +156,7 @@ def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, made, 
     ("error", "status", "words"),
     [
         (KeyboardInterrupt(), 130, ""),
-        (
-            OSError(28, "No space left on device"),
-            1,
-            "set can't be written (No space left on device; the disk",
-        ),
+        (OSError(28, "No space left"), 1, "set can't be written (No space left; the disk"),
     ],
 )
 def test_an_interrupted_run_or_a_full_disk_leaves_no_files(
@@ -201,25 +174,25 @@ def test_an_interrupted_run_or_a_full_disk_leaves_no_files(
 
 # prepare_ucf101.sh, with 3 videos in 2 classes and fake unpackers that copy a folder.
 
+VIDEOS = "Archery/v_a_g01_c01.avi", "Archery/v_a_g01_c02.avi", "YoYo/v_y.avi"
+
 
 @pytest.fixture
 def ucf(tmp_path):
     """A function that runs the script on tmp_path/data/ucf-101 with the contents of two fake
     archives.
     """
-    contents, tools, data = (tmp_path / name for name in ("contents", "bin", "data"))
-    files = {
-        f"unrar/UCF-101/{name}.avi": name
-        for name in ("Archery/v_a_g01_c01", "Archery/v_a_g01_c02", "YoYo/v_y")
-    }
-    files["unzip/ucfTrainTestlist/trainlist01.txt"] = "Archery/v_a_g01_c01.avi 1\n"
-    for name, text in files.items():
+    contents = tmp_path / "contents"
+    tools = tmp_path / "bin"
+    data = tmp_path / "data"
+    files = [f"unrar/UCF-101/{name}" for name in VIDEOS]
+    for name in [*files, "unzip/ucfTrainTestlist/trainlist01.txt"]:
         (contents / name).parent.mkdir(parents=True, exist_ok=True)
-        (contents / name).write_text(text)
-    tools.mkdir(), data.mkdir()
-    write_commands(
-        tools, {tool: f'cp -r "{contents}/{tool}/." "${{@: -1}}"' for tool in ("unrar", "unzip")}
-    )
+        (contents / name).write_text(name)
+    tools.mkdir()
+    data.mkdir()
+    commands = {tool: f'cp -r "{contents}/{tool}/." "${{@: -1}}"' for tool in ("unrar", "unzip")}
+    write_commands(tools, commands)
 
     def run(status=0, archives=None, **environment):
         """Returns (what is printed as an error, in one line; the files after it)."""
@@ -233,12 +206,10 @@ def ucf(tmp_path):
             "EXPECT_CLASSES": "2",
         }
         command = ["bash", str(SCRIPTS / "prepare_ucf101.sh"), str(data / "ucf-101")]
-        done = subprocess.run(
-            command, env=os.environ | variables | environment, capture_output=True, text=True
-        )
-        assert (done.returncode, len(done.stderr.splitlines())) == (status, int(status == 2)), (
-            done.stderr
-        )
+        environment = os.environ | variables | environment
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert len(done.stderr.splitlines()) == int(status == 2), done.stderr
         return done.stderr, content(data)
 
     run.data = data
@@ -248,10 +219,7 @@ def ucf(tmp_path):
 @pytest.mark.parametrize("where", [".", "ucf-101"])
 def test_ucf101_is_arranged_and_resumes_after_an_interruption(ucf, where):
     _, files = ucf(archives=where)
-    names = ["Archery/v_a_g01_c01.avi", "Archery/v_a_g01_c02.avi", "YoYo/v_y.avi"]
-    assert [name for name in files if name.endswith(".avi")] == [
-        f"ucf-101/{name}" for name in names
-    ]
+    assert files.keys() >= {f"ucf-101/{name}" for name in VIDEOS}
     assert "ucfTrainTestlist/trainlist01.txt" in files
     assert ucf(PATH="/usr/bin:/bin")[1] == files  # nothing is unpacked again
     shutil.rmtree(ucf.data / "ucf-101/YoYo")
@@ -261,12 +229,7 @@ def test_ucf101_is_arranged_and_resumes_after_an_interruption(ucf, where):
 
 def test_ucf101_without_archives_with_missing_videos_or_foreign_files_is_refused(ucf):
     error, _ = ucf(status=2)
-    for words in (
-        "UCF101.rar",
-        "https://www.crcv.ucf.edu/data/UCF101.php",
-        "holds 0 videos in 0 classes",
-    ):
-        assert words in error
+    assert "UCF101.rar" in error and "https://www.crcv.ucf.edu/data/UCF101.php" in error
     (ucf.data / "UCF101.rar").write_text("archive")
     assert "UCF101TrainTestSplits-RecognitionTask.zip" in ucf(status=2)[0]
     error, _ = ucf(status=2, archives=".", EXPECT_VIDEOS="4")

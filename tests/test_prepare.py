@@ -53,16 +53,13 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
         train, val = split_videos(str(out), scan.videos, 0.5)
         people = [{video.path[-5] for video in videos} for videos in (train, val)]
         assert people == [set("123") - set(map(str, held_out)), set(map(str, held_out))]
-    assert (
-        scan.classes == ["Bend", "JumpingJack", "OneHandWave", "TwoHandWave"]
-        and len(scan.videos) == 12
-    )
-    assert set(MOVES) == set(prepare_weizmann.CLASSES)
+    assert scan.classes == ["Bend", "JumpingJack", "OneHandWave", "TwoHandWave"]
+    assert len(scan.videos) == 12 and set(MOVES) == set(prepare_weizmann.CLASSES)
     for number, name in prepare_weizmann.CLASSES.items():
         for person in range(3):
             frames, fps = decode(out / f"{name}/person{person + 1}.mkv")
             assert fps == 25 and np.array_equal(frames, draw(person, number, 20))
-    flags = "--source", strips, "--out", out, "--hold-out", 1, 2
+    flags = ["--source", strips, "--out", out, "--hold-out", 1, 2]
     check_second_run(out / "JumpingJack/person2.mkv", prepare_weizmann, *flags)
 
 
@@ -77,35 +74,19 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
             "00000012.jpg: not a strip of 64 x 64 px frames; clone the repository again",
         ),
         (
-            lambda actions, out: (actions / "0/00000000.jpg").write_text("git-lfs"),
-            [3],
-            "00000000.jpg: not a strip",
-        ),
-        (
             lambda actions, out: write_video(out / "Dive/me.avi"),
             [3],
             "holds Dive/me.avi, which does not belong to this data set; name another folder",
         ),
-        (lambda actions, out: shutil.rmtree(actions / "4"), [3], "person 1 has no clip of Bend"),
         (
-            lambda actions, out: (actions / "1/00000010.jpg").unlink(),
+            lambda actions, out: shutil.rmtree(actions / "4"),
             [3],
-            "person 2 has no clip of TwoHandWave",
-        ),
-        (
-            lambda actions, out: shutil.rmtree(actions),
-            [3],
-            "expected a complete clone of MoCoGAN's repository",
+            "person 1 has no clip of Bend; expected a complete clone of MoCoGAN's repository",
         ),
         (
             lambda actions, out: None,
             [4],
             "--hold-out [4]: expected some of people 1 to 3, but not all",
-        ),
-        (
-            lambda actions, out: None,
-            [1, 2, 3],
-            "--hold-out [1, 2, 3]: expected some of people 1 to 3, but not all",
         ),
     ],
 )
@@ -116,9 +97,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     out = tmp_path / "out"
     damage(own / "data/actions", out)
     before = snapshot(out)
-    assert line in refused(
-        capsys, prepare_weizmann, "--source", own, "--out", out, "--hold-out", *held_out
-    )
+    flags = ["--source", own, "--out", out, "--hold-out", *held_out]
+    assert line in refused(capsys, prepare_weizmann, *flags)
     assert snapshot(out) == before
 
 
@@ -158,7 +138,8 @@ def naive(tiles, character):
     for frame, number in zip(frames, tiles, strict=True):
         for layer, value in zip(LAYERS, (*character, 1), strict=True):
             pixels = tile(layer, value, number)
-            frame[pixels[..., 3] == 255] = pixels[pixels[..., 3] == 255][:, :3]
+            is_opaque = pixels[..., 3] == 255
+            frame[is_opaque] = pixels[is_opaque, :3]
     return frames
 
 
@@ -175,21 +156,18 @@ def test_a_frame_shows_its_tile_of_each_layer_and_higher_layers_hide_lower_ones(
 ):
     read = prepare_sprites.read_sheets(sheets)
     draw = random.Random(0)
-    for character in [(0, 0, 0, 0), (5, 4, 3, 2), *(draw.choices(range(6), k=4) for _ in range(5))]:
-        assert np.array_equal(
-            prepare_sprites.compose(read, name, character), naive(tiles, character)
-        )
+    for _ in range(5):
+        character = draw.choices(range(6), k=4)
+        frames = prepare_sprites.compose(read, name, character)
+        assert np.array_equal(frames, naive(tiles, character))
 
 
 def test_transparent_pixels_are_blended_over_black():
     sheets = {
-        (layer, value): np.zeros((273, 64, 64, 4), np.uint8)
-        for layer in LAYERS
-        for value in range(6)
+        (layer, value): np.zeros((273, 64, 64, 4), np.uint8) for layer in LAYERS for value in (0, 1)
     }
-    for value in range(6):
-        sheets["body", value][:] = 200, 100, 0, 255
-        sheets["hair", value][:] = 0, 100, 250, 51  # a fifth
+    sheets["body", 0][:] = 200, 100, 0, 255
+    sheets["hair", 0][:] = 0, 100, 250, 51  # a fifth
     frames = prepare_sprites.compose(sheets, "WalkFront", (0, 0, 0, 0))
     assert np.array_equal(np.unique(frames.reshape(-1, 3), axis=0), [[160, 100, 50]])
 
@@ -197,11 +175,10 @@ def test_transparent_pixels_are_blended_over_black():
 def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_part(
     sheets, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39}
-    )  # all 11,664 videos take half a minute
-    command = prepare_sprites, "--source", sheets, "--out", tmp_path
-    run_main(*command)
+    # all 11,664 videos take half a minute
+    monkeypatch.setattr(prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39})
+    flags = ["--source", sheets, "--out", tmp_path]
+    run_main(prepare_sprites, *flags)
     scan = scan_videos(str(tmp_path))
     train, val = split_videos(str(tmp_path), scan.videos, 0.5)
     assert (len(train), len(val), scan.classes) == (1000, 296, ["SpellcastRight"])
@@ -210,10 +187,9 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
         body, bottomwear, topwear, hair = map(int, Path(video.path).stem.removeprefix("character"))
         assert 216 * body + 36 * bottomwear + 6 * topwear + hair in order[1000:]
     frames, fps = decode(tmp_path / "SpellcastRight/character5012.mkv")
-    assert fps == 8 and np.array_equal(
-        frames, naive([39, 40, 41, 42, 43, 44, 43, 45], (5, 0, 1, 2))
-    )
-    check_second_run(tmp_path / "SpellcastRight/character0000.mkv", *command)
+    expected = naive([39, 40, 41, 42, 43, 44, 43, 45], (5, 0, 1, 2))
+    assert fps == 8 and np.array_equal(frames, expected)
+    check_second_run(tmp_path / "SpellcastRight/character0000.mkv", prepare_sprites, *flags)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 
 import benchmark
 import lab
-import memory
 from training import ROOT, run_main
 
 RESULTS = ROOT / "results"
@@ -37,32 +36,18 @@ def records_of(path):
     return content if isinstance(content, list) else [content.get("made", {})]
 
 
-def check_records(path):
-    """Fail unless the numbers of a result file can be made again, as far as it says how."""
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_numbers_of_a_result_file_can_be_made_again_as_it_says_how(path):
     records = records_of(path)
-    assert records, (
-        f"{path.name} does not say how it was made; expected {path.stem}.json with "
-        f"{', '.join(KEYS)}"
-    )
+    assert records, "says nothing"
     for record in records:
-        for key in KEYS:
-            assert record.get(key), f"{path.name} lacks {key}"
-        assert re.fullmatch("[0-9a-f]{40}", record["code"]), (
-            f"{path.name}: {record['code']} is no commit"
-        )
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"]), (
-            f"{path.name}: {record['date']} is no date"
-        )
+        assert record["command"] and record["machine"]
+        assert re.fullmatch("[0-9a-f]{40}", record["code"])
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
     if path.suffix == ".csv":
         with open(path, newline="") as file:
             codes = {row["code"] for row in csv.DictReader(file)}
-        missing = codes - {record["code"] for record in records}
-        assert not missing, f"{path.stem}.json lacks the commits {missing} of rows in {path.name}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_result_file_says_how_it_was_made(path):
-    check_records(path)
+        assert codes <= {record["code"] for record in records}
 
 
 def test_every_table_has_its_numbers_or_its_command_beside_it():
@@ -74,10 +59,9 @@ def test_every_table_has_its_numbers_or_its_command_beside_it():
 
 def has_full_history():
     words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
-    return (
-        shutil.which("git")
-        and subprocess.run(words, capture_output=True, text=True).stdout.strip() == "false"
-    )
+    if shutil.which("git") is None:
+        return False
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "false"
 
 
 def test_the_commits_of_results_exist():
@@ -85,40 +69,9 @@ def test_the_commits_of_results_exist():
     asked = "".join(f"{code}\n" for code in sorted(codes))
     if has_full_history():  # neither a shallow clone nor an archive
         words = ["git", "-C", str(ROOT), "cat-file", "--batch-check"]
-        answer = subprocess.run(
-            words, input=asked, capture_output=True, text=True, check=True
-        ).stdout
-        assert not [line for line in answer.splitlines() if " commit " not in line]
+        done = subprocess.run(words, input=asked, capture_output=True, text=True, check=True)
+        assert all(" commit " in line for line in done.stdout.splitlines())
     assert len(codes) > 10
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.json", {"rows": []}, "a.json lacks code"),
-        ("a.json", {"made": RECORD | {"machine": ""}}, "a.json lacks machine"),
-        ("a.json", [RECORD, {"value": 1}], "a.json lacks code"),
-        ("a.json", [], "a.json does not say how it was made"),
-        ("a.json", [RECORD | {"code": "0" * 40 + "+"}], "is no commit"),
-        ("a.json", [RECORD | {"date": "yesterday"}], "is no date"),
-        (
-            "a.csv",
-            None,
-            "a.csv does not say how it was made; expected a.json with code, command, date, machine",
-        ),
-        ("a.csv", [RECORD | {"code": "1" * 40}], "a.json lacks the commits"),
-    ],
-)
-def test_a_result_file_without_these_is_refused(name, content, words, tmp_path):
-    path = tmp_path / name
-    if path.suffix == ".csv":
-        path.write_text(f"code,value\n{RECORD['code']},1\n")
-    if content is not None:
-        path.with_suffix(".json").write_text(json.dumps(content))
-    with pytest.raises(AssertionError, match=re.escape(words)):
-        check_records(path)
-    path.with_suffix(".json").write_text(json.dumps([RECORD]))
-    check_records(path)
 
 
 # What scripts write -------------------------------------------------------------------------------
@@ -159,16 +112,3 @@ def test_the_benchmark_says_how_it_was_made(tmp_path, monkeypatch):
     run_main(benchmark)
     content = json.loads((tmp_path / "results/benchmark.json").read_text())
     assert content["made"]["command"].endswith("benchmark.py") and content["rows"][0]["median"] == 1
-
-
-def test_counts_of_memory_say_how_they_were_made(tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
-    rows = iter(memory.read_rows())
-    monkeypatch.setattr(memory, "ROOT", tmp_path)
-    monkeypatch.setattr(memory, "measure", lambda name, flag: next(rows))
-    run_main(memory)
-    content = json.loads((tmp_path / "results/memory.json").read_text())
-    assert (
-        content["made"]["command"].endswith("memory.py")
-        and len(content["rows"]) == len(memory.read_rows()) == 15
-    )
