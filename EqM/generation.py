@@ -503,12 +503,8 @@ def generate(
     """
     most = count_evaluations(settings)
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-    bar = Bar(
-        total=len(batches) * len(plan.window_starts) * most,
-        desc="sampling",
-        unit="evaluation",
-        leave=False,
-    )
+    total = len(batches) * len(plan.window_starts) * most
+    bar = Bar(total=total, desc="sampling", unit="evaluation", leave=False)
 
     def step(running):
         bar.set_postfix_str(f"{running} running", refresh=False)
@@ -536,22 +532,25 @@ def generate(
                 strict=strict,
                 step=step,
             )
-            given_clips = given(batch) if given else None
-            end = bar.n
             windows = sample_windows(
-                plan, noise_of, sample_latents, given_clips=given_clips, keep=keep_background
+                plan,
+                noise_of,
+                sample_latents,
+                given_clips=given and given(batch),
+                keep_background=keep_background,
             )
+            end = bar.n
             for part in windows:
                 end += most
                 bar.update(end - bar.n)  # samples may all stop early
                 yield batch, *part
 
 
-def sample_windows(plan, noise_of, sample_latents, given_clips, keep):
+def sample_windows(plan, noise_of, sample_latents, given_clips, keep_background):
     """Sample the windows of a batch, each from the last frames of the one before, and decode them.
 
     noise_of(window=number) returns initial latents; sample_latents(x, masked=...) is
-    `sample_window`. given_clips: clips and masks as in `generate`, or None. keep: see `Details`.
+    `sample_window`. given_clips: clips and masks as in `generate`, or None.
     Yields for each window the number of the first new frame, the new frames uint8 (n, k, H, W, 3),
     evaluations (n,) and energies (n, num_steps), None unless they are recorded.
     """
@@ -562,7 +561,7 @@ def sample_windows(plan, noise_of, sample_latents, given_clips, keep):
         x = noise_of(window=index)
         if given_clips and index == 0:
             clips, mask = (tensor.to(x.device) for tensor in given_clips)
-            details = Details(clips, mask, keep)
+            details = Details(clips, mask, keep_background)
         masked = masked_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
         latents, evaluations, energies = sample_latents(x, masked=masked)
         tail = latents[:, :, -plan.overlap :]
