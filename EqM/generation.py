@@ -532,12 +532,9 @@ def generate(
                 strict=strict,
                 step=step,
             )
+            given_clips = given and given(batch)
             windows = sample_windows(
-                plan,
-                noise_of,
-                sample_latents,
-                given_clips=given and given(batch),
-                keep_background=keep_background,
+                plan, noise_of, sample_latents, given_clips, keep=keep_background
             )
             end = bar.n
             for part in windows:
@@ -546,7 +543,7 @@ def generate(
                 yield batch, *part
 
 
-def sample_windows(plan, noise_of, sample_latents, given_clips, keep_background):
+def sample_windows(plan, noise_of, sample_latents, given_clips, keep):
     """Sample the windows of a batch, each from the last frames of the one before, and decode them.
 
     noise_of(window=number) returns initial latents; sample_latents(x, masked=...) is
@@ -561,7 +558,7 @@ def sample_windows(plan, noise_of, sample_latents, given_clips, keep_background)
         x = noise_of(window=index)
         if given_clips and index == 0:
             clips, mask = (tensor.to(x.device) for tensor in given_clips)
-            details = Details(clips, mask, keep_background)
+            details = Details(clips, mask, keep)
         masked = masked_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
         latents, evaluations, energies = sample_latents(x, masked=masked)
         tail = latents[:, :, -plan.overlap :]

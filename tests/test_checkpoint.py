@@ -202,7 +202,7 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
     writer.wait()
     monkeypatch.setattr(torch, "save", full_disk)
     writer.write(make_state(step=2), ["best.pt"], nothing, nothing)
-    concurrent.futures.wait([writer.writing])
+    concurrent.futures.wait([writer.pending])
     assert "No space left on device" in error_of(writer.check)
     assert "No space left on device" in error_of(writer.wait)
     write = functools.partial(writer.write, make_state(step=3), [], nothing, nothing)
