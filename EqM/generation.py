@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import checkpoint
-import transport
 from given import NOT_FORCED, Details
 from models import Condition, EqM, model_name
 from rope import REFERENCE_FPS
@@ -187,6 +186,11 @@ class Plan:
     def __post_init__(self):
         self.window = self.window or self.num_frames
         self.time_scales = self.time_scales or [self.time_scale] * len(self.conditions)
+
+    @property
+    def labels(self):
+        """The class of each sample, or NO_LABEL, for files."""
+        return self.conditions
 
     @property
     def window_starts(self):
@@ -438,6 +442,12 @@ def choose_labels(args, names):
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
 
+def one_of_each(classes, count):
+    """(conditions, names) of `count` samples: one class after the other."""
+    labels = torch.arange(count) % len(classes)
+    return labels, class_names(classes, labels)
+
+
 def provenance(plan, args):
     """Return everything that determines the samples of a checkpoint, as plain values for JSON."""
     config = plan.model.config
@@ -657,4 +667,4 @@ def initial_latents(plan, indices, seed, device, init, init_gamma, window):
     clips, _ = init(indices)
     encoded = plan.vae.encode(clips.to(device))
     gamma = torch.full((len(indices),), init_gamma, device=device)
-    return transport.interpolate(encoded, noise, gamma)
+    return config.learns.interpolate(encoded, noise, gamma)

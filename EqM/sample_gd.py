@@ -304,7 +304,7 @@ def write_folder(args, plan, parts, clips):
         folder,
         videos,
         plan.num_frames,
-        labels=plan.conditions,
+        labels=plan.labels,
         fps=1 / plan.time_scale,
         names=plan.names,
         marked=marked,

@@ -32,7 +32,7 @@ import optim
 import preflight
 import schedule
 import transport
-from generation import Plan, generate, sampling_settings
+from generation import Plan, generate, one_of_each, sampling_settings
 from models import Condition
 from optim import check_fp16, ema_decay, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags, log_run, make_run_config, note_changes, run_name
@@ -48,7 +48,6 @@ from sharding import full_tensor, make_networks
 from validation import validate, validation_chunks
 from video.clips import Clips, rank_batches
 from video.loader import batches_of, make_loader, on_device
-from video.samples import class_names
 from video.writers import tile, write_gif, write_mp4, write_sheet
 
 
@@ -469,14 +468,14 @@ def start_phase(args, data, phases, phase, progress, device):
 
 
 def preview_plan(args, ema, vae, classes, run_config):
-    """The Plan of a phase's samples: one class after the other."""
-    conditions = torch.arange(args.num_samples) % len(classes)
+    """The Plan of a phase's samples."""
+    conditions, names = one_of_each(classes, args.num_samples)
     return Plan(
         ema,
         vae=vae,
         classes=classes,
         conditions=conditions,
-        names=class_names(classes, conditions),
+        names=names,
         num_frames=run_config["model"]["num_frames"],
         time_scale=run_config["data"]["time_scale"],
         gamma_shift=args.gamma_shift,
@@ -521,7 +520,7 @@ def write_previews(run, step, plan, videos):
     mp4 = None
     with cli.writing(sheet):
         sheet.parent.mkdir(exist_ok=True)
-        write_sheet(sheet, videos, plan.names, labels=plan.conditions)
+        write_sheet(sheet, videos, plan.names, labels=plan.labels)
         if videos.shape[1] > 1:
             gif = io.BytesIO()
             mp4 = sheet.with_suffix(".mp4")

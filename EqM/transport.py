@@ -67,6 +67,10 @@ class Objective:
         """Return the factor of x - noise in the target, shaped as gamma: c(gamma) or 1."""
         return decay(gamma) if self.has_decay else torch.ones_like(gamma)
 
+    def interpolate(self, x, noise, gamma):
+        """Return x_gamma, the path from noise to data that the field is learned on."""
+        return interpolate(x, noise, gamma)
+
     def target(self, x, noise, gamma):
         """Return the regression target at x_gamma: (x - noise) c(gamma), or x - noise."""
         return (x - noise) * self.decay(_broadcast(gamma))
@@ -93,9 +97,8 @@ class Objective:
         does not show.
         """
         told = {"gamma": gamma} if self.is_told else {}
-        output = network(
-            interpolate(x, noise, gamma), y, time_scale, return_features=return_features, **told
-        )
+        x_gamma = self.interpolate(x, noise, gamma)
+        output = network(x_gamma, y, time_scale, return_features=return_features, **told)
         f, features = output if return_features else (output, None)
         target = self.target(x, noise, gamma)
         squares = (f.float() - target).square()[:, :, first:]

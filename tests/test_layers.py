@@ -51,7 +51,6 @@ NAME_CLASSES = {  # what the others name without knowing it
     "train": {
         "classes",
         "class_dropout_prob",
-        "class_names",
         "labels",
     },  # of folders; of dropped conditions; of samples
     "train_vae": {"classes"},
