@@ -11,10 +11,17 @@ others are not. The network thus learns to complete clips, as in Diffusion Forci
 2407.01392). It has no level as an input, because it sees from the frames how noisy they are. With
 --forcing-regions, some clips are clean outside of a rectangle.
 
-Two other objectives serve as controls. "flow" is flow matching (arXiv 2210.02747): the target is x
+Five other objectives serve as controls. "flow" is flow matching (arXiv 2210.02747): the target is x
 - eps without c, and the network is told gamma. "blind" has the same target, but the network is not
-told (arXiv 2502.13129). Their field does not vanish at the data, so a solver must follow it from
-gamma = 0 to 1. An objective is an `Objective`, and all of them are in `OBJECTIVES`.
+told (arXiv 2502.13129). "told-w" and "blind-w" are these two with EqM's weight: their loss has the
+factor c(gamma)^2 / E[c^2]. "told-c" has EqM's target, but is told gamma. All but eqm lack
+equilibria that a descent could find, so a solver must follow them from gamma = 0 to 1. An objective
+is an `Objective`, and all of them are in `OBJECTIVES`.
+
+| | target x - eps | the same, weighted | target (x - eps) c |
+|---|---|---|---|
+| told gamma | flow | told-w | told-c |
+| not told | blind | blind-w | eqm |
 """
 
 import math
@@ -52,6 +59,7 @@ class Objective:
     title: str  # with its source, for people
     has_decay: bool  # the target has the factor c(gamma), so it vanishes at the data
     is_told: bool  # gamma is an input of the network, one level per temporal patch
+    is_weighted: bool = False  # the loss has the factor c(gamma)^2 / E[c^2]
 
     @property
     def has_equilibria(self):
@@ -75,6 +83,12 @@ class Objective:
         """Return the regression target at x_gamma: (x - noise) c(gamma), or x - noise."""
         return (x - noise) * self.decay(_broadcast(gamma))
 
+    def weight(self, gamma):
+        """Return the factor of the loss, shaped as gamma; its mean over uniform gamma is 1."""
+        if not self.is_weighted:
+            return torch.ones_like(gamma)
+        return decay(gamma).square() / MEAN_SQUARED_DECAY
+
     def velocity(self, f, gamma):
         """Return dx/dgamma along the path of `interpolate`: f / c(gamma) for f at a float gamma."""
         return f / self.decay(gamma).item()
@@ -93,17 +107,22 @@ class Objective:
         frames, so for first = 0 it is the loss of a network that predicts zero. features: (B, N, D)
         or None.
 
-        Without decay, clean frames (gamma = 1) are left out: their target is noise that x_gamma
-        does not show.
+        Without decay or weight, clean frames (gamma = 1) are left out: their target is noise that
+        x_gamma does not show.
         """
         told = {"gamma": gamma} if self.is_told else {}
         x_gamma = self.interpolate(x, noise, gamma)
         output = network(x_gamma, y, time_scale, return_features=return_features, **told)
         f, features = output if return_features else (output, None)
         target = self.target(x, noise, gamma)
-        squares = (f.float() - target).square()[:, :, first:]
+        squares = (f.float() - target).square()
         zero_squares = target.square()
-        if self.has_decay or gamma.dim() == 1:
+        if self.is_weighted:
+            weight = self.weight(_broadcast(gamma))
+            squares = squares * weight
+            zero_squares = zero_squares * weight
+        squares = squares[:, :, first:]
+        if self.has_decay or self.is_weighted or gamma.dim() == 1:
             return squares.flatten(1).mean(dim=1), zero_squares.mean(), features
         errors = _mean_of_noisy(squares, gamma[:, first:])
         return errors, _mean_of_noisy(zero_squares, gamma).mean(), features
@@ -119,6 +138,21 @@ OBJECTIVES = {
         Objective("eqm", "Equilibrium Matching (arXiv 2510.02300)", has_decay=True, is_told=False),
         Objective("flow", "flow matching", has_decay=False, is_told=True),
         Objective("blind", "blind flow matching", has_decay=False, is_told=False),
+        Objective(
+            "told-w",
+            "flow matching with the weight of EqM",
+            has_decay=False,
+            is_told=True,
+            is_weighted=True,
+        ),
+        Objective("told-c", "EqM that is told the noise level", has_decay=True, is_told=True),
+        Objective(
+            "blind-w",
+            "blind flow matching with the weight of EqM",
+            has_decay=False,
+            is_told=False,
+            is_weighted=True,
+        ),
     )
 }
 
@@ -276,6 +310,7 @@ def add_flags(parser):
         choices=OBJECTIVES,
         help=(
             "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; "
+            "told-w, blind-w: these with the weight of eqm; told-c: eqm, told the noise level; "
             "default: from --ckpt, else eqm"
         ),
     )

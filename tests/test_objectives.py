@@ -1,4 +1,4 @@
-"""The objectives flow and blind: closed forms on Gaussian data, levels per temporal patch, and runs
+"""The objectives: closed forms on Gaussian data, levels per temporal patch, and runs
 of the scripts.
 """
 
@@ -87,12 +87,30 @@ def test_guidance_passes_the_levels_to_both_terms():
     torch.testing.assert_close(f[:, 0, 0, 0, 0], expected)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+EVERY_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+
+
+def test_the_objectives_are_a_table_of_target_weight_and_what_is_told():
+    def row(is_told):
+        ones = [objective for objective in OBJECTIVES.values() if objective.is_told == is_told]
+        return {objective.name: (objective.has_decay, objective.is_weighted) for objective in ones}
+
+    plain = (False, False)
+    weighted = (False, True)
+    decayed = (True, False)
+    assert row(is_told=True) == {"flow": plain, "told-w": weighted, "told-c": decayed}
+    assert row(is_told=False) == {"eqm": decayed, "blind": plain, "blind-w": weighted}
+    assert [name for name, one in OBJECTIVES.items() if one.has_equilibria] == ["eqm"]
+
+
+@EVERY_OBJECTIVE
 def test_targets_and_losses_of_each_objective(objective):
     x = normal(4, 2, 3, 4, 4)
     noise = normal(4, 2, 3, 4, 4, seed=1)
     gamma = torch.tensor([0.0, 0.5, 0.9, 1.0])
-    factor = transport.decay(gamma) if objective is EQM else torch.ones(4)
+    ones = torch.ones(4)
+    factor = transport.decay(gamma) if objective.has_decay else ones
+    weight = transport.decay(gamma).square() / 13.8667 if objective.is_weighted else ones
     truth = (x - noise) * factor.reshape(4, 1, 1, 1, 1)
     told = []
 
@@ -101,22 +119,53 @@ def test_targets_and_losses_of_each_objective(objective):
         return truth + 1
 
     errors, square, _ = objective.losses(network, x, noise, gamma, None, None)
-    torch.testing.assert_close(errors, torch.ones(4))
-    torch.testing.assert_close(square, truth.square().mean())
-    assert told == [{"gamma": gamma} if objective is FLOW else {}]
-    levels = torch.tensor([[1.0, 0.3, 0.3]]).expand(4, 3)  # of frames
-    goal = objective.target(x, noise, levels)
-    goal[:, :, 0] += 9.0  # an error where nothing is to be denoised
-    errors, square, _ = objective.losses(lambda *_, **__: goal, x, noise, levels, None, None)
-    torch.testing.assert_close(errors, torch.full((4,), 27.0 if objective is EQM else 0.0))
-    part = objective.target(x, noise, levels)[:, :, 0 if objective is EQM else 1 :]
-    torch.testing.assert_close(square, part.square().mean())
-    many = torch.linspace(0, 1, 20_000)
-    zero = objective.target(
-        2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1), many
-    )
-    assert zero.square().mean().item() == pytest.approx(objective.zero_loss(4.0), rel=0.02)
+    torch.testing.assert_close(errors, weight, rtol=1e-4, atol=0)
+    expected = (truth.square() * weight.reshape(4, 1, 1, 1, 1)).mean()
+    torch.testing.assert_close(square, expected, rtol=1e-4, atol=0)
+    assert told == [{"gamma": gamma} if objective.is_told else {}]
     assert objective.velocity(truth[1], gamma[1]).equal(x[1] - noise[1])
+
+
+@EVERY_OBJECTIVE
+def test_clean_frames_count_only_where_the_target_is_known(objective):
+    x = normal(4, 2, 3, 4, 4)
+    noise = normal(4, 2, 3, 4, 4, seed=1)
+    levels = torch.tensor([[1.0, 0.3, 0.3]]).expand(4, 3)  # of frames
+    target = objective.target(x, noise, levels)
+    wrong = target.clone()
+    wrong[:, :, 0] += 9.0  # an error where nothing is to be denoised
+    errors, square, _ = objective.losses(lambda *_, **__: wrong, x, noise, levels, None, None)
+    # eqm and told-c know that the target is 0 there; others do not count the frame, or weigh it 0
+    torch.testing.assert_close(errors, torch.full((4,), 27.0 if objective.has_decay else 0.0))
+    expected = target[:, :, 1:].square().mean()
+    if objective.has_decay:
+        expected = target.square().mean()
+    if objective.is_weighted:  # of 3 frames, with the weight 16 / 13.87
+        expected = expected * 2 / 3 * 16 / 13.8667
+    torch.testing.assert_close(square, expected, rtol=1e-4, atol=0)
+
+
+@EVERY_OBJECTIVE
+def test_predicting_zero_has_the_expected_loss(objective):
+    x = 2 * normal(20_000, 1, 1, 4, 4)
+    noise = normal(20_000, 1, 1, 4, 4, seed=1)
+    gamma = torch.linspace(0, 1, 20_000)
+    zero = torch.zeros_like(x)
+    errors, square, _ = objective.losses(lambda *_, **__: zero, x, noise, gamma, None, None)
+    assert errors.mean().item() == pytest.approx(objective.zero_loss(4.0), rel=0.02)
+    assert square.item() == pytest.approx(errors.mean().item(), rel=1e-5)
+
+
+def test_told_c_and_told_w_learn_the_same_but_for_a_factor():
+    # a network that predicts v has the loss of told-w; c(gamma) v that of told-c, E[c^2] times it
+    x = normal(4, 2, 3, 4, 4)
+    noise = normal(4, 2, 3, 4, 4, seed=1)
+    gamma = torch.tensor([[0.1, 0.1, 0.9], [0.2, 0.7, 1.0], [0.5, 0.5, 0.5], [0.0, 0.95, 0.95]])
+    v = normal(4, 2, 3, 4, 4, seed=2)
+    cv = v * transport.decay(gamma)[:, None, :, None, None]
+    weighted, _, _ = OBJECTIVES["told-w"].losses(lambda *_, **__: v, x, noise, gamma, None, None)
+    decayed, _, _ = OBJECTIVES["told-c"].losses(lambda *_, **__: cv, x, noise, gamma, None, None)
+    torch.testing.assert_close(decayed, transport.MEAN_SQUARED_DECAY * weighted)
 
 
 def trained(objective, data, steps=300):
@@ -146,7 +195,7 @@ def trained(objective, data, steps=300):
     return model.eval()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@EVERY_OBJECTIVE
 def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_data(objective):
     # 64 pixels: a different mean in each, a common offset of variance 0.05, and a variance of 0.2
     # of its own
