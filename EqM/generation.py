@@ -33,6 +33,7 @@ SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no
     "num_sampling_steps": 250,
     "stepsize": 0.0017,
     "mu": 0.3,
+    "solver_shift": None,
     "stop_below": None,
     "cfg_scale": 4.0,
 }
@@ -42,6 +43,7 @@ SETTINGS = {
     "num_steps": "num_sampling_steps",
     "step_size": "stepsize",
     "momentum": "mu",
+    "shift": "solver_shift",
     "stop_below": "stop_below",
     "guidance": "cfg_scale",
     "precision": "precision",
@@ -86,6 +88,15 @@ def add_flags(parser):
     )
     add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd; default: {SAMPLER['mu']}")
     add(
+        "--solver-shift",
+        type=POSITIVE,
+        metavar="S",
+        help=(
+            "euler and heun: above 1, more steps are near the noise; default: --gamma-shift of "
+            "training, eqm: 1"
+        ),
+    )
+    add(
         "--stop-below",
         type=NON_NEGATIVE,
         nargs="?",
@@ -120,6 +131,11 @@ def resolve_sampler(args, training, objective):
         raise UserError(
             f"--sampler {args.sampler}: a model of --objective {objective.name} has no equilibria "
             "to descend to; expected euler or heun; change or remove --sampler"
+        )
+    if values["sampler"] in DESCENTS and args.solver_shift:
+        raise UserError(
+            f"--solver-shift {args.solver_shift}: applies to euler and heun, not to "
+            f"{values['sampler']}; change --sampler, or remove it"
         )
     if values["sampler"] in SOLVERS:
         if args.stop_below:
@@ -596,6 +612,8 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
     model = plan.model
     weak = plan.weak
     objective = model.config.learns
+    if settings["shift"] is None:
+        settings["shift"] = objective.solver_shift(plan.gamma_shift)
     if condition.is_null() and weak is None:
         guidance = 1.0
     field = guided(model, condition, time_scale, guidance=guidance, weak=weak)
@@ -620,7 +638,6 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
             field_with_progress,
             x,
             objective=objective,
-            shift=objective.solver_shift(plan.gamma_shift),
             observe=observe,
             **masked,
             **settings,

@@ -372,6 +372,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
         num_frames=x.shape[2],
         patch=config.temporal_patch_size,
         shift=args.gamma_shift,
+        draw=args.gamma_draw,
         share=args.forcing,
         level_frames=config.level_frames,
         region_share=args.forcing_regions,

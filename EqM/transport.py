@@ -34,6 +34,7 @@ from runtime.rng import generator, uniform
 
 DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
+DRAWS = ("uniform", "logit-normal")  # of gamma in training
 # share of the forced clips with one level per temporal patch; the other clips have given frames
 OWN_LEVELS = 0.5
 # E[c^2], gamma uniform: 13.867
@@ -200,6 +201,15 @@ def shift_gamma(u, shift):
     return u / (u + shift * (1 - u))
 
 
+def gammas_of(u, shift, draw):
+    """Return the gammas of uniform draws u: themselves or, for the draw "logit-normal", the sigmoid
+    of a standard normal (arXiv 2403.03206, section 3.1), shifted by `shift_gamma`.
+    """
+    if draw == "logit-normal":
+        u = torch.special.ndtri(u).sigmoid()
+    return shift_gamma(u, shift)
+
+
 def draw_gammas(
     seed,
     stream,
@@ -207,6 +217,7 @@ def draw_gammas(
     num_frames,
     patch,
     shift=1.0,
+    draw="uniform",
     share=0.0,
     level_frames=1,
     region_share=0.0,
@@ -221,10 +232,10 @@ def draw_gammas(
     The draws of a sample depend only on (seed, stream, index), where stream is the first step of
     the phase. A clip that is not forced keeps its gamma, whatever the share. A clip of one temporal
     patch (`patch` frames) is never forced and has no region: its frames share all tokens, so given
-    ones would show most of the others. shift: see `shift_gamma`. Given frames come in groups of
+    ones would show most of the others. shift, draw: see `gammas_of`. Given frames come in groups of
     `level_frames`, 1 or `patch`.
     """
-    gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
+    gamma = gammas_of(uniform(seed, "gamma", stream, indices), shift, draw)  # (B,)
     if share == region_share == 0 or num_frames <= patch:
         return gamma
     rows = []
@@ -235,7 +246,8 @@ def draw_gammas(
         if chance >= share:
             rows.append([level] * num_frames)
         elif kind < OWN_LEVELS:
-            rows.append([shift_gamma(draws[frame // patch], shift) for frame in range(num_frames)])
+            own = gammas_of(torch.tensor(draws, dtype=torch.float64), shift, draw).tolist()
+            rows.append([own[frame // patch] for frame in range(num_frames)])
         else:
             clean = clean_frames(*draws[:3], math.ceil(num_frames / level_frames))
             rows.append(
@@ -319,6 +331,12 @@ def add_flags(parser):
         type=POSITIVE,
         default=1.0,
         help="above 1: train closer to the noise; 1: uniform",
+    )
+    add(
+        "--gamma-draw",
+        choices=DRAWS,
+        default="uniform",
+        help="logit-normal: more clips are half noise; then comes --gamma-shift",
     )
     add(
         "--forcing",
