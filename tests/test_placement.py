@@ -183,6 +183,7 @@ def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(
     args = SimpleNamespace(
         global_seed=3,
         gamma_shift=2.0,
+        gamma_draw="uniform",
         precision="fp32",
         disp=False,
         forcing=0.5,

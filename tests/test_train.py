@@ -244,6 +244,7 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
     args = SimpleNamespace(
         global_seed=3,
         gamma_shift=2.0,
+        gamma_draw="uniform",
         precision="fp32",
         disp=disp,
         forcing=forcing,
