@@ -14,9 +14,9 @@ others are not. The network thus learns to complete clips, as in Diffusion Forci
 Five other objectives serve as controls. "flow" is flow matching (arXiv 2210.02747): the target is x
 - eps without c, and the network is told gamma. "blind" has the same target, but the network is not
 told (arXiv 2502.13129). "told-w" and "blind-w" are these two with EqM's weight: their loss has the
-factor c(gamma)^2 / E[c^2]. "told-c" has EqM's target, but is told gamma. All but eqm lack
-equilibria that a descent could find, so a solver must follow them from gamma = 0 to 1. An objective
-is an `Objective`, and all of them are in `OBJECTIVES`.
+factor c(gamma)^2 / E[c^2]. "told-c" has EqM's target, but is told gamma. "told-4" is flow with a
+target as large as EqM's. All but eqm lack equilibria that a descent could find, so a solver must
+follow them from gamma = 0 to 1. An objective is an `Objective`; all of them are in `OBJECTIVES`.
 
 | | target x - eps | the same, weighted | target (x - eps) c |
 |---|---|---|---|
@@ -61,6 +61,7 @@ class Objective:
     has_decay: bool  # the target has the factor c(gamma), so it vanishes at the data
     is_told: bool  # gamma is an input of the network, one level per temporal patch
     is_weighted: bool = False  # the loss has the factor c(gamma)^2 / E[c^2]
+    scale: float = 1.0  # of a target without decay
 
     @property
     def has_equilibria(self):
@@ -73,8 +74,8 @@ class Objective:
         return "gd" if self.has_equilibria else "euler"
 
     def decay(self, gamma):
-        """Return the factor of x - noise in the target, shaped as gamma: c(gamma) or 1."""
-        return decay(gamma) if self.has_decay else torch.ones_like(gamma)
+        """Return the factor of x - noise in the target, shaped as gamma: c(gamma) or `scale`."""
+        return decay(gamma) if self.has_decay else torch.full_like(gamma, self.scale)
 
     def interpolate(self, x, noise, gamma):
         """Return x_gamma, the path from noise to data that the field is learned on."""
@@ -130,7 +131,8 @@ class Objective:
 
     def zero_loss(self, mean_square):
         """Return the expected loss of a zero prediction for uniform gamma: E[c^2] (1 + E[x^2])."""
-        return (MEAN_SQUARED_DECAY if self.has_decay else 1.0) * (1 + mean_square)
+        factor = MEAN_SQUARED_DECAY if self.has_decay else self.scale**2
+        return factor * (1 + mean_square)
 
 
 OBJECTIVES = {
@@ -147,6 +149,13 @@ OBJECTIVES = {
             is_weighted=True,
         ),
         Objective("told-c", "EqM that is told the noise level", has_decay=True, is_told=True),
+        Objective(
+            "told-4",
+            "flow matching with a target four times as large",
+            has_decay=False,
+            is_told=True,
+            scale=FIELD_SCALE,
+        ),
         Objective(
             "blind-w",
             "blind flow matching with the weight of EqM",
@@ -323,6 +332,7 @@ def add_flags(parser):
         help=(
             "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; "
             "told-w, blind-w: these with the weight of eqm; told-c: eqm, told the noise level; "
+            "told-4: flow with a target four times as large; "
             "default: from --ckpt, else eqm"
         ),
     )

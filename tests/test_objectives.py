@@ -98,7 +98,8 @@ def test_the_objectives_are_a_table_of_target_weight_and_what_is_told():
     plain = (False, False)
     weighted = (False, True)
     decayed = (True, False)
-    assert row(is_told=True) == {"flow": plain, "told-w": weighted, "told-c": decayed}
+    told = {"flow": plain, "told-w": weighted, "told-c": decayed, "told-4": plain}
+    assert row(is_told=True) == told
     assert row(is_told=False) == {"eqm": decayed, "blind": plain, "blind-w": weighted}
     assert [name for name, one in OBJECTIVES.items() if one.has_equilibria] == ["eqm"]
 
@@ -109,7 +110,7 @@ def test_targets_and_losses_of_each_objective(objective):
     noise = normal(4, 2, 3, 4, 4, seed=1)
     gamma = torch.tensor([0.0, 0.5, 0.9, 1.0])
     ones = torch.ones(4)
-    factor = transport.decay(gamma) if objective.has_decay else ones
+    factor = transport.decay(gamma) if objective.has_decay else objective.scale * ones
     weight = transport.decay(gamma).square() / 13.8667 if objective.is_weighted else ones
     truth = (x - noise) * factor.reshape(4, 1, 1, 1, 1)
     told = []
@@ -207,15 +208,21 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
         return (mean + 0.05**0.5 * common + 0.2**0.5 * own).reshape(count, 1, 1, 8, 8)
 
     model = trained(objective, data)
-    count = 2048
+    count = 1024
     expected = 0.05 + 0.2 * torch.eye(64)
     field = guided(
         model, Condition.of(torch.full((count,), -1), model.config), torch.full((count,), 0.04), 1.0
     )
     path = {"num_steps": 61, "step_size": 0.007}  # as long as the published path
-    # The descent does not stop exactly at the data: see test_samplers.py. It guesses gamma from 64
-    # values only.
-    error_of_mean, error_of_covariance = (0.12, 0.4) if objective is EQM else (0.05, 0.15)
+    errors = (0.05, 0.15)  # of the mean, relative of the covariance
+    if objective is EQM:
+        # The descent does not stop exactly at the data: see test_samplers.py. It guesses gamma from
+        # 64 values only.
+        errors = (0.12, 0.4)
+    elif objective.name == "blind-w":
+        # E[c^2 v | x] / E[c^2 | x] is not the velocity of the path: the variance shrinks
+        errors = (0.05, 0.2)
+    error_of_mean, error_of_covariance = errors
     for method in ("gd", "ngd") if objective is EQM else SOLVERS:
         with torch.no_grad():
             x, _ = sample(

@@ -16,7 +16,7 @@ lab.py).
 
 import itertools
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import lab
@@ -210,7 +210,7 @@ def main_run(args, name, seed, tuning):
 
 def tuned_values(rows, name, number, task):
     """The share of right clips of a tuning task, in percent, for each tuning seed."""
-    column = lab.Column(BOTH_RIGHT.name, BOTH_RIGHT.factor, BOTH_RIGHT.digits, task=task)
+    column = replace(BOTH_RIGHT, task=task)
     about = {"objective": name, "configuration": number}
     return list(lab.by_seed(rows, about, column).values())
 
@@ -282,7 +282,7 @@ def best_so_far(rows, name):
 
 def values_of(rows, task, column=BOTH_RIGHT):
     """{arm: {seed: value}} of a task."""
-    column = lab.Column(column.name, column.factor, column.digits, task=task)
+    column = replace(column, task=task)
     return {name: lab.by_seed(rows, {"objective": name}, column) for name in ARMS}
 
 
