@@ -226,11 +226,11 @@ def draw_gammas(
     num_frames,
     patch,
     shift=1.0,
-    draw="uniform",
     share=0.0,
     level_frames=1,
     region_share=0.0,
     size=1,
+    draw="uniform",
 ):
     """Draw the gammas of training samples, float32 on the CPU: (B,), or (B, T) if a `share` of the
     clips is forced.

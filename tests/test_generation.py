@@ -34,6 +34,7 @@ SETTINGS = {
     "num_steps": 6,
     "step_size": 0.01,
     "momentum": 0.3,
+    "shift": None,
     "stop_below": None,
     "guidance": 4.0,
     "precision": "fp32",
@@ -43,6 +44,7 @@ TUNED = {
     "num_sampling_steps": 3,
     "stepsize": 0.05,
     "mu": 0.2,
+    "solver_shift": None,
     "stop_below": 0.5,
     "cfg_scale": 1.5,
 }
@@ -397,6 +399,14 @@ def test_the_path_length_stays_if_only_steps_or_step_size_is_set(kept, typed, st
 def test_solvers_do_not_stop_early(kept, typed):
     with pytest.raises(UserError, match="--stop-below 0.5: heun has a fixed number of steps"):
         resolve(TUNED | {"sampler": kept}, stop_below=0.5, **typed)
+
+
+def test_solver_shift_is_for_solvers():
+    assert resolve(TUNED, sampler="euler", solver_shift=3.0)["solver_shift"] == 3.0
+    with pytest.raises(
+        UserError, match="--solver-shift 3.0: applies to euler and heun"
+    ):
+        resolve(TUNED, solver_shift=3.0)
 
 
 def field_of(model, x):

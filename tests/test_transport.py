@@ -18,6 +18,7 @@ from transport import (
     condition_dropout,
     draw_gammas,
     first_given,
+    gammas_of,
     shift_gamma,
 )
 
@@ -160,6 +161,17 @@ def test_shifted_gamma_keeps_its_ends_and_has_the_closed_form_density(shift):
     density = shift / (1 + (shift - 1) * middle).square()
     assert_close(u.diff() / gamma.diff(), density, atol=0, rtol=1e-5)
     assert_close(shift_gamma(gamma, 1 / shift), u)  # its inverse
+
+
+def test_logit_normal_gammas_are_the_sigmoid_of_a_standard_normal():
+    u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    gamma = gammas_of(u, shift=1.0, draw="logit-normal")
+    assert gamma[0] == 0
+    assert gamma[-1] == 1
+    inner = gamma[1:-1]
+    below = torch.special.ndtr((inner / (1 - inner)).log())  # the share of draws below
+    assert_close(below, u[1:-1])
+    assert_close(gammas_of(u, shift=3.0, draw="logit-normal"), shift_gamma(gamma, 3.0))
 
 
 def test_half_of_the_forced_clips_have_given_frames_and_one_gamma():
