@@ -73,7 +73,7 @@ class Objective:
         """The default of --sampler."""
         return "gd" if self.has_equilibria else "euler"
 
-    def decay(self, gamma):
+    def factor(self, gamma):
         """Return the factor of x - noise in the target, shaped as gamma: c(gamma) or `scale`."""
         return decay(gamma) if self.has_decay else torch.full_like(gamma, self.scale)
 
@@ -82,18 +82,12 @@ class Objective:
         return interpolate(x, noise, gamma)
 
     def target(self, x, noise, gamma):
-        """Return the regression target at x_gamma: (x - noise) c(gamma), or x - noise."""
-        return (x - noise) * self.decay(_broadcast(gamma))
-
-    def weight(self, gamma):
-        """Return the factor of the loss, shaped as gamma; its mean over uniform gamma is 1."""
-        if not self.is_weighted:
-            return torch.ones_like(gamma)
-        return decay(gamma).square() / MEAN_SQUARED_DECAY
+        """Return the regression target at x_gamma: x - noise times `factor`."""
+        return (x - noise) * self.factor(_broadcast(gamma))
 
     def velocity(self, f, gamma):
-        """Return dx/dgamma along the path of `interpolate`: f / c(gamma) for f at a float gamma."""
-        return f / self.decay(gamma).item()
+        """Return dx/dgamma on the path of `interpolate`: f / `factor` for f at a float gamma."""
+        return f / self.factor(gamma).item()
 
     def solver_shift(self, gamma_shift):
         """Return the shift of a solver's steps (see `shift_gamma`): that of training, or none if
@@ -120,7 +114,7 @@ class Objective:
         squares = (f.float() - target).square()
         zero_squares = target.square()
         if self.is_weighted:
-            weight = self.weight(_broadcast(gamma))
+            weight = decay(_broadcast(gamma)).square() / MEAN_SQUARED_DECAY
             squares = squares * weight
             zero_squares = zero_squares * weight
         squares = squares[:, :, first:]

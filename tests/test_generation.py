@@ -403,9 +403,7 @@ def test_solvers_do_not_stop_early(kept, typed):
 
 def test_solver_shift_is_for_solvers():
     assert resolve(TUNED, sampler="euler", solver_shift=3.0)["solver_shift"] == 3.0
-    with pytest.raises(
-        UserError, match="--solver-shift 3.0: applies to euler and heun"
-    ):
+    with pytest.raises(UserError, match="--solver-shift 3.0: applies to euler and heun"):
         resolve(TUNED, solver_shift=3.0)
 
 
