@@ -1,0 +1,72 @@
+"""The study of the cause: what was fixed before the runs, the choice by tuning, and its tables."""
+
+import itertools
+
+import pytest
+
+import control
+from runtime.cli import UserError
+
+
+def tuning_rows(name, best, way):
+    """Rows of the tuning of an arm, in which a configuration and a way do best."""
+    rows = []
+    for number, seed in itertools.product(range(8), control.TUNING_SEEDS):
+        values = {}
+        for one, count in itertools.product(control.ARMS[name].ways, (15, *control.COUNTS)):
+            right = 0.9 if (number, one) == (best, way) else 0.5
+            task = control.count_task(count)
+            if control.takes(one, count):
+                values[f"{task}, {one}"] = {"both_accuracy": right}
+                values[f"{control.frames_task(32)}, {one}"] = {"both_accuracy": right}
+        rows.append({"objective": name, "configuration": number, "seed": seed, "values": values})
+    return rows
+
+
+def main_rows():
+    """Rows of the main runs: flow is 10 points below eqm, told-w equals it."""
+    rows = []
+    rights = {"eqm": 0.9, "flow": 0.8, "told-w": 0.9}
+    for seed, (name, right) in itertools.product(range(16), rights.items()):
+        wiggle = 0.002 * (seed % 3) * (name != "eqm")
+        tasks = map(control.frames_task, control.PRIMARY_FRAMES)
+        values = {task: {"both_accuracy": right + wiggle, "rmse_ratio": 1.0} for task in tasks}
+        rows.append({"objective": name, "configuration": 0, "seed": seed, "values": values})
+    return rows
+
+
+def test_the_configurations_are_fixed_and_the_same_for_all_arms():
+    first = control.CONFIGURATIONS[0]
+    assert control.draw_configurations(8) == control.CONFIGURATIONS
+    assert len(set(control.CONFIGURATIONS)) == 8
+    assert first.training_flags() == (
+        f"--lr {0.002 * first.learning_rate:g} --muon-lr {0.01 * first.learning_rate:g} "
+        f"--clip-grad {first.clip_grad:g} --gamma-shift {first.gamma_shift:g}"
+    )
+    assert not set(control.TUNING_SEEDS) & set(range(16))
+
+
+def test_tuning_chooses_the_configuration_and_the_way_that_did_best():
+    rows = tuning_rows("eqm", best=5, way="heun")
+    assert control.choose(rows, "eqm") == (5, "heun")
+    # Heun's method takes an odd number of evaluations
+    assert control.choose_way(rows, "eqm", 5, control.count_task(4)) in ("ngd", "euler")
+    with pytest.raises(UserError, match="--arms flow: its tuning is not complete"):
+        control.choose(rows, "flow")
+    with pytest.raises(UserError, match="--arms eqm: its tuning is not complete"):
+        control.choose(rows[1:], "eqm")
+
+
+def test_the_tables_show_all_that_was_tuned_and_compare_what_was_fixed():
+    lines = control.tuning_markdown(tuning_rows("flow", best=2, way="euler"))
+    text = "\n".join(lines)
+    assert text.count("| flow |") == 8
+    assert text.count("euler **90.0**") == 1
+    text = "\n".join(control.markdown(main_rows()))
+    (primary, secondary) = text.split("## Co-primary endpoints")[1].split("## Secondary")
+    assert primary.count(": lower") == 2  # flow, at 16 and 32 frames
+    assert (
+        primary.count("told-w minus eqm is +0.1") + primary.count("told-w minus eqm is +0.2") == 2
+    )
+    assert "within 3 points at 16 frames and 8 points at 32 frames" in primary
+    assert "blind-w minus eqm: not run yet." in secondary
