@@ -297,7 +297,7 @@ def markdown(rows):
     values = {task: values_of(rows, task) for task in tasks}
     lines += lab.seed_table(ARMS, dict.fromkeys(tasks, BOTH_RIGHT), values)
     ratios = {"RMSE to the nearest clip": values_of(rows, frames_task(16), RMSE_RATIO)}
-    lines += ["", *lab.seed_table(ARMS, dict.fromkeys(ratios, RMSE_RATIO), ratios)]
+    lines += lab.seed_table(ARMS, dict.fromkeys(ratios, RMSE_RATIO), ratios)
     primary = []
     for num_frames, pair in itertools.product(PRIMARY_FRAMES, PRIMARY):
         task = frames_task(num_frames)
