@@ -218,7 +218,6 @@ def main():
         run.save(state, names, after=remove_old)
 
     bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step")
-    periods = (args.log_every, args.val_every, args.ckpt_every, args.sample_every)
     try:
         for phase in phases:
             if phase.last_step <= progress.first_step:
@@ -243,7 +242,14 @@ def main():
             while True:
                 # After new steps, also of an interrupted run that had not logged them: sample
                 # periodically; log, validate and save periodically and at the end of a phase
-                if len(run.stats) and is_due(progress.step, phase.last_step, *periods):
+                if len(run.stats) and is_due(
+                    progress.step,
+                    phase.last_step,
+                    args.log_every,
+                    args.val_every,
+                    args.ckpt_every,
+                    args.sample_every,
+                ):
                     step = progress.step
                     videos = None
                     row = run.stats.summary(step, phase.batch_size)

@@ -318,8 +318,16 @@ def test_a_run_trains_resumes_and_samples_with_forcing(objective, shapes, tmp_pa
         best, tmp_path / "one", "--num-frames", 8, "--sampler", "heun"
     )  # in windows of 4
     assert about["source"]["objective"] == objective and about["source"]["gamma_shift"] == 2
-    given = "--given", tmp_path / "one", "--given-frames", "0-3"
-    again, _ = sample_here(best, tmp_path / "two", "--num-frames", 8, *given)
+    again, _ = sample_here(
+        best,
+        tmp_path / "two",
+        "--num-frames",
+        8,
+        "--given",
+        tmp_path / "one",
+        "--given-frames",
+        "0-3",
+    )
     assert (again[:, :4] == one[:, :4]).all()
 
 
