@@ -196,7 +196,7 @@ def trained(objective, data, steps=300):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["eqm", "flow", "told-w", "told-c", "blind-w"])
+@pytest.mark.parametrize("name", ["eqm", "told-c", "blind-w"])
 def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_data(name):
     objective = OBJECTIVES[name]
     # 64 pixels: a different mean in each, a common offset of variance 0.05, and a variance of 0.2
@@ -214,7 +214,7 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
     field = guided(
         model, Condition.of(torch.full((count,), -1), model.config), torch.full((count,), 0.04), 1.0
     )
-    path = {"num_steps": 61, "step_size": 0.007}  # as long as the published path
+    path = {"num_steps": 31, "step_size": 0.014}  # as long as the published path
     errors = (0.05, 0.15)  # of the mean, relative of the covariance
     if objective is EQM:
         # The descent does not stop exactly at the data: see test_samplers.py. It guesses gamma from
