@@ -28,6 +28,17 @@ SUFFIX = ".safetensors"  # of the files of a cache
 LATENTS_FILE = "latents.json"  # of a complete cache
 PARTIAL_FILE = "latents.partial.json"  # of an unfinished cache
 LATENTS_FORMAT = 1
+LATENTS_NAMES = {  # in latents.json
+    "vae",
+    "image_size",
+    "channels",
+    "downsample",
+    "scale",
+    "shift",
+    "flips",
+    "classes",
+    "unreadable",
+}
 THREADS = min(8, os.cpu_count())  # for decoding; decoders release Python's lock while they work
 LARGEST = 20 * 10**9  # bytes: most that --cache-frames takes
 
@@ -122,6 +133,9 @@ def latents_settings(root, images=False):
         if settings["format"] != LATENTS_FORMAT:
             raise ValueError(f"format {settings['format']}, this code reads {LATENTS_FORMAT}")
         settings["videos"] = [Video(**fields) for fields in settings["videos"]]
+        missing = LATENTS_NAMES - settings.keys()
+        if missing:
+            raise ValueError(f"{min(missing)} is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{prefix}: its {LATENTS_FILE} is damaged ({error}): make the cache again"

@@ -69,10 +69,10 @@ def test_two_ranks_write_the_bytes_of_one_and_encode_nothing_twice(root, vae, ca
 import cache_latents
 from runtime import cli, distributed
 encode_video = cache_latents.encode_video
-def spy(*args):
+def spy(video, **settings):
     with open(f"{__file__}.{distributed.rank()}", "a") as file:
-        print(args[3].path, file=file)
-    return encode_video(*args)
+        print(video.path, file=file)
+    return encode_video(video=video, **settings)
 cache_latents.encode_video, cache_latents.ROUND = spy, 1
 cli.LINE_SECONDS = 0
 cache_latents.main()
