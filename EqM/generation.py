@@ -254,11 +254,11 @@ def open_checkpoint(args):
     )
     data = config["data"]
     training = config["training"]
-    trained = training["num_frames"]
+    trained_frames = training["num_frames"]
     forcing = training.get("forcing", 0.0)  # published models: none
-    if trained <= model.config.temporal_patch_size:
+    if trained_frames <= model.config.temporal_patch_size:
         forcing = 0.0  # training never forces clips of one temporal patch
-    num_frames = args.num_frames or trained
+    num_frames = args.num_frames or trained_frames
     time_scale = args.time_scale or data["time_scale"]
     if args.fps:
         time_scale = 1 / args.fps
@@ -269,7 +269,7 @@ def open_checkpoint(args):
         args,
         model.config,
         num_frames=num_frames,
-        trained=trained,
+        trained_frames=trained_frames,
         data=data,
         time_scale=time_scale,
         forcing=forcing,
@@ -278,7 +278,7 @@ def open_checkpoint(args):
     stretch = rope_stretch(
         args,
         model.config,
-        trained=(trained, data["time_scale"]),
+        trained=(trained_frames, data["time_scale"]),
         sampled=(window, time_scale),
     )
     for network in filter(None, (model, weak)):
@@ -294,7 +294,7 @@ def open_checkpoint(args):
         num_frames=num_frames,
         time_scale=time_scale,
         step=step,
-        trained_frames=trained,
+        trained_frames=trained_frames,
         forcing=forcing,
         gamma_shift=training.get("gamma_shift", 1.0),
         window=window,
@@ -355,7 +355,7 @@ def say_plan(args, plan):
         say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")
 
 
-def choose_windows(args, config, num_frames, trained, data, time_scale, forcing):
+def choose_windows(args, config, num_frames, trained_frames, data, time_scale, forcing):
     """Return (frames per window, overlap of two windows) for videos of num_frames frames.
 
     Raises UserError. By default a window has at least the frames and the duration of the longest
@@ -365,11 +365,11 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
     usual = num_frames
     if forcing and args.rope_scale == "none":
         patch = config.temporal_patch_size
-        trained_here = trained  # the longest training clip, in frames of these samples
+        trained_here = trained_frames  # the longest training clip, in frames of these samples
         if config.use_rope:
             trained_here *= data["longest_time_scale"] / time_scale
         whole_patches = math.floor(trained_here / patch + 1e-6)
-        usual = max(trained, whole_patches * patch)
+        usual = max(trained_frames, whole_patches * patch)
     window = min(num_frames, args.window or usual)
     if window < num_frames and not args.window:
         window = config.whole_levels(window)

@@ -696,7 +696,7 @@ def add_flags(parser):
         "--model",
         choices=NAMES,
         metavar="NAME",
-        help=("EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; default: from --ckpt, else " + USUAL_NAME),
+        help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; default: from --ckpt, else " + USUAL_NAME,
     )
     add("--depth", type=COUNT, help="number of blocks; default: from --ckpt, else from --model")
     add("--hidden-size", type=COUNT, help="width; default: from --ckpt, else from --model")

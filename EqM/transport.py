@@ -103,7 +103,7 @@ class Objective:
         frames, so for first = 0 it is the loss of a network that predicts zero. features: (B, N, D)
         or None.
 
-        Without decay or weight, clean frames (gamma = 1) are left out: their target is noise that
+        Without decay or weight, clean frames (gamma = 1) do not count: their target is noise that
         x_gamma does not show.
         """
         told = {"gamma": gamma} if self.is_told else {}

@@ -66,8 +66,9 @@ class Browser:
         self.wait(f"document.readyState === 'complete' && location.protocol === 'file:' && {ready}")
 
     def ask(self, expression):
-        wanted = {"awaitPromise": True, "returnByValue": True}
-        answer = self.call("Runtime.evaluate", expression=expression, **wanted)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 

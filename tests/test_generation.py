@@ -336,7 +336,7 @@ def test_the_default_window_lasts_as_long_as_the_longest_training_clip(
             SimpleNamespace(rope_scale=rope_scale, window=window, overlap=overlap),
             replace(Quadratic.config, num_frames=trained, use_rope=use_rope),
             num_frames=99,
-            trained=trained,
+            trained_frames=trained,
             data={"longest_time_scale": longest},
             time_scale=scale,
             forcing=forcing,

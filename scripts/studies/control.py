@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import lab
-from arms import PATH_LENGTH, RECOMMENDED, size_of, training
-from objectives import BOTH_RIGHT, USUAL, data_sets, make_task
+from arms import PATH_LENGTH
+from objectives import BOTH_RIGHT, USUAL, ShapesRun, make_task, num_clips
 from runtime.cli import UserError, one_line_errors
 from samplers import SOLVERS
 
@@ -77,10 +77,10 @@ ARMS = {
     "told-c": Arm("--objective told-c", seeds=8),
     "blind": Arm("--objective blind", seeds=3),
     "told-4": Arm("--objective told-4", seeds=3, tuned_as="flow"),
-    "flow, logit-normal": Arm(
+    "flow-logit-normal": Arm(
         "--objective flow --gamma-draw logit-normal", seeds=3, tuned_as="flow"
     ),
-    "told-w, logit-normal": Arm(
+    "told-w-logit-normal": Arm(
         "--objective told-w --gamma-draw logit-normal", seeds=3, tuned_as="told-w"
     ),
 }
@@ -102,40 +102,21 @@ def count_task(count):
     return f"16 frames, {count} evaluations"
 
 
-def num_clips(args):
-    """Clips of the primary endpoints, and of other tasks."""
-    return (4, 4) if args.miniature else (288, 96)
-
-
-class ControlRun(lab.JsonRun):
+class ControlRun(ShapesRun):
     """A model of an arm with a configuration and a seed."""
 
     def __init__(self, args, name, number, seed, tasks, table):
-        configuration = CONFIGURATIONS[number]
-        about = {
-            "objective": name,
-            "configuration": number,
-            "seed": seed,
-        }
-        if args.miniature:
-            about["size"] = size_of(args).name
-        data = data_sets(args)
-        videos, test = data
-        flags = f"{ARMS[name].flags} {configuration.training_flags()}".split()
-        common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
-        words = "-".join(map(str, about.values())).replace(", ", "-")
-        real = ["--num-real", size_of(args).clips]
         super().__init__(
-            Path(args.out, "control", words),
-            data,
-            **training(args, arm=RECOMMENDED, seed=seed, flags=[*flags, "--data-path", videos]),
-            tasks={task: (words + common, metrics) for task, (words, metrics) in tasks.items()},
-            metrics={
-                "motion": ["--data-path", test, "--split", "all", *real],
-                "nearest": ["--data-path", videos, *real],
+            args,
+            study="control",
+            about={
+                "objective": name,
+                "configuration": number,
+                "seed": seed,
             },
-            out=Path(args.out, f"{table}.json"),
-            about=about,
+            flags=f"{ARMS[name].flags} {CONFIGURATIONS[number].training_flags()}",
+            tasks=tasks,
+            table=table,
         )
 
     def row(self):
@@ -256,19 +237,19 @@ def tuning_markdown(rows):
         "bold: chosen.",
     )
     cells = []
-    for number, configuration in enumerate(CONFIGURATIONS):
-        settings = [f"{value:g}" for value in asdict(configuration).values()]
-        for name, arm in ARMS.items():
-            if arm.tuned_as:
-                continue
-            means = {way: tuned_mean(rows, name, number, way) for way in arm.ways}
+    for name, arm in ARMS.items():
+        if arm.tuned_as:
+            continue
+        best = best_so_far(rows, name)
+        for number, configuration in enumerate(CONFIGURATIONS):
             texts = []
-            for way, mean in means.items():
+            for way in arm.ways:
+                mean = tuned_mean(rows, name, number, way)
                 if mean is not None:
-                    mark = "**" if (number, way) == best_so_far(rows, name) else ""
+                    mark = "**" if (number, way) == best else ""
                     texts.append(f"{way} {mark}{mean:.1f}{mark}")
+            settings = [f"{value:g}" for value in asdict(configuration).values()]
             cells.append([name, *settings, "; ".join(texts) or "-"])
-    cells.sort(key=lambda row: list(ARMS).index(row[0]))
     titles = ["arm", "learning rate x", "clip", "training shift", "solver shift", "guidance"]
     return lines + lab.table([*titles, "both right (%)"], cells)
 
@@ -296,8 +277,9 @@ def markdown(rows):
     tasks.pop("", None)
     values = {task: values_of(rows, task) for task in tasks}
     lines += lab.seed_table(ARMS, dict.fromkeys(tasks, BOTH_RIGHT), values)
-    ratios = {"RMSE to the nearest clip": values_of(rows, frames_task(16), RMSE_RATIO)}
-    lines += lab.seed_table(ARMS, dict.fromkeys(ratios, RMSE_RATIO), ratios)
+    title = "RMSE to the nearest training clip / of held-out clips"
+    ratios = {title: values_of(rows, frames_task(16), RMSE_RATIO)}
+    lines += lab.seed_table(ARMS, {title: RMSE_RATIO}, ratios)
     primary = []
     for num_frames, pair in itertools.product(PRIMARY_FRAMES, PRIMARY):
         task = frames_task(num_frames)

@@ -164,33 +164,29 @@ def data_sets(args):
     return lab.data_sets(folder, size_of(args).videos, 2 if args.miniature else 24)
 
 
-class ObjectiveRun(lab.JsonRun):
-    """A model of an arm with a seed. name: the arm's name in ARMS."""
+class ShapesRun(lab.JsonRun):
+    """A model of Moving Shapes that follows the recommended curriculum, in the folder `study`.
 
-    def __init__(self, args, name, arm, seed, tasks, table="objectives"):
+    about: what tells its row from others; flags: of train.py, as text.
+    """
+
+    def __init__(self, args, study, about, flags, tasks, table):
         size = size_of(args)
+        seed = about["seed"]
+        if args.miniature:
+            about = about | {"size": size.name}
         data = data_sets(args)
         videos, test = data
-        about = {
-            "objective": name,
-            "shift": arm.shift,
-            "way": arm.way,
-            "seed": seed,
-        }
-        if args.miniature:
-            about["size"] = size.name
-        flags = f"{arm.flags} --gamma-shift {arm.shift}".split()
-        flags += ["--data-path", videos]
         common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
         count = ["--num-real", size.clips]
         super().__init__(
-            Path(args.out, "objectives", "-".join(map(str, about.values()))),
+            Path(args.out, study, "-".join(map(str, about.values()))),
             data,
             **training(
                 args,
                 arm=RECOMMENDED,
                 seed=seed,
-                flags=flags,
+                flags=[*flags.split(), "--data-path", videos],
             ),
             tasks={task: (words + common, metrics) for task, (words, metrics) in tasks.items()},
             metrics={
@@ -199,6 +195,25 @@ class ObjectiveRun(lab.JsonRun):
             },
             out=Path(args.out, f"{table}.json"),
             about=about,
+        )
+
+
+class ObjectiveRun(ShapesRun):
+    """A model of an arm with a seed. name: the arm's name in ARMS."""
+
+    def __init__(self, args, name, arm, seed, tasks, table="objectives"):
+        super().__init__(
+            args,
+            study="objectives",
+            about={
+                "objective": name,
+                "shift": arm.shift,
+                "way": arm.way,
+                "seed": seed,
+            },
+            flags=f"{arm.flags} --gamma-shift {arm.shift}",
+            tasks=tasks,
+            table=table,
         )
 
     def values(self, task):
