@@ -1,7 +1,7 @@
 """Measure how close each part of training and sampling is to its own limit, as ratios with spread.
 
     python scripts/benchmark.py                      all ratios, up to 10 minutes on 2 cores;
-                                                     writes results/benchmark.*
+                                                     writes results/studies/speed/benchmark.*
     python scripts/benchmark.py --only step growth   some parts (see PARTS), printed only
     python scripts/benchmark.py --only sizes \
         --precision bf16 --compile                   no ratios: clips/s and MFU of some models
@@ -505,7 +505,7 @@ def main():
     print(title, flush=True)
     report = Report()
     began = time.monotonic()
-    results = ROOT / "results"
+    results = ROOT / "results/studies/speed"
     for name in args.only or [name for name in PARTS if name != "sizes"]:
         PARTS[name](args, report)
     print(f"{time.monotonic() - began:.0f} s")

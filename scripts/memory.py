@@ -1,4 +1,6 @@
-"""Count the memory of training on GPUs, without one. Writes results/memory.json and memory.md.
+"""Count the memory of training on GPUs, without one.
+
+Writes memory.json and memory.md in results/studies/speed.
 
     python scripts/memory.py        about a minute
 
@@ -30,6 +32,7 @@ from runtime import distributed
 from runtime.cli import ArgumentParser, one_line_errors
 from runtime.memory import pinned_bytes
 
+PLACE = ROOT / "results/studies/speed"  # of the tables
 MODELS = ("S/4", "S/2", "B/2", "L/2", "XL/2")
 FLAGS = (None, *reversed(GRAD_CHECKPOINTS))
 # GB; the rest is for CUDA, NCCL and gaps between tensors
@@ -149,7 +152,7 @@ def measure(name, flag):
 
 
 def read_rows():
-    return json.loads((ROOT / "results/memory.json").read_text())["rows"]
+    return json.loads((PLACE / "memory.json").read_text())["rows"]
 
 
 def fitting_clips(row, frames, gb, ranks):
@@ -163,7 +166,7 @@ def fitting_clips(row, frames, gb, ranks):
 
 
 def tables(rows):
-    """The tables of results/memory.md, as lines, from the rows of results/memory.json."""
+    """The tables of memory.md, as lines, from the rows of memory.json."""
     lines = [
         "| model | `--grad-checkpoint` | MB per clip | MB once | FLOPs / off |",
         "|---|---|---|---|---|",
@@ -212,9 +215,9 @@ def main():
     parse_args()
     rows = list(itertools.starmap(measure, itertools.product(MODELS, FLAGS)))
     content = {"made": made(), "rows": rows}
-    (ROOT / "results/memory.json").write_text(json.dumps(content, indent=1) + "\n")
+    (PLACE / "memory.json").write_text(json.dumps(content, indent=1) + "\n")
     title = f"# Memory of training, counted with torch {torch.__version__}"
-    (ROOT / "results/memory.md").write_text("\n".join([title, "", *tables(rows), ""]))
+    (PLACE / "memory.md").write_text("\n".join([title, "", *tables(rows), ""]))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ nearly "DATA GPUS EXP MODEL START FRAMES_1 STEPS_1 BATCH_1 ... RECIPE LR_DECAY F
 
 GPUS=${GPUS:-8} MODEL=${MODEL:-EqM-S/4} DATA=${DATA:-datasets/ucf-101} EXP=${EXP:-progressive_rope_training}
 START=${START:-}
-# Phases of equal compute did best among the schedules we tried (results/study-first-edition.md, B)
+# Phases of equal compute did best among the schedules we tried (results/studies/positions/study-first-edition.md, B)
 FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
 FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64}
@@ -124,7 +124,7 @@ if [[ $BEGUN != 0 ]]; then # a checkpoint keeps its positions and its forcing
   SHARE=$(grep -ohs '"forcing": [0-9.e-]*' "results/$EXP"/*/config.json | tail -n 1) || SHARE=0 # older than the flag
   [[ -z $START ]] || grep -qs '"inflate": "' "results/$EXP"/*/config.json ||
     complain "START=$(printf %q "$START"): results/$EXP did not start from an image model; set EXP, or unset START"
-elif [[ -z $START ]]; then # the positions that did best in results/study.md; an image model keeps its own
+elif [[ -z $START ]]; then # the positions that did best in results/studies/positions/README.md; an image model keeps its own
   FLAGS+=(--position-table space --rope-speed 0.5)
 fi
 FLAGS+=(--forcing "${FORCING:-${SHARE##* }}" --lr-decay "$LR_DECAY")

@@ -15,7 +15,7 @@ import models
 from models import EqM_models
 from runtime.distributed import autocast
 from runtime.memory import pinned_bytes
-from training import ROOT, error_of
+from training import error_of
 
 TOKENS, WIDTH, HEADS = 2048, 384, 6  # of 16 frames in EqM-S/2
 ROWS = memory.read_rows()
@@ -77,7 +77,8 @@ def test_the_committed_counts_are_those_of_the_code_and_the_tables_are_theirs():
         if name.endswith(("mb", "flops")):
             value = pytest.approx(value, rel=1e-2)
         assert row[name] == value
-    assert (ROOT / "results/memory.md").read_text().splitlines()[2:] == memory.tables(ROWS)
+    written = (memory.PLACE / "memory.md").read_text()
+    assert written.splitlines()[2:] == memory.tables(ROWS)
 
 
 def test_the_copy_of_a_checkpoint_counts_powers_of_two_as_torch_allocates_pinned_memory():

@@ -15,7 +15,8 @@ import lab
 from training import ROOT, run_main
 
 RESULTS = ROOT / "results"
-FILES = sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.csv")])
+FOLDERS = [RESULTS, *RESULTS.glob("studies/*")]
+FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.[jc]s*"))
 KEYS = "code", "command", "date", "machine"
 RECORD = {
     "code": "0" * 40,
@@ -36,7 +37,7 @@ def records_of(path):
     return content if isinstance(content, list) else [content.get("made", {})]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_the_numbers_of_a_result_file_can_be_made_again_as_it_says_how(path):
     records = records_of(path)
     assert records, "says nothing"
@@ -51,7 +52,7 @@ def test_the_numbers_of_a_result_file_can_be_made_again_as_it_says_how(path):
 
 
 def test_every_table_has_its_numbers_or_its_command_beside_it():
-    tables = [path for path in RESULTS.glob("*.md") if path.name != "README.md"]
+    tables = [path for folder in FOLDERS for path in folder.glob("[!R]*.md")]
     assert len(tables) > 10
     for path in tables:
         assert path.with_suffix(".json").exists(), path.name
@@ -104,11 +105,11 @@ def test_numbers_that_are_only_tabulated_again_keep_what_they_say(tmp_path):
 
 
 def test_the_benchmark_says_how_it_was_made(tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
+    (tmp_path / "results/studies/speed").mkdir(parents=True)
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     monkeypatch.setattr(
         benchmark, "PARTS", {"step": lambda args, report: report.add("a / b", [1.0])}
     )
     run_main(benchmark)
-    content = json.loads((tmp_path / "results/benchmark.json").read_text())
+    content = json.loads((tmp_path / "results/studies/speed/benchmark.json").read_text())
     assert content["made"]["command"].endswith("benchmark.py") and content["rows"][0]["median"] == 1

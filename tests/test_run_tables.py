@@ -27,7 +27,8 @@ MADE = "code", "command", "date", "machine", "note", "notes"  # of a committed r
 
 def run_of(script, **changes):
     """The numbers of a committed run, with changes, without how it was made."""
-    run, *_ = json.loads((ROOT / f"results/{script.__name__}.json").read_text())
+    name = script.__name__
+    run, *_ = json.loads((ROOT / f"results/studies/{name}/{name}.json").read_text())
     return numbers_of(run) | {"minutes_of_model": 75.0} | changes
 
 

@@ -307,7 +307,7 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
     assert 0 < margins[5] < limits["hair_of_clip"] < margins[0]
     assert margins[5] == pytest.approx(0.2, abs=0.1)  # 40% of the way to another value
     assert result["samples"]["worst_rmse"][6] > limits["rmse"]
-    # rows of results/sprites.md
+    # rows of results/studies/sprites/sprites.md
     assert all(sprites.percent(result, name) != "-" for name in sprites.SHARES)
     said = capsys.readouterr().out
     assert "not valid because of: attribute 2, pose 1, margin 1, rmse 1" in said

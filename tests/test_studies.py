@@ -219,7 +219,7 @@ def test_descents_with_few_evaluations_sample_the_same_models(compared, commands
     assert "EqM/train.py" not in {name for name, *_ in commands}
     guided, _ = (words for words in commands if words[0] == "EqM/sample_gd.py")
     assert " --num-sampling-steps 3 --stepsize 0.125 --mu 0 --seed " in " ".join(guided)
-    _, text = read_results(compared, "objectives_few")
+    _, text = read_results(compared, "few")
     assert re.search(r"^\| flow, Euler steps \| \d+.0 \| \d+.0 \|$", text, re.M)
 
 
@@ -298,11 +298,11 @@ def test_positions_on_other_data_keep_each_finished_run(
         )
         monkeypatch.setitem(positions.DATA_SETS, name, short)
     run_miniature(positions, tmp_path, *flags)
-    table = f"positions_{name}"
+    table = name
     rows, text = read_results(tmp_path, table)
     assert [(row["positions"], row["seed"]) for row in rows] == [("fixed", 0), ("moving", 0)]
     assert "): moving minus fixed is " in text
-    with Image.open(tmp_path / f"figures/positions-{name}.png") as picture:
+    with Image.open(tmp_path / f"{name}.png") as picture:
         assert picture.height > 4 * 128  # two samples of two models
     commands.clear()
     for kept in (rows, rows[:1]):  # the second is a stopped run, which continues
@@ -418,17 +418,23 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 # Reports ------------------------------------------------------------------------------------------
 
 
-SCRIPTS = coverage, disturb, no_clock, objectives, people, seeds, sprites
-TABLES = {script.__name__: script.markdown for script in SCRIPTS}  # of results/
+OBJECTIVES = ROOT / "results/studies/objectives/objectives.json"
+POSITIONS = ROOT / "results/studies/positions"
+TABLES = {}  # of results/
 for data_set in positions.DATA_SETS:
-    TABLES[f"positions_{data_set}"] = partial(positions.markdown, data_set)
+    TABLES[f"studies/positions/{data_set}"] = partial(positions.markdown, data_set)
 TABLES |= {
-    "given_frames_objectives": given_frames.markdown,
-    "inflation_pay": inflation.pay_markdown,
-    "objectives_few": partial(
-        objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json")
-    ),
-    "objectives_tuning": objectives.tuning_markdown,
+    "studies/objectives/disturb": disturb.markdown,
+    "studies/objectives/few": partial(objectives.few_markdown, lab.read_rows(OBJECTIVES)),
+    "studies/objectives/given_frames_objectives": given_frames.markdown,
+    "studies/objectives/no_clock": no_clock.markdown,
+    "studies/objectives/objectives": objectives.markdown,
+    "studies/objectives/tuning": objectives.tuning_markdown,
+    "studies/people/people": people.markdown,
+    "studies/positions/seeds": seeds.markdown,
+    "studies/speed/inflation_pay": inflation.pay_markdown,
+    "studies/sprites/sprites": sprites.markdown,
+    "studies/statistics/coverage": coverage.markdown,
     "old/given_frames": given_frames.markdown,
     "old/inflation_kernels": inflation.kernels_markdown,
     "old/seeds": seeds.markdown,
@@ -445,7 +451,7 @@ def test_committed_tables_match_the_committed_numbers(name):
 def test_intervals_cover_as_often_in_a_small_simulation(tmp_path):
     run_main(coverage, "--repeats", 100, "--out", tmp_path)
     made, text = read_results(tmp_path, "coverage")
-    committed, _ = read_results(ROOT / "results", "coverage")
+    committed, _ = read_results(ROOT / "results/studies/statistics", "coverage")
     for kind, rows in made.items():
         if isinstance(rows, list):
             assert [row.keys() for row in rows] == [row.keys() for row in committed[kind]]
@@ -489,11 +495,11 @@ def test_several_processes_may_write_the_same_table_at_once(tmp_path):
 
 
 def test_the_committed_report_matches_the_committed_rows(tmp_path):
-    committed = (ROOT / "results/study.csv").read_bytes()
+    committed = (POSITIONS / "study.csv").read_bytes()
     (tmp_path / "study.csv").write_bytes(committed)
     run_main(study, "--report", "--out", tmp_path)
-    assert (tmp_path / "study.md").read_text() == (ROOT / "results/study.md").read_text()
-    figures = {path.name for path in tmp_path.glob("figures/*")}
+    assert (tmp_path / "study.md").read_text() == (POSITIONS / "study.md").read_text()
+    figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == {"study-B.png", "study-C.png"}
     study.write_rows(tmp_path / "again.csv", study.read_rows(tmp_path / "study.csv"))
     assert (tmp_path / "again.csv").read_bytes() == committed
@@ -573,7 +579,7 @@ def test_compute_to_reach_a_goal_is_interpolated_or_unknown():
 def some_rows(tmp_path):
     """A csv of some committed rows: the arms with fixed and moving positions."""
     path = tmp_path / "study.csv"
-    rows = study.read_rows(ROOT / "results/study.csv")
+    rows = study.read_rows(POSITIONS / "study.csv")
     study.write_rows(path, [row for row in rows if row["arm"] in ("16 fixed", "16 moving")])
     return path
 
@@ -598,7 +604,7 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
         assert line in text
     interval = r"\(95% -0.\d+ to -0.\d+, 4 seeds; p .*, by Holm .*\): lower"
     assert re.search(f"Loss: 16 moving minus 16 fixed is -0.0.. {interval}", text)
-    assert not (out / "figures").exists()
+    assert not list(out.glob("*.png"))
 
 
 # Bad input ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ units (`unit_of`):
 - means: Student's t; none for one unit
 - shares: Wilson's; none if several clips share a unit and there are fewer than FEWEST units
 - ratios of means: a bootstrap of the units; none for fewer than FEWEST units
-results/coverage.md shows how often these intervals hold the true value.
+results/studies/statistics/coverage.md shows how often these intervals hold the true value.
 """
 
 import itertools

@@ -9,9 +9,9 @@ configurations. The co-primary endpoints are fixed: clips whose direction and sh
 at 16 and at 32 frames, with 15 evaluations; told-w against eqm, and flow against eqm, by Holm over
 the four. Two arms are equal if the 95% interval lies within EQUAL points.
 
-A run takes about 5 minutes of two cores. The script writes results/control.md and .json, with
---tune results/control_tuning.md and .json. Models, samples and scores are in results/control (see
-lab.py).
+A run takes about 5 minutes of two cores. The script writes control.md and .json in
+results/studies/objectives, with --tune control_tuning.md and .json. Models, samples and scores are
+in its folder control (see lab.py).
 """
 
 import itertools
@@ -297,7 +297,7 @@ def markdown(rows):
 
 def parse_args():
     most = max(arm.seeds for arm in ARMS.values())
-    parser = lab.study_parser(__doc__, seeds=[*range(most)])
+    parser = lab.study_parser(__doc__, "objectives", seeds=[*range(most)])
     parser.add_argument(
         "--tune",
         action="store_true",

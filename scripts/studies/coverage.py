@@ -4,7 +4,8 @@
 
 There are few units (videos, or groups of videos) with several clips each. Half of the variance is
 between units, half between the clips of a unit. The intervals are those of EqM/scoring/stats.py;
-those of earlier versions are beside them. The script writes results/coverage.md and .json.
+those of earlier versions are beside them. The script writes coverage.md and .json in
+results/studies/statistics.
 """
 
 import itertools
@@ -196,7 +197,7 @@ def markdown(content):
 
 
 def parse_args():
-    parser = lab.out_parser(__doc__, "the tables")
+    parser = lab.out_parser(__doc__, "statistics", "the tables")
     parser.add_argument(
         "--repeats",
         type=COUNT,

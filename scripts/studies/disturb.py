@@ -3,8 +3,8 @@
     python scripts/studies/disturb.py                       about 40 minutes of one core
 
 The clips are those of the page that `scripts/export.py --html` makes of results/demo: 16 frames,
-with the step size, momentum and guidance of the checkpoint. The script writes results/disturb.md
-and .json after each batch of 24 clips; run it again to continue.
+with the step size, momentum and guidance of the checkpoint. The script writes disturb.md and
+.json in results/studies/objectives after each batch of 24 clips; run it again to continue.
 """
 
 from pathlib import Path
@@ -167,7 +167,7 @@ def cell(hits):
 
 
 def parse_args():
-    parser = lab.out_parser(__doc__, "the tables")
+    parser = lab.out_parser(__doc__, "objectives", "the tables")
     parser.add_argument("--num-clips", type=COUNT, default=288, help="clips of 16 frames")
     return parser.parse_args()
 

@@ -8,8 +8,9 @@ A model takes about 10 minutes of one core.
 The models follow the recommended curriculum of study.py, each with another share of forced clips.
 The test set has 288 videos, made with another seed. evaluate.py scores completed clips with
 --metric prediction, and clips without given frames with --metric motion. The script writes
-results/given_frames.md and .json, with several objectives results/given_frames_objectives.md and
-.json. Models, samples and scores are in results/given-frames (see lab.py).
+given_frames.md and .json in results/studies/objectives, with several objectives
+given_frames_objectives.md and .json. Models, samples and scores are in its folder given-frames (see
+lab.py).
 """
 
 import itertools
@@ -125,7 +126,7 @@ def seed_values(models, model, title):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, seeds=[0, 1, 2])
+    parser = lab.study_parser(__doc__, "objectives", seeds=[0, 1, 2])
     parser.add_argument(
         "--shares",
         type=SHARE,

@@ -17,9 +17,9 @@ pay: Sprites with the recipe of sprites.sh and HOURS=0.5, from scratch or from a
 share of the compute is a run of its own. The script reports the share at which the start makes as
 many valid samples as the longest run from scratch, without and with the cost of the image model.
 
-The script writes results/inflation_PART.md and .json. Runs whose scores are in the json are not run
-again. Models and samples are in results/inflation (see lab.py). A full run of clips takes about 35
-minutes if two run at once on 2 cores.
+The script writes inflation_PART.md and .json in results/studies/speed. Runs whose scores are in the
+json are not run again. Models and samples are in its folder inflation (see lab.py). A full run of
+clips takes about 35 minutes if two run at once on 2 cores.
 """
 
 import itertools
@@ -338,7 +338,7 @@ def compute_needed(goal, valid, images):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, seeds=[0, 1])
+    parser = lab.study_parser(__doc__, "speed", seeds=[0, 1])
     add = parser.add_argument
     add("part", choices=["kernels", "pay"], help="what to measure")
     add("--data-path", metavar="DIR", help="the videos of Sprites; default: Moving Shapes only")

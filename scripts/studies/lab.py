@@ -58,22 +58,29 @@ SIGNIFICANT = 0.05  # the largest p value, adjusted by `holm`, of a significant 
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
 
 
-def out_parser(doc, what):
-    """A parser with the flag --out, a folder for `what`. doc: the docstring of the script."""
+def out_parser(doc, study, what):
+    """A parser with the flag --out, a folder for `what`; default: that of the study.
+
+    doc: the docstring of the script.
+    """
     summary = " ".join(doc.partition("\n\n")[0].split())
     parser = ArgumentParser(description=summary)
     parser.add_argument(
-        "--out", type=writable, default="results", metavar="DIR", help=f"folder for {what}"
+        "--out",
+        type=writable,
+        default=f"results/studies/{study}",
+        metavar="DIR",
+        help=f"folder for {what}",
     )
     return parser
 
 
-def study_parser(doc, seeds=None, trains=True):
+def study_parser(doc, study, seeds=None, trains=True):
     """A parser with the flags that all studies share.
 
     seeds: the default of --seeds; trains: add --compile.
     """
-    parser = out_parser(doc, "the tables and the runs")
+    parser = out_parser(doc, study, "the tables and the runs")
     add = parser.add_argument
     add("--miniature", action="store_true", help="use tiny models and few steps, to try the script")
     if trains:
@@ -569,7 +576,7 @@ class ExperimentTable:
     brackets: str  # what the intervals are
 
     def parse_args(self):
-        parser = out_parser(self.about, f"{self.name}.md and {self.name}.json")
+        parser = out_parser(self.about, self.name, f"{self.name}.md and {self.name}.json")
         parser.add_argument(
             "runs", nargs="+", metavar="EXP", help=f"finished experiments of {self.script}"
         )

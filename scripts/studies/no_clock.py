@@ -12,8 +12,9 @@ estimate pools one patch of all clips, which favors flow. We use real clips, not
 model, which would favor its own objective.
 
 The models are those of objectives.py, for "noisy half" those with --forcing 0.75 of
-given_frames.py; missing ones are trained. The script writes results/no_clock.md and .json, and
-saves each cell when it is done. Several processes can share the cells.
+given_frames.py; missing ones are trained. The script writes no_clock.md and .json in
+results/studies/objectives, and saves each cell when it is done. Several processes can share
+the cells.
 """
 
 import itertools
@@ -246,7 +247,7 @@ def mean_over_gammas(by_gamma):
     return {seed: sum(values[seed] for values in by_gamma) / len(by_gamma) for seed in seeds}
 
 
-parse_args = lab.study_parser(__doc__, seeds=[0, 1, 2]).parse_args
+parse_args = lab.study_parser(__doc__, "objectives", seeds=[0, 1, 2]).parse_args
 
 
 @one_line_errors()

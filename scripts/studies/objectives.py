@@ -10,8 +10,8 @@
 All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core.
 The primary endpoint is the share of 16-frame clips whose direction and shape are both right after
 15 evaluations with guidance, the scale of which an earlier study chose for eqm. The script writes
-results/objectives.md and .json, with --tune or --few results/objectives_tuning or objectives_few.
-Models, samples and scores are in results/objectives (see lab.py).
+objectives.md and .json in results/studies/objectives, with --tune or --few tuning or few. Models,
+samples and scores are in its folder objectives (see lab.py).
 """
 
 import itertools
@@ -253,7 +253,7 @@ def tuning_run(args, name, shift):
         arm=replace(arm, shift=shift, way="all"),
         seed=TUNING_SEED,
         tasks=tasks,
-        table="objectives_tuning",
+        table="tuning",
     )
 
 
@@ -283,7 +283,7 @@ def few_run(args, seed):
         arm=ARMS["eqm"],
         seed=seed,
         tasks=tasks,
-        table="objectives_few",
+        table="few",
     )
 
 
@@ -404,7 +404,7 @@ def markdown(rows):
 
 def parse_args():
     most = max(arm.seeds for arm in ARMS.values())
-    parser = lab.study_parser(__doc__, seeds=[*range(most)])
+    parser = lab.study_parser(__doc__, "objectives", seeds=[*range(most)])
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument(
         "--tune",

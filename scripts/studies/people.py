@@ -2,9 +2,10 @@
 
     EXP=weizmann-1h HOURS=1 bash scripts/weizmann.sh
     EXP=weizmann-3h HOURS=3 bash scripts/weizmann.sh
-    python scripts/studies/people.py weizmann-1h weizmann-3h --out results
+    python scripts/studies/people.py weizmann-1h weizmann-3h
 
-It reads results/EXP and samples/EXP-*.json, and adds columns to people.md and people.json in --out.
+It reads results/EXP and samples/EXP-*.json, and adds columns to people.md and people.json in
+results/studies/people.
 """
 
 import re

@@ -13,9 +13,9 @@ frames, with 1.6 times the compute, three of four clips forced. All models of a 
 in their positions (see arms.py). With fixed positions, they train on the final number of frames
 only, at equal compute. A run takes 10 (bouncing) to 35 minutes of one core.
 
-When all runs are sampled, the script scores them and writes results/positions_NAME.md and .json,
-and a picture of their first samples, results/figures/positions-NAME.png. Runs whose scores are in
-the json are not run again. Models, samples and scores are in results/positions (see lab.py).
+When all runs are sampled, the script scores them and writes NAME.md and .json in
+results/studies/positions, and a picture of their first samples, NAME.png. Runs whose scores are in
+the json are not run again. Models, samples and scores are in its folder positions (see lab.py).
 """
 
 import itertools
@@ -252,7 +252,7 @@ class PositionsRun(ScoredTogether):
             metrics={
                 metric: ["--data-path", scored, *words.split()] for metric, words in metrics.items()
             },
-            out=Path(args.out, f"positions_{args.data_set}.json"),
+            out=Path(args.out, f"{args.data_set}.json"),
             about={"positions": positions, "seed": seed},
         )
 
@@ -327,7 +327,7 @@ def write_picture(path, runs):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, seeds=[0, 1, 2])
+    parser = lab.study_parser(__doc__, "positions", seeds=[0, 1, 2])
     add = parser.add_argument
     add("data_set", choices=DATA_SETS, help="what to train on")
     add(
@@ -347,7 +347,7 @@ def main():
     runs = [PositionsRun(args, positions, seed) for seed in args.seeds for positions in POSITIONS]
     lab.run_all(runs)
     score_all(runs)
-    write_picture(Path(args.out, f"figures/positions-{args.data_set}.png"), runs)
+    write_picture(Path(args.out, f"{args.data_set}.png"), runs)
     out = runs[0].out
     lab.write_results(args.out, out.stem, markdown(args.data_set, lab.read_rows(out)))
 

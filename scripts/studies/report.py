@@ -204,15 +204,14 @@ def figure(study, letter, message, xlabel, lines):
 
     Saves the figure and adds it to the lines of markdown.
     """
-    path = study.out / "figures" / f"study-{letter}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = study.out / f"study-{letter}.png"
     canvas, axes = plt.subplots(figsize=(9.5, 6.5))
     yield axes
     axes.set(xlabel=xlabel, ylabel="direction accuracy (%)", ylim=(0, 103))
     axes.set_title(message, loc="left")
     axes.legend()
     save_figure(canvas, path)
-    lines += [f"![{' '.join(message.split())}](figures/{path.name})", ""]
+    lines += [f"![{' '.join(message.split())}]({path.name})", ""]
 
 
 def draw_shares(axes, by_x, label, number):

@@ -6,7 +6,8 @@
 
 The script runs scripts/quickstart.sh with its default steps and batches. It samples 288 clips each
 of 4, 16 and 24 frames and scores them against videos made with another seed. It writes
-results/seeds.md and .json. Models and scores are in results/seeds (see lab.py).
+seeds.md and .json in results/studies/positions. Models and scores are in its folder seeds (see
+lab.py).
 """
 
 import os
@@ -82,7 +83,7 @@ def markdown(content):
     return lines
 
 
-parse_args = lab.study_parser(__doc__, seeds=[0, 1, 2, 3, 4], trains=False).parse_args
+parse_args = lab.study_parser(__doc__, "positions", seeds=[0, 1, 2, 3, 4], trains=False).parse_args
 
 
 @one_line_errors()

@@ -3,10 +3,10 @@
     EXP=sprites-half HOURS=0.5 bash scripts/sprites.sh
     EXP=sprites-0 bash scripts/sprites.sh
     EXP=sprites-1 SEED=1 bash scripts/sprites.sh
-    python scripts/studies/sprites.py sprites-half sprites-0 sprites-1 --out results
+    python scripts/studies/sprites.py sprites-half sprites-0 sprites-1
 
 It reads results/EXP and samples/EXP-*.json, and adds columns to sprites.md and sprites.json in
---out.
+results/studies/sprites.
 """
 
 from pathlib import Path

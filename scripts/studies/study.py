@@ -13,9 +13,9 @@ D: which --rope-speed, for which motion?
 
 An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with
 the same share have the same counted FLOPs. The learning rate decays to zero at the end of each run,
-so 60% of the compute is a separate run. results/study.csv holds the finished results, and
-study.json the commands that made them. The folders in results/study matter only for interrupted
-runs: see lab.py.
+so 60% of the compute is a separate run. study.csv in results/studies/positions holds the finished
+results, and study.json the commands that made them. The folders in its folder study matter only for
+interrupted runs: see lab.py.
 """
 
 import csv
@@ -335,7 +335,7 @@ def print_status(study):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__)
+    parser = lab.study_parser(__doc__, "positions")
     add = parser.add_argument
     only_print = parser.add_mutually_exclusive_group().add_argument
     add(
