@@ -237,10 +237,7 @@ def cast_products(model, precision):
 
 
 def open_checkpoint(args):
-    """Check what needs no GPU.
-
-    Returns ({name: value} of flags that follow from --ckpt, Plan). Raises UserError.
-    """
+    """Load the model of --ckpt, and return what `make_plan` does. Raises UserError."""
     model, config, step = checkpoint.load_model(
         args.ckpt,
         use_ema=not args.no_ema,
@@ -252,6 +249,15 @@ def open_checkpoint(args):
         temporal_patch_size=args.temporal_patch_size,
         num_classes=args.num_classes,
     )
+    return make_plan(args, model, config=config, step=step)
+
+
+def make_plan(args, model, config, step, vae=None):
+    """({name: value} of flags that follow from the checkpoint, Plan).
+
+    model, config, step: from `checkpoint.load_model`. vae: the checkpoint's, if it is loaded
+    already. Raises UserError; needs no GPU.
+    """
     data = config["data"]
     training = config["training"]
     trained_frames = training["num_frames"]
@@ -287,7 +293,7 @@ def open_checkpoint(args):
     labels = choose_labels(args, data["classes"])
     plan = Plan(
         model,
-        vae=open_vae(args, model.config, data),
+        vae=vae or open_vae(args, model.config, data),
         classes=data["classes"],
         conditions=labels,
         names=class_names(data["classes"], labels),

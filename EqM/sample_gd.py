@@ -58,7 +58,8 @@ RATE = cli.number(float, least=LEAST_FPS, most=MOST_FPS)
 SECONDS = cli.number(float, least=1 / MOST_FPS, most=1 / LEAST_FPS)
 
 
-def parse_args():
+def parse_args(words=None):
+    """The Flags of a command line, by default of this process."""
     parser = ArgumentParser(
         description="Sample videos or images from a checkpoint by gradient descent."
     )
@@ -154,7 +155,7 @@ def parse_args():
     add("--vae", metavar="VAE", help="new path of the checkpoint's VAE, if it was moved")
     add_speed_flags(parser)
     generation.add_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 @one_line_errors()

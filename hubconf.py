@@ -1,0 +1,127 @@
+"""Sample clips from your own Python program:
+
+    import torch
+
+    sampler = torch.hub.load(PATH, "demo", source="local")
+    clips = sampler(classes=["CircleLeft"], num_frames=16)  # uint8 (1, 16, H, W, 3)
+
+PATH is this folder. `torch.hub.load(PATH, "model", source="local", ckpt=FILE)` samples from any
+other checkpoint. The sampler runs in your process, so your program needs the packages of
+requirements.txt; its own modules may have the names of ours, such as models.py.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+dependencies = ["torch", "torchvision", "numpy", "decord", "einops", "tqdm", "av", "diffusers"]
+
+_ROOT = Path(__file__).resolve().parent
+_OWN_NAMES = {path.stem for path in (_ROOT / "EqM").iterdir()}
+_own_modules = {}
+
+
+def demo(device=None):
+    """A sampler of the demo model, which makes Moving Shapes of 16 x 16 px.
+
+    device: a torch.device or its name; default: the first GPU, else the CPU.
+    """
+    return _Sampler(_ROOT / "results" / "demo", device)
+
+
+def model(ckpt, device=None):
+    """A sampler of any video model: a checkpoint of train.py, or a folder of scripts/export.py.
+
+    device: a torch.device or its name; default: the first GPU, else the CPU.
+    """
+    return _Sampler(ckpt, device)
+
+
+class _Sampler:
+    """Samples clips from one checkpoint, whose classes are in `classes`."""
+
+    def __init__(self, ckpt, device):
+        import torch
+
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with _imports():
+            import checkpoint
+            import generation
+            import sample_gd
+
+            self.flags = sample_gd.parse_args(["--video", "--ckpt", str(ckpt)])
+            loaded = checkpoint.load_model(ckpt, video=True)
+            self.model, self.config, self.step = loaded
+            data = self.config["data"]
+            self.vae = generation.open_vae(self.flags, self.model.config, data)
+        self.classes = data["classes"]
+        self.model.to(self.device).requires_grad_(False)
+        self.vae.to(self.device)
+
+    def __call__(self, classes=None, num_frames=None, num_samples=None, seed=0, **flags):
+        """Sample clips: uint8 (N, T, H, W, 3), on the CPU.
+
+        Args:
+            classes: names or indices, used in turn; "none" for no class; default: one of each.
+            num_frames: T; default: as in training.
+            num_samples: N; default: one for each of `classes`.
+            seed: of the noise.
+            flags: other flags of sample_gd.py, such as cfg_scale=2.0.
+        """
+        import numpy as np
+        import torch
+
+        with _imports():
+            from generation import generate, make_plan, sampling_settings
+
+            words = [str(name) for name in classes or self.classes]
+            unknown = flags.keys() - vars(self.flags).keys()
+            if unknown:
+                raise TypeError(f"no flag of sample_gd.py: {', '.join(sorted(unknown))}")
+            args = self.flags.resolve(
+                classes=words,
+                num_frames=num_frames,
+                num_samples=num_samples or len(words),
+                seed=seed,
+                **flags,
+            )
+            values, plan = make_plan(
+                args, self.model, config=self.config, step=self.step, vae=self.vae
+            )
+            args = args.resolve(**values)
+            parts = generate(
+                plan,
+                list(range(args.num_samples)),
+                seed=seed,
+                device=self.device,
+                settings=sampling_settings(args),
+                batch_size=args.batch_size,
+            )
+            size = plan.image_size
+            clips = np.empty((args.num_samples, plan.num_frames, size, size, 3), np.uint8)
+            for indices, first, videos, _, _ in parts:
+                clips[indices, first : first + videos.shape[1]] = videos.cpu().numpy()
+        return torch.from_numpy(clips)
+
+
+@contextlib.contextmanager
+def _imports():
+    """Inside, imports find the modules of EqM/; outside, the program's own ones of these names."""
+    hook = sys.excepthook  # the entry scripts replace it
+    path = list(sys.path)
+    program_modules = _take_own_names()
+    sys.modules.update(_own_modules)
+    sys.path.insert(0, str(_ROOT / "EqM"))
+    try:
+        yield
+    finally:
+        _own_modules.update(_take_own_names())
+        sys.modules.update(program_modules)
+        sys.path[:] = path
+        sys.excepthook = hook
+
+
+def _take_own_names():
+    """Remove the modules with names of ours from sys.modules; returns {name: module}."""
+    names = [name for name in sys.modules if name.split(".")[0] in _OWN_NAMES]
+    return {name: sys.modules.pop(name) for name in names}

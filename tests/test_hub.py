@@ -1,0 +1,74 @@
+"""hubconf.py: samples in another program, whose modules and search path stay as they are."""
+
+import sys
+
+import pytest
+import torch
+
+import sample_gd
+from runtime.cli import UserError
+from training import ROOT, run_main
+from video.samples import read_samples
+
+OWN_MODULES = "models", "vae", "run", "generation"
+FEW = {"num_sampling_steps": 3}
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A program whose folder has modules with names of ours, and has imported one of them."""
+    for name in OWN_MODULES:
+        (tmp_path / f"{name}.py").write_text("OWNER = 'program'\n")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    import models
+
+    assert models.OWNER == "program"
+    return tmp_path
+
+
+def load(entry, **flags):
+    return torch.hub.load(str(ROOT), entry, source="local", **flags)
+
+
+def test_the_demo_samples_in_a_program_as_sample_gd_does(program, tmp_path, monkeypatch):
+    modules = {name: module for name, module in sys.modules.items() if "." not in name}
+    path = list(sys.path)
+    hook = sys.excepthook
+
+    sampler = load("demo")
+    clips = sampler(classes=["CircleLeft", "SquareUp"], num_frames=8, num_samples=3, **FEW)
+
+    assert (clips.dtype, clips.shape) == (torch.uint8, (3, 8, 16, 16, 3))
+    assert sys.path == path and sys.excepthook is hook
+    assert {name: sys.modules[name] for name in modules} == modules
+    import run  # the first import of this name after load returned
+
+    assert run.OWNER == "program"
+
+    sys.modules.pop("run")
+    monkeypatch.syspath_prepend(ROOT / "EqM")
+    for name in OWN_MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    flags = ["--video", "--ckpt", ROOT / "results/demo", "--folder", tmp_path / "samples"]
+    flags += ["--classes", "CircleLeft", "SquareUp", "--num-frames", 8, "--num-samples", 3]
+    run_main(sample_gd, *flags, "--num-sampling-steps", 3, "--no-previews")
+    assert (clips.numpy() == read_samples("", tmp_path / "samples")[1]).all()
+
+
+def test_a_sampler_of_any_checkpoint_keeps_one_model_for_all_lengths(places):
+    sampler = load("model", ckpt=places / "plain.pt")
+    short = sampler(num_samples=1, num_frames=4, **FEW)
+    long = sampler(num_samples=1, **FEW)
+    assert len(short[0]) == 4 and len(long[0]) == 8
+    assert torch.equal(short, sampler(num_samples=1, num_frames=4, **FEW))
+    assert not torch.equal(short, sampler(num_samples=1, num_frames=4, seed=1, **FEW))
+
+
+def test_mistakes_are_exceptions_for_the_program():
+    sampler = load("demo")
+    with pytest.raises(TypeError, match="no flag of sample_gd.py: cfg$"):
+        sampler(cfg=2)
+    with pytest.raises(Exception, match="--classes Heart: no such class; expected one of") as error:
+        sampler(classes=["Heart"])
+    assert type(error.value).__name__ == UserError.__name__
