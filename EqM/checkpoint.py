@@ -10,10 +10,10 @@ have a "run":
     optimizer  {"kind": "adamw" or "muon", "states": [state dicts], "scaler": state dict}; None in
                other files
     step       global step, over all phases
-    phase      the other fields of Progress
+    phase      the other fields of Progress, of the phase and of the run
     best_loss  lowest validation loss of the phase
     run        {"window": averages of steps that are not logged yet, or None, "bad_videos": paths of
-               corrupt videos}
+               corrupt videos}; `Run.save` adds it
 """
 
 import hashlib
@@ -132,9 +132,9 @@ class Writer:
         self.pending = None
 
     def write(self, state, names, before, after):
-        """Save a state as latest.pt and under `names`, between before() and after().
+        """Save a state as latest.pt and under `names`. All ranks call this.
 
-        All ranks call this.
+        before(): makes sure that the metrics are on the disk; after(): deletes old checkpoints.
         """
         self.wait()
         self.check_memory(state)
@@ -205,7 +205,7 @@ def names_at(progress, last_step, every):
 def complete_names(start, phases, every):
     """Link the resumed checkpoint to all its names: the run may have been killed before it did.
 
-    If it had steps to log, the loop does this after it has validated.
+    If it had steps to log, the training loop does this after it has validated.
     """
     if distributed.rank() == 0 and start.resumes and not start.unlogged:
         last_step = current_phase(phases, start.progress.first_step).last_step
@@ -330,7 +330,7 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     flag = f"--ckpt {path}"
     state = load(path, [part], model, checks.get("ebm"))
     config = config_of(flag, state, model, video, **checks)
-    if not use_ema and state["model"] is state["ema"]:
+    if not use_ema and state["model"] is state["ema"]:  # exported and published models
         raise UserError(f"--no-ema: {flag} holds EMA weights only; remove the flag")
     note_old_best(Path(path), state)
     network = EqM(config)
@@ -490,8 +490,8 @@ class Start:
     bad_videos: list = ()  # paths of the corrupt videos that it knows
 
     @property
-    def flag(self):
-        """The checkpoint's name in messages."""
+    def origin(self):
+        """Where the run starts, in messages: a flag with its file."""
         if self.resumes:
             return f"--resume of {self.path}"
         return f"--inflate {self.path}" if self.inflates else f"--ckpt {self.path}"
@@ -501,7 +501,7 @@ class Start:
         """The config of the checkpoint; empty without one."""
         return self.state["config"] if self.state else {"model": {}, "data": {}, "training": {}}
 
-    def kept(self, name):
+    def resumed_flag(self, name):
         """The resumed run's value of a flag; None for a new run."""
         return self.config["training"].get(name) if self.resumes else None
 
@@ -545,7 +545,7 @@ def check_optimizer(start, args):
     kind = start.state["optimizer"]["kind"] if start.state["optimizer"] else args.optimizer
     if kind != args.optimizer:
         raise UserError(
-            f"{start.flag}: trained with --optimizer {kind}, got {args.optimizer}: give the same"
+            f"{start.origin}: trained with --optimizer {kind}, got {args.optimizer}: give the same"
         )
 
 
@@ -601,10 +601,10 @@ def check_began_from(start, args, path):
     if path.resolve().is_relative_to(start.folder.resolve()):
         return  # train_progressive.sh names the run's own file once the phase before is deleted
     began = f"{flag_text(args, name)}: --resume continues {start.folder}, which began"
-    if not start.kept(name):
+    if not start.resumed_flag(name):
         raise UserError(f"{began} without it; remove one of the two")
     try:
-        sha256, step = start_weights(args, args.model or start.kept("model"))
+        sha256, step = start_weights(args, args.model or start.resumed_flag("model"))
     except UserError as error:  # the files of earlier phases may be deleted
         reason = str(error).removeprefix(f"--ckpt {path}: ")
         say(
@@ -612,14 +612,16 @@ def check_began_from(start, args, path):
             f"{start.folder}"
         )
         return
-    if start.kept("start_sha256"):
-        differs = sha256 != start.kept("start_sha256")
-    elif args.inflate or start.kept("frames_schedule"):
+    if start.resumed_flag("start_sha256"):
+        differs = sha256 != start.resumed_flag("start_sha256")
+    elif args.inflate or start.resumed_flag("frames_schedule"):
         differs = False  # an older run, which does not say from which step it began
     else:
         differs = step != start.progress.first_step
     if differs:
-        raise UserError(f"{began} from other weights ({start.kept(name)}); remove one of the two")
+        raise UserError(
+            f"{began} from other weights ({start.resumed_flag(name)}); remove one of the two"
+        )
 
 
 def start_weights(args, model):
@@ -637,7 +639,7 @@ def check_not_deleted(folder):
     checkpoints = Path(folder, "checkpoints")
     metrics = Path(folder, "metrics.jsonl")
     rows = read_metrics(metrics)[0] if metrics.exists() else []
-    # a run makes the folder of its checkpoints at once
+    # A new run makes this folder before anything else, so without it, somebody has deleted it
     had_saved = Path(folder, SAVED_STEP).exists() or not checkpoints.exists()
     if rows and had_saved and not any(checkpoints.glob("*.pt")):
         raise UserError(

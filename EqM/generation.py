@@ -38,7 +38,7 @@ SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no
     "cfg_scale": 4.0,
 }
 # names in samples.json (most are also arguments of `samplers.sample`), and their flags
-SETTINGS = {
+FLAG_OF_SETTING = {
     "method": "sampler",
     "num_steps": "num_sampling_steps",
     "step_size": "stepsize",
@@ -117,7 +117,7 @@ def add_flags(parser):
 def resolve_sampler(args, training, objective):
     """Return {flag: value} from the command line, else config["training"], else SAMPLER.
 
-    Raises UserError.
+    "guidance_chosen" is True if somebody gave --cfg-scale, here or in training. Raises UserError.
     """
     usual = SAMPLER | {"sampler": objective.usual_sampler}
     kept = {name: training.get(name, value) for name, value in usual.items()}
@@ -148,6 +148,7 @@ def resolve_sampler(args, training, objective):
             )
         values["stop_below"] = None
     elif len(typed.keys() & {"num_sampling_steps", "stepsize"}) == 1:
+        # The descent keeps its length, evaluations x step size, and so ends equally far
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
         if "num_sampling_steps" in typed:
             values["stepsize"] = length / (args.num_sampling_steps - 1)
@@ -164,8 +165,8 @@ def resolve_sampler(args, training, objective):
 
 
 def sampling_settings(args):
-    """Return {name: value} of SETTINGS from resolved flags."""
-    return {name: getattr(args, flag) for name, flag in SETTINGS.items()}
+    """Return {setting: value}, of FLAG_OF_SETTING, from resolved flags."""
+    return {name: getattr(args, flag) for name, flag in FLAG_OF_SETTING.items()}
 
 
 def count_evaluations(settings):
@@ -218,7 +219,7 @@ class Plan:
 
 
 def window_starts(num_frames, window, overlap):
-    """Return the first frame of each window of a video."""
+    """Return the first frame of each window. The last window may reach beyond the video."""
     return list(range(0, max(1, num_frames - overlap), window - overlap))
 
 
@@ -314,14 +315,14 @@ def make_plan(args, model, config, step, vae=None):
 
 
 def open_weak(args, strong, data, window):
-    """The model of --weak-ckpt, or None.
+    """The model of --weak-ckpt, for autoguidance, or None.
 
     Raises UserError unless it has the classes and latents of --ckpt.
     """
     if args.weak_ckpt is None:
         return None
 
-    def inputs(config, data):
+    def inputs(config, data):  # what both models must have in common
         return (
             config.objective,
             config.level_frames,
@@ -371,7 +372,8 @@ def choose_windows(args, config, num_frames, trained_frames, data, time_scale, f
     usual = num_frames
     if forcing and args.rope_scale == "none":
         patch = config.temporal_patch_size
-        trained_here = trained_frames  # the longest training clip, in frames of these samples
+        # Frames of these samples in the duration of the longest training clip, at its interval
+        trained_here = trained_frames
         if config.use_rope:
             trained_here *= data["longest_time_scale"] / time_scale
         whole_patches = math.floor(trained_here / patch + 1e-6)
@@ -538,7 +540,7 @@ def generate(
     total = len(batches) * len(plan.window_starts) * most
     bar = Bar(total=total, desc="sampling", unit="evaluation", leave=False)
 
-    def step(running):
+    def on_evaluation(running):
         bar.set_postfix_str(f"{running} running", refresh=False)
         bar.update()
         before_evaluation()
@@ -562,11 +564,11 @@ def generate(
                 settings=settings | {"start_gamma": init_gamma},
                 energy=energy,
                 strict=strict,
-                step=step,
+                on_evaluation=on_evaluation,
             )
             given_clips = given and given(batch)
             windows = sample_windows(
-                plan, noise_of, sample_latents, given_clips, keep=keep_background
+                plan, noise_of, sample_latents, given_clips, keep_background=keep_background
             )
             end = bar.n
             for part in windows:
@@ -575,10 +577,10 @@ def generate(
                 yield batch, *part
 
 
-def sample_windows(plan, noise_of, sample_latents, given_clips, keep):
+def sample_windows(plan, noise_of, sample_latents, given_clips, keep_background):
     """Sample the windows of a batch, each from the last frames of the one before, and decode them.
 
-    noise_of(window=number) returns initial latents; sample_latents(x, masked=...) is
+    noise_of(window=number) returns initial latents; sample_latents(x, kept=...) is
     `sample_window`. given_clips: clips and masks as in `generate`, or None.
     Yields for each window the number of the first new frame, the new frames uint8 (n, k, H, W, 3),
     evaluations (n,) and energies (n, num_steps), None unless they are recorded.
@@ -590,9 +592,9 @@ def sample_windows(plan, noise_of, sample_latents, given_clips, keep):
         x = noise_of(window=index)
         if given_clips and index == 0:
             clips, mask = (tensor.to(x.device) for tensor in given_clips)
-            details = Details(clips, mask, keep)
-        masked = masked_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
-        latents, evaluations, energies = sample_latents(x, masked=masked)
+            details = Details(clips, mask, keep_background)
+        kept = kept_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
+        latents, evaluations, energies = sample_latents(x, kept=kept)
         tail = latents[:, :, -plan.overlap :]
         first = plan.overlap if index else 0
         # the last window may reach beyond the video
@@ -602,16 +604,16 @@ def sample_windows(plan, noise_of, sample_latents, given_clips, keep):
         yield start + first, videos, evaluations, energies
 
 
-def sample_window(plan, x, condition, time_scale, masked, settings, energy, strict, step):
+def sample_window(plan, x, condition, time_scale, kept, settings, energy, strict, on_evaluation):
     """Follow the guided field of a Plan from x (B, C, T, H, W).
 
     Returns (samples, evaluations (B,), energies or None). Samples are float32;
-    settings["precision"] applies to the network only. masked: from `masked_part`. step(number of
-    running samples) is called before each evaluation. Energies are (B, num_steps), NaN after a
+    settings["precision"] applies to the network only. kept: from `kept_part`. on_evaluation(number
+    of running samples) is called before each evaluation. Energies are (B, num_steps), NaN after a
     sample has stopped.
     """
-    if masked and masked["mask"].all():  # nothing to sample
-        return masked["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
+    if kept and kept["mask"].all():  # nothing to sample
+        return kept["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
     settings = dict(settings)
     precision = settings.pop("precision")
     guidance = settings.pop("guidance")
@@ -631,8 +633,8 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
         energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device)
     points = iter(range(settings["num_steps"]))
 
-    def field_with_progress(x, keep, *gamma):
-        step(len(keep))
+    def field_with_progress(x, keep, *gamma):  # with gamma if the objective is told it
+        on_evaluation(len(keep))
         return field(x, keep, *gamma)
 
     def observe(x, keep):
@@ -645,7 +647,7 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
             x,
             objective=objective,
             observe=observe,
-            **masked,
+            **kept,
             **settings,
         )
     if not samples.isfinite().all():
@@ -656,8 +658,9 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
     return samples, evaluations, energies
 
 
-def masked_part(plan, x, start, clips, mask, tail):
-    """Return the arguments `given` and `mask` of `samplers.sample` for the window x from `start`.
+def kept_part(plan, x, start, clips, mask, tail):
+    """Return the arguments `given` and `mask` of `samplers.sample` for the window x from `start`:
+    what the window keeps, and where.
 
     They hold the given frames, where mask (n, T) of clips uint8 (n, 3, T, H, W) is true, and
     `tail`, the last latents of the previous window. Returns {} if both are None.
@@ -665,17 +668,17 @@ def masked_part(plan, x, start, clips, mask, tail):
     if mask is None and tail is None:
         return {}
     latents = torch.zeros_like(x)
-    masked = torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
+    is_kept = torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
     if mask is not None:
-        masked[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
+        is_kept[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
         # encoding takes long, so only frames that some sample is given
-        frames = masked.any(dim=0).nonzero()[:, 0]
+        frames = is_kept.any(dim=0).nonzero()[:, 0]
         if len(frames):
             latents[:, :, frames] = plan.vae.encode(clips[:, :, start + frames])
     if tail is not None:
         latents[:, :, : plan.overlap] = tail
-        masked[:, : plan.overlap] = True
-    return {"given": latents, "mask": masked[:, None, :, None, None]}
+        is_kept[:, : plan.overlap] = True
+    return {"given": latents, "mask": is_kept[:, None, :, None, None]}
 
 
 def initial_latents(plan, indices, seed, device, init, init_gamma, window):

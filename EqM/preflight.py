@@ -1,4 +1,8 @@
-"""Resolves all flags once, and checks what a user can get wrong before a GPU or folder is used."""
+"""Resolves all flags once, and checks what a user can get wrong before a GPU or folder is used.
+
+Flags (`cli.Flags`) are frozen: args.resolve(...) returns a copy with other values, and args.typed
+names the flags that the user gave.
+"""
 
 import math
 import os
@@ -21,10 +25,12 @@ from runtime.distributed import local_rank, rank, world_size
 from runtime.runs import check_job
 from samplers import SOLVERS
 from schedule import Phase, clip_lengths, fill_batches, frames_flag
-from vae import check_same, load_vae, must_differ
+from vae import check_same, load_vae, surely_differ
 from video import samples
 from video.index import CorruptVideos, find_data
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
+
+USUAL_EPOCHS = 1400  # of a run without --max-steps and --epochs
 
 # Training -----------------------------------------------------------------------------------------
 
@@ -42,7 +48,7 @@ def check_run(args):
     check_flags(args, lengths)
     check_data_path(args.data_path, images=not args.video)
     start = checkpoint.find_start(args, run.run_name(args))
-    args, vae = resolve_latents(args, start)
+    args, vae = resolve_vae(args, start)
     config = make_config(args, vae, start, lengths)
     args = resolve_settings(args, start, config, lengths)
     data = None
@@ -80,7 +86,7 @@ def share_run(checked):
     own_state = None
     if checked is not None:
         own_state = start.state
-        start = replace(start, state=None)
+        start.state = None  # megabytes or gigabytes, which are not broadcast
     args, start, config, data, phases = distributed.broadcast((args, start, config, data, phases))
     cli.check_precision(args.precision)
     if checked is None:
@@ -149,8 +155,8 @@ def check_flags(args, lengths):
         )
 
 
-def resolve_latents(args, start):
-    """(flags with --vae, --image-size and --no-flip, the VAE).
+def resolve_vae(args, start):
+    """(flags with --vae, --image-size and --no-flip, the VAE), also for videos in pixels.
 
     The latent cache or the checkpoint gives defaults.
     """
@@ -163,10 +169,10 @@ def resolve_latents(args, start):
                 f"--image-size {args.image_size}: the cache --data-path has "
                 f"{cache['image_size']}; remove it"
             )
-        if must_differ(cache.get("vae"), saved.get("vae")):
+        if surely_differ(cache.get("vae"), saved.get("vae")):
             raise UserError(
                 f"--data-path {args.data_path}: made with the VAE {cache.get('vae')}, "
-                f"{start.flag} with {saved.get('vae')}; pass the videos, or a cache of that VAE"
+                f"{start.origin} with {saved.get('vae')}; pass the videos, or a cache of that VAE"
             )
         if not (args.no_flip or cache["flips"]):
             say("note: the cache was made without --with-flips, so no clip is mirrored")
@@ -181,9 +187,9 @@ def resolve_latents(args, start):
                     f"--data-path {args.data_path}: its VAE differs from {vae.name}; pass its own "
                     "VAE with --vae"
                 )
-    check_same(vae, saved.get("vae_sha256"), start.flag)
+    check_same(vae, saved.get("vae_sha256"), start.origin)
     image_size = args.image_size or defaults.get("image_size", 256)
-    if not image_size:  # a published model
+    if not image_size:  # published models record None
         image_size = start.config["model"]["input_size"] * vae.downsample
     return args.resolve(vae=vae.name, image_size=image_size), vae
 
@@ -194,7 +200,7 @@ def make_config(args, vae, start, lengths):
     """
     model = args.model or USUAL_NAME
     unit = vae.downsample
-    if not start.state:
+    if not start.state:  # with a checkpoint, its input size is compared below
         unit *= model_shape(model)["patch_size"]
     if args.image_size % unit:
         near = args.image_size // unit * unit or unit
@@ -207,13 +213,14 @@ def make_config(args, vae, start, lengths):
     settings["in_channels"] = vae.channels
     try:
         if start.state is None:
+            name_in_error = model
             config = model_config(model, **settings)
         else:
-            model = start.path  # for the message
+            name_in_error = start.path
             if args.new_classes and not start.resumes:
                 settings.pop("num_classes", None)
             asked = model_shape(args.model) | settings
-            saved = checkpoint.config_of(start.flag, start.state, video=args.video, **asked)
+            saved = checkpoint.config_of(start.origin, start.state, video=args.video, **asked)
             config = replace(saved, num_frames=args.num_frames)
         for num_frames in (*lengths, *args.val_frames):
             config.check_num_frames(num_frames)
@@ -221,7 +228,7 @@ def make_config(args, vae, start, lengths):
         typed = args.typed & {*names, "image_size", "val_frames"}
         flags = " ".join(flag_text(args, name) for name in sorted(typed))
         length = f"{frames_flag(args)} {args.num_frames}"
-        raise UserError(f"{flags} {length} model {model}: {error}".strip()) from error
+        raise UserError(f"{flags} {length} model {name_in_error}: {error}".strip()) from error
     config.warn_if_narrow()
     return config
 
@@ -235,18 +242,20 @@ def resolve_settings(args, start, config, lengths):
     has_energy = config.ebm != "none"
     weight_decay = args.weight_decay
     if weight_decay is None:
-        weight_decay = start.kept("weight_decay")
+        weight_decay = start.resumed_flag("weight_decay")
     if weight_decay is None:
         weight_decay = MUON_DECAY if args.optimizer == "muon" else 0.0
     if args.shard and world_size() == 1:
         say("note: --shard: with one rank, nothing is sharded")
     if start.resumes:  # where the phase started, only as a record
-        args = args.resolve(ckpt=start.kept("ckpt"), inflate=start.kept("inflate"))
+        args = args.resolve(ckpt=start.resumed_flag("ckpt"), inflate=start.resumed_flag("inflate"))
     args = args.resolve(
-        start_sha256=start.kept("start_sha256") if start.resumes else start.sha256,
+        start_sha256=start.resumed_flag("start_sha256") if start.resumes else start.sha256,
         shard=args.shard and world_size() > 1,
         model=args.model or trained.get("model", USUAL_NAME),
-        precision=cli.resolve_precision(args.precision, has_energy, start.kept("precision")),
+        precision=cli.resolve_precision(
+            args.precision, has_energy, start.resumed_flag("precision")
+        ),
         weight_decay=weight_decay,
         **generation.resolve_sampler(args, trained, config.learns),
     )
@@ -299,11 +308,12 @@ def only_phase(args, start, data):
     """
     last_step = args.max_steps or math.inf
     if args.epochs or not args.max_steps:
-        clips = (args.epochs or 1400) * len(data.train[args.num_frames])
+        clips = (args.epochs or USUAL_EPOCHS) * len(data.train[args.num_frames])
         steps = math.ceil(clips / args.global_batch_size)
         last_step = min(last_step, start.progress.first_step + steps)
-    # A run that resumes with the same --epochs is only finished, if videos were removed since
-    has_new_epochs = args.epochs and args.epochs != start.kept("epochs")
+    # With the same --epochs, a resumed run is finished, not wrong, if fewer videos than before let
+    # its epochs end earlier
+    has_new_epochs = args.epochs and args.epochs != start.resumed_flag("epochs")
     if has_new_epochs and start.progress.step > last_step:
         raise UserError(
             f"--epochs {args.epochs}: the checkpoint is at step {start.progress.step}, these "
@@ -327,7 +337,8 @@ def fit_classes(args, config, start, classes):
             "others start from the embedding of 'no class'"
         )
     elif start.state is not None:
-        # A published model only numbers its classes, so it takes the names of the data
+        # A published model only numbers its classes, so it takes the names of the data; a video
+        # model that --inflate makes of it has other data
         numbers = [str(label) for label in range(len(before))]
         is_unnamed = not start.inflates and is_published(start.config) and before == numbers
         if before != classes and not is_unnamed:
@@ -336,9 +347,9 @@ def fit_classes(args, config, start, classes):
                 advice = "pass its data, or remove --resume"
             raise UserError(
                 f"--data-path {args.data_path}: has the classes {some_names(classes)}, "
-                f"{start.flag} has {some_names(before)}; {advice}"
+                f"{start.origin} has {some_names(before)}; {advice}"
             )
-        checkpoint.check(start.flag, config, num_classes=num_classes)
+        checkpoint.check(start.origin, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)
 
 
@@ -440,15 +451,15 @@ def check_vae_run(args):
     cli.check_devices()
     check_job()
     optim.check_flags(args)
-    count = int(math.log2(args.downsample)) + 1
-    args = args.resolve(widths=args.widths or [16, 32, 64, 128][:count])
+    num_levels = int(math.log2(args.downsample)) + 1
+    args = args.resolve(widths=args.widths or [16, 32, 64, 128][:num_levels])
     if args.image_size % args.downsample:
         raise UserError(
             f"--image-size {args.image_size}: not a multiple of --downsample {args.downsample}"
         )
-    if len(args.widths) != count:
+    if len(args.widths) != num_levels:
         raise UserError(
-            f"{flag_text(args, 'widths')}: expected {count} numbers for --downsample "
+            f"{flag_text(args, 'widths')}: expected {num_levels} numbers for --downsample "
             f"{args.downsample}"
         )
     if args.global_batch_size % world_size():
@@ -458,9 +469,12 @@ def check_vae_run(args):
         )
     cli.check_writable("--results-dir", args.results_dir)
     check_data_path(args.data_path, cached=False)
+    # `read_file`, as `load` expects the content of train.py's checkpoints
     start = checkpoint.find_resumed(args, vae_run_name(args), read=checkpoint.read_file)
     args = args.resolve(
-        precision=cli.resolve_precision(args.precision, energy=False, kept=start.kept("precision"))
+        precision=cli.resolve_precision(
+            args.precision, energy=False, kept=start.resumed_flag("precision")
+        )
     )
     data = None
     if rank() == 0:

@@ -170,7 +170,8 @@ def main():
         checkpoint.load_run(start, model, ema, optimizers, scaler)
     vae.to(device)
 
-    # The run folder and its files
+    # The run folder and its files. run.stats begins with the steps that an interrupted run had made
+    # but not logged.
     phase = current_phase(phases, progress.first_step)
     run_config = make_run_config(args, config, phase=phase, data=data, vae=vae)
     run = Run(
@@ -186,9 +187,7 @@ def main():
     stop = run.stop
     network = model if args.shard else distributed.parallel(model)
     note_changes(start, run_config, run)
-    # both map the checkpoint's file, which would stay open during the run
-    start.state = None
-    checked = None
+    start.state = None  # it maps the checkpoint's file, which would stay open during the run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
     log_run(
         run,
@@ -222,7 +221,7 @@ def main():
         for phase in phases:
             if phase.last_step <= progress.first_step:
                 continue
-            stream = progress.first_step  # names the random draws of the phase's samples
+            stream = progress.first_step  # names the random draws for the phase's training clips
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
             run_config = make_run_config(args, config, phase=phase, data=data, vae=vae)
             previews = preview_plan(args, ema, vae, data.scan.classes, run_config)
@@ -240,8 +239,8 @@ def main():
                 batches = itertools.chain([stop.wait(batches)], batches)
             stop.resolve()
             while True:
-                # After new steps, also of an interrupted run that had not logged them: sample
-                # periodically; log, validate and save periodically and at the end of a phase
+                # After new steps: sample periodically; log, validate and save periodically and at
+                # the end of a phase
                 if len(run.stats) and is_due(
                     progress.step,
                     phase.last_step,
@@ -272,7 +271,7 @@ def main():
                         )
                         run.report_corrupt(corrupt, step)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
-                    if is_due(step, math.inf, args.sample_every):
+                    if is_due(step, math.inf, args.sample_every):  # not at the end of a phase
                         videos = sample_ema(previews, args, device, stop)
                     # A signal may interrupt what is above: a resumed run does it again.
                     if "val_loss" in row:
@@ -329,13 +328,14 @@ def main():
                         sums[name] += value.detach() / args.grad_accum
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                loss_values = list(sums.values())
+                averages = list(sums.values())  # before the norm of the gradient joins them
                 grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
                 sums["grad_norm"] = full_tensor(grad_norm)
                 skip = False
                 if scaler.is_enabled():  # the CPU waits for the GPU
-                    skip, is_overflow = check_fp16(sums["grad_norm"], loss_values)
-                    sums["skipped"] = is_overflow  # without it, the run ends at the next row
+                    skip, is_overflow = check_fp16(sums["grad_norm"], averages)
+                    # The run ends at a row of the log that is not finite, unless it skipped steps
+                    sums["skipped"] = is_overflow
                 for optimizer in optimizers:
                     if not skip:
                         scaler.step(optimizer)
@@ -344,8 +344,8 @@ def main():
                 # of the phase or, with --mix, of an earlier one
                 num_frames = batch["clips"].shape[-3]
                 flops = config.training_flops(num_frames)
-                spent = config.training_flops(num_frames, args.grad_checkpoint)
-                progress.count_step(phase.batch_size, spent)
+                with_recomputation = config.training_flops(num_frames, args.grad_checkpoint)
+                progress.count_step(phase.batch_size, with_recomputation)
                 run.stats.add(files, phase.batch_size * flops, **sums)
                 update_ema(ema, model, ema_decay(args, progress.step - progress.ema_start))
                 bar.update()
@@ -434,7 +434,7 @@ def start_phase(args, data, phases, phase, progress, device):
         )
         for num_frames in val_lengths
     }
-    frames_of_step = frames_of_steps(
+    clip_lengths = frames_of_steps(
         phases,
         phase,
         step=progress.step,
@@ -442,20 +442,20 @@ def start_phase(args, data, phases, phase, progress, device):
         mix=args.mix,
         seed=args.global_seed,
     )
-    indices_of_batches = rank_batches(
+    micro_batches = rank_batches(
         progress.position,
-        len(frames_of_step),
+        len(clip_lengths),
         global_batch=phase.batch_size,
         rank=rank(),
         world_size=world_size(),
         micro_batches=args.grad_accum,
     )
     batches = (  # the loader takes pairs (number of frames, index)
-        [(frames_of_step[micro_batch // args.grad_accum], index) for index in batch_indices]
-        for micro_batch, batch_indices in enumerate(indices_of_batches)
+        [(clip_lengths[number // args.grad_accum], index) for index in indices]
+        for number, indices in enumerate(micro_batches)
     )
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)
-    if not args.shard:
+    if not args.shard:  # with it, all ranks must call the network equally often
         chunks = chunks[rank() :: world_size()]
     train_loader = make_loader(
         train_clips,
@@ -475,7 +475,7 @@ def start_phase(args, data, phases, phase, progress, device):
 
 
 def preview_plan(args, ema, vae, classes, run_config):
-    """The Plan of a phase's samples."""
+    """The Plan of the samples that a phase makes now and then."""
     conditions, names = one_of_each(classes, args.num_samples)
     return Plan(
         ema,
@@ -490,8 +490,9 @@ def preview_plan(args, ema, vae, classes, run_config):
 
 
 def sample_ema(plan, args, device, stop):
-    """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all.
+    """Sample from the EMA: each rank its share, with --shard all ranks all.
 
+    Rank 0 gets the samples, uint8 (N, T, H, W, 3).
     Raises Interrupted.
     """
     indices = distributed.own_indices(args.num_samples)

@@ -86,7 +86,7 @@ class Objective:
         return (x - noise) * self.factor(_broadcast(gamma))
 
     def velocity(self, f, gamma):
-        """Return dx/dgamma on the path of `interpolate`: f / `factor` for f at a float gamma."""
+        """Return dx/dgamma on the path of `interpolate`, f / `factor`. gamma: a single number."""
         return f / self.factor(gamma).item()
 
     def solver_shift(self, gamma_shift):
@@ -124,7 +124,10 @@ class Objective:
         return errors, _mean_of_noisy(zero_squares, gamma).mean(), features
 
     def zero_loss(self, mean_square):
-        """Return the expected loss of a zero prediction for uniform gamma: E[c^2] (1 + E[x^2])."""
+        """Return the expected loss of a zero prediction for uniform gamma: E[c^2] (1 + E[x^2]).
+
+        The weight of the loss has mean 1, so it changes nothing.
+        """
         factor = MEAN_SQUARED_DECAY if self.has_decay else self.scale**2
         return factor * (1 + mean_square)
 
@@ -178,7 +181,10 @@ def dispersive_loss(features):
 
 
 def _mean_of_noisy(squares, gamma):
-    """The mean (B,) of squares (B, C, T, H, W) over the frames with gamma (B, T) below 1."""
+    """The mean (B,) of squares (B, C, T, H, W) over the frames with gamma (B, T) below 1.
+
+    Regions, with gamma (B, T, H, W), need an objective with equilibria, which has decay.
+    """
     is_noisy = (gamma < 1).float()
     return (squares.mean(dim=(1, 3, 4)) * is_noisy).sum(dim=1) / is_noisy.sum(dim=1)
 
@@ -235,22 +241,23 @@ def draw_gammas(
     The draws of a sample depend only on (seed, stream, index), where stream is the first step of
     the phase. A clip that is not forced keeps its gamma, whatever the share. A clip of one temporal
     patch (`patch` frames) is never forced and has no region: its frames share all tokens, so given
-    ones would show most of the others. shift, draw: see `gammas_of`. Given frames come in groups of
-    `level_frames`, 1 or `patch`.
+    ones would show most of the others. Given frames come in groups of `level_frames`, 1 or `patch`.
+    shift, draw (a name in DRAWS): see `gammas_of`.
     """
     gamma = gammas_of(uniform(seed, "gamma", stream, indices), shift, draw)  # (B,)
     if share == region_share == 0 or num_frames <= patch:
         return gamma
     rows = []
     for level, index in zip(gamma.tolist(), indices, strict=True):
+        # more draws than are used: a change would give the clips of each seed other levels
         chance, kind, *draws = torch.rand(
             4 + num_frames, generator=generator(seed, "forcing", stream, index)
         ).tolist()
         if chance >= share:
             rows.append([level] * num_frames)
         elif kind < OWN_LEVELS:
-            own = gammas_of(torch.tensor(draws, dtype=torch.float64), shift, draw).tolist()
-            rows.append([own[frame // patch] for frame in range(num_frames)])
+            of_patch = gammas_of(torch.tensor(draws, dtype=torch.float64), shift, draw).tolist()
+            rows.append([of_patch[frame // patch] for frame in range(num_frames)])
         else:
             clean = clean_frames(*draws[:3], math.ceil(num_frames / level_frames))
             rows.append(
@@ -260,12 +267,12 @@ def draw_gammas(
     if region_share == 0:
         return levels
     levels = levels[:, :, None, None].repeat(1, 1, size, size)
-    for own, level, index in zip(levels, gamma.tolist(), indices, strict=True):
+    for of_clip, level, index in zip(levels, gamma.tolist(), indices, strict=True):
         chance, *draws = torch.rand(5, generator=generator(seed, "region", stream, index)).tolist()
         if chance < region_share:
             height, width = noisy_region(*draws, size)
-            own[:] = 1.0
-            own[:, height, width] = level
+            of_clip[:] = 1.0
+            of_clip[:, height, width] = level
     return levels
 
 
@@ -278,7 +285,8 @@ def noisy_region(u_top, u_left, u_height, u_width, size):
 
 
 def clean_frames(u_kind, u_first, u_last, num_frames):
-    """Choose the given frames of a clip from three uniform draws in [0, 1).
+    """Choose the given frames of num_frames, or given groups of frames, from three uniform draws in
+    [0, 1).
 
     Returns a set, neither empty nor full. 1/2 of the draws choose the first frames, 1/4 the first
     and the last, 1/8 the last, 1/8 a single frame. Few first frames are likelier than many, since a

@@ -103,7 +103,7 @@ class VAE(nn.Module):
         return videos.permute(0, 2, 3, 4, 1).contiguous()
 
 
-def must_differ(name, made):
+def surely_differ(name, made):
     """Whether two names of VAEs are certainly of different ones.
 
     The name of a directory says nothing.
@@ -119,7 +119,7 @@ def load_vae(typed, made=None, owner=None):
     An owner is for example the checkpoint.
     """
     name = (made or "ema") if typed is None else typed
-    if must_differ(name, made):
+    if surely_differ(name, made):
         raise UserError(f"--vae {name}: {owner} was made with {made}; remove --vae")
     if name == "none":
         return VAE(name)

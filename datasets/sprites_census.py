@@ -20,8 +20,8 @@ the pose is right.
 
 A sample is valid if it passes ten limits: for the distance of a frame and the margin of the clip,
 of each of the four attributes; for the distance of the pose; and for the RMSE of the worst frame.
-The limits come from training clips that went through the model's VAE. As many of them fail each
-limit. This number is the largest with which 99% pass all ten. A limit of distances is 0 at most: a
+The limits come from training clips that went through the model's VAE. Each limit fails the same
+number of them, the largest with which 99% still pass all ten. A limit of distances is 0 at most: a
 frame may be closer to another one only as far as in training clips, where few pixels differ.
 Validation clips that went through the VAE must be valid, and controls, wrong clips that are made of
 them, must not.
@@ -46,7 +46,7 @@ from vae import check_same, load_vae
 ATTRIBUTES = "body", "bottomwear", "topwear", "hair"  # the digits of a character's name
 PASS = 0.99  # the share of training clips through the VAE that the limits let pass
 PERCENTS = 10, 25, 40, 50  # of another value of an attribute, blended into all frames of controls
-BLENDED = 4  # one in so many validation clips is blended, as there are 16 kinds of blends
+BLENDED = 4  # one in so many validation clips is blended, as 16 kinds of blends take long
 GOAL = 40, 0.05  # at 40 percent, at most this share of the controls should be accepted
 SHIFT = 2  # px
 # gray levels: frames with a smaller RMSE are the same; Slash and Spellcast often begin alike
@@ -82,12 +82,12 @@ TITLES = {  # of the values
 }
 
 
-def check(samples, clips, place):
+def check(samples, clips, where):
     """Raise UserError unless the videos of Clips are a complete grid like those of Samples."""
-    samples.check_classes(clips.classes, place)
+    samples.check_classes(clips.classes, where)
     videos = {video.key: video for video in clips.videos}
     values = values_of(clips)
-    wrong = sorted(videos.keys() ^ places_of(clips.classes, values).keys())
+    wrong = sorted(videos.keys() ^ numbers_of(clips.classes, values).keys())
     problem = None
     if wrong:
         state = "not expected" if wrong[0] in videos else "missing"
@@ -99,7 +99,7 @@ def check(samples, clips, place):
             "expected <class>/characterABCD.mkv of all characters, from datasets/prepare_sprites.py"
         )
         raise UserError(
-            f"{place}: not the complete Sprites data set: {problem}; {expected}; pass that folder"
+            f"{where}: not the complete Sprites data set: {problem}; {expected}; pass that folder"
         )
     size = samples.image_size
     for key, video in videos.items():
@@ -107,7 +107,7 @@ def check(samples, clips, place):
             expected = f"{samples.num_frames} frames of {size} x {size} px"
             got = f"{video.num_frames} frames of {video.height} x {video.width} px"
             raise UserError(
-                f"{samples.place}: has {expected}, {place}: {key} has {got}; sample clips like "
+                f"{samples.place}: has {expected}, {where}: {key} has {got}; sample clips like "
                 "those"
             )
 
@@ -119,13 +119,16 @@ def values_of(clips):
     return [sorted({int(name[a]) for name in names}) for a in range(len(ATTRIBUTES))]
 
 
-def places_of(classes, values):
-    """{Class/characterABCD: place, numbers of its class and character} of all clips, in order."""
+def numbers_of(classes, values):
+    """{Class/characterABCD: place} of all clips, in order.
+
+    A place is a pair of numbers: of the clip's class and of its character.
+    """
     places = {}
-    for number, name in enumerate(classes):
+    for c, name in enumerate(classes):
         for character, attributes in enumerate(product(*values)):
             digits = "".join(map(str, attributes))
-            places[f"{name}/character{digits}"] = (number, character)
+            places[f"{name}/character{digits}"] = (c, character)
     return places
 
 
@@ -151,16 +154,18 @@ class World:
     """
 
     def __init__(self, classes, values, frames, device="cpu"):
-        """frames: uint8 (classes, characters, T, H, W, 3), in the order of places_of."""
+        """frames: uint8 (classes, characters, T, H, W, 3), in the order of numbers_of."""
         self.classes = classes
-        self.places = places_of(classes, values)
+        self.places = numbers_of(classes, values)
         self.clips = frames
         self.frames = frames.flatten(3).to(device)  # (classes, characters, T, P)
-        # (classes, T, P): not black in all characters; a class at a time, as this takes memory
+        # Pixels that some character shows, of each frame (classes, T, P) and of any frame (P,). The
+        # others are 0, so `cropped` has the products and squares of whole frames.
+        # A class at a time, as this takes memory.
         self.seen = torch.stack([(of_class != 0).any(dim=0) for of_class in self.frames])
-        self.seen_once = self.seen.flatten(0, 1).any(dim=0)  # (P,)
+        self.seen_once = self.seen.flatten(0, 1).any(dim=0)
         self.cropped = self.frames[..., self.seen_once]
-        self.same = SAME**2 * self.frames.shape[-1]
+        self.least_square = SAME**2 * self.frames.shape[-1]
         squares = [clip.double().square().sum(dim=-1) for clip in self.frames.flatten(0, 1)]
         self.squares = torch.stack(squares).unflatten(0, self.frames.shape[:2])  # |frame|^2
         characters = [*product(*values)]
@@ -182,7 +187,7 @@ def read_world(clips, args, device):
     """The World of the videos of Clips. Raises UserError if one can't be decoded."""
     size = clips.source.image_size
     values = values_of(clips)
-    places = places_of(clips.classes, values)
+    places = numbers_of(clips.classes, values)
     numbers = {video.path: places[video.key] for video in clips.videos}
     num_characters = len(places) // len(clips.classes)
     shape = (len(clips.classes), num_characters, clips.num_frames, size, size, 3)
@@ -219,30 +224,30 @@ def match(world, clips):
     They have the least |other|^2 - 2 clip.other.
     """
     errors = world.squares.sum(dim=-1).repeat(len(clips), 1, 1)  # (n, classes, characters)
-    for name, frames in enumerate(world.frames):
-        for t, seen in enumerate(world.seen[name]):
+    for c, frames in enumerate(world.frames):
+        for t, seen in enumerate(world.seen[c]):
             # float32, as rounding is far below the difference of two clips
             others = frames[:, t, seen].float()
             products = clips[:, t, seen].float() @ others.T
-            errors[:, name] -= 2 * products.double()
+            errors[:, c] -= 2 * products.double()
     closest = errors.flatten(1).argmin(dim=1)
     return torch.stack(torch.unravel_index(closest, errors.shape[1:]), dim=1)
 
 
-def along_lines(error, best, others, squares, same):
+def along_lines(error, best, others, others_square, least_square):
     """How far frames are along the lines from the matched frames to others: (products, squares).
 
-    The frames are best + error, both (T, P); others are (T or 1, M, P), squares |others|^2.
+    The frames are best + error, both (T, P); others are (T or 1, M, P), others_square |others|^2.
     products (T, M): error.(other - best); squares (T, M): |other - best|^2. Both are 0 where the
-    squares are below `same`. Float64 sums are exact.
+    squares are below least_square. Float64 sums are exact.
     """
     error_others, best_others = (torch.stack([error, best], dim=1) @ others.mT).unbind(dim=1)
     products = error_others - (error * best).sum(dim=-1, keepdim=True)
-    lengths = squares - 2 * best_others + best.square().sum(dim=-1, keepdim=True)
-    is_other = lengths >= same
+    squares = others_square - 2 * best_others + best.square().sum(dim=-1, keepdim=True)
+    is_other = squares >= least_square
     products = torch.where(is_other, products, 0)
-    lengths = torch.where(is_other, lengths, 0)
-    return products.cpu(), lengths.cpu()
+    squares = torch.where(is_other, squares, 0)
+    return products.cpu(), squares.cpu()
 
 
 def margins(products, squares):
@@ -272,27 +277,27 @@ def decode(world, place, clip):
     values of the attributes (T, attributes) that its frames show; their RMSE (T,). A frame that is
     closer to another pose than to another attribute shows the attributes that it has in that pose.
     """
-    name, who = place
+    matched_class, who = place
     T, P = clip.shape
     clip = clip.double()
     cropped = clip[:, world.seen_once]
 
     def compare(shown, others):
-        """The clip's frames on the lines from frames shown to others: indices of world.frames."""
+        """`along_lines` from the frames `shown` to `others`, both indices of world.frames."""
         best = world.cropped[shown].double()
         return along_lines(
             error=cropped - best,
             best=best,
             others=world.cropped[others].double(),
-            squares=world.squares[others],
-            same=world.same,
+            others_square=world.squares[others],
+            least_square=world.least_square,
         )
 
-    def compare_attributes(c, shown, t):
+    def compare_attributes(c, shown, t):  # shown: the numbers of characters, (T,)
         changed = (c[:, None], world.changed[shown], t[:, None])
         return compare((c, shown, t), changed)
 
-    c = torch.full((T,), name)
+    c = torch.full((T,), matched_class)
     t = torch.arange(T)
     shown = torch.full((T,), who)
     every = torch.arange(len(world.classes) * T)[None]
@@ -305,6 +310,7 @@ def decode(world, place, clip):
         c = torch.where(is_other_pose, pose // T, c)
         t = torch.where(is_other_pose, pose % T, t)
         attributes = compare_attributes(c, shown, t)
+    # The measures below are of the matched character, in the pose that a frame is closest to
     changes = attributes
     for _ in ATTRIBUTES:  # one attribute after the other, as long as a frame gets closer
         gain, choice = gains(*changes).max(dim=1)
@@ -318,7 +324,7 @@ def decode(world, place, clip):
     smallest = [by_frame[:, choices].min() for choices in world.choices_of]
     smallest.append(distances(*poses, P).min())
     smallest_of_clip = [of_clip[choices].min() for choices in world.choices_of]
-    rmse = (clip - world.frames[name, who]).square().mean(dim=-1).sqrt()
+    rmse = (clip - world.frames[matched_class, who]).square().mean(dim=-1).sqrt()
     return {
         "distances": torch.stack(smallest).clamp(max=255).numpy(),  # infinite if no frame shows it
         "margins": torch.stack(smallest_of_clip).clamp(max=1).numpy(),
@@ -380,7 +386,7 @@ def find_limits(measured):
 def reasons(measured, limits):
     """Why each clip from `measure` is not valid, an array of REASONS; "" for valid clips."""
     fails = limited(measured) < limits
-    attributes, pose, margins, rmse = np.split(fails, [4, 5, 9], axis=1)
+    attributes, pose, margins, rmse = np.split(fails, [4, 5, 9], axis=1)  # in the order of LIMITED
     cases = [part.any(axis=1) for part in (attributes, pose, margins, rmse)]
     return np.select(cases, REASONS, default="")
 
@@ -392,8 +398,8 @@ def draw(options, seed, *key):
     return options[int(number)]
 
 
-def make_controls(world, places, made, through, seed):
-    """Yield (name, wrong clips like `made`); made: the clips at places after through(), a VAE.
+def make_controls(world, places, made, through_vae, seed):
+    """Yield (name, wrong clips like `made`); made: the clips at places after through_vae().
 
     A change is drawn from those that the true frames show.
     """
@@ -403,24 +409,24 @@ def make_controls(world, places, made, through, seed):
     switched = made.clone()
     swapped = made.clone()
     shifted = made.clone()
-    switches = []
+    switched_t = []  # the number of the switched frame of each clip
     frames = []
-    for index, (name, who) in enumerate(places.tolist()):
-        true = world.cropped[name, who].int()  # (T, P)
-        others = world.cropped[name, world.changed[who]].int()  # (M, T, P)
-        differ = (others - true).square().sum(dim=-1) > world.same  # (M, T)
+    for index, (c, who) in enumerate(places.tolist()):
+        true = world.cropped[c, who].int()  # (T, P)
+        others = world.cropped[c, world.changed[who]].int()  # (M, T, P)
+        differ = (others - true).square().sum(dim=-1) > world.least_square  # (M, T)
         choice, t = draw(differ.nonzero().cpu(), seed, 0, index)
-        switches.append(t)
-        frames.append(world.clips[name, world.changed[who, choice], t])
-        differ = (true[:, None] - true).square().sum(dim=-1) > world.same  # (T, T)
+        switched_t.append(t)
+        frames.append(world.clips[c, world.changed[who, choice], t])
+        differ = (true[:, None] - true).square().sum(dim=-1) > world.least_square  # (T, T)
         pair = draw(differ.nonzero().cpu(), seed, 1, index)
         swapped[index, pair] = made[index, pair.flip(0)]
         t = draw(range(T), seed, 2, index)
         down, right = draw(moves, seed, 3, index)
         bordered = F.pad(made[index, t], (0, 0, SHIFT, SHIFT, SHIFT, SHIFT))
         shifted[index, t] = bordered[down : down + H, right : right + W]
-    frames = through(torch.stack(frames)[:, None])[:, 0]
-    switched[range(len(places)), torch.stack(switches)] = frames
+    frames = through_vae(torch.stack(frames)[:, None])[:, 0]
+    switched[range(len(places)), torch.stack(switched_t)] = frames
     yield "attribute_switched", switched
     yield "frames_swapped", swapped
     yield "frame_shifted", shifted
@@ -432,29 +438,30 @@ def blendable(world, place, is_own):
     Values that no frame shows can't be, nor values with a third one between: half light and half
     dark skin is medium skin, so the blend is a right clip. is_own: bool (M,).
     """
-    name, who = place
-    others = world.cropped[name, world.changed[who, is_own]]
-    changes = others.double() - world.cropped[name, who]
-    can_be = (changes.square().sum(dim=-1) > world.same).any(dim=1)
+    c, who = place
+    others = world.cropped[c, world.changed[who, is_own]]
+    changes = others.double() - world.cropped[c, who]
+    can_be = (changes.square().sum(dim=-1) > world.least_square).any(dim=1)
     changes = changes.flatten(1)
     products = changes @ changes.T
     squares = products.diag()
     for percent in PERCENTS:
         share = percent / 100
-        to_values = share**2 * squares[:, None] - 2 * share * products + squares  # of each blend
-        to_own = min(share, 1 - share) ** 2 * squares[:, None]  # the closer one of its two
+        # squared distances of each blend to all values, and to the nearer of the two blended ones
+        to_values = share**2 * squares[:, None] - 2 * share * products + squares
+        to_own = min(share, 1 - share) ** 2 * squares[:, None]
         can_be &= (to_values >= to_own * (1 - 1e-9)).all(dim=1)
     return is_own.nonzero()[can_be.cpu(), 0]
 
 
-def make_blends(world, places, made, through, seed):
+def make_blends(world, places, made, through_vae, seed):
     """Yield (name, clips like `made`): PERCENTS of another value of an attribute, in all frames."""
     for attribute, is_own in zip(ATTRIBUTES, world.choices_of, strict=True):
         characters = []
         for index, place in enumerate(places.tolist()):
             choice = draw(blendable(world, place, is_own), seed, attribute, index)
             characters.append(world.changed[place[1], choice])
-        others = through(world.clips[places[:, 0], torch.stack(characters)])
+        others = through_vae(world.clips[places[:, 0], torch.stack(characters)])
         for percent in PERCENTS:
             blended = (100 - percent) * made.int() + percent * others.int()
             yield f"{attribute}_blended_{percent}", ((blended + 50) // 100).byte()
@@ -465,7 +472,7 @@ def calibrate(world, clips, training, count, args, vae):
     through the VAE.
     """
 
-    def through(clips):
+    def through_vae(clips):
         parts = []
         for part in Bar(
             clips.split(args.batch_size),
@@ -484,16 +491,16 @@ def calibrate(world, clips, training, count, args, vae):
 
     keys = {place: key for key, place in world.places.items()}
 
-    def keys_of(places):  # a character may have several clips
+    def keys_of(places):  # the units of intervals, as a character may have several clips
         return [keys[tuple(place)] for place in places.tolist()]
 
     places = draw_places(training, "train")
-    measured = measure(world, through(world.clips[*places.T]), "training clips")
+    measured = measure(world, through_vae(world.clips[*places.T]), "training clips")
     limits = find_limits(measured)
     result = shares({"train_valid": reasons(measured, limits) == ""}, keys_of(places))
     known = set(training)
     places = draw_places([video for video in clips.videos if video not in known], "val")
-    made = through(world.clips[*places.T])
+    made = through_vae(world.clips[*places.T])
     measured = measure(world, made, "validation clips")
     hits = {
         "real_valid": reasons(measured, limits) == "",
@@ -504,14 +511,14 @@ def calibrate(world, clips, training, count, args, vae):
         world,
         places=places,
         made=made,
-        through=through,
+        through_vae=through_vae,
         seed=args.seed,
     )
     blends = make_blends(
         world,
         places=places[:few],
         made=made[:few],
-        through=through,
+        through_vae=through_vae,
         seed=args.seed,
     )
     for name, wrong in chain(controls, blends):

@@ -27,7 +27,7 @@ SIZE = 16
 VALUES = [[0, 1], [0, 1], [0, 1], [0, 1, 2]]
 ORDER = {"Slash": (0, 1, 2, 3, 4, 5, 4, 0), "Walk": (7, 0, 1, 2, 3, 4, 5, 6)}
 CHARACTERS = [*product(*VALUES)]
-PLACES = sprites_census.places_of([*ORDER], VALUES)
+PLACES = sprites_census.numbers_of([*ORDER], VALUES)
 COLORS = np.random.default_rng(0).integers(60, 256, (4, 3, 3))  # attribute, value, RGB
 
 
