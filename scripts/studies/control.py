@@ -11,19 +11,19 @@ the four. Two arms are equal if the 95% interval lies within EQUAL points.
 
 A run takes about 5 minutes of two cores. The script writes control.md and .json in
 results/studies/objectives, with --tune control_tuning.md and .json. Models, samples and scores are
-in its folder control (see lab.py).
+in its folder runs (see lab.py).
 """
 
 import itertools
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import lab
-from arms import PATH_LENGTH
-from objectives import BOTH_RIGHT, USUAL, ShapesRun, make_task, num_clips
 from runtime.cli import UserError, one_line_errors
 from samplers import SOLVERS
+from shapes import BOTH_RIGHT, PATH_LENGTH, USUAL, shapes_run, size_of, make_task
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,24 @@ def draw_configurations(count, seed=65):
 @dataclass(frozen=True)
 class Arm:
     flags: str  # of train.py
-    seeds: int
+    seeds: int = 3
     ways: tuple = SOLVERS  # of sampling
     tuned_as: str = ""  # the arm whose configuration it takes; "" = its own
 
 
-WAYS = {"ngd": PATH_LENGTH, "euler": "euler", "heun": "heun"}  # as in objectives.sampling
+LOGIT_NORMAL = "--gamma-draw logit-normal"
 ARMS = {
-    "eqm": Arm("--objective eqm", seeds=16, ways=("ngd", *SOLVERS)),
+    "eqm": Arm("--objective eqm", seeds=16, ways=(PATH_LENGTH, *SOLVERS)),
     "flow": Arm("--objective flow", seeds=16),
     "told-w": Arm("--objective told-w", seeds=16),
     "blind-w": Arm("--objective blind-w", seeds=8),
     "told-c": Arm("--objective told-c", seeds=8),
-    "blind": Arm("--objective blind", seeds=3),
-    "told-4": Arm("--objective told-4", seeds=3, tuned_as="flow"),
-    "flow-logit-normal": Arm(
-        "--objective flow --gamma-draw logit-normal", seeds=3, tuned_as="flow"
-    ),
-    "told-w-logit-normal": Arm(
-        "--objective told-w --gamma-draw logit-normal", seeds=3, tuned_as="told-w"
-    ),
+    "blind": Arm("--objective blind"),
+    "told-4": Arm("--objective told-4", tuned_as="flow"),
+    "flow-logit-normal": Arm(f"--objective flow {LOGIT_NORMAL}", tuned_as="flow"),
+    "told-w-logit-normal": Arm(f"--objective told-w {LOGIT_NORMAL}", tuned_as="told-w"),
 }
+TUNED = [name for name, arm in ARMS.items() if not arm.tuned_as]
 CONFIGURATIONS = draw_configurations(8)
 TUNING_SEEDS = (100, 101)
 PRIMARY_FRAMES = (16, 32)
@@ -91,49 +88,27 @@ COUNTS = (2, 4, 8, 30)  # other numbers of evaluations
 PRIMARY = (("told-w", "eqm"), ("flow", "eqm"))
 SECONDARY = (("blind-w", "eqm"), ("told-c", "eqm"), ("blind", "eqm"))
 EQUAL = {16: 3, 32: 8}  # points
-RMSE_RATIO = lab.Column("rmse_ratio", 1, 2)
+RMSE_RATIO = lab.Column("RMSE to the nearest training clip / of held-out clips", "rmse_ratio", 1, 2)
 
 
-def frames_task(num_frames):
-    return f"{num_frames} frames, {USUAL} evaluations"
+def frames_task(frames):
+    return f"{frames} frames, {USUAL} evaluations"
 
 
 def count_task(count):
     return f"16 frames, {count} evaluations"
 
 
-class ControlRun(ShapesRun):
-    """A model of an arm with a configuration and a seed."""
-
-    def __init__(self, args, name, number, seed, tasks, table):
-        super().__init__(
-            args,
-            study="control",
-            about={
-                "objective": name,
-                "configuration": number,
-                "seed": seed,
-            },
-            flags=f"{ARMS[name].flags} {CONFIGURATIONS[number].training_flags()}",
-            tasks=tasks,
-            table=table,
-        )
-
-    def row(self):
-        return super().row() | {"settings": asdict(CONFIGURATIONS[self.about["configuration"]])}
+PRIMARY_TASKS = [*map(frames_task, PRIMARY_FRAMES)]
 
 
-def way_task(way, configuration, evaluations, count, **settings):
-    """The task of a way to sample: (flags of sample_gd.py, metrics)."""
-    shift = f"--solver-shift {configuration.solver_shift:g}" if way in SOLVERS else ""
-    settings = {"guidance": configuration.guidance} | settings
-    return make_task(
-        WAYS[way],
-        evaluations=evaluations,
-        count=count,
-        more=shift,
-        **settings,
-    )
+def tuning_task(name, way):
+    """The name of a task of tuning, by one of the ways to sample."""
+    return f"{name}, {way_name(way)}"
+
+
+def way_name(way):
+    return way if way in SOLVERS else "ngd"
 
 
 def takes(way, evaluations):
@@ -141,69 +116,69 @@ def takes(way, evaluations):
     return way != "heun" or evaluations % 2 == 1
 
 
+def way_task(number, way, count, **settings):
+    """The task of a way to sample with a configuration: (flags of sample_gd.py, metrics)."""
+    configuration = CONFIGURATIONS[number]
+    shift = f"--solver-shift {configuration.solver_shift:g}" if way in SOLVERS else ""
+    settings = {"guidance": configuration.guidance} | settings
+    return make_task(way, count, more=shift, **settings)
+
+
+def make_run(args, name, number, seed, tasks, table):
+    """The run of an arm with a configuration and a seed."""
+    configuration = CONFIGURATIONS[number]
+    return shapes_run(
+        args,
+        table=table,
+        about={"objective": name, "configuration": number, "seed": seed},
+        tasks=tasks,
+        flags=f"{ARMS[name].flags} {configuration.training_flags()}",
+        more={"settings": asdict(configuration)},
+    )
+
+
 def tuning_run(args, name, number, seed):
     """The run that measures all ways to sample an arm with a configuration."""
-    _, clips = num_clips(args)
-    configuration = CONFIGURATIONS[number]
+    clips = size_of(args).fewer
     tasks = {}
     for way in ARMS[name].ways:
-        for num_frames in PRIMARY_FRAMES:
-            tasks[f"{frames_task(num_frames)}, {way}"] = way_task(
-                way, configuration, evaluations=USUAL, count=clips, num_frames=num_frames
-            )
+        usual = partial(way_task, number, way, clips)
+        for frames in PRIMARY_FRAMES:
+            tasks[tuning_task(frames_task(frames), way)] = usual(frames=frames)
         for count in COUNTS:
             if takes(way, count):
-                tasks[f"{count_task(count)}, {way}"] = way_task(
-                    way, configuration, evaluations=count, count=clips
-                )
-    return ControlRun(args, name, number, seed, tasks=tasks, table="control_tuning")
+                tasks[tuning_task(count_task(count), way)] = usual(evaluations=count)
+    return make_run(args, name, number, seed, tasks, "control_tuning")
 
 
 def main_run(args, name, seed, tuning):
     """The run of an arm with what tuning chose. tuning: the rows of the tuning runs."""
-    clips, fewer = num_clips(args)
+    size = size_of(args)
     tuned_as = ARMS[name].tuned_as or name
     number, way = choose(tuning, tuned_as)
-    configuration = CONFIGURATIONS[number]
-    tasks = {}
-    for num_frames in (*PRIMARY_FRAMES, 24):
-        metrics = ("motion", "nearest") if num_frames == 16 else ("motion",)
-        tasks[frames_task(num_frames)] = way_task(
-            way,
-            configuration,
-            evaluations=USUAL,
-            count=clips if num_frames in PRIMARY_FRAMES else fewer,
-            num_frames=num_frames,
-            metrics=metrics,
-        )
-    tasks["16 frames, no guidance"] = way_task(
-        way, configuration, evaluations=USUAL, count=fewer, guidance=1
-    )
+    usual = partial(way_task, number, way)
+    tasks = {
+        frames_task(16): usual(size.clips, metrics=("motion", "nearest")),
+        frames_task(32): usual(size.clips, frames=32),
+        frames_task(24): usual(size.fewer, frames=24),
+        "16 frames, no guidance": usual(size.fewer, guidance=1),
+    }
     for count in COUNTS:
-        tasks[count_task(count)] = way_task(
-            choose_way(tuning, tuned_as, number, count_task(count)),
-            configuration,
-            evaluations=count,
-            count=fewer,
-        )
-    return ControlRun(args, name, number, seed, tasks=tasks, table="control")
+        best = choose_way(tuning, tuned_as, number, count_task(count))
+        tasks[count_task(count)] = way_task(number, best, size.fewer, evaluations=count)
+    return make_run(args, name, number, seed, tasks, "control")
 
 
-def tuned_values(rows, name, number, task):
-    """The share of right clips of a tuning task, in percent, for each tuning seed."""
-    column = replace(BOTH_RIGHT, task=task)
-    about = {"objective": name, "configuration": number}
-    return list(lab.by_seed(rows, about, column).values())
+def tuned_mean(rows, name, number, way, tasks):
+    """The share of right clips (%), the mean over tuning seeds and tasks; None if a run is missing.
 
-
-def tuned_mean(rows, name, number, way):
-    """The mean over tuning seeds and primary lengths; None if a run is missing."""
+    No clip of a model that diverged is right.
+    """
+    of_arm = lab.rows_with({"objective": name, "configuration": number}, rows)
     values = []
-    for num_frames in PRIMARY_FRAMES:
-        task = f"{frames_task(num_frames)}, {way}"
-        values += tuned_values(rows, name, number, task)
-    complete = len(values) == len(PRIMARY_FRAMES) * len(TUNING_SEEDS)
-    return sum(values) / len(values) if complete else None
+    for task, row in itertools.product(tasks, of_arm):
+        values.append(BOTH_RIGHT.of(tuning_task(task, way)).number(row) or 0.0)
+    return sum(values) / len(values) if len(of_arm) == len(TUNING_SEEDS) else None
 
 
 def choose(rows, name):
@@ -213,7 +188,7 @@ def choose(rows, name):
     """
     means = {}
     for number, way in itertools.product(range(len(CONFIGURATIONS)), ARMS[name].ways):
-        means[number, way] = tuned_mean(rows, name, number, way)
+        means[number, way] = tuned_mean(rows, name, number, way, PRIMARY_TASKS)
     if None in means.values():
         raise UserError(f"--arms {name}: its tuning is not complete; run with --tune first")
     return max(means, key=means.get)
@@ -221,12 +196,7 @@ def choose(rows, name):
 
 def choose_way(rows, name, number, task):
     """The way that did best on the tuning seeds in a task, with the chosen configuration."""
-    means = {}
-    for way in ARMS[name].ways:
-        values = tuned_values(rows, name, number, f"{task}, {way}")
-        if values:
-            means[way] = sum(values) / len(values)
-    return max(means, key=means.get)
+    return max(ARMS[name].ways, key=lambda way: tuned_mean(rows, name, number, way, [task]))
 
 
 def tuning_markdown(rows):
@@ -237,17 +207,15 @@ def tuning_markdown(rows):
         "bold: chosen.",
     )
     cells = []
-    for name, arm in ARMS.items():
-        if arm.tuned_as:
-            continue
+    for name in TUNED:
         best = best_so_far(rows, name)
         for number, configuration in enumerate(CONFIGURATIONS):
             texts = []
-            for way in arm.ways:
-                mean = tuned_mean(rows, name, number, way)
+            for way in ARMS[name].ways:
+                mean = tuned_mean(rows, name, number, way, PRIMARY_TASKS)
                 if mean is not None:
                     mark = "**" if (number, way) == best else ""
-                    texts.append(f"{way} {mark}{mean:.1f}{mark}")
+                    texts.append(f"{way_name(way)} {mark}{mean:.1f}{mark}")
             settings = [f"{value:g}" for value in asdict(configuration).values()]
             cells.append([name, *settings, "; ".join(texts) or "-"])
     titles = ["arm", "learning rate x", "clip", "training shift", "solver shift", "guidance"]
@@ -261,43 +229,35 @@ def best_so_far(rows, name):
         return None
 
 
-def values_of(rows, task, column=BOTH_RIGHT):
-    """{arm: {seed: value}} of a task."""
-    column = replace(column, task=task)
-    return {name: lab.by_seed(rows, {"objective": name}, column) for name in ARMS}
-
-
 def markdown(rows):
     lines = lab.heading(
         "Why EqM wins",
         "`scripts/studies/control.py` wrote these tables. Cells: directions and shapes both right "
         f"(%), the mean over seeds, and the range. {USUAL} evaluations unless said otherwise.",
     )
-    tasks = dict.fromkeys(itertools.chain.from_iterable(row["values"] for row in rows))
-    tasks.pop("", None)
-    values = {task: values_of(rows, task) for task in tasks}
-    lines += lab.seed_table(ARMS, dict.fromkeys(tasks, BOTH_RIGHT), values)
-    title = "RMSE to the nearest training clip / of held-out clips"
-    ratios = {title: values_of(rows, frames_task(16), RMSE_RATIO)}
-    lines += lab.seed_table(ARMS, {title: RMSE_RATIO}, ratios)
-    primary = []
-    for num_frames, pair in itertools.product(PRIMARY_FRAMES, PRIMARY):
-        task = frames_task(num_frames)
-        primary.append(lab.difference(values_of(rows, task), pair, what=task, digits=2))
-    lines += ["", "## Co-primary endpoints", "", *lab.difference_lines(primary)]
+    abouts = {name: {"objective": name} for name in ARMS}
+    tasks = lab.tasks_of(rows)
+    values = {task: lab.by_arm(rows, abouts, BOTH_RIGHT.of(task)) for task in tasks}
+    lines += lab.seed_table(ARMS, dict.fromkeys(tasks, 1), values)
+    ratios = lab.by_arm(rows, abouts, RMSE_RATIO.of(frames_task(16)))
+    lines += lab.seed_table(ARMS, {RMSE_RATIO.title: 2}, {RMSE_RATIO.title: ratios})
+    primary = [*itertools.product(PRIMARY_TASKS, PRIMARY)]
+    secondary = [*itertools.product(tasks, (*PRIMARY, *SECONDARY))]
+    secondary = [compared for compared in secondary if compared not in primary]
     bounds = " and ".join(f"{points} points at {frames} frames" for frames, points in EQUAL.items())
-    lines += ["", f"Two arms are equal if the interval lies within {bounds}.", ""]
-    secondary = []
-    for task, pair in itertools.product(tasks, (*PRIMARY, *SECONDARY)):
-        is_primary = pair in PRIMARY and task in map(frames_task, PRIMARY_FRAMES)
-        if not is_primary:
-            secondary.append(lab.difference(values[task], pair, what=task, digits=2))
-    return [*lines, "## Secondary", "", *lab.difference_lines(secondary)]
+    equal = f"Two arms are equal if the interval lies within {bounds}."
+    lines += ["", "## Co-primary endpoints", "", *compare(values, primary), "", equal, ""]
+    return [*lines, "## Secondary", "", *compare(values, secondary)]
+
+
+def compare(values, compared):
+    """Lines about (task, pair of arms), by Holm over all of them."""
+    gaps = [lab.difference(values.get(task, {}), pair, task, digits=2) for task, pair in compared]
+    return lab.difference_lines(gaps)
 
 
 def parse_args():
-    most = max(arm.seeds for arm in ARMS.values())
-    parser = lab.study_parser(__doc__, "objectives", seeds=[*range(most)])
+    parser = lab.study_parser(__doc__, "objectives", seeds=[*range(16)])
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -317,22 +277,17 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    tuning = lab.read_rows(Path(args.out, "control_tuning.json"))
     runs = []
     if args.tune:
-        tuned = [name for name in args.arms if not ARMS[name].tuned_as]
-        for number, seed, name in itertools.product(
-            range(len(CONFIGURATIONS)), TUNING_SEEDS, tuned
-        ):
-            runs.append(tuning_run(args, name, number, seed))
+        for number, seed, name in itertools.product(range(8), TUNING_SEEDS, TUNED):
+            if name in args.arms:
+                runs.append(tuning_run(args, name, number, seed))
     else:
+        tuning = lab.read_rows(Path(args.out, "control_tuning.json"))
         for seed, name in itertools.product(args.seeds, args.arms):
             if seed < ARMS[name].seeds:
                 runs.append(main_run(args, name, seed, tuning))
-    lab.run_all(runs)
-    rows = lab.read_rows(runs[0].out)
-    lines = tuning_markdown(rows) if args.tune else markdown(rows)
-    lab.write_results(args.out, runs[0].out.stem, lines)
+    lab.run_study(args, runs, tuning_markdown if args.tune else markdown)
 
 
 if __name__ == "__main__":

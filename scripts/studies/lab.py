@@ -1,16 +1,20 @@
-"""Shared code of the studies: restartable runs that several processes can share, and tables.
+"""The study machine: runs that can be interrupted and shared, their rows, and tables of these.
 
-A Run trains a model, samples from it and scores the samples with the project's own scripts, in its
-own folder. After an interruption, run the same command again to continue. Start it several times to
-share the runs: on 2 cores, two processes with OMP_NUM_THREADS=1 are much faster than one process
-with two threads.
+A study is a list of Runs. A Run trains a model, samples from it and scores the samples with the
+project's own scripts, in its own folder, and ends as a row of a json file. After an interruption,
+run the same command again to continue. Start it several times to share the runs: on 2 cores, two
+processes with OMP_NUM_THREADS=1 are much faster than one process with two threads.
+
+A row has what tells it from others (such as "objective" and "seed"), how it was made, and "values":
+{task: {name: number}}. The task "" is the training.
 """
 
 import fcntl
+import itertools
 import json
 import math
 import os
-import shlex
+import re
 import signal
 import statistics
 import subprocess
@@ -18,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -34,16 +38,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import ROOT, refuse_to_run
 
-from benchmark import made
+from benchmark import machine, made
 from runtime import distributed
 from runtime.atomic import write_file
 from runtime.cli import (
     NATURAL,
+    POSITIVE,
     ArgumentParser,
     UserError,
     check_writable,
     fail,
-    one_line_errors,
     say,
     wrong_input,
 )
@@ -56,6 +60,9 @@ refuse_to_run(__name__, "another script in scripts/studies/")
 PRECISION = "bf16" if distributed.has_fast_bf16(torch.device("cpu")) else "fp32"
 SIGNIFICANT = 0.05  # the largest p value, adjusted by `holm`, of a significant difference
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
+USUAL_SECONDS = 600.0  # of a run, until this machine has made a row
+
+# The command --------------------------------------------------------------------------------------
 
 
 def out_parser(doc, study, what):
@@ -63,8 +70,7 @@ def out_parser(doc, study, what):
 
     doc: the docstring of the script.
     """
-    summary = " ".join(doc.partition("\n\n")[0].split())
-    parser = ArgumentParser(description=summary)
+    parser = ArgumentParser(description=" ".join(doc.partition("\n\n")[0].split()))
     parser.add_argument(
         "--out",
         type=writable,
@@ -75,7 +81,7 @@ def out_parser(doc, study, what):
     return parser
 
 
-def study_parser(doc, study, seeds=None, trains=True):
+def study_parser(doc, study, seeds, trains=True):
     """A parser with the flags that all studies share.
 
     seeds: the default of --seeds; trains: add --compile.
@@ -89,8 +95,16 @@ def study_parser(doc, study, seeds=None, trains=True):
             action="store_true",
             help="train with torch.compile, which rounds differently",
         )
-    if seeds is not None:
-        add("--seeds", type=NATURAL, nargs="+", default=seeds, help="training seeds")
+    add("--seeds", type=NATURAL, nargs="+", default=seeds, help="training seeds")
+    add(
+        "--minutes",
+        type=POSITIVE,
+        default=math.inf,
+        help="start no run that would end after this many minutes; default: no limit",
+    )
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--list", action="store_true", help="only print how many runs are done")
+    instead("--report", action="store_true", help="only write the tables, from the rows")
     return parser
 
 
@@ -99,6 +113,25 @@ def writable(folder):
     with wrong_input():
         check_writable("--out", folder)
     return folder
+
+
+def run_study(args, runs, markdown):
+    """Run what is missing and write the table of all rows. markdown(rows): its lines."""
+    if not runs:
+        fail(f"--seeds {args.seeds[0]}: expected smaller ones")
+    out = runs[0].out
+    if args.list:
+        done = sum(run.is_done for run in runs)
+        say(f"{done} of {len(runs)} runs are done; {out}")
+        return
+    if not args.report:
+        run_all(runs, args.minutes)
+        finish(runs)
+    rows = runs[0].rows()
+    if rows:
+        write_results(args.out, out.stem, markdown(rows))
+    elif args.report:
+        fail(f"--report: {out} has no rows; run the study without --report first")
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -119,21 +152,52 @@ def file_lock(path, wait=True):
         yield is_locked
 
 
+def folder_name(parts):
+    return re.sub("[ ,/]+", "-", "-".join(map(str, parts)))
+
+
 @dataclass(eq=False)
 class Run:
-    """A model, its samples and their scores, in its own folder."""
+    """A model, its samples and their scores, in its own folder, and its row."""
 
-    folder: Path
+    out: Path  # the json file of the rows
+    about: dict  # what tells this row from others
     data: dict = field(default_factory=dict)  # {folder: flags of make_moving_shapes.py}
     training: list = field(default_factory=list)  # flags of train.py
     last_step: int = 0
     # {name: (flags of sample_gd.py, metrics of evaluate.py)}
     tasks: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)  # {metric: flags of evaluate.py}
+    more: dict = field(default_factory=dict)  # for the row
+    place: str = "runs"  # the folder of their folders
+    is_scored_last: bool = False  # with all others in one call, if a metric takes long to prepare
+    read: Callable = lambda path: read_rows(path)  # reads the rows of `out`
+
+    @property
+    def folder(self):
+        """Runs with the same settings share their model, whatever their table."""
+        return self.out.parent / self.place / folder_name(self.about.values())
 
     def path(self, task, name="samples.json"):
         """The path of a file in the sample folder of a task, which also holds METRIC.json."""
-        return self.folder / task.replace(",", "").replace(" ", "-") / name
+        return self.folder / folder_name([task]) / name
+
+    def rows(self):
+        return self.read(self.out)
+
+    @property
+    def has_row(self):
+        """Whether there is a row with all tasks, which are not measured again."""
+        rows = rows_with(self.about, self.rows())
+        return any(self.tasks.keys() <= row["values"].keys() for row in rows)
+
+    @property
+    def is_sampled(self):
+        return all(self.path(task).exists() for task in self.tasks)
+
+    @property
+    def is_done(self):
+        return (self.is_scored_last and self.is_sampled) or self.has_row
 
     def unscored(self, metric):
         """The sample folders without a score of this metric."""
@@ -144,25 +208,18 @@ class Run:
                 folders.append(path.parent)
         return folders
 
-    @property
-    def is_done(self):
-        return not any(self.unscored(metric) for metric in self.metrics)
-
-    def estimate(self):
-        """Estimate the seconds for the missing parts."""
-        return 0.0
-
-    def scores(self, task, metric):
-        """The manifest of evaluate.py for a task and a metric."""
-        return json.loads(self.path(task, f"{metric}.json").read_text())
-
     def values(self, task):
-        """{name: value} of all metrics of a task."""
+        """{name: number} of all metrics of a task, and the number of evaluations."""
+        samples = json.loads(self.path(task).read_text())
         values = {}
-        _, metrics = self.tasks[task]
-        for metric in metrics:
-            values |= self.scores(task, metric)["values"]
-        return values
+        for metric in self.tasks[task][1]:
+            values |= json.loads(self.path(task, f"{metric}.json").read_text())["values"]
+        return values | {"evaluations": samples["mean_evaluations"]}
+
+    def row(self):
+        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}}
+        values |= {task: self.values(task) for task in self.tasks}
+        return self.about | self.more | {"values": values}
 
     def validations(self):
         """The rows of metrics.jsonl with a validation loss."""
@@ -229,48 +286,114 @@ class Run:
                 words = ["--ckpt", ckpt, "--folder", path.parent, "--video", "--no-previews"]
                 self.script("EqM/sample_gd.py", *words, *flags)
 
-    def score(self):
-        score([self])
-
     def run(self):
         """Make the data, train, sample and score, skipping what is done. Raises UserError."""
         self.make_data()
-        self.sample(self.train())
-        self.score()
+        began = time.monotonic()
+        try:
+            ckpt = self.train()
+        except UserError as error:
+            if "is not finite" not in str(error):
+                raise
+            lost = {"values": {"": {"val_loss": math.inf}} | dict.fromkeys(self.tasks, {})}
+            add_rows(self.out, [self.about | self.more | lost], replaces=self.about)
+            return
+        self.sample(ckpt)
+        self.more["seconds"] = time.monotonic() - began
+        if not self.is_scored_last:
+            finish([self])
 
 
-@dataclass(eq=False)
-class JsonRun(Run):
-    """A Run that ends with a row in a json file, which holds its scores.
+def run_all(runs, minutes=math.inf):
+    """Run all unfinished runs, each in one process, and wait for runs of other processes.
 
-    A row with all tasks is not measured again.
+    Starts no run that would end after `minutes`, if it takes as long as others on this machine.
     """
+    end = time.monotonic() + 60 * minutes
+    while waiting := [run for run in runs if not run.is_done]:
+        rows = rows_with({"machine": machine()}, waiting[0].rows())
+        known = [row["seconds"] for row in rows if row.get("seconds")]
+        seconds = statistics.median(known) if known else USUAL_SECONDS
+        for run in waiting:
+            with file_lock(run.folder / "lock", wait=False) as is_mine:
+                if is_mine and not run.is_done:
+                    if time.monotonic() + seconds >= end:
+                        say(f"a run takes about {seconds / 60:.1f} minutes; run again to continue")
+                        return
+                    say(f"{len(waiting)} runs to do; {run.folder.name}")
+                    run.run()
+                    break
+        else:
+            if time.monotonic() >= end:
+                say("other processes run the rest; run again to continue")
+                return
+            time.sleep(WAIT_SECONDS)
+    say("all is done")
 
-    out: Path = None  # the json file
-    about: dict = field(default_factory=dict)  # what tells this row from others
 
-    @property
-    def has_row(self):
-        rows = rows_with(self.about, read_rows(self.out))
-        return any(self.tasks.keys() <= row["values"].keys() for row in rows)
+def finish(runs):
+    """Score the samples of runs that have the same metrics, all folders of a metric in one call,
+    and add their rows.
 
-    @property
-    def is_done(self):
-        return self.has_row
+    Raises UserError.
+    """
+    with file_lock(runs[0].folder / "score.lock"):  # another process may score the same
+        runs = [run for run in runs if run.is_sampled and not run.has_row]
+        if not runs:
+            return
+        first = runs[0]
+        for metric, flags in first.metrics.items():
+            folders = [folder for run in runs for folder in run.unscored(metric)]
+            if folders:
+                out = folders[0] / f"{metric}.json" if len(folders) == 1 else f"{metric}.json"
+                words = ["--metric", metric, "--samples", *folders, "--num-workers", 0]
+                first.script("EqM/evaluate.py", *words, "--out", out, *flags)
+        for run in runs:
+            add_rows(run.out, [run.row()], replaces=run.about)
 
-    def row(self):
-        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}}
-        values |= {task: self.values(task) for task in self.tasks}
-        return self.about | {"values": values}
 
-    def score(self):
-        super().score()
-        add_rows(self.out, [self.row()], replaces=self.about)
+def data_sets(folder, count, test_count, flags=("--seconds", 1.4)):
+    """The `data` of a Run: `count` videos per class in `folder`, and a test set in FOLDER-test.
+
+    The test set has another seed.
+    """
+    flags = [*flags, "--videos-per-class"]
+    return {
+        folder: [*flags, count],
+        folder.with_name(f"{folder.name}-test"): [*flags, test_count, "--seed", 1],
+    }
+
+
+# Rows ---------------------------------------------------------------------------------------------
 
 
 def read_rows(path):
     """The rows of a json file; none if it does not exist."""
-    return json.loads(path.read_text()) if path.exists() else []
+    content = json.loads(path.read_text()) if path.exists() else []
+    return rows_by_seed(content) if "seeds" in content else content
+
+
+def rows_by_seed(content):
+    """The rows of a file of an earlier version, which has the numbers of tables, a list over seeds.
+
+    {"made", "seeds", "tasks": {task: {model: {title: list}}}} or, of one model, "rows": [{"frames",
+    title: list}].
+    """
+    tasks = content.get("tasks") or {}
+    for lists in content.get("rows", ()):
+        tasks[str(lists.pop("frames"))] = {"": lists}
+    rows = []
+    models = dict.fromkeys(itertools.chain.from_iterable(tasks.values()))
+    for model, (index, seed) in itertools.product(models, enumerate(content["seeds"])):
+        values = {}
+        for task, of_models in tasks.items():
+            if model in of_models:
+                values[task] = {}
+                for title, numbers in of_models[model].items():
+                    if index < len(numbers):
+                        values[task][title] = numbers[index]
+        rows.append(content.get("made", {}) | {"model": model, "seed": seed, "values": values})
+    return rows
 
 
 def rows_with(about, rows):
@@ -291,98 +414,26 @@ def add_rows(path, rows, replaces=None):
         write_file(path, f"{json.dumps(kept, indent=1)}\n".encode())
 
 
-def run_all(runs, minutes=math.inf):
-    """Run all unfinished runs, each in one process, and wait for runs of other processes.
-
-    Starts no run that would end after `minutes`, according to its estimate.
-    """
-    end = time.monotonic() + 60 * minutes
-    while waiting := [run for run in runs if not run.is_done]:
-        for run in waiting:
-            with file_lock(run.folder / "lock", wait=False) as is_mine:
-                if is_mine and not run.is_done:
-                    seconds = run.estimate()
-                    if time.monotonic() + seconds >= end:
-                        minutes = f"{seconds / 60:.1f} minutes"
-                        say(f"{run.folder.name} takes about {minutes}; run again to continue")
-                        return
-                    say(f"{len(waiting)} runs to do; {run.folder.name}")
-                    run.run()
-                    break
-        else:
-            if time.monotonic() >= end:
-                say("other processes run the rest; run again to continue")
-                return
-            time.sleep(WAIT_SECONDS)
-    say("all is done")
-
-
-def score(runs):
-    """Score the samples of runs that have the same metrics, all folders of a metric in one call.
-
-    Raises UserError.
-    """
-    first = runs[0]
-    for metric, flags in first.metrics.items():
-        folders = [folder for run in runs for folder in run.unscored(metric)]
-        if not folders:
-            continue
-        out = Path(f"{metric}.json")
-        if len(folders) == 1:
-            out = folders[0] / out
-        first.script(
-            "EqM/evaluate.py",
-            "--metric",
-            metric,
-            "--samples",
-            *folders,
-            "--num-workers",
-            0,
-            "--out",
-            out,
-            *flags,
-        )
-
-
-def data_sets(folder, count, test_count, flags=("--seconds", 1.4)):
-    """The `data` of a Run: `count` videos per class in `folder`, and a test set in FOLDER-test.
-
-    The test set has another seed.
-    """
-    flags = [*flags, "--videos-per-class"]
-    return {
-        folder: [*flags, count],
-        folder.with_name(f"{folder.name}-test"): [*flags, test_count, "--seed", 1],
-    }
-
-
-# Tables -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Column:
     """A column of a table: a value, in the unit of the table."""
 
+    title: str
     value: str
-    factor: float
-    digits: int
-    task: str | None = None  # whose value it is, in rows of a JsonRun
+    factor: float = 100
+    digits: int = 1
+    task: str = ""  # whose value it is
+
+    def of(self, task):
+        return replace(self, task=task)
 
     def number(self, row):
         """The column's number in a row; None if it is missing."""
-        values = row if self.task is None else row["values"].get(self.task, {})
+        values = row["values"].get(self.task, {})
+        if self.title in values:  # of an earlier version, in the unit of the table
+            return values[self.title]
         value = values.get(self.value)
         return None if value is None else self.factor * value
-
-
-def collect(runs, task, columns):
-    """{title: values of the runs}. columns: {title: Column}."""
-    scores = [run.values(task) for run in runs]
-    values = {}
-    for title, column in columns.items():
-        numbers = map(column.number, scores)
-        values[title] = [number for number in numbers if number is not None]
-    return values
 
 
 def by_seed(rows, about, column):
@@ -393,6 +444,21 @@ def by_seed(rows, about, column):
         if number is not None:
             numbers[row["seed"]] = number
     return numbers
+
+
+def tasks_of(rows):
+    """The names of all tasks, in their order, without the training."""
+    tasks = dict.fromkeys(itertools.chain.from_iterable(row["values"] for row in rows))
+    tasks.pop("", None)
+    return tasks
+
+
+def by_arm(rows, arms, column):
+    """{arm: {seed: number}} of a Column. arms: {arm: what its rows contain}."""
+    return {arm: by_seed(rows, about, column) for arm, about in arms.items()}
+
+
+# Tables -------------------------------------------------------------------------------------------
 
 
 def mean_cell(values, digits):
@@ -425,15 +491,20 @@ def table(titles, rows):
 def seed_table(names, columns, values):
     """Lines of markdown: a table with a row per name.
 
-    columns: {title: Column}; values: {title: {name: {seed: value}}}.
+    columns: {title: digits}; values: {title: {name: {seed: value}}}.
     """
     rows = []
     for name in names:
-        cells = [
-            mean_cell(values[title].get(name), column.digits) for title, column in columns.items()
-        ]
+        cells = [mean_cell(values[title].get(name), digits) for title, digits in columns.items()]
         rows.append([name, *cells])
     return table(["", *columns], rows)
+
+
+def arm_table(rows, arms, columns):
+    """Lines of markdown: a row per arm that has rows, a Column per column. arms: see `by_arm`."""
+    values = {column.title: by_arm(rows, arms, column) for column in columns}
+    names = [name for name, about in arms.items() if rows_with(about, rows)]
+    return seed_table(names, {column.title: column.digits for column in columns}, values)
 
 
 @dataclass
@@ -514,124 +585,6 @@ def difference_lines(differences):
 
 def p_text(p):
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def newest_metrics(name, kind):
-    """The metrics rows of the newest run of this kind (VAE or EqM) in an experiment."""
-    folder = Path("results", name)
-    names = f"[0-9]*-{kind}-*"
-    newest = max(folder.glob(names), default=folder / names)
-    rows, *_ = read_metrics(newest / "metrics.jsonl")
-    return rows
-
-
-def read_scores(name, tasks):
-    """{task: manifest} of the samples of an experiment of a shell script.
-
-    Raises FileNotFoundError.
-    """
-    scores = {}
-    for task in tasks:
-        path = Path("samples", f"{name}-{task}.json")
-        scores[task] = json.loads(path.read_text())
-    return scores
-
-
-def read_settings(name):
-    """{variable: value}, as text, of a finished experiment of a shell script.
-
-    Raises FileNotFoundError.
-    """
-    words = shlex.split(Path("results", name, "settings").read_text())
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def experiment_made(name, script, score):
-    """As `made`, with the whole command of an experiment, and the commit that wrote `score`, a
-    manifest of its samples.
-
-    Raises FileNotFoundError.
-    """
-    settings = Path("results", name, "settings").read_text().strip()
-    record = made()
-    record["command"] = f"EXP={shlex.quote(name)} {settings} bash scripts/{script}"
-    record["code"] = score.get("code") or record["code"]
-    return record
-
-
-@dataclass
-class ExperimentTable:
-    """The command that adds scores of a shell script's experiments to NAME.md and NAME.json.
-
-    read_run(experiment) returns a plain dict with "hours" and perhaps "seed", rows_of(run) {row of
-    the table: text}. A run's "notes" are sentences about its column.
-    """
-
-    about: str  # docstring of the command
-    name: str
-    title: str
-    script: str
-    read_run: Callable
-    rows_of: Callable
-    brackets: str  # what the intervals are
-
-    def parse_args(self):
-        parser = out_parser(self.about, self.name, f"{self.name}.md and {self.name}.json")
-        parser.add_argument(
-            "runs", nargs="+", metavar="EXP", help=f"finished experiments of {self.script}"
-        )
-        return parser.parse_args()
-
-    def markdown(self, runs):
-        """The lines of NAME.md, with a column per run."""
-        columns = list(map(self.column, runs))
-        about = (
-            f"`scripts/studies/{self.name}.py` wrote this table from runs of "
-            f"`scripts/{self.script}`. {self.brackets}"
-        )
-        concerned = {}  # {note: columns}
-        for run, column in zip(runs, columns, strict=True):
-            for note in run.get("notes", ()):
-                concerned.setdefault(note, []).append(column)
-        for note, titles in concerned.items():
-            if titles != columns:
-                about += f" {'; '.join(titles)}:"
-            about += f" {note}"
-        texts = list(map(self.rows_of, runs))
-        rows = []
-        for what in texts[0]:
-            rows.append([what, *(text.get(what, "-") for text in texts)])
-        lines = heading(self.title, about) + table(["", *columns], rows)
-        for run, column in zip(runs, columns, strict=True):
-            if "command" in run:
-                record = f"commit {run['code'][:10]}, {run['date']}, {run['machine']}"
-                note = f" Note: {run['note']}." if "note" in run else ""
-                lines.append(f"- {column}: `{run['command']}`; {record}.{note}")
-        return lines
-
-    @staticmethod
-    def column(run):
-        """The title of a run's column. A run replaces older ones with the same title."""
-        words = [f"HOURS={run['hours']:g}"]
-        if "seed" in run:
-            words.append(f"seed {run['seed']}")
-        if "objective" in run:
-            words.append(run["objective"])
-        return ", ".join(words)
-
-    @one_line_errors()
-    def main(self):
-        args = self.parse_args()
-        try:
-            runs = list(map(self.read_run, args.runs))
-        except FileNotFoundError as error:
-            fail(f"{error.filename}: no such file; expected finished runs of scripts/{self.script}")
-        titles = set(map(self.column, runs))
-        known = read_rows(Path(args.out, f"{self.name}.json"))
-        runs += [run for run in known if self.column(run) not in titles]
-        defaults = {"seed": 0, "objective": ""}
-        runs.sort(key=lambda run: itemgetter("hours", "seed", "objective")(defaults | run))
-        write_results(args.out, self.name, self.markdown(runs), runs)
 
 
 def write_results(out, name, lines, content=None):

@@ -11,7 +11,7 @@ results/studies/people.
 import re
 from operator import itemgetter
 
-import lab
+from experiments import ExperimentTable, made_by, newest_metrics, read_scores, read_settings
 from scoring.stats import cell
 
 # value of a prediction: its words in the table
@@ -23,15 +23,15 @@ PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
-    hours = float(lab.read_settings(name)["HOURS"])
-    *_, vae = lab.newest_metrics(name, "VAE")
-    rows = lab.newest_metrics(name, "EqM")
+    hours = float(read_settings(name)["HOURS"])
+    *_, vae = newest_metrics(name, "VAE")
+    rows = newest_metrics(name, "EqM")
     model = rows[-1]
-    scores = lab.read_scores(name, [*PREDICTIONS, "nearest", "classifier"])
+    scores = read_scores(name, [*PREDICTIONS, "nearest", "classifier"])
     last_phase = [row for row in rows if row["num_frames"] == model["num_frames"]]
     validated = [row for row in last_phase if "val_loss" in row]
     best = min(validated, key=itemgetter("val_loss"))  # best.pt
-    run = lab.experiment_made(name, "weizmann.sh", scores["8of16-decoded"])
+    run = made_by(name, "weizmann.sh", scores["8of16-decoded"])
     run |= {
         "hours": hours,
         "vae_steps": vae["step"],
@@ -107,7 +107,7 @@ def rows_of(run):
     }
 
 
-TABLE = lab.ExperimentTable(
+TABLE = ExperimentTable(
     about=__doc__,
     name="people",
     title="Real people",

@@ -1,60 +1,58 @@
-"""Compare positions on data they were not tuned for: Sprites, real people and bouncing shapes.
+"""Compare positions on data they were not tuned for: Sprites and bouncing shapes.
 
     python scripts/studies/positions.py sprites --data-path datasets/sprites \
         --latents results/sprites/latents
-    python scripts/studies/positions.py people --data-path datasets/weizmann \
-        --latents results/weizmann/latents
     python scripts/studies/positions.py bouncing
 
-sprites.sh and weizmann.sh make the data and the latents, which all models of a data set share. The
-models of Sprites and people have the size and the recipe of these scripts, and a quarter of the
-compute. Those of bouncing shapes follow the recommended recipe of study.py, but train on 8 and 16
-frames, with 1.6 times the compute, three of four clips forced. All models of a data set differ only
-in their positions (see arms.py). With fixed positions, they train on the final number of frames
-only, at equal compute. A run takes 10 (bouncing) to 35 minutes of one core.
+sprites.sh makes the data and the latents of Sprites, which all models share. They have the size and
+the recipe of this script, and a quarter of the compute. The models of bouncing shapes follow the
+recommended recipe of study.py, but train on 8 and 16 frames, with 1.6 times the compute, three of
+four clips forced. All models of a data set differ only in their positions (see shapes.py). With
+fixed positions, they train on the final number of frames only, at equal compute. A run takes 10
+(bouncing) to 35 minutes of one core. An earlier version compared real people, too (people.md).
 
 When all runs are sampled, the script scores them and writes NAME.md and .json in
-results/studies/positions, and a picture of their first samples, NAME.png. Runs whose scores are in
-the json are not run again. Models, samples and scores are in its folder positions (see lab.py).
+results/studies/positions. Models, samples and scores are in its folder runs (see lab.py).
 """
 
 import itertools
-import json
-import os
+import re
+import shlex
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 import lab
-from arms import (
-    BASE,
-    FULL,
-    INTERVALS,
-    POSITIONS,
-    config_of,
-    phase_flags,
-    plan_phases,
-    sampling_flags,
-    validation_flags,
-)
 from lab import Column
 from models import EqMConfig, model_config
 from runtime.cli import fail, one_line_errors
-from video.samples import read_samples
-from video.writers import write_sheet
-
-SIZE = {"depth": 6, "hidden_size": 256, "num_heads": 4, "input_size": 16}
-RECIPE = (  # flags of train.py; the checkpoint keeps the sampler
-    "--optimizer muon --lr 2e-3 --warmup-steps 50 --gamma-shift 2 --num-workers 0 --sampler ngd "
-    f"--num-sampling-steps 24 --stepsize 0.0217 --precision {lab.PRECISION}"
+from shapes import (
+    BASE,
+    FULL,
+    GUIDANCE,
+    INTERVALS,
+    PATH_LENGTH,
+    POSITIONS,
+    USUAL,
+    config_of,
+    phase_flags,
+    plan,
+    sampling,
 )
-TINY = {"depth": 1, "hidden_size": 96, "num_heads": 4}  # with --miniature, as the next line
+
+SIZE = {"depth": 6, "hidden_size": 256, "num_heads": 4, "input_size": 16}  # of the recipes
+TINY = {"depth": 1, "hidden_size": 96}  # with --miniature, as the next lines
+TINY_MODEL = "--depth 1 --hidden-size 96"
 TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
-# tasks. END: made in windows, longer than real clips, cut to its end
-LONG, END = "256 frames", "last 16 of 64 frames"
-LOSS = "validation loss"
-SHOWN = 0, 3  # numbers of the samples in the picture
+LONG = "256 frames"
+LOSS = Column("validation loss", "val_loss", 1, 3)
+
+
+def recipe(name):
+    """The flags of a recipe of scripts/recipes, without its positions, as text."""
+    text = (lab.ROOT / f"scripts/recipes/{name}.txt").read_text()
+    words = " ".join(shlex.split(text, comments=True))
+    return re.sub(r"--use-rope|--(position-table|rope-\w+) \S+", "", words)
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,13 @@ class DataSet:
     title: str
     config: EqMConfig
     flags: str  # of train.py
-    steps: int  # of the last number of frames; they have the compute of a run
     phases: tuple  # (num_frames, share of the compute)
-    mix: float
     tasks: dict  # {name: (flags of sample_gd.py, metrics)}
     metrics: dict  # {metric: flags of evaluate.py}
+    columns: tuple
     compared: tuple  # titles of the columns whose differences are listed
-    columns: dict  # {title: Column}
+    steps: int = 2750  # of the last number of frames; they have the compute of a run
+    mix: float = 0.1
     made: tuple = ()  # flags of make_moving_shapes.py, if it makes the videos
 
 
@@ -78,11 +76,8 @@ DATA_SETS = {
     "sprites": DataSet(
         title="Sprites",
         config=model_config("EqM-S/4", **SIZE, in_channels=8, temporal_patch_size=1, num_classes=9),
-        flags=f"{RECIPE} --model EqM-S/4 --temporal-patch-size 1 --no-flip --forcing 0.7 "
-        "--lr-decay 0.8 --ema-decay 0.998 --cfg-scale 1",
-        steps=2750,
+        flags=f"{recipe('sprites')} --cfg-scale 1",
         phases=((4, 0.14), (8, 0.86)),
-        mix=0.1,
         tasks={
             "samples": ("--num-frames 8 --num-samples 576", ("census", "classifier")),
             "predictions": (
@@ -91,239 +86,124 @@ DATA_SETS = {
             ),
         },
         metrics={"census": "", "classifier": "--classifier-test val", "prediction": ""},
-        compared=(
-            "valid samples (%)",
-            "one frame given: PSNR (dB)",
-            "one frame given: the true clip (%)",
+        columns=(
+            LOSS,
+            Column("valid samples (%)", "valid", task="samples"),
+            Column("one frame given: PSNR (dB)", "psnr", 1, 2, task="predictions"),
+            Column("one frame given: the true clip (%)", "true_clip", task="predictions"),
+            Column("samples of the requested class (%)", "asked_class", task="samples"),
         ),
-        columns={
-            LOSS: Column("val_loss", 1, 3, task=""),
-            "valid samples (%)": Column("valid", 100, 1, task="samples"),
-            "one frame given: PSNR (dB)": Column("psnr", 1, 2, task="predictions"),
-            "one frame given: the true clip (%)": Column("true_clip", 100, 1, task="predictions"),
-            "samples of the requested class (%)": Column("asked_class", 100, 1, task="samples"),
-        },
-    ),
-    "people": DataSet(
-        title="Real people",
-        config=model_config("EqM-S/2", **SIZE, in_channels=4, temporal_patch_size=4, num_classes=4),
-        flags=f"{RECIPE} --model EqM-S/2 --temporal-patch-size 4 --forcing 0.75 --lr-decay 0.4 "
-        "--ema-decay 0.995 --frame-interval 2 --cfg-scale 1.5",
-        steps=2750,
-        phases=((4, 0.3), (8, 0.3), (16, 0.4)),
-        mix=0.1,
-        tasks={
-            "samples": ("--num-frames 16 --num-samples 96", ("classifier", "nearest")),
-            "predictions": (
-                "--num-frames 16 --given-frames 0-7 --num-samples 256 --samples-per-clip 4",
-                ("prediction",),
-            ),
-            END: ("--num-frames 64 --num-samples 48 --window 16", ("classifier",)),
-        },
-        metrics={"classifier": "--classifier-steps 250", "nearest": "", "prediction": ""},
-        compared=("8 of 16 frames given: PSNR (dB)",),
-        columns={
-            LOSS: Column("val_loss", 1, 3, task=""),
-            "8 of 16 frames given: PSNR (dB)": Column("psnr", 1, 2, task="predictions"),
-            "samples of the requested class (%)": Column("asked_class", 100, 1, task="samples"),
-            "8 of 16 frames given: PSNR of moving pixels (dB)": Column(
-                "psnr_moving", 1, 2, task="predictions"
-            ),
-            f"{END}: the requested class (%)": Column("asked_class", 100, 1, task=END),
-            "nearest training clip, RMSE: samples / held-out": Column(
-                "rmse_ratio", 1, 2, task="samples"
-            ),
-        },
+        compared=(1, 2, 3),
     ),
     "bouncing": DataSet(
         title="Bouncing shapes",
         config=config_of(FULL),
-        flags=f"{BASE} --precision {lab.PRECISION} --forcing 0.75{INTERVALS}",
-        steps=int(1.6 * FULL.steps),
+        flags=f"{BASE} --precision {lab.PRECISION} --depth 4 --hidden-size 128 --num-heads 4 "
+        f"--forcing 0.75{INTERVALS} --val-clips 64",
         phases=((8, 1 / 3), (16, 2 / 3)),
-        mix=0,
         tasks={
             LONG: (
-                f"--num-frames 256 --window 16 --overlap 8 --num-samples 96 {sampling_flags(FULL)}",
+                "--num-frames 256 --window 16 --overlap 8 --num-samples 96 --cfg-scale "
+                f"{GUIDANCE} {sampling(PATH_LENGTH, USUAL)}",
                 ("motion", "consistency"),
             )
         },
         metrics=dict.fromkeys(("motion", "consistency"), "--split all --num-real 96"),
-        compared=("one object to the end (%)",),
-        columns={
-            LOSS: Column("val_loss", 1, 3, task=""),
-            "one object to the end (%)": Column("one_object", 100, 0, task=LONG),
-            "turns at the borders only (%)": Column("turns_right", 100, 0, task=LONG),
-            "5% quantile of window speed / true": Column("speed_low", 1, 2, task=LONG),
-            "median": Column("speed_median", 1, 2, task=LONG),
-            "95% quantile": Column("speed_high", 1, 2, task=LONG),
-            "seam score of windows": Column("window_seam_score", 1, 2, task=LONG),
-        },
+        columns=(
+            LOSS,
+            Column("one object to the end (%)", "one_object", digits=0, task=LONG),
+            Column("turns at the borders only (%)", "turns_right", digits=0, task=LONG),
+            Column("5% quantile of window speed / true", "speed_low", 1, 2, task=LONG),
+            Column("median", "speed_median", 1, 2, task=LONG),
+            Column("95% quantile", "speed_high", 1, 2, task=LONG),
+            Column("seam score of windows", "window_seam_score", 1, 2, task=LONG),
+        ),
+        compared=(1,),
+        steps=int(1.6 * FULL.steps),
+        mix=0,
         made=("--bounce", "--seconds", 16),
     ),
 }
 
 
-def size_flags(config):
-    """The flags of train.py for the depth and width of a model, as text."""
-    return (
-        f"--depth {config.depth} --hidden-size {config.hidden_size} --num-heads {config.num_heads}"
+def make_run(args, about, flags, has_phases=True):
+    """The lab.Run of a model of args.data_set, with more flags of train.py.
+
+    has_phases: if not, it trains on the last number of frames only, at equal compute.
+    """
+    data_set = DATA_SETS[args.data_set]
+    videos = Path(args.data_path or Path(args.out, "runs/bouncing-shapes"))
+    data = {}
+    scored = videos
+    if data_set.made:
+        count, test_count = (2, 2) if args.miniature else (60, 12)
+        data = lab.data_sets(videos, count, test_count, data_set.made)
+        _, scored = data
+    shares = data_set.phases
+    mix = data_set.mix
+    if not has_phases:
+        shares = ((shares[-1][0], 1.0),)
+        mix = 0
+    config = data_set.config
+    steps = data_set.steps
+    sampled = f"--precision {lab.PRECISION} --batch-size 16 --seed {about['seed']}"
+    if args.miniature:
+        config = replace(config, **TINY)
+        steps = 4
+        flags += f" {TINY_MODEL}"
+        sampled += f" {TINY_SAMPLES}"
+    phases, flops = plan(config, shares, mix, steps)
+    _, last_step, _ = phases[-1]
+    training = (
+        f"--video {data_set.flags} --precision {lab.PRECISION} {flags} {phase_flags(phases, mix)} "
+        f"--global-seed {about['seed']}"
+    ).split()
+    training += ["--data-path", args.latents or videos] + ["--compile"] * args.compile
+    given = f" --given {scored} --given-split val --no-keep-background"
+    tasks = {}
+    for task, (words, metrics) in data_set.tasks.items():
+        words += given if "--given-frames" in words else ""
+        tasks[task] = (f"{words} {sampled}".split(), metrics)
+    metrics = {}
+    for metric, words in data_set.metrics.items():
+        metrics[metric] = ["--data-path", scored, *words.split()]
+    if args.miniature and "classifier" in metrics:
+        metrics["classifier"] += ["--classifier-steps", 1]
+    return lab.Run(
+        out=Path(args.out, f"{args.data_set}.json"),
+        about=about,
+        data=data,
+        training=training,
+        last_step=last_step,
+        tasks=tasks,
+        metrics=metrics,
+        more={"flops": flops},
+        place=f"runs/{args.data_set}",
+        is_scored_last=True,  # it takes ten minutes to prepare a census
     )
 
 
-def common_sampling(args, seed):
-    """The flags of sample_gd.py that all tasks share, as text."""
-    flags = f"--precision {lab.PRECISION} --batch-size 16 --seed {seed}"
-    return f"{flags} {TINY_SAMPLES}" if args.miniature else flags
-
-
-class ScoredTogether(lab.JsonRun):
-    """A run that is done when it is sampled, or when the json has its scores: see `score_all`.
-
-    flops: those of the training.
-    """
-
-    @property
-    def is_done(self):
-        return self.has_row or all(self.path(task).exists() for task in self.tasks)
-
-    def score(self):
-        """Does nothing."""
-
-    def row(self):
-        return super().row() | {"flops": self.flops}
-
-
-class PositionsRun(ScoredTogether):
-    """A model with these positions and this seed."""
-
-    def __init__(self, args, positions, seed):
-        data_set = DATA_SETS[args.data_set]
-        root = Path(args.out, "positions")
-        videos = Path(args.data_path or root / "bouncing-shapes")
-        data = {}
-        scored = videos
-        if data_set.made:
-            count, test_count = (2, 2) if args.miniature else (60, 12)
-            data = lab.data_sets(
-                videos,
-                count=count,
-                test_count=test_count,
-                flags=data_set.made,
-            )
-            _, scored = data
-        config = replace(data_set.config, **TINY if args.miniature else {})
-        shares = data_set.phases
-        mix = data_set.mix
-        if positions == "fixed":
-            num_frames, _ = shares[-1]
-            shares = ((num_frames, 1.0),)
-            mix = 0
-        phases, self.flops = plan_phases(
-            config,
-            shares=shares,
-            mix=mix,
-            steps=4 if args.miniature else data_set.steps,
-        )
-        _, last_step, _ = phases[-1]
-        flags = (
-            f"--video {data_set.flags} {POSITIONS[positions]} {phase_flags(phases, mix)} "
-            f"--val-clips 64 {size_flags(config)} --global-seed {seed} {validation_flags(phases)}"
-        ).split()
-        flags += ["--data-path", args.latents or videos]
-        if args.compile:
-            flags.append("--compile")
-        given = ["--given", scored, "--given-split", "val", "--no-keep-background"]
-        tasks = {}
-        for task, (words, metrics) in data_set.tasks.items():
-            sampling = words.split()
-            if "--given-frames" in sampling:
-                sampling += given
-            tasks[task] = ([*sampling, *common_sampling(args, seed).split()], metrics)
-        metrics = dict(data_set.metrics)
-        if args.miniature:
-            metrics["classifier"] = "--classifier-steps 1"
-        super().__init__(
-            root / f"{args.data_set}-{positions.replace(' ', '-')}-seed{seed}",
-            data,
-            training=flags,
-            last_step=last_step,
-            tasks=tasks,
-            metrics={
-                metric: ["--data-path", scored, *words.split()] for metric, words in metrics.items()
-            },
-            out=Path(args.out, f"{args.data_set}.json"),
-            about={"positions": positions, "seed": seed},
-        )
-
-
-def score_all(runs):
-    """Score the samples of all runs in one call, since it takes ten minutes to prepare a census.
-
-    Add their rows.
-    """
-    # another process may score at the same time
-    with lab.file_lock(runs[0].folder.parent / "lock"):
-        runs = [run for run in runs if not run.has_row]
-        if not runs:
-            return
-        for run in runs:
-            if END in run.tasks:
-                keep_end(run.path(END).parent, 16)
-        lab.score(runs)
-        lab.add_rows(runs[0].out, [run.row() for run in runs])
-
-
-def keep_end(folder, num_frames):
-    """Remove all but the last frames of the clips in a sample folder."""
-    about, clips, labels = read_samples("", folder)
-    np.savez(folder / "end.npz", clips[:, -num_frames:], labels=labels)
-    os.replace(folder / "end.npz", folder / "samples.npz")
-    about["source"] |= {"num_frames": num_frames, "window": num_frames, "overlap": 0}
-    (folder / "samples.json").write_text(json.dumps(about))
-
-
 def markdown(name, rows):
-    """The lines of positions_NAME.md: scores, and differences from fixed and from rotary ones."""
+    """The lines of NAME.md: scores, and differences from fixed and from rotary ones."""
     data_set = DATA_SETS[name]
-    values = {}  # {title: {positions: {seed: value}}}
-    for title, column in data_set.columns.items():
-        values[title] = {}
-        for positions in POSITIONS:
-            values[title][positions] = lab.by_seed(rows, {"positions": positions}, column)
-    names = [positions for positions, losses in values[LOSS].items() if losses]
+    abouts = {positions: {"positions": positions} for positions in POSITIONS}
     lines = lab.heading(
         f"Positions: {data_set.title}",
         f"`scripts/studies/positions.py {name}` wrote this table. Cells hold the mean over seeds, "
         "and the range.",
     )
-    lines += lab.seed_table(names, data_set.columns, values)
+    lines += lab.arm_table(rows, abouts, data_set.columns)
     differences = []
-    for base, title, positions in itertools.product(("fixed", "rotary"), data_set.compared, names):
-        if base in names and positions not in ("fixed", base):
-            digits = data_set.columns[title].digits + 1
-            differences.append(
-                lab.difference(values[title], (positions, base), what=title, digits=digits)
-            )
+    for base, number, positions in itertools.product(
+        ("fixed", "rotary"), data_set.compared, POSITIONS
+    ):
+        column = data_set.columns[number]
+        values = lab.by_arm(rows, abouts, column)
+        if values.get(base) and values[positions] and positions not in ("fixed", base):
+            pair = (positions, base)
+            digits = column.digits + 1
+            differences.append(lab.difference(values, pair, column.title, digits))
     return lines + lab.difference_lines(differences)
-
-
-def write_picture(path, runs):
-    """A sheet of samples of the first seed, if those of all positions are here: other machines may
-    have made them.
-    """
-    first = [run for run in runs if run.about["seed"] == runs[0].about["seed"]]
-    files = [run.path(next(iter(run.tasks))) for run in first]
-    if not all(file.exists() for file in files):
-        return
-    clips = []
-    titles = []
-    for run, file in zip(first, files, strict=True):
-        _, samples, _ = read_samples("", file.parent)
-        clips += [samples[number] for number in SHOWN]
-        titles += [run.about["positions"]] * len(SHOWN)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_sheet(path, np.stack(clips), titles)
 
 
 def parse_args():
@@ -344,12 +224,11 @@ def main():
     args = parse_args()
     if not (args.data_path or DATA_SETS[args.data_set].made):
         fail(f"--data-path: expected the videos of {args.data_set}")
-    runs = [PositionsRun(args, positions, seed) for seed in args.seeds for positions in POSITIONS]
-    lab.run_all(runs)
-    score_all(runs)
-    write_picture(Path(args.out, f"{args.data_set}.png"), runs)
-    out = runs[0].out
-    lab.write_results(args.out, out.stem, markdown(args.data_set, lab.read_rows(out)))
+    runs = []
+    for seed, (positions, flags) in itertools.product(args.seeds, POSITIONS.items()):
+        about = {"positions": positions, "seed": seed}
+        runs.append(make_run(args, about, flags, has_phases=positions != "fixed"))
+    lab.run_study(args, runs, partial(markdown, args.data_set))
 
 
 if __name__ == "__main__":

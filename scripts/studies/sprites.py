@@ -11,7 +11,7 @@ results/studies/sprites.
 
 from pathlib import Path
 
-import lab
+from experiments import ExperimentTable, made_by, newest_metrics, read_scores, read_settings
 from runtime.metrics import read_metrics
 from scoring.stats import cell
 from sprites_census import ATTRIBUTES, PERCENTS
@@ -41,16 +41,16 @@ SHARES |= {
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
-    settings = lab.read_settings(name)
-    model = lab.newest_metrics(name, "EqM")[-1]
+    settings = read_settings(name)
+    model = newest_metrics(name, "EqM")[-1]
     if "VAE" in settings:
         vae_rows, *_ = read_metrics(Path(settings["VAE"]).parent / "metrics.jsonl")
     else:
-        vae_rows = lab.newest_metrics(name, "VAE")
+        vae_rows = newest_metrics(name, "VAE")
     vae = vae_rows[-1]
-    manifests = lab.read_scores(name, TASKS)
+    manifests = read_scores(name, TASKS)
     scores = {task: manifest["result"] for task, manifest in manifests.items()}
-    run = lab.experiment_made(name, "sprites.sh", manifests["census"])
+    run = made_by(name, "sprites.sh", manifests["census"])
     run |= {
         "hours": float(settings["HOURS"]),
         "seed": int(settings["SEED"]),
@@ -130,7 +130,7 @@ def rows_of(run):
     }
 
 
-TABLE = lab.ExperimentTable(
+TABLE = ExperimentTable(
     about=__doc__,
     name="sprites",
     title="Sprites",

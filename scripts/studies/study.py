@@ -1,9 +1,9 @@
 """Compare positions and frame curricula at equal compute, with several seeds, on known motion.
 
-    python scripts/studies/study.py --list          what is done and missing, and how long it takes
+    python scripts/studies/study.py --list          how many runs are done
     python scripts/studies/study.py --minutes 150   run or continue; start no run that ends later
     python scripts/studies/study.py --only A B      some questions (A to D), or arms by name
-    python scripts/studies/study.py --report        only write tables and figures, from the csv
+    python scripts/studies/study.py --report        only write the table and its figures
 
 A: which positions are best: fixed, rotary, rotary with a table of height and width ("table"), or
 these with --rope-speed ("moving")?
@@ -13,369 +13,490 @@ D: which --rope-speed, for which motion?
 
 An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with
 the same share have the same counted FLOPs. The learning rate decays to zero at the end of each run,
-so 60% of the compute is a separate run. study.csv in results/studies/positions holds the finished
-results, and study.json the commands that made them. The folders in its folder study matter only for
-interrupted runs: see lab.py.
+so 60% of the compute is a separate run. study.csv in results/studies/positions has the rows of an
+earlier version. The script adds others to study.json, and writes study.md from both.
 """
 
 import csv
-import hashlib
-import io
-import json
+import itertools
 import math
-import shutil
-import statistics
-import time
-from operator import itemgetter
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import arms
+import numpy as np
+
 import lab
-from arms import BY_NAME, SHARE_SEEDS, VERSION
-from benchmark import machine
-from lab import UserError, say
-from report import write_report
-from runtime.cli import POSITIVE, one_line_errors, wrong_input
+import shapes
+from lab import Column, Difference, by_seed, difference, difference_lines, table
+from runtime.cli import fail, one_line_errors
+from scoring.plots import COLORS, MARKERS, plt, save_figure
+from scoring.stats import half95, mean_and_error
+from shapes import INTERVALS, MOVING, PACES, PATH_LENGTH, ROTARY, SPEEDS, TABLE
 
-QUESTIONS = "A", "B", "C", "D"
-SECONDS_PER_FRAME = 0.04  # of the videos and of all samples
-SECONDS_PER_FLOP = 7e-12  # estimate for 2 cores (AVX-512, bf16), until a run has measured it
-METRICS = "motion", "consistency"
-SCORES = {  # column of the csv: value of these metrics
-    "direction": "direction_accuracy",
-    "shape": "shape_accuracy",
-    "speed": "speed_ratio",
-    "area": "area_ratio",
-    "seam": "seam_score",
-    "drift": "largest_drift",
-}
-COLUMNS = [
-    "version",
-    "recipe",
-    "arm",
-    "seed",
-    "share",
-    "kind",
-    "step",
-    "frames",
-    "loss",
-    "loss_rel",
-    "loss_16",
-    "train_loss",
-    "clips",
-    "right",
-    "direction",
-    "shape",
-    "speed",
-    "area",
-    "real_direction",
-    "seam",
-    "drift",
-    "flops",
-    "seconds",
-    "compiled",
-    "code",
-    "machine",
-]
-TEXTS = {"recipe", "arm", "kind", "code", "machine"}
-TRAIN_COLUMNS = {  # column of the csv: name in metrics.jsonl
-    "step": "step",
-    "frames": "num_frames",
-    "loss": "val_loss",
-    "loss_rel": "val_loss_rel",
-    "loss_16": "val_loss_f16",
-    "train_loss": "train_loss",
-    "flops": "flops",
-    "seconds": "seconds",
+VERSION = 2  # of the arms
+LENGTHS = (16, 24, 32)  # frames of samples
+SHARE_SEEDS = 3
+START = "16 moving intervals"
+BEST = "4-8-16 moving"
+SHARES = {  # of the compute, in addition to all of it; each is a separate run
+    "16 table": (1.6,),  # does not learn the motion at 1.0
+    START: (0.4, 0.6),
+    BEST: (0.4, 0.6),
 }
 
 
-def read_rows(path):
-    """The rows of a csv as dicts of texts and floats; None for an empty cell. Raises UserError."""
+@dataclass(frozen=True)
+class Arm(shapes.Arm):
+    """An arm of some questions."""
+
+    questions: str = ""
+    seeds: int = 3  # with full compute
+    lengths: tuple = (16,)  # frames of samples at full compute
+
+
+sixteen = partial(Arm, phases=((16, 1.0),), questions="A", seeds=5)
+of_speed = partial(sixteen, questions="D")
+curriculum = partial(Arm, questions="B", lengths=LENGTHS)
+ARMS = {
+    "16 fixed": sixteen(""),
+    "16 rotary": sixteen(ROTARY),
+    "16 table": sixteen(TABLE, questions="AC"),
+    "16 moving": sixteen(MOVING),
+    START: sixteen(MOVING + INTERVALS, questions="BC", seeds=3),
+    "4-8-16": curriculum(ROTARY + INTERVALS),
+    "4-8-16 table": curriculum(TABLE + INTERVALS),
+    "4-8-16 mix": curriculum(ROTARY + INTERVALS, mix=0.2),
+    "4-8-16 table mix": curriculum(TABLE + INTERVALS, mix=0.2),
+    BEST: curriculum(questions="BC"),
+}
+for name, flags in SPEEDS.items():
+    ARMS[f"16 {name}"] = of_speed(flags, lengths=LENGTHS)
+for pace in ("slow", "fast"):
+    ARMS[f"16 fixed {pace}"] = of_speed("", pace=pace)
+    ARMS[f"16 table {pace}"] = of_speed(TABLE, pace=pace, seeds=2)  # does not win
+    ARMS[f"16 moving {pace}"] = of_speed(MOVING, pace=pace)
+    ARMS[f"16 speed 1 {pace}"] = of_speed(SPEEDS["speed 1"], pace=pace)
+
+POSITIONS = ("16 fixed", "16 rotary", "16 table", "16 moving")
+CURRICULA = ("4-8-16", "4-8-16 mix", "4-8-16 table", "4-8-16 table mix", BEST)
+PAIRS = {
+    "A": (
+        ("16 table", "16 fixed"),
+        ("16 moving", "16 fixed"),
+        ("16 rotary", "16 fixed"),
+        ("16 table", "16 rotary"),
+        ("16 moving", "16 table"),
+    ),
+    "B": (
+        ("4-8-16 table", "4-8-16"),
+        ("4-8-16 table mix", "4-8-16 mix"),
+        ("4-8-16 mix", "4-8-16"),
+        ("4-8-16 table mix", "4-8-16 table"),
+        (BEST, "4-8-16 table"),
+        (BEST, START),
+    ),
+}
+LOSS = Column("Loss", "val_loss", 1, 3)
+DIRECTION = Column("Direction accuracy (0 to 1)", "direction_accuracy", 1)
+PERCENT = Column("direction accuracy (%)", "direction_accuracy", digits=0)
+SPEED = Column("speed / true", "speed_ratio", 1, 2)
+SEAM = Column("seam score (1 = no seam)", "seam_score", 1, 2)
+GOAL = 0.9  # direction accuracy at which motion counts as learned
+CSV_VALUES = {"direction": "direction_accuracy", "speed": "speed_ratio", "seam": "seam_score"}
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def frames_task(frames):
+    return f"{frames} frames"
+
+
+def about_run(name, seed, share):
+    return {"arm": name, "seed": seed, "share": share}
+
+
+def study_run(args, name, seed, share):
+    """The Run of an arm with a seed and a share of the compute."""
+    arm = ARMS[name]
+    tasks = {}
+    for frames in arm.lengths if share == 1 else (16,):
+        tasks[frames_task(frames)] = shapes.make_task(
+            PATH_LENGTH,
+            shapes.size_of(args).fewer,
+            frames=frames,
+            more="--time-scale 0.04",
+            metrics=("motion", "consistency"),
+        )
+    run = shapes.shapes_run(
+        args,
+        table="study",
+        about=about_run(name, seed, share),
+        tasks=tasks,
+        arm=arm,
+        share=share,
+        more={"compiled": int(args.compile)},
+    )
+    run.read = read_study
+    return run
+
+
+def read_study(path):
+    """The rows of study.json, after those of study.csv, an earlier version."""
+    rows = [row for row in lab.read_rows(path) if "values" in row]
+    path = path.with_suffix(".csv")
     if not path.exists():
-        return []
+        return rows
     with open(path, newline="") as file:
-        header, *lines = csv.reader(file)
-    if header != COLUMNS:
-        raise UserError(
-            f"{path}: has other columns; expected those of version {VERSION}; move the file away"
-        )
-    rows = []
+        lines = list(csv.DictReader(file))
+    if not lines or "loss_16" not in lines[0]:
+        fail(f"{path}: has other columns; expected those of version {VERSION}")
+    return rows_of_lines(lines) + rows
+
+
+def rows_of_lines(lines):
+    """A row for each run in lines of the csv: some of its training, and one of each sample."""
+    rows = {}
     for line in lines:
-        row = dict(zip(COLUMNS, line, strict=True))
-        for name in row.keys() - TEXTS:
-            row[name] = float(row[name]) if row[name] else None
-        rows.append(row)
-    return rows
+        key = (line["arm"], int(line["seed"]), float(line["share"]))
+        row = rows.setdefault(key, about_run(*key) | {"values": {}, "lines": 0, "sampled": 0.0})
+        row["lines"] += 1
+        row |= {"code": line["code"], "machine": line["machine"], "compiled": int(line["compiled"])}
+        if line["kind"] == "train":
+            row["values"][""] = {LOSS.value: float(line["loss_16"])}
+            row["trained"] = float(line["seconds"])  # so far
+            continue
+        row["sampled"] += float(line["seconds"])
+        values = {}
+        for name, value in CSV_VALUES.items():
+            if line[name]:
+                values[value] = float(line[name])
+        row["values"][frames_task(line["frames"])] = values
+    for row in rows.values():
+        row["seconds"] = row.pop("trained") + row.pop("sampled")
+    return [*rows.values()]
 
 
-def write_rows(path, rows):
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        cells = []
-        for name in COLUMNS:
-            value = row[name]
-            cells.append(f"{value:.6g}" if isinstance(value, float) else value)
-        writer.writerow(cells)
-    lab.write_file(path, text.getvalue().encode())
+def values_of(rows, name, column, frames=16, share=1.0):
+    """{seed: value of a Column} of an arm: of its samples, or the loss of its training."""
+    task = "" if column.value == LOSS.value else frames_task(frames)
+    return by_seed(rows, {"arm": name, "share": share}, column.of(task))
 
 
-def key_of(row):
-    return row["arm"], row["seed"], row["share"]
+# Tables and figures -------------------------------------------------------------------------------
 
 
-class Study:
-    """The paths, csv rows and runs of a study.
+def differences(rows, pairs):
+    """Lines about loss and direction accuracy of pairs of arms."""
+    compared = []
+    for pair, column in itertools.product(pairs, (LOSS, DIRECTION)):
+        values = {name: values_of(rows, name, column) for name in pair}
+        compared.append(difference(values, pair, column.title))
+    return [*difference_lines(compared), ""]
 
-    Raises UserError for rows of other arms, recipes or versions.
+
+def spread_cell(values, digits):
+    """Mean and standard error over seeds, and the value of each seed; "-" without values."""
+    numbers = values.values()
+    each = ", ".join(f"{number:.{digits}f}" for number in numbers)
+    mean, error = mean_and_error([number for number in numbers if number < math.inf])
+    if mean is None:
+        return f"({each})" if numbers else "-"
+    spread = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{mean:.{digits}f}{spread} ({each})"
+
+
+def spread_table(rows, title, columns, cases):
+    """Lines of markdown: a row for each case {(arm, cell): arguments of `values_of`}."""
+    cells = []
+    for (name, cell), about in cases.items():
+        row = [name, cell]
+        for column in columns:
+            row.append(spread_cell(values_of(rows, name, column, **about), column.digits))
+        cells.append(row)
+    return table(["arm", title, *(column.title for column in columns)], cells)
+
+
+def share_table(rows, cases):
+    """Loss, direction accuracy and speed at 16 frames of each (arm, share of the compute)."""
+    by_case = {(name, f"{100 * share:.0f}"): {"share": share} for name, share in cases}
+    loss = replace(LOSS, title="validation loss")
+    return spread_table(rows, "compute (%)", (loss, PERCENT, SPEED), by_case)
+
+
+def full_table(rows, names):
+    return share_table(rows, [(name, 1.0) for name in names])
+
+
+def length_table(rows, names):
+    """Direction accuracy, speed and seams of each arm at 16, 24, 32 frames."""
+    by_case = {}
+    for name, frames in itertools.product(names, LENGTHS):
+        by_case[name, str(frames)] = {"frames": frames}
+    return spread_table(rows, "frames", (PERCENT, SPEED, SEAM), by_case)
+
+
+def draw(out, letter, message, xlabel, series, mark):
+    """Save a figure of direction accuracy, and return its lines of markdown.
+
+    series: {arm: {x: {seed: accuracy}}}: the mean as a line, seeds as dots. mark(axes) adds to it.
     """
+    figure, axes = plt.subplots(figsize=(9.5, 6.5))
+    for (name, by_x), color, marker in zip(series.items(), COLORS, MARKERS, strict=False):
+        by_x = {x: [100 * value for value in values.values()] for x, values in by_x.items()}
+        means = {x: np.mean(values) for x, values in by_x.items() if values}
+        style = {"color": color, "marker": marker, "markersize": 9, "linewidth": 2}
+        axes.plot(means.keys(), means.values(), label=name, **style)
+        for x in means:
+            axes.scatter([x] * len(by_x[x]), by_x[x], color=color, alpha=0.45, s=30)
+    mark(axes)
+    axes.set(xlabel=xlabel, ylabel="direction accuracy (%)", ylim=(0, 103))
+    axes.set_title(message, loc="left")
+    axes.legend()
+    path = Path(out, f"study-{letter}.png")
+    save_figure(figure, path)
+    return [f"![{' '.join(message.split())}]({path.name})", ""]
 
-    def __init__(self, args):
-        self.args = args
-        self.size = arms.size_of(args)
-        self.out = Path(args.out)
-        self.folder = Path(args.out, "study")
-        self.csv = Path(args.out, "study.csv")
-        runs = []
-        for arm in arms.ARMS:
-            for share in (1.0, *arm.shares):
-                seeds = min(arm.seeds if share == 1 else SHARE_SEEDS, self.size.most_seeds)
-                runs += [StudyRun(self, arm, seed, share) for seed in range(seeds)]
-        recipes = {run.key: run.recipe for run in runs}
-        for row in self.rows:
-            if (row["version"], row["recipe"]) != (VERSION, recipes.get(key_of(row))):
-                what = f"a row of arm {row['arm']!r} has another version or recipe (flags, sizes)"
-                raise UserError(
-                    f"{self.csv}: {what}; expected version {VERSION}; move the file away"
-                )
-        # Expensive runs with little information come last: extra seeds, then long runs.
-        runs.sort(
-            key=lambda run: (run.share > 1, run.seed >= SHARE_SEEDS, run.share != 1, run.seed)
+
+# The questions. Each function returns lines of markdown; its docstring is the heading. ------------
+
+
+def answer_a(out, rows):
+    """Which positions? 16 frames from the start, equal steps"""
+    return differences(rows, PAIRS["A"]) + full_table(rows, POSITIONS)
+
+
+def answer_b(out, rows):
+    """Which positions for 4, 8, then 16 frames, with and without --mix?"""
+    lines = differences(rows, PAIRS["B"]) + full_table(rows, CURRICULA)
+    lines += length_table(rows, CURRICULA)
+    series = {}
+    for name in CURRICULA:
+        series[name] = {x: values_of(rows, name, DIRECTION, frames=x) for x in LENGTHS}
+    longer = {name: mean_of(by_length[24]) for name, by_length in series.items() if by_length[24]}
+    if BEST not in longer:
+        return lines
+    message = "24 frames, longer than in training: "
+    message += f"{longer.pop(BEST):.0%} direction accuracy\n({BEST})"
+    if longer:
+        message += f", {min(longer.values()):.0%} to {max(longer.values()):.0%} for the others"
+
+    def mark(axes):
+        axes.axvspan(16.5, 33, color="gray", alpha=0.1, label="longer than in training")
+        axes.set(xticks=LENGTHS, xlim=(15, 33))
+
+    return lines + draw(out, "B", message, "sampled frames", series, mark)
+
+
+def mean_of(values):
+    return np.mean(list(values.values()))
+
+
+def compute_to(goal, shares, values):
+    """The share of the compute at which values first reach the goal, interpolated.
+
+    NaN if the first or none does.
+    """
+    for (before, low), (after, high) in itertools.pairwise(zip(shares, values, strict=True)):
+        if high >= goal > values[0]:
+            return before + (after - before) * (goal - low) / (high - low)
+    return math.nan
+
+
+def share_text(share):
+    return "an unmeasured share" if math.isnan(share) else f"{share:.0%}"
+
+
+def curve(rows, name):
+    """{share of the compute: {seed: direction accuracy}}, for seeds with all shares."""
+    by_share = {}
+    for share in sorted((1.0, *SHARES[name])):
+        by_share[share] = values_of(rows, name, DIRECTION, share=share)
+    seeds = set.intersection(*map(set, by_share.values()))
+    return {
+        share: {seed: values[seed] for seed in sorted(seeds)} for share, values in by_share.items()
+    }
+
+
+def ratio(what, ratios):
+    """A Difference with the geometric mean of two arms' ratios, one per seed.
+
+    Without significance for one seed.
+    """
+    logs = [math.log(value) for value in ratios]
+    mean, error = mean_and_error(logs)
+    each = "; ".join(f"{value:.2f}" for value in ratios)
+    text = f"- {what}: the geometric mean is {math.exp(mean):.2f} (each seed: {each}"
+    if error is None:
+        return Difference(f"{text}).")
+    half = half95(logs)
+    low = math.exp(mean - half)
+    high = math.exp(mean + half)
+    return Difference(f"{text}; 95% {low:.2f} to {high:.2f}", mean, lab.student_p(logs))
+
+
+def answer_c(out, rows):
+    """How much compute until the motion is correct?"""
+    names = ("16 table", START, BEST)
+    series = {}
+    reached = {}  # {arm: {"mean" or seed: result of compute_to}}
+    lines = []
+    for name in names:
+        by_share = curve(rows, name)
+        series[name] = {100 * share: values for share, values in by_share.items()}
+        seeds = [*by_share[1.0]]
+        if not seeds:
+            lines.append(f"- {name}: not run yet.")
+            continue
+        points = {"mean": [mean_of(values) for values in by_share.values()]}
+        points |= {seed: [values[seed] for values in by_share.values()] for seed in seeds}
+        reached[name] = {key: compute_to(GOAL, by_share, of) for key, of in points.items()}
+        mean, *each = map(share_text, reached[name].values())
+        lines.append(
+            f"- {name}: the mean over seeds reaches {GOAL:.0%} direction accuracy at {mean} of "
+            f"the compute (each seed: {'; '.join(each)})."
         )
-        chosen = set(args.only or QUESTIONS)
-        self.runs = [run for run in runs if {run.arm.name, *run.arm.questions} & chosen]
-
-    @property
-    def rows(self):
-        return read_rows(self.csv)
-
-    def last_rows(self):
-        """The last training row of each run, and all sample rows.
-
-        Their seconds add up to the time spent.
-        """
-        last = {}
-        sampled = []
-        for row in sorted(self.rows, key=itemgetter("step")):
-            if row["kind"] == "sample":
-                sampled.append(row)
-            elif row["seconds"] is not None:
-                last[key_of(row)] = row
-        return [*last.values(), *sampled]
-
-
-class StudyRun(lab.Run):
-    """A run of an arm with a seed and a share of the compute. Its results are rows of the csv."""
-
-    def __init__(self, study, arm, seed, share):
-        self.study = study
-        self.arm = arm
-        self.seed = seed
-        self.share = share
-        size = study.size
-        self.key = (arm.name, seed, share)
-        _, self.flops = arms.plan(arm, share, size)
-        # num_frames of its samples; one row each
-        self.lengths = arm.lengths if share == 1 else (16,)
-        pace = [arm.pace] if arm.pace else []
-        # everything that determines the rows
-        about = [
-            arms.recipe_flags(
-                arm,
-                seed=seed,
-                share=share,
-                size=size,
-            ),
-            size.videos,
-            size.clips,
-            size.points,
-            arms.PATH_LENGTH,
-            arms.GUIDANCE,
-            *pace,
-        ]
-        self.recipe = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-        data = study.folder / "-".join(["moving-shapes", *pace])
-        sampling = (
-            f"--num-samples {size.clips} --seed {seed} --time-scale {SECONDS_PER_FRAME} "
-            f"{arms.sampling_flags(size)} --num-frames"
-        )
-        name = f"{arm.name}-seed{seed}-compute{share:g}-{self.recipe}"
-        super().__init__(
-            study.folder / name.replace(" ", "-"),
-            data={data: ["--seconds", arms.PACES[arm.pace], "--videos-per-class", size.videos]},
-            **arms.training(
-                study.args,
-                arm=arm,
-                seed=seed,
-                flags=["--data-path", data],
-                share=share,
-            ),
-            tasks={
-                f"{frames} frames": (f"{sampling} {frames}".split(), METRICS)
-                for frames in self.lengths
-            },
-            metrics=dict.fromkeys(METRICS, ["--data-path", data, "--num-real", size.clips]),
-        )
-
-    @property
-    def is_done(self):
-        """Whether the csv has the samples, or shows that the training diverged."""
-        return any(row["kind"] == "sample" or row["loss"] == math.inf for row in self.rows())
-
-    def rows(self):
-        return [row for row in self.study.rows if key_of(row) == self.key]
-
-    def estimate(self):
-        """Estimate the seconds for the missing parts, from this machine's rows if it has any."""
-        is_trained = any(row["step"] == self.last_step for row in self.rows())
-        flops = sum(arms.sampling_flops(frames, self.study.size) for frames in self.lengths)
-        flops += 0 if is_trained else self.flops
-        rows = lab.rows_with({"machine": machine()}, self.study.last_rows())
-        speeds = [row["seconds"] / row["flops"] for row in rows]
-        return flops * (statistics.median(speeds) if speeds else SECONDS_PER_FLOP)
-
-    def run(self):
-        self.make_data()
-        try:
-            ckpt = self.train()
-        except UserError as error:
-            if "is not finite" not in str(error):
-                raise
-            rows = self.train_rows()
-            step = rows[-1]["step"] + 1 if rows else 1
-            rows.append({"kind": "train", "step": step, "loss": math.inf, "loss_16": math.inf})
-            self.add(rows)
-            return
-        self.add(self.train_rows())
-        began = time.monotonic()
-        self.sample(ckpt)
-        self.score()
-        self.add(self.sample_rows(time.monotonic() - began))
-        for path in self.folder.glob("*/checkpoints/*.pt"):
-            if self.seed or path.name != "latest.pt":
-                path.unlink()
-        for task in self.tasks:
-            shutil.rmtree(self.path(task).parent)
-
-    def train_rows(self):
-        """A row of the csv for each validation."""
-        rows = []
-        for row in self.validations():
-            if row["num_frames"] == 16:
-                row["val_loss_f16"] = row["val_loss"]  # not logged if 16 is the only length
-            values = {column: row.get(name) for column, name in TRAIN_COLUMNS.items()}
-            rows.append({"kind": "train"} | values)
-        return rows
-
-    def sample_rows(self, seconds):
-        """A row of the csv for each length of the samples.
-
-        seconds: the total time, split by FLOPs.
-        """
-        rows = []
-        flops = [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths]
-        for task, num_frames, spent in zip(self.tasks, self.lengths, flops, strict=True):
-            motion = self.scores(task, "motion")["result"]
-            values = self.values(task)
-            row = {"kind": "sample", "step": self.last_step, "frames": num_frames}
-            row |= {name: motion["generated"][name] for name in ("clips", "right")}
-            row |= {column: values[name] for column, name in SCORES.items()}
-            row["real_direction"] = motion["real"]["direction_accuracy"]
-            row["flops"] = spent
-            row["seconds"] = seconds * spent / sum(flops)
-            rows.append(row)
-        return rows
-
-    def add(self, rows):
-        """Add rows to the csv, replacing rows with the same run, kind, step and frames."""
-        study = self.study
-        command = lab.made()
-        del command["date"]  # a later row of the same command replaces its date
-        common = {
-            "version": VERSION,
-            "recipe": self.recipe,
-            "code": command["code"],
-            "machine": command["machine"],
-            "arm": self.arm.name,
-            "seed": self.seed,
-            "share": self.share,
-            "compiled": int(study.args.compile),
-        }
-        rows = [dict.fromkeys(COLUMNS) | common | row for row in rows]
-        with lab.file_lock(study.folder / "lock"):
-            keyed = {}
-            for row in study.rows + rows:
-                keyed[*key_of(row), row["kind"], row["step"], row["frames"]] = row
-            write_rows(study.csv, keyed.values())
-            lab.add_rows(study.csv.with_suffix(".json"), [{}], replaces=command)
+    compared = []
+    for base in (START, "16 table"):
+        computes = reached.get(BEST, {})
+        others = reached.get(base, {})
+        ratios = [computes[seed] / others[seed] for seed in computes if seed in others]
+        ratios = [ratio for ratio in ratios[1:] if math.isfinite(ratio)]  # the first is the mean's
+        if ratios:
+            compared.append(ratio(f"Ratio of these computes, {BEST} / {base}", ratios))
+    early = f"{BEST} at 60%"
+    full = f"{START} at 100%"
+    losses = {early: values_of(rows, BEST, LOSS, share=0.6), full: values_of(rows, START, LOSS)}
+    compared.append(difference(losses, (early, full), LOSS.title))
+    lines += [*difference_lines(compared), ""]
+    cases = [(name, share) for name in names for share in sorted((1.0, *SHARES[name]))]
+    lines += share_table(rows, cases)
+    if len(reached) < len(names):
+        return lines
+    table, start, best = (share_text(reached[name]["mean"]) for name in names)
+    message = (
+        f"{GOAL:.0%} direction accuracy at {best} of the compute ({BEST}),\n"
+        f"at {start} ({START}), at {table} (16 table)"
+    )
+    xlabel = f"compute of a complete run (% of {shapes.FULL.steps:,} steps of 16 frames)"
+    style = {"color": "gray", "linestyle": "--", "label": f"{GOAL:.0%}"}
+    goal = partial(plt.Axes.axhline, y=100 * GOAL, **style)
+    return lines + draw(out, "C", message, xlabel, series, goal)
 
 
-def print_status(study):
-    """Print a line per arm: how many runs are done, and the hours left."""
-    hours_left = {run: run.estimate() / 3600 for run in study.runs if not run.is_done}
-    say(f"{'arm':<28} {'questions':<9} {'runs done':>9} {'hours left':>10}")
-    for arm in dict.fromkeys(run.arm for run in study.runs):
-        runs = [run for run in study.runs if run.arm == arm]
-        hours = [hours_left[run] for run in runs if run in hours_left]
-        done = f"{len(runs) - len(hours):>4} / {len(runs):<2}"
-        say(f"{arm.name:<28} {arm.questions:<9} {done} {sum(hours):>10.2f}")
-    say(f"{len(study.runs)} runs, {sum(hours_left.values()):.1f} hours left")
+def answer_d(out, rows):
+    """Which --rope-speed, for which motion? 16 frames from the start, equal steps"""
+    lines = []
+    for pace in PACES:
+        names = [name for name, arm in ARMS.items() if (arm.questions, arm.pace) == ("D", pace)]
+        if not pace:
+            names = ["16 fixed", "16 table", "16 moving", *names]
+        fixed, table, moving, *rest = names
+        pairs = [(name, fixed) for name in (table, moving, *rest)]
+        pairs += [(name, moving) for name in rest]
+        # each comparison counts in one table only
+        pairs = [pair for pair in pairs if pair not in PAIRS["A"]]
+        lines += differences(rows, pairs) + full_table(rows, names)
+        if not pace:
+            lines += length_table(rows, rest)
+    return lines
+
+
+ANSWERS = {"A": answer_a, "B": answer_b, "C": answer_c, "D": answer_d}
+
+
+def markdown(out, rows):
+    """The lines of study.md from all rows. Saves its figures in the folder `out`."""
+    script = "python scripts/studies/study.py"
+    size = shapes.FULL
+    config = shapes.config_of(size)
+    _, flops = shapes.plan(config, ((16, 1.0),), mix=0, steps=size.steps)
+    spent = sum(row.get("seconds", 0) for row in rows) / 3600
+    count = sum(row.get("lines", 1) for row in rows)
+    codes = sorted({row["code"][:10] for row in rows})
+    machines = sorted({row["machine"] for row in rows})
+    compiled = " with --compile" if all(row["compiled"] for row in rows) else ""
+    lines = lab.heading(
+        "Which positions are best, and does a frame curriculum pay?",
+        f"`{script} --report` wrote this page from `study.csv` ({count} rows, version "
+        f"{VERSION}, size full). `{script}` measured the rows: {spent:.1f} hours of "
+        f"training{compiled} and sampling, on {', '.join(machines)}; code {', '.join(codes)}. "
+        "[study-first-edition.md](study-first-edition.md) answers other questions with earlier "
+        "code.",
+    )
+    lines += [
+        "An *arm* is a training recipe.",
+        "",
+        "- **Data and model**: Moving Shapes, 16 x 16 px, 1.4 s. Depth "
+        f"{size.depth}, width {size.width}, 4 heads, spatial patch 2, temporal patch "
+        "4, bf16.",
+        f"- **Compute**: every step has {shapes.TOKENS} tokens. 100% compute is "
+        f"{flops / 1e12:.3g} TFLOP: {size.steps} steps of 8 clips of 16 frames. The learning rate "
+        "decays to zero at the end of each run.",
+        f"- **Flags of all arms**: `{shapes.BASE}`.",
+        "- **Positions**: *fixed* is the default. *rotary* adds `--use-rope --rope-theta 100`. "
+        "*table* also adds `--position-table space`. *moving* also adds `--rope-speed 0.5`, about "
+        "the speed of all shapes (0.51 patches per temporal patch). *4-8-16* without one of these "
+        "words is rotary.",
+        "- **Frames**: *16* trains on 16 frames from the start. *4-8-16* gives a third of the "
+        "compute to each of 4, 8 and 16 frames, and draws the frame interval from 1 to 2. With "
+        "*mix*, a fifth of the later steps train on earlier frames. *16 moving intervals* also "
+        "draws the interval, so it differs from *4-8-16 moving* only in its number of frames.",
+        "- **Speeds**: *speed N* is *table* with `--rope-speed N`. *speed 0* has the spatial "
+        "frequencies of the other speeds. *speed 0.5* is *moving* again, by later code. Shapes "
+        "move half as fast with *slow* and twice as fast with *fast*.",
+        "- **Validation loss**: arms with frame intervals of 1 to 2 validate on such clips. "
+        "Compare their losses with each other, not with those in A.",
+        f"- **Samples**: {size.fewer} clips per run and length, 0.04 s per frame, `ngd`, "
+        f"{shapes.USUAL} evaluations, guidance {shapes.GUIDANCE:g}, averaged weights of the last "
+        "step.",
+        "- **Direction accuracy**: the share of samples with the motion of their class, measured "
+        "by a tracker. Chance is 25%; real clips reach at least 100%.",
+        "- **Cells**: mean ± standard error over seeds, with each seed in brackets. A dash means "
+        "that nothing was run, or that no direction was correct, so there is no speed. "
+        "Differences are paired by seed, with Student's 95% interval and p value. A difference is "
+        "significant if its p value, adjusted by Holm's method for the comparisons that are "
+        "listed above the same table, is at most 0.05.",
+        "",
+    ]
+    for letter, answer in ANSWERS.items():
+        lines += [f"## {letter}. {answer.__doc__}", "", f"`{script} --only {letter}`", ""]
+        lines += answer(out, rows)
+    return lines
+
+
+# The command --------------------------------------------------------------------------------------
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, "positions")
-    add = parser.add_argument
-    only_print = parser.add_mutually_exclusive_group().add_argument
-    add(
+    parser = lab.study_parser(__doc__, "positions", seeds=[*range(5)])
+    parser.add_argument(
         "--only",
         nargs="+",
-        choices=(*QUESTIONS, *BY_NAME),
+        choices=(*ANSWERS, *ARMS),
         metavar="WHAT",
         help="questions (A to D) or names of arms; default: all",
     )
-    add(
-        "--minutes",
-        type=POSITIVE,
-        default=math.inf,
-        help="start no run that would end after this many minutes; default: no limit",
-    )
-    only_print("--list", action="store_true", help="only print what is done and what is missing")
-    only_print(
-        "--report", action="store_true", help="only write tables and figures, from study.csv"
-    )
     return parser.parse_args()
+
+
+def runs_of(args):
+    """All chosen runs. Expensive ones with little information come last: extra seeds, long runs."""
+    chosen = set(args.only or ANSWERS)
+    keys = []
+    for (name, arm), seed in itertools.product(ARMS.items(), args.seeds):
+        if {name, *arm.questions} & chosen:
+            shares = SHARES.get(name, ()) if seed < SHARE_SEEDS else ()
+            keys += [(name, seed, share) for share in (1.0, *shares)]
+    keys = [key for key in keys if key[1] < ARMS[key[0]].seeds]
+    keys.sort(key=lambda key: (key[2] > 1, key[1] >= SHARE_SEEDS, key[2] != 1, key[1]))
+    return [study_run(args, *key) for key in keys]
 
 
 @one_line_errors()
 def main():
     args = parse_args()
-    with wrong_input():
-        study = Study(args)
-        if args.report and not study.rows:
-            raise UserError(
-                f"--report: {study.csv} does not exist or is empty; run the study without "
-                "--report first"
-            )
-    if args.list:
-        print_status(study)
-        return
-    if not args.report:
-        lab.run_all(study.runs, args.minutes)
-    # another process may write the report at the same time
-    with lab.file_lock(study.folder / "lock"):
-        write_report(study)
+    lab.run_study(args, runs_of(args), partial(markdown, args.out))
 
 
 if __name__ == "__main__":
