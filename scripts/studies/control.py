@@ -23,7 +23,7 @@ from pathlib import Path
 import lab
 from runtime.cli import UserError, one_line_errors
 from samplers import SOLVERS
-from shapes import BOTH_RIGHT, PATH_LENGTH, USUAL, shapes_run, size_of, make_task
+from shapes import BOTH_RIGHT, PATH_LENGTH, USUAL, make_task, shapes_run, size_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import lab
 from lab import Column
 from objectives import ARMS
 from runtime.cli import SHARE, one_line_errors
-from shapes import FULL, data_of, shapes_run, size_of, make_task
+from shapes import FULL, data_of, make_task, shapes_run, size_of
 
 GIVEN = {  # task: flags of sample_gd.py
     "8 of 16 given": "--given-frames 0-7",

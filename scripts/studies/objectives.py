@@ -20,7 +20,7 @@ from pathlib import Path
 import lab
 from lab import Column
 from runtime.cli import one_line_errors
-from shapes import BOTH_RIGHT, GUIDANCE, PATH_LENGTH, USUAL, shapes_run, size_of, make_task
+from shapes import BOTH_RIGHT, GUIDANCE, PATH_LENGTH, USUAL, make_task, shapes_run, size_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def main_run(args, name, seed):
     """The run of an arm of the main study."""
     way = ARMS[name].way
     size = size_of(args)
-    usual = partial(task, way, size.fewer)
+    usual = partial(make_task, way, size.fewer)
     tasks = {MAIN: make_task(way, size.clips, metrics=("motion", "nearest"))}
     for frames in (24, 32):
         tasks[f"{frames} frames"] = usual(frames=frames)

@@ -10,9 +10,6 @@ from samplers import SOLVERS
 
 lab.refuse_to_run(__name__, "scripts/studies/study.py")
 
-# {pace of the shapes: seconds of the videos, in which they travel the same distance}. "" moves by
-# 0.51 patches per temporal patch, and its videos are long enough for 32 frames.
-PACES = {"": 1.4, "slow": 2.8, "fast": 0.7}
 TOKENS = 2048  # per training step, for all arms
 PATH_LENGTH = 0.498  # of a descent: evaluations x step size
 GUIDANCE = 1.5
@@ -20,11 +17,7 @@ USUAL = 15  # evaluations of a sample
 VALIDATIONS = 8  # per run, in addition to the end of each phase
 ROTARY = "--use-rope --rope-theta 100"
 TABLE = ROTARY + " --position-table space"
-# of positions in space; 0 with the spatial frequencies of the others; 0.5 with more frames, too
-SPEEDS = {
-    f"speed {speed}": f"{TABLE} --rope-speed {speed or '1e-9'}" for speed in (0, 0.25, 0.5, 1, 2)
-}
-MOVING = SPEEDS["speed 0.5"]
+MOVING = TABLE + " --rope-speed 0.5"
 POSITIONS = {
     "fixed": "",
     "rotary": ROTARY,
@@ -48,7 +41,6 @@ class Arm:
     flags: str = MOVING + INTERVALS  # of train.py, in addition to BASE
     phases: tuple = CURRICULUM  # (num_frames, share of the compute) of each phase
     mix: float = 0.0  # --mix of train.py
-    pace: str = ""  # of the shapes, a key of PACES
 
 
 @dataclass(frozen=True)
@@ -159,22 +151,18 @@ def make_task(
     return f"{flags}{sampling(way, evaluations)} {more}".split(), metrics
 
 
-def data_of(args, pace=""):
+def data_of(args):
     """The `data` of a lab.Run: training videos, and test videos for `Size.clips` clips."""
     size = size_of(args)
-    return lab.data_sets(
-        Path(args.out, "runs", f"moving-shapes{pace}"),
-        count=size.videos,
-        test_count=max(2, size.clips // 12),
-        flags=("--seconds", PACES[pace]),
-    )
+    folder = Path(args.out, "runs/moving-shapes")
+    return lab.data_sets(folder, size.videos, max(2, size.clips // 12))
 
 
-def shapes_run(args, table, about, tasks, flags="", arm=Arm(), share=1.0, more=None):
+def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
     """The lab.Run of a model of Moving Shapes with the seed in `about`.
 
-    table: the name of the json file; flags: of train.py, in addition to those of the arm; share: of
-    the full compute; more: for the row.
+    table: the name of the json file; flags: of train.py, in addition to those of the arm; more: for
+    the row.
     """
     size = size_of(args)
     seed = about["seed"]
@@ -182,10 +170,10 @@ def shapes_run(args, table, about, tasks, flags="", arm=Arm(), share=1.0, more=N
         config_of(size),
         shares=arm.phases,
         mix=arm.mix,
-        steps=share * size.steps,
+        steps=size.steps,
     )
     _, last_step, _ = phases[-1]
-    data = data_of(args, arm.pace)
+    data = data_of(args)
     videos, test = data
     # The last --precision counts: a CPU without fast bf16 follows the same recipe in fp32
     training = (

@@ -2,84 +2,71 @@
 
     python scripts/studies/study.py --list          how many runs are done
     python scripts/studies/study.py --minutes 150   run or continue; start no run that ends later
-    python scripts/studies/study.py --only A B      some questions (A to D), or arms by name
-    python scripts/studies/study.py --report        only write the table and its figures
+    python scripts/studies/study.py --only A        one question, or arms by name
+    python scripts/studies/study.py --report        only write the table and its figure
 
 A: which positions are best: fixed, rotary, rotary with a table of height and width ("table"), or
 these with --rope-speed ("moving")?
 B: which curriculum of 4, 8, then 16 frames?
-C: how much compute until the motion is correct?
-D: which --rope-speed, for which motion?
 
-An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with
-the same share have the same counted FLOPs. The learning rate decays to zero at the end of each run,
-so 60% of the compute is a separate run. study.csv in results/studies/positions has the rows of an
-earlier version. The script adds others to study.json, and writes study.md from both.
+An arm is a training recipe. A run is an arm with a seed. All runs have the same counted FLOPs.
+study.csv in results/studies/positions has the rows of an earlier version, which answered more
+questions. The script adds others to study.json, and writes A and B of study.md from both. Further
+sections of the page stay as they are.
 """
 
 import csv
 import itertools
 import math
-from dataclasses import dataclass, replace
+import statistics
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 import lab
 import shapes
-from lab import Column, Difference, by_seed, difference, difference_lines, table
+from lab import Column, by_seed, difference, difference_lines, table
 from runtime.cli import fail, one_line_errors
 from scoring.plots import COLORS, MARKERS, plt, save_figure
-from scoring.stats import half95, mean_and_error
-from shapes import INTERVALS, MOVING, PACES, PATH_LENGTH, ROTARY, SPEEDS, TABLE
+from scoring.stats import mean_and_error
+from shapes import INTERVALS, MOVING, PATH_LENGTH, ROTARY, TABLE
 
 VERSION = 2  # of the arms
 LENGTHS = (16, 24, 32)  # frames of samples
-SHARE_SEEDS = 3
 START = "16 moving intervals"
 BEST = "4-8-16 moving"
-SHARES = {  # of the compute, in addition to all of it; each is a separate run
-    "16 table": (1.6,),  # does not learn the motion at 1.0
-    START: (0.4, 0.6),
-    BEST: (0.4, 0.6),
-}
 
 
 @dataclass(frozen=True)
 class Arm(shapes.Arm):
     """An arm of some questions."""
 
-    questions: str = ""
-    seeds: int = 3  # with full compute
-    lengths: tuple = (16,)  # frames of samples at full compute
+    questions: str = "B"
+    seeds: int = 3
+    lengths: tuple = LENGTHS  # frames of samples
 
 
-sixteen = partial(Arm, phases=((16, 1.0),), questions="A", seeds=5)
-of_speed = partial(sixteen, questions="D")
-curriculum = partial(Arm, questions="B", lengths=LENGTHS)
+sixteen = partial(Arm, phases=((16, 1.0),), questions="A", seeds=5, lengths=(16,))
 ARMS = {
     "16 fixed": sixteen(""),
     "16 rotary": sixteen(ROTARY),
-    "16 table": sixteen(TABLE, questions="AC"),
+    "16 table": sixteen(TABLE),
     "16 moving": sixteen(MOVING),
-    START: sixteen(MOVING + INTERVALS, questions="BC", seeds=3),
-    "4-8-16": curriculum(ROTARY + INTERVALS),
-    "4-8-16 table": curriculum(TABLE + INTERVALS),
-    "4-8-16 mix": curriculum(ROTARY + INTERVALS, mix=0.2),
-    "4-8-16 table mix": curriculum(TABLE + INTERVALS, mix=0.2),
-    BEST: curriculum(questions="BC"),
+    START: sixteen(MOVING + INTERVALS, questions="B", seeds=3),
+    "4-8-16": Arm(ROTARY + INTERVALS),
+    "4-8-16 table": Arm(TABLE + INTERVALS),
+    "4-8-16 mix": Arm(ROTARY + INTERVALS, mix=0.2),
+    "4-8-16 table mix": Arm(TABLE + INTERVALS, mix=0.2),
+    BEST: Arm(),
 }
-for name, flags in SPEEDS.items():
-    ARMS[f"16 {name}"] = of_speed(flags, lengths=LENGTHS)
-for pace in ("slow", "fast"):
-    ARMS[f"16 fixed {pace}"] = of_speed("", pace=pace)
-    ARMS[f"16 table {pace}"] = of_speed(TABLE, pace=pace, seeds=2)  # does not win
-    ARMS[f"16 moving {pace}"] = of_speed(MOVING, pace=pace)
-    ARMS[f"16 speed 1 {pace}"] = of_speed(SPEEDS["speed 1"], pace=pace)
-
-POSITIONS = ("16 fixed", "16 rotary", "16 table", "16 moving")
 CURRICULA = ("4-8-16", "4-8-16 mix", "4-8-16 table", "4-8-16 table mix", BEST)
+QUESTIONS = {
+    "A": (
+        "Which positions? 16 frames from the start, equal steps",
+        ("16 fixed", "16 rotary", "16 table", "16 moving"),
+    ),
+    "B": ("Which positions for 4, 8, then 16 frames, with and without --mix?", CURRICULA),
+}
 PAIRS = {
     "A": (
         ("16 table", "16 fixed"),
@@ -97,13 +84,17 @@ PAIRS = {
         (BEST, START),
     ),
 }
-LOSS = Column("Loss", "val_loss", 1, 3)
+LOSS = Column("Loss", "val_loss", 1)
+VALIDATION = Column("validation loss", "val_loss", 1, 3)
 DIRECTION = Column("Direction accuracy (0 to 1)", "direction_accuracy", 1)
 PERCENT = Column("direction accuracy (%)", "direction_accuracy", digits=0)
 SPEED = Column("speed / true", "speed_ratio", 1, 2)
 SEAM = Column("seam score (1 = no seam)", "seam_score", 1, 2)
-GOAL = 0.9  # direction accuracy at which motion counts as learned
-CSV_VALUES = {"direction": "direction_accuracy", "speed": "speed_ratio", "seam": "seam_score"}
+CSV = {
+    "direction_accuracy": "direction",
+    "speed_ratio": "speed",
+    "seam_score": "seam",
+}  # its columns
 
 # Rows ---------------------------------------------------------------------------------------------
 
@@ -112,18 +103,15 @@ def frames_task(frames):
     return f"{frames} frames"
 
 
-def about_run(name, seed, share):
-    return {"arm": name, "seed": seed, "share": share}
-
-
-def study_run(args, name, seed, share):
-    """The Run of an arm with a seed and a share of the compute."""
+def study_run(args, name, seed):
+    """The Run of an arm with a seed."""
     arm = ARMS[name]
+    size = shapes.size_of(args)
     tasks = {}
-    for frames in arm.lengths if share == 1 else (16,):
+    for frames in arm.lengths:
         tasks[frames_task(frames)] = shapes.make_task(
             PATH_LENGTH,
-            shapes.size_of(args).fewer,
+            count=size.fewer,
             frames=frames,
             more="--time-scale 0.04",
             metrics=("motion", "consistency"),
@@ -131,10 +119,9 @@ def study_run(args, name, seed, share):
     run = shapes.shapes_run(
         args,
         table="study",
-        about=about_run(name, seed, share),
+        about={"arm": name, "seed": seed, "share": 1.0},
         tasks=tasks,
         arm=arm,
-        share=share,
         more={"compiled": int(args.compile)},
     )
     run.read = read_study
@@ -158,29 +145,28 @@ def rows_of_lines(lines):
     """A row for each run in lines of the csv: some of its training, and one of each sample."""
     rows = {}
     for line in lines:
-        key = (line["arm"], int(line["seed"]), float(line["share"]))
-        row = rows.setdefault(key, about_run(*key) | {"values": {}, "lines": 0, "sampled": 0.0})
+        key = (line["arm"], line["seed"], line["share"])
+        about = {"arm": line["arm"], "seed": int(line["seed"]), "share": float(line["share"])}
+        row = rows.setdefault(key, about | {"values": {}, "lines": 0, "sampled": 0.0})
         row["lines"] += 1
-        row |= {"code": line["code"], "machine": line["machine"], "compiled": int(line["compiled"])}
+        for name in ("code", "machine", "compiled"):
+            row[name] = line[name]
         if line["kind"] == "train":
-            row["values"][""] = {LOSS.value: float(line["loss_16"])}
+            row["values"][""] = {"val_loss": float(line["loss_16"])}
             row["trained"] = float(line["seconds"])  # so far
             continue
         row["sampled"] += float(line["seconds"])
-        values = {}
-        for name, value in CSV_VALUES.items():
-            if line[name]:
-                values[value] = float(line[name])
+        values = {name: float(line[column]) for name, column in CSV.items() if line[column]}
         row["values"][frames_task(line["frames"])] = values
     for row in rows.values():
-        row["seconds"] = row.pop("trained") + row.pop("sampled")
+        row["seconds"] = row["trained"] + row["sampled"]
     return [*rows.values()]
 
 
-def values_of(rows, name, column, frames=16, share=1.0):
+def values_of(rows, name, column, frames):
     """{seed: value of a Column} of an arm: of its samples, or the loss of its training."""
-    task = "" if column.value == LOSS.value else frames_task(frames)
-    return by_seed(rows, {"arm": name, "share": share}, column.of(task))
+    task = "" if column.value == "val_loss" else frames_task(frames)
+    return by_seed(rows, {"arm": name, "share": 1}, column.of(task))
 
 
 # Tables and figures -------------------------------------------------------------------------------
@@ -190,7 +176,7 @@ def differences(rows, pairs):
     """Lines about loss and direction accuracy of pairs of arms."""
     compared = []
     for pair, column in itertools.product(pairs, (LOSS, DIRECTION)):
-        values = {name: values_of(rows, name, column) for name in pair}
+        values = {name: values_of(rows, name, column, frames=16) for name in pair}
         compared.append(difference(values, pair, column.title))
     return [*difference_lines(compared), ""]
 
@@ -207,206 +193,64 @@ def spread_cell(values, digits):
 
 
 def spread_table(rows, title, columns, cases):
-    """Lines of markdown: a row for each case {(arm, cell): arguments of `values_of`}."""
+    """Lines of markdown: a row for each case (arm, its second cell, frames of the samples)."""
     cells = []
-    for (name, cell), about in cases.items():
-        row = [name, cell]
+    for name, second, frames in cases:
+        row = [name, second]
         for column in columns:
-            row.append(spread_cell(values_of(rows, name, column, **about), column.digits))
+            values = values_of(rows, name, column, frames)
+            row.append(spread_cell(values, column.digits))
         cells.append(row)
     return table(["arm", title, *(column.title for column in columns)], cells)
 
 
-def share_table(rows, cases):
-    """Loss, direction accuracy and speed at 16 frames of each (arm, share of the compute)."""
-    by_case = {(name, f"{100 * share:.0f}"): {"share": share} for name, share in cases}
-    loss = replace(LOSS, title="validation loss")
-    return spread_table(rows, "compute (%)", (loss, PERCENT, SPEED), by_case)
-
-
 def full_table(rows, names):
-    return share_table(rows, [(name, 1.0) for name in names])
+    """Loss, direction accuracy and speed at 16 frames of each arm."""
+    cases = [(name, "100", 16) for name in names]
+    return spread_table(rows, "compute (%)", (VALIDATION, PERCENT, SPEED), cases)
 
 
 def length_table(rows, names):
     """Direction accuracy, speed and seams of each arm at 16, 24, 32 frames."""
-    by_case = {}
-    for name, frames in itertools.product(names, LENGTHS):
-        by_case[name, str(frames)] = {"frames": frames}
-    return spread_table(rows, "frames", (PERCENT, SPEED, SEAM), by_case)
+    cases = [(name, str(frames), frames) for name in names for frames in LENGTHS]
+    return spread_table(rows, "frames", (PERCENT, SPEED, SEAM), cases)
 
 
-def draw(out, letter, message, xlabel, series, mark):
-    """Save a figure of direction accuracy, and return its lines of markdown.
+def length_figure(rows, names, out):
+    """Save a figure of direction accuracy at these lengths. Returns its lines of markdown.
 
-    series: {arm: {x: {seed: accuracy}}}: the mean as a line, seeds as dots. mark(axes) adds to it.
+    A line is the mean, dots are seeds.
     """
     figure, axes = plt.subplots(figsize=(9.5, 6.5))
-    for (name, by_x), color, marker in zip(series.items(), COLORS, MARKERS, strict=False):
-        by_x = {x: [100 * value for value in values.values()] for x, values in by_x.items()}
-        means = {x: np.mean(values) for x, values in by_x.items() if values}
-        style = {"color": color, "marker": marker, "markersize": 9, "linewidth": 2}
-        axes.plot(means.keys(), means.values(), label=name, **style)
-        for x in means:
-            axes.scatter([x] * len(by_x[x]), by_x[x], color=color, alpha=0.45, s=30)
-    mark(axes)
-    axes.set(xlabel=xlabel, ylabel="direction accuracy (%)", ylim=(0, 103))
+    longer = {}
+    for name, color, marker in zip(names, COLORS, MARKERS, strict=False):
+        points = []
+        for frames in LENGTHS:
+            values = [*values_of(rows, name, PERCENT, frames).values()]
+            if values:
+                points.append((frames, statistics.mean(values)))
+                axes.scatter([frames] * len(values), values, color=color, alpha=0.45, s=30)
+        axes.plot(*zip(*points, strict=True), label=name, color=color, marker=marker)
+        longer[name] = dict(points).get(24)
+    best = longer.pop(BEST)
+    others = [mean for mean in longer.values() if mean is not None]
+    if best is None or not others:
+        return []
+    message = (
+        f"24 frames, longer than in training: {best:.0f}% direction accuracy\n({BEST}), "
+        f"{min(others):.0f}% to {max(others):.0f}% for the others"
+    )
+    axes.axvspan(16.5, 33, color="gray", alpha=0.1, label="longer than in training")
+    axes.set(xticks=LENGTHS, xlim=(15, 33), ylim=(0, 103))
+    axes.set(xlabel="sampled frames", ylabel="direction accuracy (%)")
     axes.set_title(message, loc="left")
     axes.legend()
-    path = Path(out, f"study-{letter}.png")
-    save_figure(figure, path)
-    return [f"![{' '.join(message.split())}]({path.name})", ""]
-
-
-# The questions. Each function returns lines of markdown; its docstring is the heading. ------------
-
-
-def answer_a(out, rows):
-    """Which positions? 16 frames from the start, equal steps"""
-    return differences(rows, PAIRS["A"]) + full_table(rows, POSITIONS)
-
-
-def answer_b(out, rows):
-    """Which positions for 4, 8, then 16 frames, with and without --mix?"""
-    lines = differences(rows, PAIRS["B"]) + full_table(rows, CURRICULA)
-    lines += length_table(rows, CURRICULA)
-    series = {}
-    for name in CURRICULA:
-        series[name] = {x: values_of(rows, name, DIRECTION, frames=x) for x in LENGTHS}
-    longer = {name: mean_of(by_length[24]) for name, by_length in series.items() if by_length[24]}
-    if BEST not in longer:
-        return lines
-    message = "24 frames, longer than in training: "
-    message += f"{longer.pop(BEST):.0%} direction accuracy\n({BEST})"
-    if longer:
-        message += f", {min(longer.values()):.0%} to {max(longer.values()):.0%} for the others"
-
-    def mark(axes):
-        axes.axvspan(16.5, 33, color="gray", alpha=0.1, label="longer than in training")
-        axes.set(xticks=LENGTHS, xlim=(15, 33))
-
-    return lines + draw(out, "B", message, "sampled frames", series, mark)
-
-
-def mean_of(values):
-    return np.mean(list(values.values()))
-
-
-def compute_to(goal, shares, values):
-    """The share of the compute at which values first reach the goal, interpolated.
-
-    NaN if the first or none does.
-    """
-    for (before, low), (after, high) in itertools.pairwise(zip(shares, values, strict=True)):
-        if high >= goal > values[0]:
-            return before + (after - before) * (goal - low) / (high - low)
-    return math.nan
-
-
-def share_text(share):
-    return "an unmeasured share" if math.isnan(share) else f"{share:.0%}"
-
-
-def curve(rows, name):
-    """{share of the compute: {seed: direction accuracy}}, for seeds with all shares."""
-    by_share = {}
-    for share in sorted((1.0, *SHARES[name])):
-        by_share[share] = values_of(rows, name, DIRECTION, share=share)
-    seeds = set.intersection(*map(set, by_share.values()))
-    return {
-        share: {seed: values[seed] for seed in sorted(seeds)} for share, values in by_share.items()
-    }
-
-
-def ratio(what, ratios):
-    """A Difference with the geometric mean of two arms' ratios, one per seed.
-
-    Without significance for one seed.
-    """
-    logs = [math.log(value) for value in ratios]
-    mean, error = mean_and_error(logs)
-    each = "; ".join(f"{value:.2f}" for value in ratios)
-    text = f"- {what}: the geometric mean is {math.exp(mean):.2f} (each seed: {each}"
-    if error is None:
-        return Difference(f"{text}).")
-    half = half95(logs)
-    low = math.exp(mean - half)
-    high = math.exp(mean + half)
-    return Difference(f"{text}; 95% {low:.2f} to {high:.2f}", mean, lab.student_p(logs))
-
-
-def answer_c(out, rows):
-    """How much compute until the motion is correct?"""
-    names = ("16 table", START, BEST)
-    series = {}
-    reached = {}  # {arm: {"mean" or seed: result of compute_to}}
-    lines = []
-    for name in names:
-        by_share = curve(rows, name)
-        series[name] = {100 * share: values for share, values in by_share.items()}
-        seeds = [*by_share[1.0]]
-        if not seeds:
-            lines.append(f"- {name}: not run yet.")
-            continue
-        points = {"mean": [mean_of(values) for values in by_share.values()]}
-        points |= {seed: [values[seed] for values in by_share.values()] for seed in seeds}
-        reached[name] = {key: compute_to(GOAL, by_share, of) for key, of in points.items()}
-        mean, *each = map(share_text, reached[name].values())
-        lines.append(
-            f"- {name}: the mean over seeds reaches {GOAL:.0%} direction accuracy at {mean} of "
-            f"the compute (each seed: {'; '.join(each)})."
-        )
-    compared = []
-    for base in (START, "16 table"):
-        computes = reached.get(BEST, {})
-        others = reached.get(base, {})
-        ratios = [computes[seed] / others[seed] for seed in computes if seed in others]
-        ratios = [ratio for ratio in ratios[1:] if math.isfinite(ratio)]  # the first is the mean's
-        if ratios:
-            compared.append(ratio(f"Ratio of these computes, {BEST} / {base}", ratios))
-    early = f"{BEST} at 60%"
-    full = f"{START} at 100%"
-    losses = {early: values_of(rows, BEST, LOSS, share=0.6), full: values_of(rows, START, LOSS)}
-    compared.append(difference(losses, (early, full), LOSS.title))
-    lines += [*difference_lines(compared), ""]
-    cases = [(name, share) for name in names for share in sorted((1.0, *SHARES[name]))]
-    lines += share_table(rows, cases)
-    if len(reached) < len(names):
-        return lines
-    table, start, best = (share_text(reached[name]["mean"]) for name in names)
-    message = (
-        f"{GOAL:.0%} direction accuracy at {best} of the compute ({BEST}),\n"
-        f"at {start} ({START}), at {table} (16 table)"
-    )
-    xlabel = f"compute of a complete run (% of {shapes.FULL.steps:,} steps of 16 frames)"
-    style = {"color": "gray", "linestyle": "--", "label": f"{GOAL:.0%}"}
-    goal = partial(plt.Axes.axhline, y=100 * GOAL, **style)
-    return lines + draw(out, "C", message, xlabel, series, goal)
-
-
-def answer_d(out, rows):
-    """Which --rope-speed, for which motion? 16 frames from the start, equal steps"""
-    lines = []
-    for pace in PACES:
-        names = [name for name, arm in ARMS.items() if (arm.questions, arm.pace) == ("D", pace)]
-        if not pace:
-            names = ["16 fixed", "16 table", "16 moving", *names]
-        fixed, table, moving, *rest = names
-        pairs = [(name, fixed) for name in (table, moving, *rest)]
-        pairs += [(name, moving) for name in rest]
-        # each comparison counts in one table only
-        pairs = [pair for pair in pairs if pair not in PAIRS["A"]]
-        lines += differences(rows, pairs) + full_table(rows, names)
-        if not pace:
-            lines += length_table(rows, rest)
-    return lines
-
-
-ANSWERS = {"A": answer_a, "B": answer_b, "C": answer_c, "D": answer_d}
+    save_figure(figure, Path(out, "study-B.png"))
+    return [f"![{' '.join(message.split())}](study-B.png)", ""]
 
 
 def markdown(out, rows):
-    """The lines of study.md from all rows. Saves its figures in the folder `out`."""
+    """The lines of study.md from all rows. Saves its figure in the folder `out`."""
     script = "python scripts/studies/study.py"
     size = shapes.FULL
     config = shapes.config_of(size)
@@ -459,10 +303,14 @@ def markdown(out, rows):
         "listed above the same table, is at most 0.05.",
         "",
     ]
-    for letter, answer in ANSWERS.items():
-        lines += [f"## {letter}. {answer.__doc__}", "", f"`{script} --only {letter}`", ""]
-        lines += answer(out, rows)
-    return lines
+    for letter, (question, names) in QUESTIONS.items():
+        lines += [f"## {letter}. {question}", "", f"`{script} --only {letter}`", ""]
+        lines += differences(rows, PAIRS[letter]) + full_table(rows, names)
+    lines += length_table(rows, CURRICULA) + length_figure(rows, CURRICULA, out)
+    page = Path(out, "study.md")
+    known = page.read_text() if page.exists() else ""
+    _, mark, finished = known.partition("## C.")  # of earlier versions
+    return [*lines, f"{mark}{finished}"]
 
 
 # The command --------------------------------------------------------------------------------------
@@ -473,24 +321,21 @@ def parse_args():
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=(*ANSWERS, *ARMS),
+        choices=(*QUESTIONS, *ARMS),
         metavar="WHAT",
-        help="questions (A to D) or names of arms; default: all",
+        help="questions (A, B) or names of arms; default: all",
     )
     return parser.parse_args()
 
 
 def runs_of(args):
-    """All chosen runs. Expensive ones with little information come last: extra seeds, long runs."""
-    chosen = set(args.only or ANSWERS)
-    keys = []
-    for (name, arm), seed in itertools.product(ARMS.items(), args.seeds):
-        if {name, *arm.questions} & chosen:
-            shares = SHARES.get(name, ()) if seed < SHARE_SEEDS else ()
-            keys += [(name, seed, share) for share in (1.0, *shares)]
-    keys = [key for key in keys if key[1] < ARMS[key[0]].seeds]
-    keys.sort(key=lambda key: (key[2] > 1, key[1] >= SHARE_SEEDS, key[2] != 1, key[1]))
-    return [study_run(args, *key) for key in keys]
+    """All chosen runs, those with extra seeds last."""
+    chosen = set(args.only or QUESTIONS)
+    runs = []
+    for seed, (name, arm) in itertools.product(args.seeds, ARMS.items()):
+        if seed < arm.seeds and {name, *arm.questions} & chosen:
+            runs.append(study_run(args, name, seed))
+    return runs
 
 
 @one_line_errors()
