@@ -1,8 +1,10 @@
-"""The network: a DiT (arXiv 2212.09748) with 3D patches, which may be told the noise level.
+"""The network: a DiT (arXiv 2212.09748) with 3D patches, which predicts the field f of noisy clips.
 
-Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding of queries and keys
-(rope.py). With `ebm` the field is minus the gradient of a scalar energy (EqM-E). Parameters have
-the names of the published image models.
+It trains on clips of 4 frames, continues on 8 and on 16, and samples any number. With `use_rope`,
+attention rotates queries and keys by angles that it computes from the clip's grid (rope.py), so one
+checkpoint fits all lengths; the default, a fixed sinusoidal table, fits one. The network is not
+told the noise level gamma, unless its objective says so. With `ebm`, the field is minus the
+gradient of a scalar energy (EqM-E). Parameters have the names of the published image models.
 """
 
 import logging

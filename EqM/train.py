@@ -1,15 +1,16 @@
 """Train Equilibrium Matching on videos, or without --video on images.
 
-A first phase on 4 frames, then one that continues with 8; steps are counted over all phases:
+Train on 4 frames, then continue on 8 and in the same way on 16; steps count over all phases:
 
-    torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 4 --use-rope --model "EqM-S/4" \
-        --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 50000
-    torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 8 --use-rope --model "EqM-S/4" \
-        --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 100000 \
+    torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 4 --model "EqM-S/4" \
+        --data-path datasets/ucf-101 --use-rope --results-dir results/EXP --max-steps 50000
+    torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 8 --model "EqM-S/4" \
+        --data-path datasets/ucf-101 --use-rope --results-dir results/EXP --max-steps 100000 \
         --global-batch-size 128 --ckpt results/EXP/*/checkpoints/0050000.pt
 
-All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an interruption: the same
-command and --resume.
+The rotary positions of --use-rope make one checkpoint fit all lengths, so sample_gd.py samples any
+number of frames. The network is not told the noise level gamma. After an interruption, add
+--resume. All phases in one run: --frames-schedule 4:50000:256,8:100000:128.
 """
 
 import uncaught  # noqa: F401
