@@ -7,17 +7,15 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import checkpoint
 from models import EqM_models, model_config
-from run import run_name
-from runtime import runs
 from training import ROOT
 from video.index import INDEX_FORMAT
 from video.source import LATENTS_FORMAT
@@ -160,46 +158,25 @@ def test_scripts_take_the_commands_of_a_page(page, monkeypatch, capsys):
             pytest.fail(f"{shlex.join(words)}: {error} {capsys.readouterr().err}")
 
 
-def readme_runs(monkeypatch):
-    """The flags of the README's torchrun commands: of three phases of training, and of the
-    sampling.
-    """
-    (block,) = [block for block in fences(PAGES["README.md"], "bash") if "torchrun" in block]
-    runs_of_block = commands(f"```bash\n{block}```")
-    *phases, sampling = [check_command(*command, monkeypatch) for command in runs_of_block]
-    assert len(phases) == 3
-    return phases, sampling
-
-
 def test_the_readme_has_the_command_that_users_know():
     command = "torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 4 "
     command += '--model "EqM-S/4" --data-path datasets/ucf-101 --use-rope'
-    assert command in PAGES["README.md"].partition("![")[0], "above the first picture"
+    _, first_section, *_ = re.split("^## ", PAGES["README.md"], flags=re.M)
+    assert command in first_section
 
 
-def test_the_phases_of_the_readme_continue_each_other(tmp_path, monkeypatch):
-    phases, sampling = readme_runs(monkeypatch)
-    assert [phase.num_frames for phase in phases] == [4, 8, 16]
+def test_the_phases_of_the_readme_have_equal_memory_and_the_flops_that_it_says(monkeypatch):
+    (block,) = [block for block in fences(PAGES["README.md"], "bash") if "torchrun" in block]
+    runs = [check_command(*command, monkeypatch) for command in commands(f"```bash\n{block}```")]
+    phases = runs[:3]
+    assert [run.num_frames for run in runs] == [4, 8, 16, [16], [24]]
     assert [phase.max_steps for phase in phases] == [50_000, 100_000, 150_000]
-    clips = {phase.num_frames * phase.global_batch_size for phase in phases}
-    assert len(clips) == 1, "equal memory"
-    for flag in ("model", "use_rope", "video", "data_path", "results_dir"):
-        assert len({getattr(phase, flag) for phase in phases}) == 1, flag
-    assert sampling.model == phases[0].model
-    assert sampling.use_rope
-    assert sampling.num_frames == [16]
-
-    monkeypatch.chdir(tmp_path)
-    folder = None  # of the phase before
-    for run in phases:
-        if folder:
-            (ckpt,) = Path().glob(run.ckpt)
-            assert ckpt.parents[1] == folder
-        folder = runs.make_run_folder(run.results_dir, run_name(run))
-        for name in (f"{run.max_steps:07d}", "best", "latest"):
-            (folder / "checkpoints" / f"{name}.pt").touch()
-    (ckpt,) = Path().glob(sampling.ckpt)
-    assert ckpt.parents[1] == folder
+    assert len({phase.num_frames * phase.global_batch_size for phase in phases}) == 1
+    config = model_config("EqM-S/4", num_classes=101, use_rope=True)
+    for phase in phases:
+        clips = 50_000 * phase.global_batch_size
+        flops = clips * config.training_flops(phase.num_frames)
+        assert f"{flops / 1e17:.2f}e17" in PAGES["README.md"]
 
 
 def test_flags_that_the_pages_mention_exist(monkeypatch, capsys):
@@ -312,12 +289,26 @@ def test_the_promise_names_the_formats_that_the_code_writes():
     }
 
 
+def run_python(snippet, folder, monkeypatch):
+    """Run Python in a folder that has the code, the results and a copy of the figures."""
+    (folder / "EqM").symlink_to(ROOT / "EqM")
+    shutil.copytree(ROOT / "results/figures", folder / "results/figures")
+    for name in ("demo", "studies"):
+        (folder / "results" / name).symlink_to(ROOT / "results" / name)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(compile(snippet, "page.md", "exec"), {})
+
+
 def test_the_python_of_the_sampling_page_runs_and_writes_videos(tmp_path, monkeypatch):
     (snippet,) = fences(PAGES["docs/sampling.md"], "python")
     snippet = snippet.replace('"ngd", 20', '"ngd", 2')  # fewer points, for speed
-    for name in ("EqM", "results"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    exec(compile(snippet, "docs/sampling.md", "exec"), {})
+    run_python(snippet, tmp_path, monkeypatch)
     assert len(list(tmp_path.glob("clips/*.mp4"))) == 12
+
+
+def test_the_first_picture_of_the_readme_is_what_its_code_draws(tmp_path, monkeypatch):
+    (snippet,) = fences(PAGES["results/README.md"], "python")
+    run_python(snippet, tmp_path, monkeypatch)
+    picture = Image.open(tmp_path / "results/figures/front.png")
+    assert picture.tobytes() == Image.open(ROOT / "results/figures/front.png").tobytes()
