@@ -206,6 +206,7 @@ class Network {
   // The field (C, T, H, W) at a clip x of this shape; label null: no class; timeScale: seconds per frame.
   field(x, {label = null, numFrames, timeScale}) {
     const {in_channels: C, input_size: S, num_classes: classes} = this.model, T = numFrames;
+    if (!(Number.isInteger(T) && T > 0)) throw new Error(`numFrames ${T}; expected an integer from 1 on`);
     if (x.length !== C * T * S * S) throw new Error(`x has ${x.length} values; expected ${C} x ${T} x ${S} x ${S}`);
     if (label !== null && !(Number.isInteger(label) && label >= 0 && label < classes))
       throw new Error(`label ${label}; expected null or an integer from 0 to ${classes - 1}`);
@@ -362,6 +363,7 @@ function fromHalf(bits) {
 
 // f_null + guidance (f_label - f_null), as `guided`
 function guidedField(network, x, {guidance = 1, ...settings}) {
+  if (!Number.isFinite(guidance)) throw new Error(`guidance ${guidance}; expected a number`);
   const f = network.field(x, settings);
   if (guidance === 1 || settings.label == null) return f;
   const none = network.field(x, {...settings, label: null});

@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 NETWORK = Path(__file__).with_suffix(".js")
 KERNEL = Path(__file__).with_suffix(".wasm")
 MOST_WEIGHTS = 20  # millions; a file of 55 MB
-MOST_GFLOPS = 20  # of one evaluation without guidance: about 2 s of one core
+MOST_GFLOPS = 20  # of one guided evaluation: about 2 s of one core
 LARGEST = 65_504  # in fp16
 FRAMES = 4, 32  # fewest and most of a clip
 EVALUATIONS = 40  # at most, for the path of the checkpoint's sampler
@@ -58,9 +58,9 @@ def obstacles(state, config):
     if size > MOST_WEIGHTS:
         yield f"has {size:.1f} M weights; expected at most {MOST_WEIGHTS} M"
     num_frames = clip_lengths(config, training)["usual"]
-    flops = config.flops(num_frames) / 1e9
-    if flops > MOST_GFLOPS:
-        yield f"needs {flops:.0f} GFLOP per evaluation; expected at most {MOST_GFLOPS}"
+    gflops = guided_gflops(config, num_frames)
+    if gflops > MOST_GFLOPS:
+        yield f"needs {gflops:.0f} GFLOP per guided evaluation; expected at most {MOST_GFLOPS}"
     highest = max(value.abs().max().item() for value in tensors)
     if not highest <= LARGEST:  # NaN included
         yield f"has weights up to {highest:.3g}; expected at most {LARGEST} (fp16)"
@@ -91,14 +91,12 @@ def make_page(name, state, config):
         "kernel": base64.b64encode(KERNEL.read_bytes()).decode(),
     }
     model = model_name(**facts["model"])
-    what = (
-        f"{model}, {size / 1e6:.1f} M parameters, step {state['step']}, "
-        f"{config.input_size} px. Sampling is descent on a field without a clock: disturb any "
-        "state, and it goes on from there."
-    )
+    is_video = facts["frames"]["most"] > 1
     parts = {
         "title": escape(name),
-        "what": escape(what),
+        "what": "a video generator" if is_video else "an image generator",
+        "parameters": f"{size / 1e6:.1f} million" if size >= 1e5 else f"{size:,}",
+        "about": escape(f"{model}, step {state['step']}, {config.input_size} px."),
         "engine": NETWORK.read_text(),
         "weights": letters,
         "facts": json.dumps(facts).replace("<", r"\u003c"),
@@ -114,10 +112,15 @@ def clip_lengths(config, training):
         return {"least": usual, "most": usual, "usual": usual}
     least = max(FRAMES[0], config.temporal_patch_size)
     most = max(FRAMES[1], config.temporal_patch_size)
-    while most > least and config.flops(most) > 1e9 * MOST_GFLOPS:
+    while most > least and guided_gflops(config, most) > MOST_GFLOPS:
         most -= 1
     usual = max(least, usual)
     return {"least": least, "most": most, "usual": min(most, usual)}
+
+
+def guided_gflops(config, num_frames):
+    """Return the GFLOP of one evaluation with guidance: the field with a class and without."""
+    return 2 * config.flops(num_frames) / 1e9
 
 
 def slider_values(training):

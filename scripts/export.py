@@ -118,7 +118,9 @@ def main():
             names.append(f"{published.VAE_FOLDER}/")
         say(f"{args.folder}: {', '.join(names)}, {size:.1f} MB; use it as --ckpt {args.folder}")
     if args.html:
-        name = Path(args.ckpt).resolve().name
+        path = Path(args.ckpt).resolve()
+        is_of_run = path.parent.name == "checkpoints"
+        name = path.parent.parent.name if is_of_run else path.name
         page = descent.make_page(name, state, config).encode("utf-8", "replace")
         with writing(args.html):
             Path(args.html).parent.mkdir(parents=True, exist_ok=True)

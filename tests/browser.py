@@ -56,14 +56,20 @@ class Browser:
         return json.loads(message)
 
     def open(self, path, ready="true", width=1000, height=800, query="", **media):
-        """Show a file and wait until it is ready; media: features of CSS and their values."""
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.call("Emulation.setDeviceMetricsOverride", **screen)
-        features = [{"name": name, "value": value} for name, value in media.items()]
-        self.call("Emulation.setEmulatedMedia", features=features)
+        """Show a file and wait until it is ready."""
+        self.screen(width, height, **media)
         self.events.clear()
         self.call("Page.navigate", url=path.as_uri() + query)
         self.wait(f"document.readyState === 'complete' && location.protocol === 'file:' && {ready}")
+
+    def screen(self, width=1000, height=800, **media):
+        """Set the size in px and features of CSS. A narrow screen is that of a phone."""
+        is_phone = width < 600
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_phone}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=is_phone)
+        features = [{"name": name, "value": value} for name, value in media.items()]
+        self.call("Emulation.setEmulatedMedia", features=features)
 
     def ask(self, expression):
         answer = self.call(
@@ -84,7 +90,7 @@ class Browser:
         return [event["params"] for event in self.events if event["method"] in methods]
 
 
-def press(browser, key):
+def press(browser, key, **details):
     text = key if len(key) == 1 else ""
     for kind in ("keyDown", "keyUp"):
-        browser.call("Input.dispatchKeyEvent", type=kind, key=key, text=text)
+        browser.call("Input.dispatchKeyEvent", type=kind, key=key, text=text, **details)

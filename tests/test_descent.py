@@ -5,7 +5,9 @@ refuses.
 import io
 import json
 import re
+from pathlib import Path
 
+import axe_core_python
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,9 @@ from tiny_data import make_vae, random_checkpoint
 from training import ROOT, refused, run_main
 
 DEMO = ROOT / "results/demo"
-READY = "!$('app').hidden"
+READY = "!$('app').className && moments.length"
+STILL = {"prefers-reduced-motion": "reduce"}  # the clip then waits for Play
+LINE = "$('line').textContent"
 TIME_SCALE = 0.04
 MODELS = {
     "rotary": ({}, [(4, 1, TIME_SCALE, 1), (7, None, 0.08, 1), (32, 3, TIME_SCALE, 1.5)]),
@@ -87,8 +91,12 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, demo):
-    """A browser that shows the demo model's page."""
-    browser.open(demo, READY, height=1200)
+    """A browser that shows the demo model's page at noise. It is loaded once for adjacent tests."""
+    if browser.ask("location.pathname + location.search") == str(demo):
+        browser.screen(height=1200, **STILL)
+        browser.ask("reset()")
+    else:
+        browser.open(demo, READY, height=1200, **STILL)
     return browser
 
 
@@ -111,14 +119,17 @@ def test_the_demos_page_is_one_small_file_that_loads_nothing(demo):
     assert facts["classes"] == config["data"]["classes"]
     assert facts["frames"] == {"least": 4, "most": 32, "usual": 16}
     assert [*facts["sampler"].values()] == [0.0262, 1.5, 0.3, descent.REST]
+    assert "<title>demo: a video generator in one file" in text
 
 
 def test_a_page_and_a_folder_can_be_written_at_once(tmp_path):
-    ckpt = random_checkpoint(tmp_path / "best.pt", num_frames=4, use_rope=True)
+    folder = tmp_path / "002-EqM-S-4-f4-rope/checkpoints"
+    folder.mkdir(parents=True)
+    ckpt = random_checkpoint(folder / "best.pt", num_frames=4, use_rope=True)
     page = tmp_path / "page.html"
     run_main(export, ckpt, tmp_path / "shared", "--html", page)
     assert (tmp_path / "shared/model.safetensors").exists()
-    assert "best.pt" in page.read_text()
+    assert "<h1>002-EqM-S-4-f4-rope: a video generator" in page.read_text()
 
 
 def test_many_short_steps_become_few_long_ones_of_the_same_path():
@@ -141,11 +152,13 @@ def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatc
         random_checkpoint(ckpt, num_frames=4, use_rope=True, **settings)
         if words:
             assert words in refused(capsys, export, ckpt, "--html", page)
-    for limit, words in {"MOST_WEIGHTS": "M weights", "MOST_GFLOPS": "GFLOP per eval"}.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(descent, limit, 1e-5)
-            assert words in refused(capsys, export, ckpt, "--html", page)
     state = checkpoint.load(ckpt)
+    gflops = checkpoint.config_of("CKPT", state).flops(4) / 1e9  # half of those with guidance
+    limits = {"MOST_WEIGHTS": (1e-5, "M weights"), "MOST_GFLOPS": (1.9 * gflops, "per guided eval")}
+    for limit, (value, words) in limits.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(descent, limit, value)
+            assert words in refused(capsys, export, ckpt, "--html", page)
     state["ema"]["final_layer.linear.bias"][0] = 1e5
     checkpoint.save(ckpt, state)
     assert "weights up to 1e+05" in refused(capsys, export, ckpt, "--html", page)
@@ -161,7 +174,7 @@ def test_the_field_equals_that_of_torch_in_both_kernels(browser, tmp_path, name)
     changes, cases = MODELS[name]
     page, model = write_page(tmp_path / "page.html", **changes)
     for kernel, query in (("wasm", ""), ("plain", "?plain")):
-        browser.open(page, READY, query=query)
+        browser.open(page, READY, query=query, **STILL)
         assert browser.ask("eqm.kernel()") == kernel
         for num_frames, label, time_scale, guidance in cases:
             x = clip(num_frames, model.config)
@@ -177,20 +190,32 @@ def test_the_field_equals_that_of_torch_in_both_kernels(browser, tmp_path, name)
             assert distance(f, expected) < 1e-5
 
 
-def test_a_wrong_call_of_the_field_says_what_it_expects(browser, tmp_path):
+def test_a_small_weak_model_gets_other_words_and_wrong_calls_say_what_they_expect(
+    browser, tmp_path
+):
     browser.open(write_page(tmp_path / "page.html")[0], READY)
-    call = "eqm.field(%s).catch(error => error.message)"
-    message = browser.ask(call % "[1], {numFrames: 4}")
-    assert message == "x has 1 values; expected 3 x 4 x 4 x 4"
-    message = browser.ask(call % "new Array(192).fill(0), {numFrames: 4, label: 5}")
-    assert message == "label 5; expected null or an integer from 0 to 4"
-    set_slider(browser, "level", 0.2)
-    browser.ask("document.querySelector('[data-region=left]').click()")
-    assert "trained without --forcing-regions" in browser.ask("$('line').textContent")
-    browser.ask("document.querySelector('[data-region=later]').click()")
-    assert "Disturbed." in browser.ask("$('line').textContent")
-    assert browser.ask("document.title") == "tiny & small: roll a video downhill"
+    assert browser.ask("document.title") == "tiny & small: a video generator in one file"
     assert browser.ask("$('label').options[1].text") == "<1>"
+    browser.ask("remaining = 1")
+    browser.wait("resting")
+    assert "this model has not converged; train longer" in browser.ask(LINE)
+    for value, region, words in (
+        (0.2, "left", "trained without --forcing-regions"),
+        (0.2, "later", "Scratched."),
+        (0.3, "square", "Scratched."),
+    ):
+        set_slider(browser, "level", value)
+        scratch(browser, region)
+        assert words in browser.ask(LINE)
+    assert "heal" not in browser.ask("TOUR[3].text()")
+    for call, words in {
+        "[1], {numFrames: 4}": "x has 1 values; expected 3 x 4 x 4 x 4",
+        "zeros, {numFrames: 4, label: 5}": "label 5; expected null or an integer from 0 to 4",
+        "zeros": "numFrames undefined; expected an integer from 1 on",
+        "zeros, {numFrames: 4, guidance: 'a'}": "guidance a; expected a number",
+    }.items():
+        call = call.replace("zeros", "new Array(192).fill(0)")
+        assert browser.ask(f"eqm.field({call}).catch(error => error.message)") == words
 
 
 # Whole trajectories -------------------------------------------------------------------------------
@@ -204,6 +229,14 @@ def state(browser):
 
 def set_slider(browser, name, value):
     browser.ask(f"$('{name}').value = {value}; $('{name}').dispatchEvent(new Event('input'))")
+
+
+def scratch(browser, region):
+    browser.ask(f"document.querySelector('[data-region={region}]').click()")
+
+
+def choose(browser, name, value):
+    browser.ask(f"$('{name}').value = '{value}'; $('{name}').dispatchEvent(new Event('change'))")
 
 
 def take_steps(browser, count):
@@ -221,7 +254,7 @@ def test_a_trajectory_with_a_disturbance_equals_that_of_torch(page):
     expected, _ = sample(field, state(page), "ngd", 7, 0.0262, 0.3)
     before = take_steps(page, 6)
     assert (before - expected).abs().max() < 2e-3
-    page.ask("document.querySelector('[data-region=left]').click()")
+    scratch(page, "left")
     after = state(page)
     assert torch.equal(after[..., 8:], before[..., 8:])
     fresh = (after - 0.3 * before)[..., :8] / 0.7
@@ -236,9 +269,9 @@ def test_a_trajectory_with_a_pinned_frame_equals_that_of_torch(page):
     for name, value in {"frameCount": 9, "level": 0, "guidance": 1, "momentum": 0}.items():
         set_slider(page, name, value)
     before = take_steps(page, 3)
-    page.ask("$('label').value = 7; $('label').dispatchEvent(new Event('change'))")
+    choose(page, "label", 7)
     page.ask("document.querySelectorAll('#frames button')[2].click()")
-    page.ask("document.querySelector('[data-region=square]').click()")
+    scratch(page, "square")
     after = state(page)
     mask = torch.zeros(1, 1, 9, 1, 1, dtype=torch.bool)
     mask[:, :, 2] = True
@@ -271,6 +304,84 @@ def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
     assert rows["before"]["shape"] == [False, False]  # still noise
 
 
+# The first ten seconds ----------------------------------------------------------------------------
+
+
+def test_the_page_starts_by_itself_and_a_scratch_heals_on_a_phone(browser, demo):
+    browser.open(demo, READY, width=400)
+    browser.ask(
+        """window.tops = new Set();
+        new MutationObserver(() => {
+          tops.add($('player').getBoundingClientRect().top);
+          tops.add($('line').scrollHeight > $('line').clientHeight);
+        }).observe($('line'), {childList: true})"""
+    )
+    browser.wait("resting")
+    header = browser.ask("document.querySelector('header').textContent")
+    assert "This file contains a video generator with 1.3 million parameters." in header
+    assert re.match("Made from noise in 1. evaluations. Now scratch it", browser.ask(LINE))
+    made = state(browser)
+    scratch(browser, "left")
+    assert (state(browser) - made).abs().mean() > 0.2
+    assert browser.ask(LINE) == "Scratched. The same field heals it."
+    browser.wait("resting")
+    assert (state(browser) - made).abs().mean() < 0.1
+    assert browser.ask("$('play').textContent") == "Play"
+    assert len(browser.ask("[...tops]")) == 2, "the player jumped, or the line overflowed"
+
+    browser.ask("rounds = 1")  # the loop ends by itself
+    browser.wait("!isLooping() && $('loop').ariaPressed === 'false'")
+    browser.ask("$('loop').click()")
+    browser.wait("shown === 3")
+    browser.ask("$('loop').click()")
+    assert browser.ask("isLooping()") is False
+
+
+def test_every_control_is_large_near_the_clip_and_has_a_name(browser, demo):
+    browser.open(demo, READY, width=400, **STILL)
+    wrong = """[...document.querySelectorAll('button, select, input, summary')].filter(part => {
+      if (!part.offsetParent || part.disabled) return false;
+      part.scrollIntoView({block: 'center'});
+      const target = part.type === 'checkbox' ? part.parentElement : part;
+      const {x, y, width, height} = target.getBoundingClientRect();
+      const clip = $('player').getBoundingClientRect();
+      const top = document.elementFromPoint(x + width / 2, y + height / 2);
+      const isFree = part.parentElement.contains(top);
+      return width < 44 || height < 44 || clip.top < 0 || clip.bottom > 800 || !isFree;
+    }).map(part => part.outerHTML)"""
+    assert browser.ask(wrong) == []
+    assert browser.ask("document.documentElement.scrollWidth") <= 400
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    sliders = {node["name"]["value"] for node in nodes if node["role"]["value"] == "slider"}
+    settings = {"step size", "momentum", "guidance", "R: the clip rests when the field is below"}
+    assert sliders == settings | {"share of the clip it keeps", "frames"}
+    lines = "[...document.querySelectorAll('output, [role=status], [aria-live]')]"
+    assert browser.ask(f"{lines}.map(part => part.id || part.parentElement.id)") == [
+        "line",
+        "guide",
+    ]
+
+    browser.ask(Path(axe_core_python.__file__).with_name("axe.min.js").read_text() + ";0")
+    colors = """['card', 'line', 'mark', 'curve'].map(name => {
+      $('count').style.color = `var(--${name})`;
+      return getComputedStyle($('count')).color.match(/[0-9]+/g).map(Number);
+    })"""
+    violations = (
+        "axe.run().then(({violations}) => JSON.stringify(violations.map(one => one.nodes)))"
+    )
+    browser.ask(
+        "$('mapped').click(); $('tour').click(); document.querySelector('details').open = true"
+    )
+    for scheme in ("light", "dark"):
+        for width in (400, 900, 1600):
+            browser.screen(width, **STILL, **{"prefers-color-scheme": scheme})
+            assert browser.ask(violations) == "[]"
+        light = (np.array(browser.ask(colors)) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722] + 0.05
+        ratios = light[1:] / light[0]
+        assert np.maximum(ratios, 1 / ratios).min() >= 3
+        browser.ask("$('count').style.color = ''")
+
+
 # The controls -------------------------------------------------------------------------------------
 
 
@@ -279,22 +390,40 @@ def count_of(browser, name="evaluations"):
 
 
 def test_a_clip_rolls_until_it_rests_and_a_disturbance_wakes_it(page):
-    assert page.ask("$('line').textContent").startswith("Noise.")
+    assert page.ask(LINE).startswith("Noise.")
+    choose(page, "label", 3)  # of noise, which is no finished clip
     press(page, " ")
+    assert page.ask("$('play').textContent") == "Pause"
+    page.wait("moment().evaluations === 2")
+    choose(page, "label", 4)  # while it rolls
     page.wait("running && resting")
     rested = state(page)
     assert 10 <= count_of(page) <= 25
     assert rested.abs().max() < 1.5
-    assert page.ask("$('line').textContent").startswith("At rest")
-    page.ask("$('label').value = 5; $('label').dispatchEvent(new Event('change'))")
+    assert page.ask(LINE).startswith("Made from noise")
+    choose(page, "label", 5)
     page.wait("resting")
-    assert "suits every class" in page.ask("$('line').textContent")
+    assert "suits every class" in page.ask(LINE)
     assert (state(page) - rested).abs().mean() < 0.1
-    press(page, "d")  # the later half
+    scratch(page, "later")
     assert page.ask("!resting")
     page.wait("resting")
+    assert page.ask(LINE).startswith("At rest: the field is below R = 0.2.")
     assert (state(page)[:, :, :8] - rested[:, :, :8]).abs().mean() < 0.1
     assert np.isfinite(page.ask("moments.filter(one => one.rms).map(one => one.rms)")).all()
+
+
+def test_without_r_play_and_sliders_give_sixty_evaluations_each_time(page):
+    set_slider(page, "stopBelow", 0)
+    page.ask("$('play').click()")
+    for again in ("$('play').click()", "$('guidance').dispatchEvent(new Event('input'))"):
+        page.wait("remaining <= 58")
+        assert page.ask("remaining + moment().evaluations - moments[0].evaluations") == 60
+        page.ask("remaining = 1; moments = [moment()]; now = 0")  # to save time
+        page.wait("resting")
+        assert page.ask(LINE).startswith("60 evaluations: enough.")
+        page.ask(f"moments = [moment()]; now = 0; {again}")
+    page.wait("remaining <= 58")
 
 
 def test_pause_step_back_and_the_plot_move_through_the_descent(page):
@@ -312,15 +441,83 @@ def test_pause_step_back_and_the_plot_move_through_the_descent(page):
     press(page, "ArrowLeft")
     page.ask(
         "$('plot').dispatchEvent(new MouseEvent('click', {clientX: "
-        "$('plot').getBoundingClientRect().x + 30}))"
+        "$('plot').getBoundingClientRect().x + MARGIN.left + 4}))"
     )
     assert count_of(page) == 0
     assert torch.equal(state(page), start)
     assert page.ask("$('back').disabled")
+    page.ask("step(); step(); moment().rms = 0.003")  # below any that a clip of the demo has
+    page.ask(
+        "window.texts = []; CanvasRenderingContext2D.prototype.fillText = text => texts.push(text)"
+    )
+    page.ask("drawPlot()")
+    texts = page.ask("texts.map(String)")
+    assert {"0.001", "0.01", "1", "10", "0", "5", "20", "evaluations"} <= set(texts)
+    page.ask("goTo(0)")
     set_slider(page, "stepSize", 0.0131)  # another future
     assert page.ask("moments.length") == 1
     set_slider(page, "stopBelow", 2)
-    assert page.ask("$('stopBelow').closest('label').querySelector('output').value") == "2"
+    assert page.ask("$('stopBelow').ariaValueText") == "2"
+    page.ask("$('step').click()")
+    page.wait("moment().evaluations === 1 && !busy")
+    assert page.ask("$('count').textContent").startswith("1 evaluation,")
+
+
+def test_the_map_shows_the_size_of_the_field_at_each_pixel(page):
+    take_steps(page, 1)
+    page.ask("$('mapped').click()")
+    field = torch.tensor(page.ask("[...moment().last]")).view(3, 16, 16, 16)
+    size = field.square().mean(dim=0).sqrt()
+    brightness = 3 * (size / 4).clamp(max=1).sqrt()
+    canvas = "document.querySelectorAll('#frames > :nth-child(5) canvas')[1].getContext('2d')"
+    shown = torch.tensor(page.ask(f"[...{canvas}.getImageData(0, 0, 16, 16).data]"))
+    for channel in range(3):
+        expected = 255 * (brightness[4] - channel).clamp(0, 1)
+        assert (shown.view(16, 16, 4)[..., channel] - expected).abs().max() <= 0.51
+    page.ask("$('mapped').click()")
+    assert page.ask("document.querySelectorAll('#frames canvas').length") == 16
+
+
+def test_the_address_names_seed_class_and_frames_and_reset_forgets_them(page):
+    first = state(page)
+    for _ in range(3):
+        press(page, "n")
+    noise = state(page)
+    choose(page, "label", 1)
+    assert page.ask("location.hash") == "#seed=3&class=CircleLeft&frames=16"
+    set_slider(page, "frameCount", 9)
+    page.ask("window.other = moment(); location.hash = '#seed=3&class=CircleLeft&frames=16'")
+    page.wait("moment() !== other")
+    assert torch.equal(state(page), noise)
+    assert count_of(page, "label") == 1
+    page.ask("window.other = moment(); location.hash = '#seed=-1&class=Dog&frames=99'")
+    page.wait("moment() !== other")
+    assert page.ask("location.hash") == "#seed=0&class=CircleDown&frames=16"
+    set_slider(page, "guidance", 3)
+    page.ask("$('reset').click()")
+    assert torch.equal(state(page), first)
+    assert page.ask("$('guidance').value") == "1.5"
+    assert page.ask("running") is False  # less motion
+    page.ask("window.big = () => push({...moment(), x: new Float32Array(2e6)})")
+    page.ask("for (let i = 0; i < 9; i++) big()")
+    assert page.ask("moments.length") == 4  # of 16 MB
+    page.ask("reset()")
+
+
+def test_keys_repeat_only_where_it_helps_and_letters_can_be_turned_off(page):
+    press(page, "N")  # caps lock
+    press(page, "n", autoRepeat=True)
+    press(page, "t")
+    assert (count_of(page, "seed"), page.ask("guide")) == (1, None)
+    press(page, "ArrowLeft", autoRepeat=True)
+    assert page.ask("now") == 0
+    page.ask("$('letters').click()")
+    press(page, "n")
+    assert count_of(page, "seed") == 0
+    drag(page, "#reseed", (0.5, 0.2))
+    assert count_of(page, "seed") == 1
+    press(page, " ")  # after a click with the mouse
+    assert page.ask("[running, moment().seed]") == [True, 1]
 
 
 def test_new_noise_frames_pins_and_every_disturbance(page):
@@ -341,41 +538,69 @@ def test_new_noise_frames_pins_and_every_disturbance(page):
     assert "must be free" in page.ask("$('line').textContent")
     page.ask("document.querySelectorAll('#frames button')[0].click()")
     assert count_of(page, "pinned") == [1, 2, 3, 4]
-    page.ask("$('label').value = ''; $('label').dispatchEvent(new Event('change'))")
+    choose(page, "label", "")
     assert count_of(page, "label") is None
-    page.ask("$('kind').value = 'blur'; $('kind').dispatchEvent(new Event('change'))")
+    choose(page, "kind", "blur")
     before = state(page)[:, :, :1]
-    page.ask("document.querySelector('[data-region=all]').click()")
+    scratch(page, "all")
     padded = F.pad(before[0, :, 0], (1, 1, 1, 1), mode="replicate")[:, None]
     weights = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1])) / 16
     expected = F.conv2d(padded, weights[None, None])[:, 0]
     assert torch.allclose(state(page)[0, :, 0], expected, atol=1e-6)
 
 
+def drag(browser, selector, *places):
+    """Press the mouse at the first place of a part of the page, and move it to the others."""
+    box = browser.ask(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
+    mouse = {"button": "left", "clickCount": 1, "buttons": 1, "type": "mousePressed"}
+    for x, y in places:
+        mouse["x"] = box["x"] + box["width"] * x
+        mouse["y"] = box["y"] + box["width"] * y
+        browser.call("Input.dispatchMouseEvent", **mouse)
+        mouse["type"] = "mouseMoved"
+    browser.call("Input.dispatchMouseEvent", **mouse | {"type": "mouseReleased", "buttons": 0})
+    browser.wait("!stroke")
+
+
 def test_the_mouse_paints_in_all_frames_or_in_one_and_the_descent_waits(page):
     before = state(page)
-
-    def drag(selector, *places):
-        box = page.ask(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
-        mouse = {"button": "left", "clickCount": 1, "buttons": 1, "type": "mousePressed"}
-        for x, y in places:
-            mouse["x"] = box["x"] + box["width"] * x
-            mouse["y"] = box["y"] + box["width"] * y
-            page.call("Input.dispatchMouseEvent", **mouse)
-            mouse["type"] = "mouseMoved"
-        page.wait("stroke")
-        page.call("Input.dispatchMouseEvent", **mouse | {"type": "mouseReleased", "buttons": 0})
-        page.wait("!stroke")
-
-    drag("#player", (0.25, 0.5), (0.5, 0.5), (0.75, 0.5))
+    drag(page, "#player", (0.25, 0.5), (0.5, 0.5), (0.75, 0.5))
     changed = (state(page) != before).any(dim=1)[0]
     assert changed[:, 5:11, 1:15].all()
     assert changed.sum() == 16 * 6 * changed[0, 8].sum()
     middle = state(page)
-    drag("#frames > :nth-child(3) canvas", (0.5, 0.5))
+    drag(page, "#frames > :nth-child(3) canvas", (0.5, 0.5))
     assert page.ask("moments.length") == 3
     changed = (middle != state(page)).any(dim=1)[0]
     assert changed.sum(dim=(1, 2)).tolist() == [36 * (frame == 2) for frame in range(16)]
+
+
+def test_a_second_finger_does_nothing_and_a_change_ends_a_stroke(page):
+    before = state(page)
+    box = page.ask("$('player').getBoundingClientRect().toJSON()")
+
+    def touch(kind, *places):
+        points = [
+            {"id": index, "x": box["x"] + box["width"] * x, "y": box["y"] + box["width"] / 2}
+            for index, x in enumerate(places)
+        ]
+        page.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+
+    page.call("Emulation.setTouchEmulationEnabled", enabled=True, maxTouchPoints=2)
+    touch("touchStart", 0.1)
+    page.wait("stroke")
+    touch("touchStart", 0.1, 0.9)
+    touch("touchMove", 0.15, 0.8)
+    changed = (state(page) != before).any(dim=1)[0, 0]
+    assert changed[:, :5].any()
+    assert not changed[:, 8:].any()
+    set_slider(page, "frameCount", 9)
+    assert page.ask("stroke") is None
+    shorter = state(page)
+    touch("touchMove", 0.3, 0.8)
+    touch("touchEnd")
+    assert torch.equal(state(page), shorter)
+    assert shorter.isfinite().all()
 
 
 def test_a_gif_has_all_frames_and_their_colors(page):
@@ -391,31 +616,46 @@ def test_a_gif_has_all_frames_and_their_colors(page):
         assert np.array_equal(pixels, small.repeat(16, 0).repeat(16, 1))
         assert np.abs(small - shown[:, frame].permute(1, 2, 0).numpy()).max() <= 0.51
     press(page, "s")
+    press(page, "s", autoRepeat=True)
     assert re.match(r"Saved CircleDown-5.gif, \d+ kB", page.ask("$('line').textContent"))
 
 
-def test_the_tour_ends_with_one_frame_that_became_sixteen(browser, demo):
-    browser.open(demo, READY, width=400, height=800)
-    # the first step ends by itself
-    browser.ask("TOUR.forEach((part, index) => { part[1] = index ? Infinity : 0; })")
-    assert browser.ask("facts.healsRegions") is True
-    press(browser, "t")
-    browser.wait("tourAt === 1")
-    for number in range(2, 7):
-        assert browser.ask("$('guide').firstElementChild.textContent").startswith(f"{number}/6")
-        if number in (2, 4, 5):
-            browser.wait("resting")
-        browser.ask("$('next').click()")
-    assert browser.ask("$('guide').hidden")
-    assert count_of(browser, "pinned") == [0]
-    reached = state(browser)
-    assert reached.shape[2] == 16
-    assert reached.abs().max() < 1.5
-    assert browser.ask("document.documentElement.scrollWidth") <= 400
+def test_the_tour_shows_what_is_true_waits_while_paused_and_restores_everything(page):
+    for name, value in {"level": 0.5, "guidance": 2, "frameCount": 9}.items():
+        set_slider(page, name, value)
+    page.ask("document.querySelector('#frames button').click(); $('step').click()")
+    page.wait("moment().evaluations === 1 && !busy")
+    page.ask("TOUR.forEach(part => { part.seconds = part.isStill ? 0 : Infinity; })")
+    before = state(page)
+    known = page.ask("moments.length")
+    page.ask("$('tour').click()")
+    assert state(page).shape[2] == 16
+    assert page.ask("$('guidance').value") == "1.5"
+    page.wait("guide.at === 1")  # the first part ends by itself
+    text = "$('guide').firstElementChild.textContent"
+    page.ask("TOUR[1].seconds = 0; $('next').click()")
+    assert page.ask(text) == "3/6 The clip still rolls."
+    page.wait("resting")
+    assert "almost zero here (0.1" in page.ask(text)
+    page.ask("TOUR[3].seconds = 0; $('next').click(); $('play').click()")
+    assert page.ask("[$('level').value, running]") == ["0", False]
+    page.ask("new Promise(done => setTimeout(done, 400))")
+    assert page.ask(text).startswith("4/6 Any state is a legal start")
+    page.ask("$('play').click()")
+    page.wait("guide.at === 4")
+    assert page.ask(text).startswith("5/6 The first frame is pinned. The other 15 turn to noise")
+    assert count_of(page, "pinned") == [0]
+    page.wait("resting")
+    page.ask("$('next').click(); $('next').click()")
+    assert page.ask("$('guide').hidden")
+    assert torch.equal(state(page), before)
+    assert page.ask("[moment().evaluations, ...moment().pinned]") == [1, 0]
+    assert page.ask("['level', 'guidance'].map(id => $(id).value)") == ["0.5", "2"]
+    assert page.ask("moments.length") > known + 30, "the history stays"
 
 
 def test_input_is_handled_while_the_field_is_computed(browser, demo):
-    browser.open(demo, READY, query="?plain")
+    browser.open(demo, READY, query="?plain", **STILL)
     browser.ask(
         "window.late = []; onkeyup = event => late.push(performance.now() - event.timeStamp)"
     )
@@ -434,4 +674,4 @@ def test_a_truncated_file_says_so(browser, demo, tmp_path, before):
     (tmp_path / "cut.html").write_text(content[:-4])
     says = "document.getElementById('line').textContent.includes('incomplete')"
     browser.open(tmp_path / "cut.html", says)
-    assert browser.ask("document.getElementById('app')?.hidden !== false")
+    assert browser.ask("document.getElementById('app').className") == "loading"
