@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wasmtime
+import yaml
 from PIL import Image
 
 import checkpoint
@@ -22,6 +23,7 @@ import export
 from browser import press
 from models import Condition
 from samplers import guided, sample
+from test_docs import check_command, commands
 from test_models import clip, distance, tiny
 from tiny_data import make_vae, random_checkpoint
 from training import ROOT, refused, run_main
@@ -164,6 +166,17 @@ def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatc
     assert "weights up to 1e+05" in refused(capsys, export, ckpt, "--html", page)
     assert "DIR: missing" in refused(capsys, export, ckpt)
     assert not page.exists()
+
+
+def test_the_workflow_calls_our_scripts_with_flags_that_they_have(monkeypatch):
+    workflow = yaml.safe_load((ROOT / ".github/workflows/pages.yml").read_text())
+    assert workflow[True]["release"] == {"types": ["published"]}  # the key "on"
+    assert workflow["permissions"] == {"contents": "read"}
+    script = "".join(step.get("run", "") for step in workflow["jobs"]["build"]["steps"])
+    calls = list(commands(f"```bash\n{script}```"))
+    assert len(calls) == 4
+    for names, words in calls:
+        check_command(names, words, monkeypatch)
 
 
 # The field ----------------------------------------------------------------------------------------
