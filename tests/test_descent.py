@@ -11,7 +11,6 @@ import axe_core_python
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import wasmtime
 import yaml
 from PIL import Image
@@ -32,6 +31,7 @@ DEMO = ROOT / "results/demo"
 READY = "!$('app').className && moments.length"
 STILL = {"prefers-reduced-motion": "reduce"}  # the clip then waits for Play
 LINE = "$('line').textContent"
+TESTS = (ROOT / "tests/descent_page.js").read_text()
 TIME_SCALE = 0.04
 MODELS = {
     "rotary": ({}, [(4, 1, TIME_SCALE, 1), (7, None, 0.08, 1), (32, 3, TIME_SCALE, 1.5)]),
@@ -317,249 +317,38 @@ def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
     assert rows["before"]["shape"] == [False, False]  # still noise
 
 
+def run_in(page, name):
+    """Call a function of descent_page.js."""
+    page.ask(f"(() => {{ {TESTS}\nreturn {name}(); }})()")
+
+
 # The first ten seconds ----------------------------------------------------------------------------
 
 
 def test_the_page_starts_by_itself_and_a_scratch_heals_on_a_phone(browser, demo):
     browser.open(demo, READY, width=400)
-    browser.ask(
-        """window.tops = new Set();
-        new MutationObserver(() => {
-          tops.add($('player').getBoundingClientRect().top);
-          tops.add($('line').scrollHeight > $('line').clientHeight);
-        }).observe($('line'), {childList: true})"""
-    )
-    browser.wait("resting")
-    header = browser.ask("document.querySelector('header').textContent")
-    assert "This file contains a video generator with 1.3 million parameters." in header
-    assert re.match("Made from noise in 1. evaluations. Now scratch it", browser.ask(LINE))
-    made = state(browser)
-    scratch(browser, "left")
-    assert (state(browser) - made).abs().mean() > 0.2
-    assert browser.ask(LINE) == "Scratched. The same field heals it."
-    browser.wait("resting")
-    assert (state(browser) - made).abs().mean() < 0.1
-    assert browser.ask("$('play').textContent") == "Play"
-    assert len(browser.ask("[...tops]")) == 2, "the player jumped, or the line overflowed"
-
-    browser.ask("rounds = 1")  # the loop ends by itself
-    browser.wait("!isLooping() && $('loop').ariaPressed === 'false'")
-    browser.ask("$('loop').click()")
-    browser.wait("shown === 3")
-    browser.ask("$('loop').click()")
-    assert browser.ask("isLooping()") is False
+    run_in(browser, "aClipIsMadeAndHeals")
 
 
-def test_every_control_is_large_near_the_clip_and_has_a_name(browser, demo):
-    browser.open(demo, READY, width=400, **STILL)
-    wrong = """[...document.querySelectorAll('button, select, input, summary')].filter(part => {
-      if (!part.offsetParent || part.disabled) return false;
-      part.scrollIntoView({block: 'center'});
-      const target = part.type === 'checkbox' ? part.parentElement : part;
-      const {x, y, width, height} = target.getBoundingClientRect();
-      const clip = $('player').getBoundingClientRect();
-      const top = document.elementFromPoint(x + width / 2, y + height / 2);
-      const isFree = part.parentElement.contains(top);
-      return width < 44 || height < 44 || clip.top < 0 || clip.bottom > 800 || !isFree;
-    }).map(part => part.outerHTML)"""
-    assert browser.ask(wrong) == []
-    assert browser.ask("document.documentElement.scrollWidth") <= 400
-    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
-    sliders = {node["name"]["value"] for node in nodes if node["role"]["value"] == "slider"}
-    settings = {"step size", "momentum", "guidance", "R: the clip rests when the field is below"}
-    assert sliders == settings | {"share of the clip it keeps", "frames"}
-    lines = "[...document.querySelectorAll('output, [role=status], [aria-live]')]"
-    assert browser.ask(f"{lines}.map(part => part.id || part.parentElement.id)") == [
-        "line",
-        "guide",
-    ]
-
-    browser.ask(Path(axe_core_python.__file__).with_name("axe.min.js").read_text() + ";0")
-    colors = """['card', 'line', 'mark', 'curve'].map(name => {
-      $('count').style.color = `var(--${name})`;
-      return getComputedStyle($('count')).color.match(/[0-9]+/g).map(Number);
-    })"""
-    violations = (
-        "axe.run().then(({violations}) => JSON.stringify(violations.map(one => one.nodes)))"
-    )
-    browser.ask(
+def test_every_control_is_large_near_the_clip_and_passes_the_rules_of_axe(page):
+    page.screen(400, **STILL)
+    run_in(page, "everyControlIsLargeAndNearTheClip")
+    page.ask(Path(axe_core_python.__file__).with_name("axe.min.js").read_text() + ";0")
+    page.ask(
         "$('mapped').click(); $('tour').click(); document.querySelector('details').open = true"
     )
     for scheme in ("light", "dark"):
         for width in (400, 900, 1600):
-            browser.screen(width, **STILL, **{"prefers-color-scheme": scheme})
-            assert browser.ask(violations) == "[]"
-        light = (np.array(browser.ask(colors)) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722] + 0.05
-        ratios = light[1:] / light[0]
-        assert np.maximum(ratios, 1 / ratios).min() >= 3
-        browser.ask("$('count').style.color = ''")
+            page.screen(width, **STILL, **{"prefers-color-scheme": scheme})
+            run_in(page, "theLooksPass")
 
 
 # The controls -------------------------------------------------------------------------------------
 
 
-def count_of(browser, name="evaluations"):
-    return browser.ask(f"moment().{name}")
-
-
-def test_a_clip_rolls_until_it_rests_and_a_disturbance_wakes_it(page):
-    assert page.ask(LINE).startswith("Noise.")
-    choose(page, "label", 3)  # of noise, which is no finished clip
-    press(page, " ")
-    assert page.ask("$('play').textContent") == "Pause"
-    page.wait("moment().evaluations === 2")
-    choose(page, "label", 4)  # while it rolls
-    page.wait("running && resting")
-    rested = state(page)
-    assert 10 <= count_of(page) <= 25
-    assert rested.abs().max() < 1.5
-    assert page.ask(LINE).startswith("Made from noise")
-    choose(page, "label", 5)
-    page.wait("resting")
-    assert "suits every class" in page.ask(LINE)
-    assert (state(page) - rested).abs().mean() < 0.1
-    scratch(page, "later")
-    assert page.ask("!resting")
-    page.wait("resting")
-    assert page.ask(LINE).startswith("At rest: the field is below R = 0.2.")
-    assert (state(page)[:, :, :8] - rested[:, :, :8]).abs().mean() < 0.1
-    assert np.isfinite(page.ask("moments.filter(one => one.rms).map(one => one.rms)")).all()
-
-
-def test_without_r_play_and_sliders_give_sixty_evaluations_each_time(page):
-    set_slider(page, "stopBelow", 0)
-    page.ask("$('play').click()")
-    for again in ("$('play').click()", "$('guidance').dispatchEvent(new Event('input'))"):
-        page.wait("remaining <= 58")
-        assert page.ask("remaining + moment().evaluations - moments[0].evaluations") == 60
-        page.ask("remaining = 1; moments = [moment()]; now = 0")  # to save time
-        page.wait("resting")
-        assert page.ask(LINE).startswith("60 evaluations: enough.")
-        page.ask(f"moments = [moment()]; now = 0; {again}")
-    page.wait("remaining <= 58")
-
-
-def test_pause_step_back_and_the_plot_move_through_the_descent(page):
-    start = state(page)
-    page.ask("$('play').click()")
-    page.wait("moment().evaluations >= 3")
-    page.ask("$('play').click()")
-    assert page.ask("$('play').textContent") == "Play"
-    page.wait("!busy")
-    reached = count_of(page)
-    page.ask("$('back').click(); $('back').click()")
-    assert count_of(page) == reached - 2
-    press(page, "ArrowRight")
-    assert count_of(page) == reached - 1
-    press(page, "ArrowLeft")
-    page.ask(
-        "$('plot').dispatchEvent(new MouseEvent('click', {clientX: "
-        "$('plot').getBoundingClientRect().x + MARGIN.left + 4}))"
-    )
-    assert count_of(page) == 0
-    assert torch.equal(state(page), start)
-    assert page.ask("$('back').disabled")
-    page.ask("step(); step(); moment().rms = 0.003")  # below any that a clip of the demo has
-    page.ask(
-        "window.texts = []; CanvasRenderingContext2D.prototype.fillText = text => texts.push(text)"
-    )
-    page.ask("drawPlot()")
-    texts = page.ask("texts.map(String)")
-    assert {"0.001", "0.01", "1", "10", "0", "5", "20", "evaluations"} <= set(texts)
-    page.ask("goTo(0)")
-    set_slider(page, "stepSize", 0.0131)  # another future
-    assert page.ask("moments.length") == 1
-    set_slider(page, "stopBelow", 2)
-    assert page.ask("$('stopBelow').ariaValueText") == "2"
-    page.ask("$('step').click()")
-    page.wait("moment().evaluations === 1 && !busy")
-    assert page.ask("$('count').textContent").startswith("1 evaluation,")
-
-
-def test_the_map_shows_the_size_of_the_field_at_each_pixel(page):
-    take_steps(page, 1)
-    page.ask("$('mapped').click()")
-    field = torch.tensor(page.ask("[...moment().last]")).view(3, 16, 16, 16)
-    size = field.square().mean(dim=0).sqrt()
-    brightness = 3 * (size / 4).clamp(max=1).sqrt()
-    canvas = "document.querySelectorAll('#frames > :nth-child(5) canvas')[1].getContext('2d')"
-    shown = torch.tensor(page.ask(f"[...{canvas}.getImageData(0, 0, 16, 16).data]"))
-    for channel in range(3):
-        expected = 255 * (brightness[4] - channel).clamp(0, 1)
-        assert (shown.view(16, 16, 4)[..., channel] - expected).abs().max() <= 0.51
-    page.ask("$('mapped').click()")
-    assert page.ask("document.querySelectorAll('#frames canvas').length") == 16
-
-
-def test_the_address_names_seed_class_and_frames_and_reset_forgets_them(page):
-    first = state(page)
-    for _ in range(3):
-        press(page, "n")
-    noise = state(page)
-    choose(page, "label", 1)
-    assert page.ask("location.hash") == "#seed=3&class=CircleLeft&frames=16"
-    set_slider(page, "frameCount", 9)
-    page.ask("window.other = moment(); location.hash = '#seed=3&class=CircleLeft&frames=16'")
-    page.wait("moment() !== other")
-    assert torch.equal(state(page), noise)
-    assert count_of(page, "label") == 1
-    page.ask("window.other = moment(); location.hash = '#seed=-1&class=Dog&frames=99'")
-    page.wait("moment() !== other")
-    assert page.ask("location.hash") == "#seed=0&class=CircleDown&frames=16"
-    set_slider(page, "guidance", 3)
-    page.ask("$('reset').click()")
-    assert torch.equal(state(page), first)
-    assert page.ask("$('guidance').value") == "1.5"
-    assert page.ask("running") is False  # less motion
-    page.ask("window.big = () => push({...moment(), x: new Float32Array(2e6)})")
-    page.ask("for (let i = 0; i < 9; i++) big()")
-    assert page.ask("moments.length") == 4  # of 16 MB
-    page.ask("reset()")
-
-
-def test_keys_repeat_only_where_it_helps_and_letters_can_be_turned_off(page):
-    press(page, "N")  # caps lock
-    press(page, "n", autoRepeat=True)
-    press(page, "t")
-    assert (count_of(page, "seed"), page.ask("guide")) == (1, None)
-    press(page, "ArrowLeft", autoRepeat=True)
-    assert page.ask("now") == 0
-    page.ask("$('letters').click()")
-    press(page, "n")
-    assert count_of(page, "seed") == 0
-    drag(page, "#reseed", (0.5, 0.2))
-    assert count_of(page, "seed") == 1
-    press(page, " ")  # after a click with the mouse
-    assert page.ask("[running, moment().seed]") == [True, 1]
-
-
-def test_new_noise_frames_pins_and_every_disturbance(page):
-    first = state(page)
-    page.ask("document.querySelector('#frames button').click()")
-    assert count_of(page, "pinned") == [0]
-    press(page, "n")
-    second = state(page)
-    is_same = (first == second).all(dim=(0, 1, 3, 4))
-    assert is_same.nonzero().tolist() == [[0]]
-    for count in (32, 4, 6):
-        set_slider(page, "frameCount", count)
-        assert torch.equal(state(page)[:, :, :4], second[:, :, :4])
-        assert page.ask("document.querySelectorAll('#frames canvas').length") == count
-    for frame in range(1, 6):
-        page.ask(f"document.querySelectorAll('#frames button')[{frame}].click()")
-    assert count_of(page, "pinned.length") == 5
-    assert "must be free" in page.ask("$('line').textContent")
-    page.ask("document.querySelectorAll('#frames button')[0].click()")
-    assert count_of(page, "pinned") == [1, 2, 3, 4]
-    choose(page, "label", "")
-    assert count_of(page, "label") is None
-    choose(page, "kind", "blur")
-    before = state(page)[:, :, :1]
-    scratch(page, "all")
-    padded = F.pad(before[0, :, 0], (1, 1, 1, 1), mode="replicate")[:, None]
-    weights = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1])) / 16
-    expected = F.conv2d(padded, weights[None, None])[:, 0]
-    assert torch.allclose(state(page)[0, :, 0], expected, atol=1e-6)
+@pytest.mark.parametrize("name", re.findall(r"^(?:async )?function (test\w+)", TESTS, re.M))
+def test_in_the_page(page, name):
+    run_in(page, name)
 
 
 def drag(browser, selector, *places):
@@ -633,40 +422,6 @@ def test_a_gif_has_all_frames_and_their_colors(page):
     assert re.match(r"Saved CircleDown-5.gif, \d+ kB", page.ask("$('line').textContent"))
 
 
-def test_the_tour_shows_what_is_true_waits_while_paused_and_restores_everything(page):
-    for name, value in {"level": 0.5, "guidance": 2, "frameCount": 9}.items():
-        set_slider(page, name, value)
-    page.ask("document.querySelector('#frames button').click(); $('step').click()")
-    page.wait("moment().evaluations === 1 && !busy")
-    page.ask("TOUR.forEach(part => { part.seconds = part.isStill ? 0 : Infinity; })")
-    before = state(page)
-    known = page.ask("moments.length")
-    page.ask("$('tour').click()")
-    assert state(page).shape[2] == 16
-    assert page.ask("$('guidance').value") == "1.5"
-    page.wait("guide.at === 1")  # the first part ends by itself
-    text = "$('guide').firstElementChild.textContent"
-    page.ask("TOUR[1].seconds = 0; $('next').click()")
-    assert page.ask(text) == "3/6 The clip still rolls."
-    page.wait("resting")
-    assert "almost zero here (0.1" in page.ask(text)
-    page.ask("TOUR[3].seconds = 0; $('next').click(); $('play').click()")
-    assert page.ask("[$('level').value, running]") == ["0", False]
-    page.ask("new Promise(done => setTimeout(done, 400))")
-    assert page.ask(text).startswith("4/6 Any state is a legal start")
-    page.ask("$('play').click()")
-    page.wait("guide.at === 4")
-    assert page.ask(text).startswith("5/6 The first frame is pinned. The other 15 turn to noise")
-    assert count_of(page, "pinned") == [0]
-    page.wait("resting")
-    page.ask("$('next').click(); $('next').click()")
-    assert page.ask("$('guide').hidden")
-    assert torch.equal(state(page), before)
-    assert page.ask("[moment().evaluations, ...moment().pinned]") == [1, 0]
-    assert page.ask("['level', 'guidance'].map(id => $(id).value)") == ["0.5", "2"]
-    assert page.ask("moments.length") > known + 30, "the history stays"
-
-
 def test_input_is_handled_while_the_field_is_computed(browser, demo):
     browser.open(demo, READY, query="?plain", **STILL)
     browser.ask(
@@ -678,7 +433,9 @@ def test_input_is_handled_while_the_field_is_computed(browser, demo):
         browser.wait("busy")
         press(browser, "x")
     assert np.median(browser.ask("late")) < 100  # ms
-    assert count_of(browser, "rms") is None  # the first evaluation takes longer than all of these
+    assert (
+        browser.ask("moment().rms") is None
+    )  # the first evaluation takes longer than all of these
 
 
 @pytest.mark.parametrize("before", ["async function start", 'id="facts"', "</script>\n</body>"])
