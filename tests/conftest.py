@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; other tests use the other cores
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # scripts/gpu_check.sh checks a GPU
 os.environ.pop("EQM_ADVICE", None)  # of the shell script that runs the tests
 
 import signal

@@ -2,11 +2,13 @@
 themselves.
 """
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -61,17 +63,43 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run_ranks(code, count, folder):
-    """Run Python code on so many ranks. Returns what each rank wrote to its file OUT."""
+def run_ranks(function, count=2, status=0):
+    """Call a function on so many ranks, forks of this process: the import of torch takes longest.
+
+    The first must end with this status; with 0, all must. Returns what the calls returned and what
+    they printed.
+    """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    files = [folder / f"{rank}.pt" for rank in range(count)]
-    processes = []
-    for rank, file in enumerate(files):
-        process = python(code, RANK=str(rank), LOCAL_RANK=str(rank), OUT=str(file), **shared)
-        processes.append(process)
-    for process in processes:
-        end(process, timeout=120)
-    return [torch.load(file, weights_only=True) for file in files]
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/output", "a+") as output:
+        files = [Path(folder, f"{rank}.pt") for rank in range(count)]
+        processes = []
+        for rank, file in enumerate(files):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            arguments = (function, environment, output, file)
+            processes.append(fork.Process(target=run_rank, args=arguments))
+            processes[-1].start()
+        for process in processes:
+            process.join(120)
+            if process.exitcode:
+                break  # the others may wait for it
+        for process in processes:
+            process.kill()
+            process.join()
+        output.seek(0)
+        printed = output.read()
+        checked = processes[:1] if status else processes
+        assert all(process.exitcode == status for process in checked), printed
+        return [torch.load(file) for file in files if file.exists()], printed
+
+
+def run_rank(function, environment, output, file):
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    sys.stdout = output
+    sys.stderr = output
+    torch.save(function(), file)
 
 
 # The end of a process -----------------------------------------------------------------------------

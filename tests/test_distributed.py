@@ -1,53 +1,62 @@
 """Ranks: which of them does what, and what they exchange."""
 
+import os
+import signal
+from types import SimpleNamespace
+
 import torch
 from torch.utils._pytree import tree_map
 
 from process import run_ranks
+from runtime import distributed, signals
+from runtime.distributed import own_indices, rank
 from runtime.rng import generator
 
-ON_EACH_RANK = """
-import os, signal, sys, torch
-from types import SimpleNamespace
-from runtime.distributed import *
-from runtime.rng import generator
-from runtime import signals
-from vae import load_vae
-start()
-mine, first = own_indices(3), own_indices(1)
-found = {
-    "broadcast": broadcast(["from", rank()]),
-    "gather": gather(rank() * 10),
-    "average": average(torch.tensor([1.0, 3.0]) * (1 + rank())),
-    "collect": collect(mine, torch.tensor(mine) * 10),
-    "collect from one": collect(first, torch.ones(1, 2) if first else torch.empty(0)),
-    "drawn": torch.rand(4, generator=generator(0, "noise", 3)),
-}
-stop_signal, clock = signals.StopSignal(), [0.0]
-signals.time = SimpleNamespace(monotonic=lambda: clock[0])
-found |= {"votes": [], "saves": [], "stopped": None}
-for step in range(40):
-    if step == 30 and rank() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    stop_signal.vote(save=rank() == 1 and step % 2 == 0)
-    found["votes"] += [step] if stop_signal.flags is not None else []
-    clock[0] += 10 * rank() + (0.3 if step < 20 else 0.11)
-    try:
-        found["saves"] += [step] if stop_signal.resolve() else []
-        if step == 8:
-            clock[0] += 100  # a validation, then a vote outside of steps
-            stop_signal.resolve()
-    except signals.Interrupted:
-        found["stopped"] = step
-        break
-stop()
-load_vae("none")
-found["imported"] = sorted({"diffusers", "huggingface_hub"} & set(sys.modules))
-torch.save(found, os.environ["OUT"])
-"""
+
+def exchange():
+    """What a rank gets from the others."""
+    distributed.start()
+    mine = own_indices(3)
+    first = own_indices(1)
+    found = {
+        "broadcast": distributed.broadcast(["from", rank()]),
+        "gather": distributed.gather(rank() * 10),
+        "average": distributed.average(torch.tensor([1.0, 3.0]) * (1 + rank())),
+        "collect": distributed.collect(mine, torch.tensor(mine) * 10),
+        "collect from one": distributed.collect(
+            first, torch.ones(1, 2) if first else torch.empty(0)
+        ),
+        "drawn": torch.rand(4, generator=generator(0, "noise", 3)),
+    }
+    found |= vote()
+    distributed.stop()
+    return found
 
 
-def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers(tmp_path):
+def vote():
+    """The steps at which ranks vote, save and stop; rank 1 asks for both. The clocks differ."""
+    stop_signal = signals.StopSignal()
+    clock = [0.0]
+    signals.time = SimpleNamespace(monotonic=lambda: clock[0])
+    found = {"votes": [], "saves": [], "stopped": None}
+    for step in range(40):
+        if step == 30 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop_signal.vote(save=rank() == 1 and step % 2 == 0)
+        found["votes"] += [step] if stop_signal.flags is not None else []
+        clock[0] += 10 * rank() + (0.3 if step < 20 else 0.11)
+        try:
+            found["saves"] += [step] if stop_signal.resolve() else []
+            if step == 8:
+                clock[0] += 100  # a validation, then a vote outside of steps
+                stop_signal.resolve()
+        except signals.Interrupted:
+            found["stopped"] = step
+            break
+    return found
+
+
+def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers():
     # by the clock of rank 0: 0.3 s a step, from step 20 on 0.11 s
     votes = [0, 1, 2, 5, 9, 10, 11, 14, 18, 22, 27, 37]
     on_all = {
@@ -58,9 +67,8 @@ def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers(tm
         "saves": [0, 2, 10, 14, 18, 22],
         "stopped": votes[-1],
         "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(),
-        "imported": [],
     }
     on_first = {"collect": [0, 10, 20], "collect from one": [[1.0, 1.0]]}
     expected = [on_all | on_first, on_all | dict.fromkeys(on_first)]
-    ranks = run_ranks(ON_EACH_RANK, 2, tmp_path)
+    ranks, _ = run_ranks(exchange)
     assert tree_map(lambda value: getattr(value, "tolist", lambda: value)(), ranks) == expected

@@ -15,7 +15,7 @@ from PIL import Image
 import sample_gd
 import train
 from tiny_data import make_images, make_vae
-from training import content, on_two_ranks, run_main
+from training import by_torchrun, content, on_two_ranks, run_main
 from video.files import probe
 
 TINY = split("""
@@ -53,8 +53,8 @@ def previews_of(pattern):
 def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(shapes, tmp_path):
     flags = [*VIDEO, *PREVIEWS, "--num-frames", 4, "--max-steps", 3, "--data-path", shapes]
     run_main(train, *flags, "--grad-accum", 2, "--results-dir", tmp_path / "alone")
-    on_two_ranks("train.py", *flags, "--results-dir", tmp_path / "two")
-    on_two_ranks("train.py", *flags, "--shard", "--results-dir", tmp_path / "sharded")
+    by_torchrun("train.py", *flags, "--results-dir", tmp_path / "two")
+    on_two_ranks(train, *flags, "--shard", "--results-dir", tmp_path / "sharded")
     alone = rows_of(tmp_path / "alone/*/metrics.jsonl")
     samples = previews_of(tmp_path / "alone/*")
     for run in (tmp_path / "two/*", tmp_path / "sharded/*"):
@@ -108,7 +108,7 @@ def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(places, tmp_p
     given = ["--given", places / "B/b.mp4", "--given-frames", "0-2,9,14-15"]
     sampling = [*split(WINDOWS), *given, "--ckpt", places / "energy.pt"]
     run_main(sample_gd, *sampling, "--folder", tmp_path / "1")
-    on_two_ranks("sample_gd.py", *sampling, "--folder", tmp_path / "2")  # two batches and one
+    on_two_ranks(sample_gd, *sampling, "--folder", tmp_path / "2")  # two batches and one
     files = content(tmp_path / "1")
     about = json.loads(files.pop("samples.json"))
     files_of_two = content(tmp_path / "2")
@@ -132,7 +132,7 @@ def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
     vae = make_vae(tmp_path / "vae")
     flags = [*TINY, "--data-path", data, "--vae", vae, "--results-dir", tmp_path / "r"]
     flags += split("--ebm dot --disp --max-steps 3 --sample-every 3 --num-samples 1")
-    on_two_ranks("train.py", *flags, "--num-sampling-steps", 3)
+    on_two_ranks(train, *flags, "--num-sampling-steps", 3)
     folder = Path(one(tmp_path / "r/*-EqM-Ti-4-f1-rope"))
     assert all(row["disp_loss"] <= 0 for row in rows_of(folder / "metrics.jsonl"))
     assert (folder / "samples/0000003.png").stat().st_size > 0

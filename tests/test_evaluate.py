@@ -12,6 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 
+import evaluate
 from process import PATH, end, spawn
 from runtime import distributed
 from runtime.untrusted import file_sha256
@@ -223,7 +224,7 @@ def test_images_of_sample_gd_get_a_fid(detector, places, tmp_path):
 def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
     flags = [*fvd[:-1], 9, "--batch-size", 2, *FEW]
     alone = run(tmp_path / "1.json", *flags)
-    on_two_ranks("evaluate.py", "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags)
+    on_two_ranks(evaluate, "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags)
     shared = json.loads((tmp_path / "2.json").read_text())
     assert shared["machine"]["ranks"] == 2 and not shared["result"]["real_from_cache"]
     assert shared["values"]["fvd"] == pytest.approx(alone["values"]["fvd"], rel=1e-6)

@@ -255,15 +255,14 @@ def test_rank_0_alone_opens_a_split_with_the_index_beside_the_runs(
     folder.mkdir(parents=True)
     ckpt = shutil.copy(places / "pixels.pt", folder)
     given = ["--given", shapes, *split("--given-split val --num-samples 3 --batch-size 1")]
-    sampling = ["sample_gd.py", "--video", "--ckpt", ckpt, *FEW_STEPS, *given, "--folder"]
-    on_two_ranks(*sampling, tmp_path / "two")
+    sampling = ["--video", "--ckpt", ckpt, *FEW_STEPS, *given, "--folder"]
+    on_two_ranks(sample_gd, *sampling, tmp_path / "two")
     assert len([*(tmp_path / "runs").glob(".video_index-*.json")]) == 1
     clips, about = sample_here(places / "pixels.pt", tmp_path / "one", *given)
     about_two, clips_of_two, _ = read_samples("two", tmp_path / "two")
     assert np.array_equal(clips, clips_of_two)
     assert about["real"] == about_two["real"]
-    status = 1  # of torchrun itself
-    output = on_two_ranks(*sampling, tmp_path / "x", "--num-frames", 28, status=status)
+    output = on_two_ranks(sample_gd, *sampling, tmp_path / "x", "--num-frames", 28, status=2)
     (line,) = [line for line in output.splitlines() if "error: " in line]
     assert "the longest video of --given-split val has 25 frames" in line
     assert not (tmp_path / "x").exists()

@@ -1,12 +1,13 @@
 """--shard: what is spread over the ranks computes, saves and resumes as what is not."""
 
 import os
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
+import sharded_ranks
 from process import run_ranks
 from runtime import memory
 from sharded_ranks import GATHERED, KINDS
@@ -19,11 +20,9 @@ ROUNDING = {"accumulation": 1e-5, "muon": 1e-2, "energy": 1e-5}  # Muon computes
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank has found, see sharded_ranks.py."""
-    code = (
-        f"sys.path.append({str(Path(__file__).parent)!r}); import sharded_ranks; "
-        "sharded_ranks.main()"
-    )
-    return run_ranks(code, RANKS, tmp_path_factory.mktemp("sharded"))
+    folder = tmp_path_factory.mktemp("sharded")
+    found, _ = run_ranks(partial(sharded_ranks.main, folder), RANKS)
+    return found
 
 
 def distance(one, other):

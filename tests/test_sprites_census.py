@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import sprites
 import sprites_census
 from sample_folders import FEW, refused, run, write_samples
@@ -328,7 +329,7 @@ def test_one_and_two_ranks_and_a_moved_vae_give_the_same_values(data, tmp_path):
     assert made["real"]["vae_sha256"]
     vae.rename(tmp_path / "new")
     flags += ["--vae", tmp_path / "new", *FEW]
-    on_two_ranks("evaluate.py", "--out", tmp_path / "2.json", *flags)
+    on_two_ranks(evaluate, "--out", tmp_path / "2.json", *flags)
     again = json.loads((tmp_path / "2.json").read_text())
     assert again["machine"]["ranks"] == 2 and again["values"] == made["values"]
 

@@ -9,6 +9,7 @@ import signal
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shlex import split
 
@@ -20,7 +21,7 @@ import make_moving_shapes
 import sample_gd
 import train
 import train_vae
-from process import end, spawn, wait_until
+from process import end, run_ranks, spawn, wait_until
 from runtime import distributed, runs
 from runtime.cli import UserError
 from vae import VAE
@@ -228,8 +229,16 @@ def error_of(function, *args, **kwargs):
 
 
 def on_two_ranks(script, *flags, status=0):
-    """Start a script of EqM by torchrun. It must end with this status. Returns its output."""
-    return end(spawn(*TORCHRUN, ROOT / "EqM" / script, *flags), status, timeout=240)
+    """Run main() of a script (a module) on two ranks. The first must end with this status. Returns
+    what they printed.
+    """
+    _, printed = run_ranks(partial(run_main, script, *flags), status=status)
+    return printed
+
+
+def by_torchrun(script, *flags):
+    """Start a script of EqM by torchrun, on two ranks in real processes. Returns its output."""
+    return end(spawn(*TORCHRUN, ROOT / "EqM" / script, *flags), timeout=240)
 
 
 def no_space(*_, **__):
