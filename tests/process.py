@@ -80,7 +80,7 @@ def run_ranks(function, count=2, status=0):
             processes.append(fork.Process(target=run_rank, args=arguments))
             processes[-1].start()
         for process in processes:
-            process.join(120)
+            process.join(600)
             if process.exitcode:
                 break  # the others may wait for it
         for process in processes:

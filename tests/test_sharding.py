@@ -5,6 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo
+import torch.distributed.fsdp
+import torch.distributed.tensor
 from torch.utils._pytree import tree_map
 
 import sharded_ranks
@@ -12,6 +15,8 @@ from process import run_ranks
 from runtime import memory
 from sharded_ranks import GATHERED, KINDS
 from training import differences
+
+# torch imports its modules _dynamo, fsdp and tensor late; the ranks, forks, have them from here
 
 RANKS = 3  # which divide few of the sizes, and whose sums depend on their order
 ROUNDING = {"accumulation": 1e-5, "muon": 1e-2, "energy": 1e-5}  # Muon computes in bf16

@@ -2,6 +2,7 @@
 about.
 """
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,7 +12,6 @@ import pytest
 import torch
 
 import train
-from process import end, python
 from tiny_data import make_latents
 from tiny_videos import clips_of, scribble, write_images, write_mixed_videos, write_video
 from training import Training, error_of, no_space, record_calls, refused
@@ -81,17 +81,28 @@ def test_a_later_run_decodes_only_videos_that_have_changed(tmp_path, decoded):
     assert fill_cache(open_source(root, 16), tmp_path).folder != cache.folder
 
 
-FILL = """
-import os, sys
-from video import source
-def counted(path, files, video, metadata, write=source.write_pixels):
-    with open({1!r} + "/decoded", "a") as file:
-        print(video.path, file=file)
-    write(path, files, video, metadata)
-    {2}
-source.THREADS, source.write_pixels = 1, counted
-source.CachedFiles(source.open_source({0!r}, 32), {1!r}).fill()
-"""
+def start_filling(files, folder, is_killed):
+    """Fill a cache in a fork of this process, which is killed when the first file is written. It
+    writes the names of the videos into the file `decoded`.
+    """
+
+    def fill():
+        write = source.write_pixels
+
+        def counted(path, files, video, metadata):
+            with open(folder / "decoded", "a") as names:
+                print(video.path, file=names)
+            write(path, files, video, metadata)
+            if is_killed:
+                os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+        source.THREADS = 1
+        source.write_pixels = counted
+        fill_cache(files, folder)
+
+    process = multiprocessing.get_context("fork").Process(target=fill)
+    process.start()
+    return process
 
 
 def test_videos_are_written_a_few_at_a_time_and_no_more_after_an_error():
@@ -123,20 +134,16 @@ def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch):
 
 
 def test_runs_at_once_fill_the_cache_of_a_killed_run_and_decode_each_video_once(tmp_path, decoded):
-    root = str(write_mixed_videos(tmp_path / "data"))
-
-    def start_filling(after_write):
-        return python(FILL.format(root, str(tmp_path), after_write))
-
-    # when the first file is written
-    killed = start_filling("os.replace = lambda *_: os.kill(os.getpid(), 9)")
-    end(killed, -signal.SIGKILL, timeout=120)
+    files = open_source(write_mixed_videos(tmp_path / "data"), SIZE)
+    killed = start_filling(files, tmp_path, is_killed=True)
+    killed.join(600)
+    assert killed.exitcode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".pixels*/*.tmp"))) == 1
-    for process in [start_filling(""), start_filling("")]:
-        end(process, timeout=120)
+    processes = [start_filling(files, tmp_path, is_killed=False) for _ in range(2)]
+    for process in processes:
+        process.join(600)
+        assert process.exitcode == 0
     assert not list(tmp_path.glob(".pixels*/*.tmp"))
-
-    files = open_source(root, SIZE)
     first, second, *others = [video.path for video in files.videos()]
     paths = (tmp_path / "decoded").read_text().split()
     assert paths[:2] == [first, second]  # by the killed run
