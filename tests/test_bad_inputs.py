@@ -1,7 +1,7 @@
 """All that a user can get wrong, in one table: one line that says what, exit status 2, and nothing
 was touched.
 
-The commands run in this process, for speed; test_sample_gd.py runs a wrong one by torchrun.
+The commands run in this process, for speed; test_sample_gd.py runs a wrong one on two ranks.
 """
 
 import importlib
@@ -406,7 +406,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with all that the cases name; every test leaves it as it is."""
+    """A folder with all that the cases name, and its snapshot; every test leaves it as it is."""
     root = tmp_path_factory.mktemp("world")
 
     def copy(folder, name):
@@ -480,7 +480,7 @@ def world(tmp_path_factory):
         os.mkfifo(root / name)
     (root / "loop").symlink_to("loop")
     (root / "nowhere").symlink_to("no/such")
-    return root
+    return root, snapshot(root)
 
 
 @pytest.mark.parametrize(("command", "flags", "words"), list(cases()))
@@ -489,14 +489,14 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(
 ):
     script, *right = split(command.format(**VALUES))
     flags = split(flags.format(**VALUES))
-    monkeypatch.chdir(world)
+    root, before = world
+    monkeypatch.chdir(root)
     monkeypatch.setitem(sys.modules, "wandb", None)  # is not installed
     if flags == ["--compile"]:  # nor is a compiler
         monkeypatch.setenv("PATH", "empty")
         monkeypatch.delenv("CXX", raising=False)
-    before = snapshot(world)
     line = refused(capsys, importlib.import_module(script), *right, *flags)
     assert line.startswith(f"{script}.py: error: ")
     assert all(word in line for word in words), line
     assert not caplog.records  # of a library; where they go depends on which test imported it
-    assert snapshot(world) == before
+    assert snapshot(root) == before

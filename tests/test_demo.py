@@ -24,8 +24,10 @@ def test_the_demo_is_small_and_its_scores_are_of_this_model():
 
 def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(shapes, tmp_path):
     samples = tmp_path / "samples"
-    flags = split("--sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --num-samples 12")
-    run_main(sample_gd, "--ckpt", DEMO, "--video", "--folder", samples, *flags)
+    flags = split(
+        "--sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --num-samples 12 --num-frames 7"
+    )
+    run_main(sample_gd, "--ckpt", DEMO, "--video", "--num-samples", 12, "--folder", samples, *flags)
     out = tmp_path / "motion.json"
     flags = split("--metric motion --num-real 12 --num-workers 0")
     run_main(evaluate, *flags, "--samples", samples, "--data-path", shapes, "--out", out)
