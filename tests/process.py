@@ -63,6 +63,13 @@ def free_port():
         return free.getsockname()[1]
 
 
+def fork(function, *arguments):
+    """Start a call in a fork of this process. Returns the process."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def run_ranks(function, count=2, status=0):
     """Call a function on so many ranks, forks of this process: the import of torch takes longest.
 
@@ -70,15 +77,12 @@ def run_ranks(function, count=2, status=0):
     they printed.
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/output", "a+") as output:
         files = [Path(folder, f"{rank}.pt") for rank in range(count)]
         processes = []
         for rank, file in enumerate(files):
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            arguments = (function, environment, output, file)
-            processes.append(fork.Process(target=run_rank, args=arguments))
-            processes[-1].start()
+            processes.append(fork(run_rank, function, environment, output, file))
         for process in processes:
             process.join(600)
             if process.exitcode:

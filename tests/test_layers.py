@@ -30,6 +30,7 @@ STAND_ALONE = {
     "transport": {"runtime"},
     "samplers": {"runtime", "transport"},
 }  # the rooms that they may import
+SLOW = {"diffusers", "huggingface_hub", "matplotlib", "wandb"}
 LINES = 70  # of a function
 FLAGS = 130  # of a function that only declares flags
 LOOP = 230  # of main() in a script with a visible loop
@@ -114,6 +115,14 @@ def test_imports_go_down_without_a_cycle_and_never_to_an_entry_script():
         for name in free:
             del imports[name]
     assert not imports, f"a cycle among {', '.join(imports)}"
+
+
+def test_packages_that_load_slowly_are_imported_inside_functions():
+    for name in MODULES.keys() - {"scoring.plots"}:  # which is imported inside functions
+        for node in MODULES[name].body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [getattr(node, "module", ""), *(alias.name for alias in node.names)]
+                assert not SLOW & {module.split(".")[0] for module in modules}, name
 
 
 def test_what_is_true_of_one_data_set_is_imported_by_evaluate_alone_and_only_for_its_metric():

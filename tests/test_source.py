@@ -2,7 +2,6 @@
 about.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import train
+from process import fork
 from tiny_data import make_latents
 from tiny_videos import clips_of, scribble, write_images, write_mixed_videos, write_video
 from training import Training, error_of, no_space, record_calls, refused
@@ -100,9 +100,7 @@ def start_filling(files, folder, is_killed):
         source.write_pixels = counted
         fill_cache(files, folder)
 
-    process = multiprocessing.get_context("fork").Process(target=fill)
-    process.start()
-    return process
+    return fork(fill)
 
 
 def test_videos_are_written_a_few_at_a_time_and_no_more_after_an_error():

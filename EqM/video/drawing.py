@@ -8,7 +8,6 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
@@ -24,8 +23,15 @@ MARGIN = 4  # px of white left and right of a name
 MARK = "#ff7f0e"  # orange: border of marked frames
 FONT_SIZE = 22  # px: readable at half size
 MAX_NAME_LENGTH = 70  # characters
-# a font with accents
-FONT = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE)
+
+
+@cache
+def font():
+    """A font with accents."""
+    import matplotlib  # loads slowly
+
+    path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    return ImageFont.truetype(path, FONT_SIZE)
 
 
 @cache
@@ -36,8 +42,8 @@ def drawable(name, replacement):
     """
     name = unicodedata.normalize("NFC", name)
     name = one_line(name[:MAX_NAME_LENGTH])
-    pictures = [bytes(FONT.getmask(letter)) for letter in name]
-    missing = bytes(FONT.getmask("\uffff"))
+    pictures = [bytes(font().getmask(letter)) for letter in name]
+    missing = bytes(font().getmask("\uffff"))
     if missing not in pictures:
         return name
     say(
@@ -87,13 +93,13 @@ def text_line(text):
     """A picture (h, w, 3) of a line of text."""
     line = Image.new("RGB", (name_width(text), 2 * FONT_SIZE), "white")
     draw = ImageDraw.Draw(line)
-    draw.text((MARGIN, FONT_SIZE), text, "black", FONT, anchor="lm")
+    draw.text((MARGIN, FONT_SIZE), text, "black", font(), anchor="lm")
     return np.asarray(line)
 
 
 def name_width(name):
     """The width of a name with its margins in px."""
-    return round(FONT.getlength(name)) + 2 * MARGIN
+    return round(font().getlength(name)) + 2 * MARGIN
 
 
 def stack(*pictures):
@@ -135,7 +141,7 @@ def draw_sheet(frames, names, marked, left=0, gap=GAP):
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):
         middle = row * (h + gap) + h // 2
-        draw.text((MARGIN, middle), name, "black", FONT, anchor="lm")
+        draw.text((MARGIN, middle), name, "black", font(), anchor="lm")
     for row, column in np.ndindex(N, n):
         x = left + column * (w + gap)
         y = row * (h + gap)

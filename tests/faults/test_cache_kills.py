@@ -1,43 +1,43 @@
-"""cache_latents.py in real processes: killed and run again, and on two ranks."""
+"""cache_latents.py in forks of this process: killed and run again, and on two ranks."""
 # ruff: noqa: F811 (imported fixtures)
 
+import itertools
+import os
 import signal
-import sys
 
 import pytest
 
-from process import ENGINE, end, spawn
+import cache_latents
+from process import fork, run_ranks
+from runtime import cli
 from runtime.cli import UserError
-from test_cache_latents import NUM_FRAMES, cache, content, flags, root, run, vae  # noqa: F401
-from training import TORCHRUN
+from test_cache_latents import NUM_FRAMES, cache, content, root, run, vae  # noqa: F401
+from video import source
 from video.source import check_data_path
 
 
-def launch(command, *arguments):
-    return spawn(
-        sys.executable, *command, *flags(*arguments), environment={"PYTHONPATH": str(ENGINE)}
-    )
+def die_in_rename(number, root, vae, out, *arguments):
+    """Run cache_latents.py, which is killed before it renames its number-th file."""
+    replace = os.replace
+    calls = itertools.count(1)
 
+    def replace_or_die(old, new):
+        if "video_index" not in str(new) and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
 
-DIE_IN_RENAME = """
-import itertools, os, signal, cache_latents
-from video import source
-replace, calls = os.replace, itertools.count(1)
-def replace_or_die(source, target):
-    if "video_index" not in str(target) and next(calls) == {}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace, source.THREADS = replace_or_die, 1
-cache_latents.main()
-"""
+    os.replace = replace_or_die
+    source.THREADS = 1
+    run(root, vae, out, *arguments)
 
 
 def check_kill(vae, rename, expected, root, out, *arguments):
     """A caching that is killed in a rename and started again writes the expected bytes, none of
     them twice.
     """
-    process = launch(["-c", DIE_IN_RENAME.format(rename)], root, vae, out, *arguments)
-    end(process, -signal.SIGKILL)
+    process = fork(die_in_rename, rename, root, vae, out, *arguments)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len(list(out.rglob("*.tmp"))) == 1
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert len(finished) == max(0, rename - 2)
@@ -65,26 +65,25 @@ def test_a_cache_of_pixels_that_is_killed_and_run_again_has_the_same_bytes(root,
 
 
 def test_two_ranks_write_the_bytes_of_one_and_encode_nothing_twice(root, vae, cache, tmp_path):
-    count = """
-import cache_latents
-from runtime import cli, distributed
-encode_video = cache_latents.encode_video
-def spy(video, **settings):
-    with open(f"{__file__}.{distributed.rank()}", "a") as file:
-        print(video.path, file=file)
-    return encode_video(video=video, **settings)
-cache_latents.encode_video, cache_latents.ROUND = spy, 1
-cli.LINE_SECONDS = 0
-cache_latents.main()
-"""
-    (tmp_path / "count.py").write_text(count)
-    command = [*TORCHRUN[1:], tmp_path / "count.py"]
-    process = launch(command, root, vae, tmp_path / "out", "--with-flips")
-    output = end(process, timeout=120)
-    first = (tmp_path / "count.py.0").read_text().splitlines()
-    second = (tmp_path / "count.py.1").read_text().splitlines()
+    out = tmp_path / "out"
+
+    def encode_and_count():
+        encode_video = cache_latents.encode_video
+        paths = []
+
+        def counted(video, **settings):
+            paths.append(video.path)
+            return encode_video(video=video, **settings)
+
+        cache_latents.encode_video = counted
+        cache_latents.ROUND = 1
+        cli.LINE_SECONDS = 0
+        run(root, vae, out, "--with-flips")
+        return paths
+
+    (first, second), printed = run_ranks(encode_and_count)
     assert first
     assert second
     assert sorted(first + second) == sorted(NUM_FRAMES)
-    assert content(tmp_path / "out") == content(cache)
-    assert "127 of 127 frames" in output  # the bar counts the frames of both
+    assert content(out) == content(cache)
+    assert "127 of 127 frames" in printed  # the bar counts the frames of both

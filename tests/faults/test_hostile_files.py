@@ -7,7 +7,6 @@ caught."""
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -25,6 +24,7 @@ import checkpoint
 import models
 import published
 import tiny_data
+from process import fork
 from runtime import metrics
 from runtime.cli import UserError
 from scoring import manifest
@@ -273,8 +273,7 @@ def read_damaged(name, place):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     (tmp_path / "valid").mkdir()
-    child = multiprocessing.get_context("fork").Process(target=read_damaged, args=(name, tmp_path))
-    child.start()
+    child = fork(read_damaged, name, tmp_path)
     child.join()
     failures = tmp_path / "failures.txt"
     assert not failures.exists(), failures.read_text()

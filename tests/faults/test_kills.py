@@ -28,6 +28,7 @@ from training import (
     TORCHRUN,
     Training,
     compare,
+    on_two_ranks,
     refused,
     run_main,
 )
@@ -61,7 +62,7 @@ def undisturbed(shapes, tmp_path_factory):
     def undisturbed(*flags):
         results = tmp_path_factory.mktemp("undisturbed") / "r"
         training = Training(shapes, results, 100, TORCHRUN, [*OFTEN, *flags])
-        training.run()
+        on_two_ranks(train, *training.command_flags())
         return training
 
     return undisturbed
@@ -167,7 +168,7 @@ def test_a_kill_of_a_vae_run_changes_nothing_and_two_ranks_equal_one(make):
     whole = replace(whole, base=TINY_VAE, script="train_vae.py")
     killed = replace(whole, results=whole.results.with_name("killed"))
     one = replace(whole, results=whole.results.with_name("one"))
-    whole.run()
+    on_two_ranks(train_vae, *whole.command_flags())
     assert storm(killed, [kill_something], seed=5, from_step=0.1)
     assert compare(whole, killed) == []
     run_main(train_vae, *one.command_flags())
@@ -206,7 +207,7 @@ def test_saving_by_the_clock_does_not_change_the_result(make):
         --sample-every 0
     """)
     usual = make(200, TORCHRUN, flags, "usual")
-    usual.run()
+    on_two_ranks(train, *usual.command_flags())
     training = make(200, sabotaged("votes_often", TORCHRUN), [*flags, "--save-minutes", 0.002])
     process = training.start(until=7)
     saved = set()

@@ -9,8 +9,9 @@ from shlex import split
 
 import pytest
 
+import train
 from process import end, free_port, spawn
-from training import OFTEN, PYTHON, ROOT, TINY, TORCHRUN, Training, compare, run_here
+from training import OFTEN, PYTHON, ROOT, TINY, TORCHRUN, Training, compare, on_two_ranks, run_here
 
 STEPS = 7
 
@@ -18,7 +19,7 @@ STEPS = 7
 def test_two_ranks_resume_bit_for_bit_also_with_other_workers_and_a_shared_cache(shapes, tmp_path):
     flags = [*OFTEN, "--precision", "bf16", "--optimizer", "muon"]
     whole = Training(shapes, tmp_path / "whole", 20, TORCHRUN, flags)
-    whole.run()
+    on_two_ranks(train, *whole.command_flags())
     parts = replace(whole, results=tmp_path / "parts")
     process = parts.start("--num-workers", 2, until=3)
     process.terminate()
@@ -58,10 +59,11 @@ def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tm
 def test_a_run_continues_with_other_ranks_sharded_or_not_up_to_rounding(shapes, tmp_path, capsys):
     whole = Training(shapes, tmp_path / "whole", STEPS, flags=OFTEN)
     run_here(whole)
-    parts = replace(whole, results=tmp_path / "parts", launcher=TORCHRUN)
+    parts = replace(whole, results=tmp_path / "parts")
     run_here(parts, stop_after=2)
-    replace(parts, steps=4).run("--resume")  # a step with all that is done at the end of a run
-    replace(parts, steps=6).run("--shard", "--resume")
+    four = replace(parts, steps=4).command_flags("--resume")
+    on_two_ranks(train, *four)  # a step with all that is done at the end of a run
+    on_two_ranks(train, *replace(parts, steps=6).command_flags("--shard", "--resume"))
     capsys.readouterr()
     run_here(parts, "--resume", "--shard")
     assert "note: --shard: with one rank, nothing is sharded" in capsys.readouterr().out
