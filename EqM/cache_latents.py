@@ -54,7 +54,8 @@ CHUNK = 16  # frames to encode at once, while the next ones are decoded
 
 def parse_args():
     parser = ArgumentParser(
-        description="Decode and encode every video once: videos -> a cache to train on."
+        description="Decode and encode every video once: videos -> a cache to train on.",
+        fromfile_prefix_chars="@",
     )
     add = parser.add_argument
     add(
@@ -86,6 +87,12 @@ def parse_args():
         "--with-flips",
         action="store_true",
         help="also encode mirrored frames, to train with flips; doubles the size",
+    )
+    add("--no-flip", dest="with_flips", action="store_false", help="undo --with-flips")
+    add(
+        "--skip-others",
+        action="store_true",
+        help="skip flags that only train.py has, so that both take the same recipe",
     )
     add(
         "--max-bad-fraction",

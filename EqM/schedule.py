@@ -155,10 +155,6 @@ def check_flags(args):
         raise UserError(
             f"--mix {args.mix}: needs earlier phases; add --frames-schedule, or remove it"
         )
-    if args.lr_decay_end is not None and not args.lr_decay:
-        raise UserError(
-            f"--lr-decay-end {args.lr_decay_end}: applies to --lr-decay; add that, or remove it"
-        )
     if args.lr_decay_end and args.lr_decay_end < (args.max_steps or math.inf):
         raise UserError(
             f"--lr-decay-end {args.lr_decay_end}: expected at least the last step of --max-steps "

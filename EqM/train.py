@@ -54,7 +54,9 @@ from video.writers import tile, write_gif, write_mp4, write_sheet
 
 def parse_args():
     parser = ArgumentParser(
-        description="Train Equilibrium Matching on videos, or without --video on images."
+        description="Train Equilibrium Matching on videos, or without --video on images. @FILE "
+        "stands for the flags in a file, such as @scripts/recipes/ours.txt.",
+        fromfile_prefix_chars="@",
     )
     models.add_flags(parser)
     transport.add_flags(parser)

@@ -8,16 +8,11 @@
 #
 #   EXPECT_VIDEOS=13320, EXPECT_CLASSES=101   expected numbers; change them for a part of UCF-101
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-set -euo pipefail
 HELP=$0
 source "$(dirname "$0")/../scripts/common.sh"
-
 DIR=${1:-$(dirname "$0")/ucf-101}
-DIR=${DIR%/}
-[[ $DIR == -* ]] && DIR=./$DIR # or find and mkdir would take it for a flag
-PARENT=$(dirname "$DIR") UNPACKED=$DIR.unpacking
-SPLITS=$PARENT/ucfTrainTestlist
-URL=https://www.crcv.ucf.edu/data/UCF101
+DIR=$(realpath -m -- "${DIR%/}")
+PARENT=$(dirname "$DIR") UNPACKED=$DIR.unpacking RAR='' ZIP=''
 EXPECTED="${EXPECT_VIDEOS:-13320} videos in ${EXPECT_CLASSES:-101} classes"
 
 found_in() { # FOLDER
@@ -25,70 +20,41 @@ found_in() { # FOLDER
     awk -F/ '!seen[$(NF - 1)]++ { classes++ } END { print NR " videos in " classes + 0 " classes" }'
 }
 
-find_archive() { # NAME VARIABLE: set the variable to the archive's path
-  local folder
-  for folder in "$DIR" "$PARENT"; do
-    if [[ -f $folder/$1 ]]; then
-      printf -v "$2" %s "$folder/$1"
-      return
-    fi
-  done
-  MISSING+=("$URL/$1")
+archive() { # NAME: print its path
+  ls "$DIR/$1" 2>/dev/null || ls "$PARENT/$1" 2>/dev/null || complain "$DIR: holds $(found_in "$DIR"), expected $EXPECTED;" \
+    "download $1 (see https://www.crcv.ucf.edu/data/UCF101.php) into $PARENT; for a part of the videos see --help"
 }
 
-unpack() { # ARCHIVE TOOL...: unpack with the first tool that is installed
-  local archive=$1 tool
-  shift
-  mkdir -p "$UNPACKED"
-  for tool in "$@"; do
-    command -v "$tool" >/dev/null || continue
-    echo "unpacking $archive with $tool"
-    case $tool in
-      unrar) unrar x -idq -o+ "$archive" "$UNPACKED/" ;;
-      unzip) unzip -q -o "$archive" -d "$UNPACKED" ;;
-      bsdtar) bsdtar -xf "$archive" -C "$UNPACKED" ;;
-      7z | 7zz) "$tool" x -y -bd "-o$UNPACKED" "$archive" >/dev/null ;;
-    esac || complain "$archive: $tool can't unpack it; download it again, or install another tool: $*"
-    return
-  done
-  complain "$archive: no tool to unpack it; install one of: $*"
+unpack() { # ARCHIVE TOOL
+  mkdir -p "$UNPACKED" && echo "unpacking $1"
+  case $(command -v "$2" bsdtar 7z | head -n 1) in
+    */unrar) unrar x -idq -o+ "$1" "$UNPACKED/" ;;
+    */unzip) unzip -q -o "$1" -d "$UNPACKED" ;;
+    */bsdtar) bsdtar -xf "$1" -C "$UNPACKED" ;;
+    *) 7z x -y -bd "-o$UNPACKED" "$1" >/dev/null 2>&1 ;;
+  esac || complain "$1: can't be unpacked; install $2, bsdtar or 7z, or download it again"
 }
 
 # Find both archives before the long work starts
-RAR='' ZIP='' MISSING=()
-[[ $(found_in "$DIR") == "$EXPECTED" ]] || find_archive UCF101.rar RAR
-[[ -f $SPLITS/trainlist01.txt ]] || find_archive UCF101TrainTestSplits-RecognitionTask.zip ZIP
-if [[ ${#MISSING[@]} != 0 ]]; then
-  complain "$DIR: holds $(found_in "$DIR"), expected $EXPECTED; the archive is neither in it nor beside it;" \
-    "download ${MISSING[*]} (see $URL.php) into $PARENT and run this again; for a part of the videos see --help"
-fi
-
+[[ $(found_in "$DIR") == "$EXPECTED" ]] || RAR=$(archive UCF101.rar)
+[[ -f $PARENT/ucfTrainTestlist/trainlist01.txt ]] || ZIP=$(archive UCF101TrainTestSplits-RecognitionTask.zip)
 rm -rf "$UNPACKED" # left by an interrupted run
 trap 'rm -rf "$UNPACKED"' EXIT
-
 if [[ -n $ZIP ]]; then
-  unpack "$ZIP" unzip bsdtar 7z 7zz
-  [[ -f $UNPACKED/ucfTrainTestlist/trainlist01.txt ]] ||
-    complain "$ZIP: lacks ucfTrainTestlist/trainlist01.txt; download $URL/$(basename "$ZIP") again"
-  mkdir -p "$SPLITS"
-  mv "$UNPACKED"/ucfTrainTestlist/*.txt "$SPLITS/"
+  unpack "$ZIP" unzip
+  mkdir -p "$PARENT/ucfTrainTestlist"
+  mv "$UNPACKED"/ucfTrainTestlist/*.txt "$PARENT/ucfTrainTestlist/"
 fi
-
 if [[ -n $RAR ]]; then
-  unpack "$RAR" unrar bsdtar 7z 7zz
+  unpack "$RAR" unrar
   [[ $(found_in "$UNPACKED/UCF-101") == "$EXPECTED" ]] ||
-    complain "$RAR: holds $(found_in "$UNPACKED/UCF-101") in UCF-101/, expected $EXPECTED; download it again"
+    complain "$RAR: holds $(found_in "$UNPACKED/UCF-101"), expected $EXPECTED; download it again"
   mkdir -p "$DIR"
   for class in "$UNPACKED"/UCF-101/*; do
     there=$DIR/$(basename "$class")
-    if [[ ! -e $there ]]; then
-      mv "$class" "$there"
-    elif [[ $(ls "$there") != "$(ls "$class")" ]]; then
-      complain "$there: exists with other files; move it away and run this again"
-    fi
+    [[ ! -e $there || $(ls "$there") == "$(ls "$class")" ]] || complain "$there: has other files; move it away"
+    [[ -e $there ]] || mv "$class" "$there"
   done
-  [[ $(found_in "$DIR") == "$EXPECTED" ]] ||
-    complain "$DIR: holds $(found_in "$DIR"), expected $EXPECTED; move other videos out of it"
+  [[ $(found_in "$DIR") == "$EXPECTED" ]] || complain "$DIR: holds $(found_in "$DIR"), expected $EXPECTED; move others out"
 fi
-
-echo "$DIR: $EXPECTED, splits in $SPLITS"
+echo "$DIR: $EXPECTED, splits in $PARENT/ucfTrainTestlist"

@@ -15,24 +15,13 @@
 # The sampler has the settings of the training; --sampler, --num-sampling-steps, --stepsize and --cfg-scale change them.
 # Samples of another run are replaced only with --overwrite. Paths are relative to the repository.
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/common.sh
-flags_only "$@"
-nearly "EXP CKPT FRAMES SAMPLES OUT GPUS" FRAME NUM_FRAMES SAMPLE NUM_SAMPLES CLASS CLASSES CHECKPOINT FOLDER
-
+cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 GPUS=${GPUS:-1} CKPT=${CKPT:-} SAMPLES=${SAMPLES:-16}
 read -ra FRAMES <<<"${FRAMES:-16}"
-if [[ -n $CKPT ]]; then
-  EXP=${EXP:-model}
-else
-  EXP=${EXP:-demo}
-  find_model
-fi
+[[ -n $CKPT ]] && EXP=${EXP:-model} || EXP=${EXP:-demo}
 OUT=${OUT:-samples/$EXP}
 [[ ${#FRAMES[@]} == 1 ]] && OUT=$OUT-f${FRAMES[0]} # sample_gd.py itself adds that for several lengths
+[[ -n $CKPT ]] || find_model
 activate
-processes
-
 "${RUN[@]}" EqM/sample_gd.py \
   --video --num-frames "${FRAMES[@]}" --ckpt="$CKPT" --num-samples="$SAMPLES" --folder="$OUT" --no-overwrite "$@"

@@ -12,41 +12,22 @@
 #   METRIC=motion           one or more of motion fvd fid consistency nearest classifier census, or prediction
 #   FRAMES=16, SAMPLES=96   frames per sample, number of samples
 #   REAL                    number of real clips; default: the default of evaluate.py; for prediction: 256
-#   SPLIT=val               prediction: the split whose clips are continued
-#   GIVEN=0-7               prediction: the given frames
-#   SAMPLES_PER_CLIP=1      prediction: samples of each clip
+#   SPLIT=val, GIVEN=0-7, SAMPLES_PER_CLIP=1   prediction: split and given frames of real clips, samples of each clip
 #   VAL_FRACTION=0.05       share of the videos in val, the same as in training
 #   DETECTOR                a TorchScript file, for fvd and fid
-#   OUT                     folder of samples and scores; default: samples/score
-#   GPUS=1                  processes
+#   OUT, GPUS=1             folder of samples and scores, default: samples/score; processes
 #
 # Samples of another run are replaced only with --overwrite. Paths are relative to the repository.
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/common.sh
-flags_only "$@"
-nearly "EXP CKPT DATA METRIC FRAMES SAMPLES REAL SPLIT GIVEN SAMPLES_PER_CLIP VAL_FRACTION DETECTOR OUT GPUS" \
-  METRICS FRAME NUM_FRAMES SAMPLE NUM_SAMPLES NUM_REAL GIVEN_FRAMES DATA_PATH CHECKPOINT FOLDER
-
+cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 CKPT=${CKPT:-} DATA=${DATA:-datasets/moving-shapes} METRIC=${METRIC:-motion} DETECTOR=${DETECTOR:-} REAL=${REAL:-}
 FRAMES=${FRAMES:-16} SAMPLES=${SAMPLES:-96} SPLIT=${SPLIT:-val} GIVEN=${GIVEN:-0-7} GPUS=${GPUS:-1} EXP=${EXP:-demo}
-OUT=${OUT:-samples/score} SAMPLES_PER_CLIP=${SAMPLES_PER_CLIP:-1} VAL_FRACTION=${VAL_FRACTION:-0.05}
+OUT=${OUT:-samples/score} SAMPLES_PER_CLIP=${SAMPLES_PER_CLIP:-1} VAL_FRACTION=${VAL_FRACTION:-0.05} KIND=()
 counts SAMPLES SAMPLES_PER_CLIP ${REAL:+REAL}
-read -ra METRICS <<<"$METRIC"
-KNOWN="motion fvd fid consistency nearest classifier census prediction"
-for metric in "${METRICS[@]}"; do # before anything is sampled
-  [[ " $KNOWN " == *" $metric "* ]] || complain "METRIC=$(printf %q "$metric"): unknown metric; expected $KNOWN"
-  [[ $metric != f[iv]d || -n $DETECTOR ]] ||
-    complain "METRIC=$metric: no detector; set DETECTOR to a TorchScript file"
-  [[ $metric != prediction || ${#METRICS[@]} == 1 ]] ||
-    complain "METRIC=prediction: makes samples of its own; expected no other metric"
-done
+must "expected metrics; see --help" '((motion|fvd|fid|consistency|nearest|classifier|census) *)+|prediction' METRIC
+[[ -n $DETECTOR || $METRIC != *f[iv]d* ]] || complain "METRIC=$METRIC: no detector; set DETECTOR to a TorchScript file"
 [[ -n $CKPT ]] || find_model
 activate
-processes
-
-KIND=()
 if [[ $METRIC == prediction ]]; then
   SAMPLES=$((${REAL:-256} * SAMPLES_PER_CLIP)) REAL=
   KIND=(--given="$DATA" --given-split="$SPLIT" --val-fraction="$VAL_FRACTION" --given-frames="$GIVEN")
@@ -54,10 +35,10 @@ if [[ $METRIC == prediction ]]; then
 fi
 "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$CKPT" --num-frames "$FRAMES" --num-samples="$SAMPLES" \
   --folder="$OUT" --no-overwrite "${KIND[@]}" "$@"
-for metric in "${METRICS[@]}"; do
+for metric in $METRIC; do
   MORE=(${REAL:+--num-real="$REAL"})
-  [[ $metric == classifier ]] && MORE=()
-  [[ $metric == f[iv]d ]] && MORE+=(--detector="$DETECTOR")
+  [[ $metric != classifier ]] || MORE=()
+  [[ $metric != f[iv]d ]] || MORE+=(--detector="$DETECTOR")
   "${RUN[@]}" EqM/evaluate.py --metric="$metric" --samples="$OUT" --data-path="$DATA" --out="$OUT/$metric.json" \
     --val-fraction="$VAL_FRACTION" "${MORE[@]}"
 done

@@ -8,22 +8,13 @@
 #   TORCH_INDEX=URL                install torch from another index. PyTorch's own index has small builds for CPUs, and
 #                                  builds for each version of CUDA: see pytorch.org, "Get started"
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/common.sh
-case $* in
-  "") REQUIREMENTS=requirements.txt ;;
-  dev) REQUIREMENTS=requirements-dev.txt ;;
-  *) complain "$(printf %q "$*"): unexpected argument; expected dev or nothing" ;;
-esac
-PYTHON=${PYTHON:-python3} TORCH_INDEX=${TORCH_INDEX:-}
-
+cd "$(dirname "$0")/.." && source scripts/common.sh || exit
+[[ ${*:-dev} == dev ]] || complain "$(printf %q "$*"): unexpected argument; expected dev or nothing"
+PYTHON=${PYTHON:-python3} TORCH_INDEX=${TORCH_INDEX:-} REQUIREMENTS=requirements${1:+-dev}.txt
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   complain "PYTHON=$(printf %q "$PYTHON"): missing or older than 3.11; set PYTHON to a newer one"
 [[ -x .venv/bin/pip ]] || "$PYTHON" -m venv .venv
-
-# The stamp names what is installed, so that a second run takes no time
-STAMP=.venv/installed-$REQUIREMENTS
+STAMP=.venv/installed-$REQUIREMENTS # says what is installed, so that a second run takes no time
 NEEDED=$(cat requirements.txt "$REQUIREMENTS"; echo "$TORCH_INDEX")
 if [[ $(cat "$STAMP" 2>/dev/null || true) != "$NEEDED" ]]; then
   if [[ -n $TORCH_INDEX ]]; then
@@ -34,8 +25,6 @@ if [[ $(cat "$STAMP" 2>/dev/null || true) != "$NEEDED" ]]; then
   .venv/bin/pip install --quiet -r "$REQUIREMENTS"
   echo "$NEEDED" >"$STAMP"
 fi
-.venv/bin/python - <<'PYTHON'
-import torch
+.venv/bin/python -c 'import torch
 gpus = torch.cuda.device_count()
-print(f"torch {torch.__version__}, {f'{gpus} x {torch.cuda.get_device_name()}' if gpus else 'no GPU'}")
-PYTHON
+print("torch", torch.__version__, f"on {gpus} x {torch.cuda.get_device_name()}" if gpus else "without a GPU")'

@@ -12,47 +12,26 @@
 #   OBJECTIVE=eqm               flow or blind to compare with: see --objective of train.py
 #   VAE                         a VAE to use instead of a new one, such as results/EXP/000-VAE-64px-f4-c8-16-32-64/vae
 #   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
-#   VAE_STEPS, STEPS_1, STEPS_2 steps; default: computed from HOURS
-#   WEAK                        the step whose checkpoint guides the samples; default: computed from HOURS
-#   SAMPLES=2592                a multiple of 9: as many of each class
-#   PREDICTIONS=2664            clips of held-out characters to predict from their first frame
+#   SAMPLES=2592, PREDICTIONS=2664   samples, a multiple of 9; clips of held-out characters to predict
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/common.sh
+cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
 no_words "$@"
-
-EXP=${EXP:-sprites} SEED=${SEED:-0} VAE=${VAE:-} OBJECTIVE=${OBJECTIVE:-eqm}
-SOURCE=${SOURCE:-datasets/sprites-sheets} DATA=${DATA:-datasets/sprites}
-SAMPLES=${SAMPLES:-2592} PREDICTIONS=${PREDICTIONS:-2664} READERS=1
+HOURS=${HOURS:-2} EXP=${EXP:-sprites} SEED=${SEED:-0} VAE=${VAE:-} OBJECTIVE=${OBJECTIVE:-eqm} READERS=1
+SOURCE=${SOURCE:-datasets/sprites-sheets} DATA=${DATA:-datasets/sprites} SAMPLES=${SAMPLES:-2592}
+PREDICTIONS=${PREDICTIONS:-2664}
 counts SAMPLES PREDICTIONS
-check_seed
+must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
 must "unknown; expected eqm, flow or blind" "eqm|flow|blind" OBJECTIVE
-OTHER=${OBJECTIVE#eqm}
 [[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
-check_hours
-VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 750)} STEPS_2=${STEPS_2:-$(steps 5500)}
-WEAK=${WEAK:-$(steps 2500)}
+steps VAE_STEPS=2700 STEPS_1=750 STEPS_2=5500 WEAK=2500 # the checkpoint of step WEAK guides the samples
 begin DATA SEED OBJECTIVE VAE VAE_STEPS STEPS_1 STEPS_2 WEAK SAMPLES PREDICTIONS
-
 complete "$DATA" || python datasets/prepare_sprites.py --source="$SOURCE" --out="$DATA"
-mkdir -p "results/$EXP"
-echo "$SETTINGS" >"results/$EXP/settings"
-
+mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
 [[ -n $VAE ]] || train_vae --latent-channels 8
 "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="results/$EXP/latents" --vae="$VAE" --image-size 64
-
-# Patches of one frame, so a given frame has tokens of its own. Left and right are different classes: no mirrored clips
-newest "results/$EXP"/*-EqM-S-4-*
-"${RUN[@]}" EqM/train.py --video --use-rope --data-path="results/$EXP/latents" --results-dir="results/$EXP" "${RESUME[@]}" \
-  --model EqM-S/4 --depth 6 --hidden-size 256 --num-heads 4 --temporal-patch-size 1 --position-table space --rope-theta 100 \
-  --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16" --mix 0.1 --forcing 0.7 --no-flip --optimizer muon --lr 2e-3 \
-  --warmup-steps 50 --lr-decay 0.8 --ema-decay 0.998 --gamma-shift 2 --global-seed "$SEED" --num-workers 0 \
-  --log-every 50 --val-every 1000 --val-clips 64 --sample-every 0 --save-minutes 3 --ckpt-every "$WEAK" \
-  --objective "$OBJECTIVE" --sampler "$([[ $OTHER ]] && echo euler || echo ngd)" --num-sampling-steps 24 \
-  --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
-newest "results/$EXP"/*-EqM-S-4-*/checkpoints/best.pt
-BEST=$FOUND
+[[ $OBJECTIVE == eqm ]] && MORE=() || MORE=(--objective "$OBJECTIVE" --sampler euler)
+train @scripts/recipes/sprites.txt --data-path="results/$EXP/latents" --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16" \
+  --ckpt-every "$WEAK" --global-seed "$SEED" "${MORE[@]}"
 
 COMMON=(--num-frames 8 --batch-size 32 --global-seed "$SEED" --no-previews)
 sample "samples/$EXP-f8" "${COMMON[@]}" --num-samples "$SAMPLES" --cfg-scale 1.7 \

@@ -2,12 +2,8 @@
 # Check the style and run the tests, on all cores. scripts/faults.sh tests kills and damaged files.
 #
 #   bash scripts/test.sh [arguments of pytest, such as tests/test_rope.py or -k name]
-#
-# It has no variables.
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/common.sh
+cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 bash scripts/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

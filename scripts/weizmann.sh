@@ -10,46 +10,25 @@
 #   DATA=datasets/weizmann      the data set made from the strips, if it is missing
 #   HOLD_OUT="7 8"              persons that do not train
 #   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
-#   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   global steps; default: computed from HOURS
-#   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to continue
+#   SAMPLES=96, LONG=16, REAL=64   samples of 16 frames, of 64 frames, held-out clips to continue
 #   CLASSIFIER_STEPS=250        training steps of the classifier of actions
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/common.sh
+cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
 no_words "$@"
-
-export EXP=${EXP:-weizmann}
-SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
-SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}
+HOURS=${HOURS:-2} EXP=${EXP:-weizmann} SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann}
+HOLD_OUT=${HOLD_OUT:-7 8} SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}
 counts SAMPLES LONG REAL CLASSIFIER_STEPS
-check_hours
-VAE_STEPS=${VAE_STEPS:-$(steps 5000)}
-export STEPS_1=${STEPS_1:-$(steps 2400)} STEPS_2=${STEPS_2:-$(steps 4800)} STEPS_3=${STEPS_3:-$(steps 8000)}
+steps VAE_STEPS=5000 STEPS_1=2400 STEPS_2=4800 STEPS_3=8000
 begin DATA HOLD_OUT VAE_STEPS STEPS_1 STEPS_2 STEPS_3 SAMPLES LONG REAL CLASSIFIER_STEPS
-export GPUS
-
 # shellcheck disable=SC2086 (several numbers)
 complete "$DATA" || python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
 MORE=$DATA-more # seven copies of each training video in other colors and places, for training only
 complete "$MORE" || python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
-mkdir -p "results/$EXP"
-echo "$SETTINGS" >"results/$EXP/settings"
-
+mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
 train_vae
-export VAE
-
-# The latents, and the model: 256 tokens for 16 frames at 12.5 frames per second
-export LATENTS=results/$EXP/latents IMAGE_SIZE=64 MODEL=EqM-S/2 ONE_RUN=1 RECIPE=small FORCING=0.75 COMPILE=0
-export LR_DECAY=0.4
-export BATCH_1=32 BATCH_2=16 BATCH_3=8 # 2,048 tokens per step
-DATA=$MORE bash scripts/train_progressive.sh \
-  --depth 6 --hidden-size 256 --num-heads 4 --rope-theta 100 --temporal-patch-size 4 --frame-interval 2 --mix 0.1 \
-  --lr 2e-3 --warmup-steps 50 --ema-decay 0.995 --gamma-shift 2 --num-workers 0 \
-  --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 "${MIXED[@]}"
-
-newest "results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt
-BEST=$FOUND
+"${RUN[@]}" EqM/cache_latents.py --data-path="$MORE" --out="results/$EXP/latents" --vae="$VAE" --image-size 64 --with-flips
+train @scripts/recipes/weizmann.txt --data-path="results/$EXP/latents" \
+  --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16,16:$STEPS_3:8" # 2,048 tokens per step
 
 # Samples of 16 frames, and of 64, made in windows
 sample "samples/$EXP-f16" --num-frames 16 --num-samples "$SAMPLES" --batch-size 8
@@ -66,18 +45,16 @@ sample "samples/$EXP-continued" --num-frames 32 --given="results/$EXP/held-out" 
 # Scores of continuations from 8 frames (8 samples of each clip) and from 4 (10), as the VAE decodes them and with the
 # background kept; whether the model memorizes; whether samples show the requested action
 predict() { # NAME FRAMES CLIPS SAMPLES_PER_CLIP --[no-]keep-background
-  local folder=samples/$EXP-$1
-  sample "$folder" --num-frames 16 --given="$DATA" --given-split val --given-frames="$2" --num-samples="$(($3 * $4))" \
+  sample "samples/$EXP-$1" --num-frames 16 --given="$DATA" --given-split val --given-frames="$2" --num-samples="$(($3 * $4))" \
     --samples-per-clip="$4" "$5" --no-previews
-  score "$folder.json" --metric prediction --samples="$folder" ${5##--no-*} # nothing for --no-
+  score "samples/$EXP-$1.json" --metric prediction --samples="samples/$EXP-$1" ${5##--no-*} # nothing for --no-
 }
 predict 8of16-decoded 0-7 "$REAL" 8 --no-keep-background
 predict 8of16-background 0-7 "$REAL" 8 --keep-background
 predict 4of16-decoded 0-3 "$(((REAL + 3) / 4))" 10 --no-keep-background
 predict 4of16-background 0-3 "$(((REAL + 3) / 4))" 10 --keep-background
 score "samples/$EXP-nearest.json" --metric nearest --samples="samples/$EXP-f16"
-score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP-f16" \
-  --classifier-steps="$CLASSIFIER_STEPS"
+score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP-f16" --classifier-steps="$CLASSIFIER_STEPS"
 python scripts/gallery.py "samples/$EXP-f16" --data-path="$DATA"
 for kind in f64 continued; do python scripts/gallery.py "samples/$EXP-$kind"; done
 python scripts/studies/people.py "$EXP" --out "samples/$EXP-scores"

@@ -65,7 +65,6 @@ train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-p
         --colour=red => --colour: no such flag; see --help
         --ckpt a.pt b.pt c.pt --qk-norm => b.pt: unexpected argument; pattern
         --lr-decay-end 9 --lr-decay 0.5 => --lr-decay-end 9: expected at least
-        --lr-decay-end 20 => --lr-decay-end 20: applies to --lr-decay; add that, or remove it
         --muon-lr 0.01 => --muon-lr 0.01: applies to --optimizer muon; add that, or remove it
         --precision fp16 => --precision fp16; GPU; bf16
         --compile => g++

@@ -32,7 +32,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(WRITTE
 # Shell script: the Python script that gets the words after it, and flags that the shell script adds
 TARGETS = {
     "scripts/train_progressive.sh": ("EqM/train.py", ["--data-path", "DIR"]),
-    "scripts/train_slurm.sh": ("EqM/train.py", []),
+    "scripts/train_slurm.sh": ("EqM/train.py", ["--data-path", "DIR"]),
     "scripts/sample.sh": ("EqM/sample_gd.py", ["--ckpt", "FILE"]),
     "scripts/score.sh": ("EqM/sample_gd.py", ["--ckpt", "FILE"]),
     "scripts/gpu_check.sh": ("scripts/gpu_check.py", []),
@@ -138,6 +138,8 @@ def check_command(names, words, monkeypatch):
         words = words[words[0].startswith("--") :]
     script, *words = words
     source = (ROOT / script).read_text()
+    if script == "scripts/train_slurm.sh":  # runs this one
+        source += (ROOT / "scripts/train_progressive.sh").read_text()
     for name in names:
         assert f"${{{name}:-" in source, f"{script} has no {name}"
     if program == "python":

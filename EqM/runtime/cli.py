@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -84,25 +85,42 @@ class Flags(argparse.Namespace):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that returns Flags and reports errors in one line, and once under torchrun."""
+    """argparse that returns Flags and reports errors in one line, and once under torchrun.
+
+    With fromfile_prefix_chars="@", the word @FILE stands for the flags in a file, a recipe. The
+    flags then have its text as `recipe`.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        self.recipe = []  # lines
+
+    def convert_arg_line_to_args(self, line):
+        """The words of a line of a recipe, without its comment."""
+        self.recipe.append(line)
+        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
 
     def error(self, message):
+        if message.startswith("[Errno"):
+            message = f"@FILE: {message}; expected a recipe, such as @scripts/recipes/ours.txt"
         fail(message)
 
     def parse_args(self, args=None):
         names = [action.dest for action in self._actions if action.dest != "help"]
         untyped = argparse.Namespace(**dict.fromkeys(names, UNTYPED))
-        namespace, rest = self.parse_known_args(args, untyped)
+        try:
+            namespace, rest = self.parse_known_args(args, untyped)
+        except ValueError as error:
+            self.error(f"a recipe is not a text of flags ({error}); expected scripts/recipes/*.txt")
         values = vars(namespace)
-        if rest:
+        if rest and values.get("skip_others") is not True:
             self.error(self.explain(rest[0].split("=")[0], values))
         typed = [name for name in names if values[name] is not UNTYPED]
         for name in names:
             if name not in typed:
                 values[name] = self.get_default(name)
+        if self.fromfile_prefix_chars:
+            values["recipe"] = "\n".join(self.recipe) or None
         return Flags(values, typed)
 
     def explain(self, word, values):
@@ -169,7 +187,12 @@ def add_speed_flags(parser):
             "resumed run keeps its own"
         ),
     )
-    add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the transformer blocks with torch.compile",
+    )
     return add
 
 

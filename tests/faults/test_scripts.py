@@ -3,9 +3,9 @@ signals.
 """
 
 import os
+import re
 import shutil
 import signal
-from dataclasses import replace
 from shlex import split
 
 import pytest
@@ -29,8 +29,9 @@ def tree(tmp_path):
     return tmp_path
 
 
-PHASES = {"PATH": PATH, "EXP": "E", "MODEL": "EqM-Ti/4", "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4}
+PHASES = {"PATH": PATH, "EXP": "E"}
 FLAGS = split("""
+    --model EqM-Ti/4
     --depth 1
     --num-workers 0
     --log-every 1
@@ -43,9 +44,7 @@ def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
         "DATA": shapes,
         "GPUS": 2,
         "CACHE": 0,
-        "STEPS_1": 4,
-        "STEPS_2": 2000,
-        "STEPS_3": 2001,
+        "SCHEDULE": "4:4:4 8:2000:4 16:2001:4",
     }
     flags = [*FLAGS, "--vae", "none", "--image-size", 16]
     process = start_script("train_progressive.sh", tree, settings, *flags)
@@ -58,7 +57,7 @@ def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
     assert output.rstrip().endswith("to continue, run the same command again")
     wait_gone(left)
     step = runs.last_step()
-    settings |= {"STEPS_2": step + 1, "STEPS_3": step + 2}
+    settings["SCHEDULE"] = f"4:4:4 8:{step + 1}:4 16:{step + 2}:4"
     end(start_script("train_progressive.sh", tree, settings, *flags), timeout=240)
     names = ["000-EqM-Ti-4-f4-rope", "001-EqM-Ti-4-f8-rope", "002-EqM-Ti-4-f16-rope"]
     assert sorted(path.name for path in (tree / "results/E").glob("[0-9]*")) == names
@@ -82,40 +81,39 @@ def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes
         "SLURM_SUBMIT_DIR": tree,
         "GPUS": 2,
         "PORT": free_port(),
+        "DATA": shapes,
+        "EXP": "E",
+        "CACHE": 0,
+        "SCHEDULE": "4:2:4 8:10000:4",
     }
-    flags = split("--log-every 1 --sample-every 0")
-    training = Training(shapes, tree / "results", 10_000, flags=flags)
-    process = start_script("train_slurm.sh", tree, settings, *training.command_flags())
-    wait_until(lambda: training.last_step() > 2, process)
+    flags = [*FLAGS, "--vae", "none", "--image-size", 16, "--sample-every", 0]
+    training = Training(shapes, tree / "results/E", None)
+    process = start_script("train_slurm.sh", tree, settings, *flags)
+    wait_until(lambda: training.last_step() > 4, process)
     process.send_signal(signal.SIGUSR1)
     output = end(process)
     assert "stopped by SIGTERM and saved" in output
     assert "scontrol: requeue 7" in output
-    saved = training.saved()["step"]
-    again = replace(training, steps=saved + 2)
-    process = start_script("train_slurm.sh", tree, settings, *again.command_flags())
+    saved = int(re.search(r"saved at step (\d+)", output)[1])
+    settings["SCHEDULE"] = f"4:2:4 8:{saved + 2}:4"
+    process = start_script("train_slurm.sh", tree, settings, *flags)
     output = end(process, timeout=240)
     assert f"steps {saved} to {saved + 2}" in output
-    assert again.rows()[-1]["step"] == saved + 2
+    assert training.last_step() == saved + 2
 
 
 def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shapes, tree):
     make_vae(tree / "vae")
     settings = PHASES | {
         "DATA": shapes,
-        "LATENTS": "latents",
-        "VAE": "vae",
-        "IMAGE_SIZE": 16,
+        "CACHE": "latents",
         "GPUS": 1,
-        "STEPS_1": 1,
-        "STEPS_2": 2,
-        "STEPS_3": 3,
+        "SCHEDULE": "4:1:4 8:2:4 16:3:4",
     }
+    flags = [*FLAGS, "--vae", "vae", "--image-size", 16, "--sample-every", 0]
 
-    def run(*flags, status=0):
-        process = start_script(
-            "train_progressive.sh", tree, settings, *FLAGS, "--sample-every", 0, *flags
-        )
+    def run(status=0):
+        process = start_script("train_progressive.sh", tree, settings, *flags)
         return end(process, status, timeout=480)
 
     run()
@@ -127,10 +125,8 @@ def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shape
     shutil.rmtree(tree / "results/E/000-EqM-Ti-4-f4-rope")  # the other phases don't need it
     printed = run()
     assert printed.count("is complete") == printed.count("is finished") == 1
-    assert "nothing to resume" not in printed
     assert not list(tree.glob("results/E/*-f4-rope"))
-    settings |= {"EXP": "F", "FRAMES_3": "2"}
+    settings |= {"EXP": "F", "SCHEDULE": "4:1:4 8:2:4 2:3:4"}
     # A mistake in the last phase ends the script before the first one
     assert "got 2" in run(status=2)
     assert not (tree / "results/F").exists()
-    assert "CACHE=0" in run("--vae", "none", status=2)
