@@ -23,7 +23,7 @@ CARD = "README.md"
 VAE_FOLDER = "vae"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # mean nothing on another machine
-LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "inflate", "vae"}
+LOCAL_FLAGS = {"recipe", "data_path", "results_dir", "ckpt", "inflate", "vae"}
 
 # Exported folders: the EMA weights and their configuration, to share ------------------------------
 

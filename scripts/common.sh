@@ -8,14 +8,8 @@ if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then # print the comment 
   exit
 fi
 
-complain() { # MESSAGE: print a mistake of the user, and exit
-  printf '%s: error: %s\n' "$SCRIPT" "$*" >&2
-  exit 2
-}
-
-no_words() { # ARGUMENTS: there must be none
-  [[ $# == 0 ]] || complain "$(printf %q "$1"): unexpected argument; expected none, see --help for variables"
-}
+complain() { printf '%s: error: %s\n' "$SCRIPT" "$*" >&2; exit 2; } # MESSAGE about a mistake of the user
+no_words() { [[ $# == 0 ]] || complain "$(printf %q "$1"): unexpected argument; expected none, see --help"; } # ARGUMENTS
 
 must() { # "WHAT IS WRONG" PATTERN NAMES of variables: each must match the pattern
   local name

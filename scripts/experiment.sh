@@ -6,8 +6,7 @@ suit() { # set GPUS and PRECISION to what suits this machine, unless they are se
   if ! command -v nvidia-smi >/dev/null; then
     gpus=2 # on a CPU, two processes of one thread are faster than one of two
     grep -qs avx512 /proc/cpuinfo && best=bf16 || best=fp32 # on other CPUs, bf16 takes ten times as long
-    # Have glibc keep the memory of a step for the next one: returning it and asking again takes time
-    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
+    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 # keep memory for the next step
   fi
   GPUS=${GPUS:-$gpus} PRECISION=${PRECISION:-$best}
   counts GPUS

@@ -35,11 +35,10 @@ else
   export GPUS EXP DATA SCHEDULE RECIPE=quickstart CACHE=0
   bash scripts/train_progressive.sh "${MORE[@]}" --mix 0 --no-compile
 fi
-
 export GPUS EXP FRAMES SAMPLES OUT=samples/$EXP CKPT=
 bash scripts/sample.sh --overwrite "${MIXED[@]}" --batch-size 8 # 48 samples are 3 batches for each of two ranks
 FOLDERS=()
 for frames in $FRAMES; do FOLDERS+=("samples/$EXP-f$frames"); done
-OUT=motion.json && [[ ${#FOLDERS[@]} == 1 ]] && OUT=${FOLDERS[0]}/motion.json
+[[ ${#FOLDERS[@]} == 1 ]] && OUT=${FOLDERS[0]}/motion.json || OUT=motion.json
 python EqM/evaluate.py --metric motion --samples "${FOLDERS[@]}" --data-path="$DATA" --out="$OUT" --num-workers 0
 echo "$SECONDS s; see samples/$EXP-f16/sheet.png and the GIFs beside it"

@@ -30,8 +30,8 @@ must "expected metrics; see --help" '((motion|fvd|fid|consistency|nearest|classi
 activate
 if [[ $METRIC == prediction ]]; then
   SAMPLES=$((${REAL:-256} * SAMPLES_PER_CLIP)) REAL=
-  KIND=(--given="$DATA" --given-split="$SPLIT" --val-fraction="$VAL_FRACTION" --given-frames="$GIVEN")
-  KIND+=(--samples-per-clip="$SAMPLES_PER_CLIP" --no-keep-background)
+  KIND=(--given="$DATA" --given-split="$SPLIT" --val-fraction="$VAL_FRACTION" --given-frames="$GIVEN" --no-keep-background
+    --samples-per-clip="$SAMPLES_PER_CLIP")
 fi
 "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$CKPT" --num-frames "$FRAMES" --num-samples="$SAMPLES" \
   --folder="$OUT" --no-overwrite "${KIND[@]}" "$@"

@@ -32,13 +32,11 @@ mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
 [[ $OBJECTIVE == eqm ]] && MORE=() || MORE=(--objective "$OBJECTIVE" --sampler euler)
 train @scripts/recipes/sprites.txt --data-path="results/$EXP/latents" --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16" \
   --ckpt-every "$WEAK" --global-seed "$SEED" "${MORE[@]}"
-
 COMMON=(--num-frames 8 --batch-size 32 --global-seed "$SEED" --no-previews)
 sample "samples/$EXP-f8" "${COMMON[@]}" --num-samples "$SAMPLES" --cfg-scale 1.7 \
   --weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")"
 GIVEN=("${COMMON[@]}" --given-frames 0 --no-keep-background --cfg-scale 1) # guidance does not help predictions
 sample "samples/$EXP-predicted" "${GIVEN[@]}" --num-samples "$PREDICTIONS" --given="$DATA" --given-split val
-
 # For the picture: one held-out character in all nine classes
 for clip in "$DATA"/*/"$(basename "$(head -n 1 "$DATA/ucfTrainTestlist/testlist01.txt")")"; do
   class=$(basename "$(dirname "$clip")")
@@ -46,7 +44,6 @@ for clip in "$DATA"/*/"$(basename "$(head -n 1 "$DATA/ucfTrainTestlist/testlist0
 done
 sample "samples/$EXP-nine" "${GIVEN[@]}" --num-samples 9 --given="results/$EXP/nine"
 python scripts/gallery.py "samples/$EXP-f8" "samples/$EXP-nine" --rows 9 --png "samples/$EXP.png"
-
 RUN=(python) # these metrics compute in one process, which may use all cores
 score "samples/$EXP-census.json" --metric census --samples="samples/$EXP-f8"
 score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP-f8" --classifier-test val

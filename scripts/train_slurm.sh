@@ -4,11 +4,10 @@
 #
 #   DATA=datasets/ucf-101 EXP=ucf sbatch --nodes=4 scripts/train_slurm.sh [more flags of EqM/train.py]
 #
-#   GPUS=8        processes per machine
+#   GPUS=8        processes per machine; see train_progressive.sh --help for the other variables
 #   PORT=29500    port of the first machine, on which the others find it
 #
-# See train_progressive.sh --help for the other variables. All machines need the same repository, data and results, so put
-# these on a shared disk.
+# All machines need the same repository, data and results, so put these on a shared disk.
 #SBATCH --job-name=eqm-video
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -21,20 +20,18 @@
 SCRIPT=train_slurm.sh # Slurm runs a copy of this script with another name, from another folder
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" && source scripts/common.sh || exit
 [[ -n ${SLURM_JOB_ID:-} ]] || complain "not a job of Slurm; start it with: sbatch scripts/train_slurm.sh"
-export GPUS=${GPUS:-8}
+GPUS=${GPUS:-8}
 counts GPUS
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export EQM_RANKS=$((GPUS * SLURM_NNODES))
+export GPUS EQM_RANKS=$((GPUS * SLURM_NNODES))
 export EQM_LAUNCH="srun --cpus-per-task=${SLURM_CPUS_PER_TASK:-1} torchrun --nnodes=$SLURM_NNODES --nproc_per_node=$GPUS"
 EQM_LAUNCH+=" --max-restarts=3 --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$HEAD:${PORT:-29500}"
 bash scripts/train_progressive.sh "$@" &
 PHASES=$!
-
 requeue() {
   scancel --signal=TERM "$SLURM_JOB_ID" # goes to the step, not to this script; srun would kill the step
   wait "$PHASES" || true
-  scontrol requeue "$SLURM_JOB_ID"
-  exit 0
+  scontrol requeue "$SLURM_JOB_ID" && exit
 }
 trap requeue USR1
 wait "$PHASES"

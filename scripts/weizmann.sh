@@ -20,7 +20,6 @@ HOLD_OUT=${HOLD_OUT:-7 8} SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-6
 counts SAMPLES LONG REAL CLASSIFIER_STEPS
 steps VAE_STEPS=5000 STEPS_1=2400 STEPS_2=4800 STEPS_3=8000
 begin DATA HOLD_OUT VAE_STEPS STEPS_1 STEPS_2 STEPS_3 SAMPLES LONG REAL CLASSIFIER_STEPS
-# shellcheck disable=SC2086 (several numbers)
 complete "$DATA" || python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
 MORE=$DATA-more # seven copies of each training video in other colors and places, for training only
 complete "$MORE" || python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
@@ -29,11 +28,9 @@ train_vae
 "${RUN[@]}" EqM/cache_latents.py --data-path="$MORE" --out="results/$EXP/latents" --vae="$VAE" --image-size 64 --with-flips
 train @scripts/recipes/weizmann.txt --data-path="results/$EXP/latents" \
   --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16,16:$STEPS_3:8" # 2,048 tokens per step
-
 # Samples of 16 frames, and of 64, made in windows
 sample "samples/$EXP-f16" --num-frames 16 --num-samples "$SAMPLES" --batch-size 8
 sample "samples/$EXP-f64" --num-frames 64 --num-samples "$LONG" --batch-size 8
-
 # Continuations of clips of the held-out people
 while read -r clip _; do
   mkdir -p "results/$EXP/held-out/${clip%/*}"
@@ -41,7 +38,6 @@ while read -r clip _; do
 done <"$DATA/ucfTrainTestlist/testlist01.txt"
 sample "samples/$EXP-continued" --num-frames 32 --given="results/$EXP/held-out" --given-frames 0-7 \
   --num-samples "$(wc -l <"$DATA/ucfTrainTestlist/testlist01.txt")" --batch-size 4
-
 # Scores of continuations from 8 frames (8 samples of each clip) and from 4 (10), as the VAE decodes them and with the
 # background kept; whether the model memorizes; whether samples show the requested action
 predict() { # NAME FRAMES CLIPS SAMPLES_PER_CLIP --[no-]keep-background

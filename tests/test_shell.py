@@ -379,12 +379,12 @@ def test_a_missing_or_wrong_recipe_is_one_line(content, tmp_path, capsys):
 def test_a_run_keeps_its_recipe_and_notes_changes_when_it_is_resumed(shapes, tmp_path):
     recipe = tmp_path / "my.txt"
     recipe.write_text("--save-minutes 0\n--clip-grad 1  # at most")
-    flags = [f"@{recipe}", "--sample-every", 0, "--val-every", 9]
-    training = Training(shapes, tmp_path / "results", 2, flags=flags)
-    run_here(training, *flags, stop_after=1)
+    training = Training(shapes, tmp_path / "results", 2, flags=[f"@{recipe}"])
+    seldom = ["--sample-every", 0, "--val-every", 9]
+    run_here(training, *seldom, stop_after=1)
     assert training.saved()["config"]["training"]["recipe"] == recipe.read_text()
     recipe.write_text("--save-minutes 0\n--clip-grad 2")
-    run_here(training, *flags, "--resume")
+    run_here(training, *seldom, "--resume")
     assert (
         "resumed with other flags: clip_grad 1.0 -> 2.0"
         in (training.folder / "log.txt").read_text()
