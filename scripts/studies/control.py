@@ -88,7 +88,9 @@ COUNTS = (2, 4, 8, 30)  # other numbers of evaluations
 PRIMARY = (("told-w", "eqm"), ("flow", "eqm"))
 SECONDARY = (("blind-w", "eqm"), ("told-c", "eqm"), ("blind", "eqm"))
 EQUAL = {16: 3, 32: 8}  # points
-RMSE_RATIO = lab.Column("RMSE to the nearest training clip / of held-out clips", "rmse_ratio", 1, 2)
+RMSE_RATIO = lab.Column(
+    "RMSE to the nearest training clip / of held-out clips", "rmse_ratio", factor=1, digits=2
+)
 
 
 def frames_task(frames):
@@ -148,7 +150,14 @@ def tuning_run(args, name, number, seed):
         for count in COUNTS:
             if takes(way, count):
                 tasks[tuning_task(count_task(count), way)] = usual(evaluations=count)
-    return make_run(args, name, number, seed, tasks, "control_tuning")
+    return make_run(
+        args,
+        name,
+        number=number,
+        seed=seed,
+        tasks=tasks,
+        table="control_tuning",
+    )
 
 
 def main_run(args, name, seed, tuning):
@@ -164,9 +173,26 @@ def main_run(args, name, seed, tuning):
         "16 frames, no guidance": usual(size.fewer, guidance=1),
     }
     for count in COUNTS:
-        best = choose_way(tuning, tuned_as, number, count_task(count))
-        tasks[count_task(count)] = way_task(number, best, size.fewer, evaluations=count)
-    return make_run(args, name, number, seed, tasks, "control")
+        best = choose_way(
+            tuning,
+            tuned_as,
+            number=number,
+            task=count_task(count),
+        )
+        tasks[count_task(count)] = way_task(
+            number,
+            best,
+            count=size.fewer,
+            evaluations=count,
+        )
+    return make_run(
+        args,
+        name,
+        number=number,
+        seed=seed,
+        tasks=tasks,
+        table="control",
+    )
 
 
 def tuned_mean(rows, name, number, way, tasks):
@@ -188,7 +214,13 @@ def choose(rows, name):
     """
     means = {}
     for number, way in itertools.product(range(len(CONFIGURATIONS)), ARMS[name].ways):
-        means[number, way] = tuned_mean(rows, name, number, way, PRIMARY_TASKS)
+        means[number, way] = tuned_mean(
+            rows,
+            name,
+            number=number,
+            way=way,
+            tasks=PRIMARY_TASKS,
+        )
     if None in means.values():
         raise UserError(f"--arms {name}: its tuning is not complete; run with --tune first")
     return max(means, key=means.get)
@@ -196,7 +228,16 @@ def choose(rows, name):
 
 def choose_way(rows, name, number, task):
     """The way that did best on the tuning seeds in a task, with the chosen configuration."""
-    return max(ARMS[name].ways, key=lambda way: tuned_mean(rows, name, number, way, [task]))
+    return max(
+        ARMS[name].ways,
+        key=lambda way: tuned_mean(
+            rows,
+            name,
+            number=number,
+            way=way,
+            tasks=[task],
+        ),
+    )
 
 
 def tuning_markdown(rows):
@@ -212,7 +253,13 @@ def tuning_markdown(rows):
         for number, configuration in enumerate(CONFIGURATIONS):
             texts = []
             for way in ARMS[name].ways:
-                mean = tuned_mean(rows, name, number, way, PRIMARY_TASKS)
+                mean = tuned_mean(
+                    rows,
+                    name,
+                    number=number,
+                    way=way,
+                    tasks=PRIMARY_TASKS,
+                )
                 if mean is not None:
                     mark = "**" if (number, way) == best else ""
                     texts.append(f"{way_name(way)} {mark}{mean:.1f}{mark}")
@@ -252,7 +299,15 @@ def markdown(rows):
 
 def compare(values, compared):
     """Lines about (task, pair of arms), by Holm over all of them."""
-    gaps = [lab.difference(values.get(task, {}), pair, task, digits=2) for task, pair in compared]
+    gaps = [
+        lab.difference(
+            values.get(task, {}),
+            pair,
+            what=task,
+            digits=2,
+        )
+        for task, pair in compared
+    ]
     return lab.difference_lines(gaps)
 
 
@@ -281,12 +336,26 @@ def main():
     if args.tune:
         for number, seed, name in itertools.product(range(8), TUNING_SEEDS, TUNED):
             if name in args.arms:
-                runs.append(tuning_run(args, name, number, seed))
+                runs.append(
+                    tuning_run(
+                        args,
+                        name,
+                        number=number,
+                        seed=seed,
+                    )
+                )
     else:
         tuning = lab.read_rows(Path(args.out, "control_tuning.json"))
         for seed, name in itertools.product(args.seeds, args.arms):
             if seed < ARMS[name].seeds:
-                runs.append(main_run(args, name, seed, tuning))
+                runs.append(
+                    main_run(
+                        args,
+                        name,
+                        seed=seed,
+                        tuning=tuning,
+                    )
+                )
     lab.run_study(args, runs, tuning_markdown if args.tune else markdown)
 
 

@@ -201,7 +201,12 @@ def main():
             for kind in KINDS:
                 row[kind] += hits[kind]
         content = {"rows": rows}
-        lab.write_results(args.out, "disturb", markdown(content), content)
+        lab.write_results(
+            args.out,
+            "disturb",
+            lines=markdown(content),
+            content=content,
+        )
 
 
 if __name__ == "__main__":

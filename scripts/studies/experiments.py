@@ -120,4 +120,9 @@ class ExperimentTable:
         runs += [run for run in known if self.column(run) not in titles]
         defaults = {"seed": 0, "objective": ""}
         runs.sort(key=lambda run: itemgetter("hours", "seed", "objective")(defaults | run))
-        lab.write_results(args.out, self.name, self.markdown(runs), runs)
+        lab.write_results(
+            args.out,
+            self.name,
+            lines=self.markdown(runs),
+            content=runs,
+        )

@@ -34,7 +34,7 @@ COLUMNS = (
     Column("direction accuracy (%)", "direction_accuracy"),
     Column("PSNR gain (dB)", "psnr_gain", 1),
     Column("color and shape kept (%)", "appearance_kept"),
-    Column("speed / true", "speed_ratio", 1, 2),
+    Column("speed / true", "speed_ratio", factor=1, digits=2),
 )
 
 
@@ -88,7 +88,8 @@ def markdown(rows):
     titles = {column.title: column.digits for column in COLUMNS}
     for model in models:
         of_model = {title: values[model, title] for title in titles}
-        names = [task for task in tasks if any(by_task[task] for by_task in of_model.values())]
+        first, *_ = lab.rows_with({"model": model}, rows)
+        names = lab.tasks_of([first])
         lines += [f"## --forcing {model}", "", *lab.seed_table(names, titles, of_model)]
     direction, gain, *_ = titles
     differences = []
@@ -103,7 +104,14 @@ def markdown(rows):
         both = {name: values[model, title][task], base: values.get((base, title), {}).get(task, {})}
         if both[name]:  # clips without given frames have no PSNR
             what = f"{task}, {title}"
-            differences.append(lab.difference(both, (name, base), what, digits=1))
+            differences.append(
+                lab.difference(
+                    both,
+                    (name, base),
+                    what=what,
+                    digits=1,
+                )
+            )
     return lines + lab.difference_lines(differences)
 
 
@@ -132,7 +140,15 @@ def main():
     table = "given_frames" if args.objectives == ["eqm"] else "given_frames_objectives"
     runs = []
     for seed, share, objective in itertools.product(args.seeds, args.shares, args.objectives):
-        runs.append(make_run(args, share, seed, objective, table))
+        runs.append(
+            make_run(
+                args,
+                share,
+                seed=seed,
+                objective=objective,
+                table=table,
+            )
+        )
     lab.run_study(args, runs, markdown)
 
 

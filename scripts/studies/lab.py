@@ -187,9 +187,9 @@ class Run:
 
     @property
     def has_row(self):
-        """Whether there is a row with all tasks, which are not measured again."""
-        rows = rows_with(self.about, self.rows())
-        return any(self.tasks.keys() <= row["values"].keys() for row in rows)
+        """Whether the rows have all tasks, which are not measured again."""
+        known = tasks_of(rows_with(self.about, self.rows()))
+        return bool(known) and self.tasks.keys() <= known.keys()
 
     @property
     def is_sampled(self):
@@ -279,13 +279,6 @@ class Run:
             )
         return self.checkpoint()
 
-    def sample(self, ckpt):
-        for task, (flags, _) in self.tasks.items():
-            path = self.path(task)
-            if not path.exists():
-                words = ["--ckpt", ckpt, "--folder", path.parent, "--video", "--no-previews"]
-                self.script("EqM/sample_gd.py", *words, *flags)
-
     def run(self):
         """Make the data, train, sample and score, skipping what is done. Raises UserError."""
         self.make_data()
@@ -298,7 +291,11 @@ class Run:
             lost = {"values": {"": {"val_loss": math.inf}} | dict.fromkeys(self.tasks, {})}
             add_rows(self.out, [self.about | self.more | lost], replaces=self.about)
             return
-        self.sample(ckpt)
+        for task, (flags, _) in self.tasks.items():
+            folder = self.path(task).parent
+            if not self.path(task).exists():
+                words = ["--ckpt", ckpt, "--folder", folder, "--video", "--no-previews"]
+                self.script("EqM/sample_gd.py", *words, *flags)
         self.more["seconds"] = time.monotonic() - began
         if not self.is_scored_last:
             finish([self])

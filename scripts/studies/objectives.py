@@ -61,7 +61,9 @@ COLUMNS = (  # of MAIN
     BOTH_RIGHT,
     Column("directions right (%)", "direction_accuracy"),
     Column("shapes right (%)", "shape_accuracy"),
-    Column("RMSE to the nearest training clip / of held-out clips", "rmse_ratio", 1, 2),
+    Column(
+        "RMSE to the nearest training clip / of held-out clips", "rmse_ratio", factor=1, digits=2
+    ),
 )
 PRIMARY = ("eqm", "flow")  # this pair is compared in all tasks
 COMPARISONS = (  # of MAIN, fixed in advance
@@ -78,7 +80,13 @@ for name, arm in ARMS.items():
 def make_run(args, name, seed, tasks, table="objectives"):
     """The run of an arm with a seed."""
     flags = f"--objective {name} --gamma-shift {ARMS[name].shift}"
-    return shapes_run(args, table, ABOUTS[name] | {"seed": seed}, tasks, flags)
+    return shapes_run(
+        args,
+        table,
+        about=ABOUTS[name] | {"seed": seed},
+        tasks=tasks,
+        flags=flags,
+    )
 
 
 def main_run(args, name, seed):
@@ -100,7 +108,12 @@ def main_run(args, name, seed):
         for count in STOPS:
             flags = f"--num-sampling-steps {count + 1}"
             tasks[f"{count} steps of the usual size"] = usual(more=flags)
-    return make_run(args, name, seed, tasks)
+    return make_run(
+        args,
+        name,
+        seed=seed,
+        tasks=tasks,
+    )
 
 
 def few_run(args, seed):
@@ -111,8 +124,20 @@ def few_run(args, seed):
         if is_tried or idea == BEST:
             way, flags = IDEAS[idea]
             clips = size_of(args).fewer
-            tasks[f"{name}, {idea}"] = make_task(way, clips, count, guidance=scale, more=flags)
-    return make_run(args, "eqm", seed, tasks, table="few")
+            tasks[f"{name}, {idea}"] = make_task(
+                way,
+                clips,
+                evaluations=count,
+                guidance=scale,
+                more=flags,
+            )
+    return make_run(
+        args,
+        "eqm",
+        seed=seed,
+        tasks=tasks,
+        table="few",
+    )
 
 
 def few_markdown(main_rows, rows):
@@ -130,7 +155,14 @@ def few_markdown(main_rows, rows):
     for idea, task in itertools.product(IDEAS, CASES):
         both = {first: values[task][idea], second: values[task]["flow, Euler steps"]}
         if both[first]:
-            differences.append(lab.difference(both, PRIMARY, f"{task}, {idea}", digits=2))
+            differences.append(
+                lab.difference(
+                    both,
+                    PRIMARY,
+                    what=f"{task}, {idea}",
+                    digits=2,
+                )
+            )
     lines = lab.heading(
         "Few evaluations",
         "`scripts/studies/objectives.py --few` wrote this table: eqm with few evaluations, the "
@@ -155,7 +187,14 @@ def markdown(rows):
     for pair, column in COMPARISONS:
         values = lab.by_arm(rows, ABOUTS, column.of(MAIN))
         what = column.title
-        differences.append(lab.difference(values, pair, what, digits=column.digits + 1))
+        differences.append(
+            lab.difference(
+                values,
+                pair,
+                what=what,
+                digits=column.digits + 1,
+            )
+        )
     lines += [*lab.difference_lines(differences), "", f"## Other samples: {BOTH_RIGHT.title}", ""]
     cells = []
     differences = []
@@ -163,12 +202,19 @@ def markdown(rows):
         if task == MAIN:
             continue
         both = lab.by_arm(rows, ABOUTS, BOTH_RIGHT.of(task))
-        spent = lab.by_arm(rows, ABOUTS, Column("", "evaluations", 1, task=task))
+        spent = lab.by_arm(rows, ABOUTS, Column("", "evaluations", factor=1, task=task))
         counts = dict.fromkeys(lab.mean_cell(seeds, 1) for seeds in spent.values() if seeds)
         right = [lab.mean_cell(both[name], 1) for name in ARMS]
         cells.append([task, *right, "; ".join(counts)])
         if both["flow"]:
-            differences.append(lab.difference(both, PRIMARY, task, digits=2))
+            differences.append(
+                lab.difference(
+                    both,
+                    PRIMARY,
+                    what=task,
+                    digits=2,
+                )
+            )
     lines += lab.table(["", *ARMS, "evaluations"], cells)
     return lines + lab.difference_lines(differences)
 

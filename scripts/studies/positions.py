@@ -45,7 +45,7 @@ TINY = {"depth": 1, "hidden_size": 96}  # with --miniature, as the next lines
 TINY_MODEL = "--depth 1 --hidden-size 96"
 TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
 LONG = "256 frames"
-LOSS = Column("validation loss", "val_loss", 1, 3)
+LOSS = Column("validation loss", "val_loss", factor=1, digits=3)
 
 
 def recipe(name):
@@ -89,7 +89,7 @@ DATA_SETS = {
         columns=(
             LOSS,
             Column("valid samples (%)", "valid", task="samples"),
-            Column("one frame given: PSNR (dB)", "psnr", 1, 2, task="predictions"),
+            Column("one frame given: PSNR (dB)", "psnr", factor=1, digits=2, task="predictions"),
             Column("one frame given: the true clip (%)", "true_clip", task="predictions"),
             Column("samples of the requested class (%)", "asked_class", task="samples"),
         ),
@@ -113,10 +113,12 @@ DATA_SETS = {
             LOSS,
             Column("one object to the end (%)", "one_object", digits=0, task=LONG),
             Column("turns at the borders only (%)", "turns_right", digits=0, task=LONG),
-            Column("5% quantile of window speed / true", "speed_low", 1, 2, task=LONG),
-            Column("median", "speed_median", 1, 2, task=LONG),
-            Column("95% quantile", "speed_high", 1, 2, task=LONG),
-            Column("seam score of windows", "window_seam_score", 1, 2, task=LONG),
+            Column(
+                "5% quantile of window speed / true", "speed_low", factor=1, digits=2, task=LONG
+            ),
+            Column("median", "speed_median", factor=1, digits=2, task=LONG),
+            Column("95% quantile", "speed_high", factor=1, digits=2, task=LONG),
+            Column("seam score of windows", "window_seam_score", factor=1, digits=2, task=LONG),
         ),
         compared=(1,),
         steps=int(1.6 * FULL.steps),
@@ -137,7 +139,12 @@ def make_run(args, about, flags, has_phases=True):
     scored = videos
     if data_set.made:
         count, test_count = (2, 2) if args.miniature else (60, 12)
-        data = lab.data_sets(videos, count, test_count, data_set.made)
+        data = lab.data_sets(
+            videos,
+            count,
+            test_count=test_count,
+            flags=data_set.made,
+        )
         _, scored = data
     shares = data_set.phases
     mix = data_set.mix
@@ -152,7 +159,12 @@ def make_run(args, about, flags, has_phases=True):
         steps = 4
         flags += f" {TINY_MODEL}"
         sampled += f" {TINY_SAMPLES}"
-    phases, flops = plan(config, shares, mix, steps)
+    phases, flops = plan(
+        config,
+        shares,
+        mix=mix,
+        steps=steps,
+    )
     _, last_step, _ = phases[-1]
     training = (
         f"--video {data_set.flags} --precision {lab.PRECISION} {flags} {phase_flags(phases, mix)} "
@@ -202,7 +214,14 @@ def markdown(name, rows):
         if values.get(base) and values[positions] and positions not in ("fixed", base):
             pair = (positions, base)
             digits = column.digits + 1
-            differences.append(lab.difference(values, pair, column.title, digits))
+            differences.append(
+                lab.difference(
+                    values,
+                    pair,
+                    what=column.title,
+                    digits=digits,
+                )
+            )
     return lines + lab.difference_lines(differences)
 
 
@@ -227,7 +246,14 @@ def main():
     runs = []
     for seed, (positions, flags) in itertools.product(args.seeds, POSITIONS.items()):
         about = {"positions": positions, "seed": seed}
-        runs.append(make_run(args, about, flags, has_phases=positions != "fixed"))
+        runs.append(
+            make_run(
+                args,
+                about,
+                flags=flags,
+                has_phases=positions != "fixed",
+            )
+        )
     lab.run_study(args, runs, partial(markdown, args.data_set))
 
 

@@ -82,7 +82,12 @@ def markdown(rows):
     return lines
 
 
-parse_args = lab.study_parser(__doc__, "positions", [*range(5)], trains=False).parse_args
+parse_args = lab.study_parser(
+    __doc__,
+    "positions",
+    seeds=[*range(5)],
+    trains=False,
+).parse_args
 
 
 @one_line_errors()

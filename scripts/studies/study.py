@@ -85,16 +85,17 @@ PAIRS = {
     ),
 }
 LOSS = Column("Loss", "val_loss", 1)
-VALIDATION = Column("validation loss", "val_loss", 1, 3)
+VALIDATION = Column("validation loss", "val_loss", factor=1, digits=3)
 DIRECTION = Column("Direction accuracy (0 to 1)", "direction_accuracy", 1)
 PERCENT = Column("direction accuracy (%)", "direction_accuracy", digits=0)
-SPEED = Column("speed / true", "speed_ratio", 1, 2)
-SEAM = Column("seam score (1 = no seam)", "seam_score", 1, 2)
-CSV = {
+SPEED = Column("speed / true", "speed_ratio", factor=1, digits=2)
+SEAM = Column("seam score (1 = no seam)", "seam_score", factor=1, digits=2)
+CSV = {  # value: column
+    "val_loss": "loss_16",
     "direction_accuracy": "direction",
     "speed_ratio": "speed",
     "seam_score": "seam",
-}  # its columns
+}
 
 # Rows ---------------------------------------------------------------------------------------------
 
@@ -129,38 +130,23 @@ def study_run(args, name, seed):
 
 
 def read_study(path):
-    """The rows of study.json, after those of study.csv, an earlier version."""
-    rows = [row for row in lab.read_rows(path) if "values" in row]
-    path = path.with_suffix(".csv")
-    if not path.exists():
-        return rows
-    with open(path, newline="") as file:
-        lines = list(csv.DictReader(file))
-    if not lines or "loss_16" not in lines[0]:
-        fail(f"{path}: has other columns; expected those of version {VERSION}")
-    return rows_of_lines(lines) + rows
-
-
-def rows_of_lines(lines):
-    """A row for each run in lines of the csv: some of its training, and one of each sample."""
-    rows = {}
+    """The rows of study.json, after the lines of study.csv, an earlier version: some of a run's
+    training, and one of each length of its samples.
+    """
+    rows = []
+    path_of_lines = path.with_suffix(".csv")
+    lines = []
+    if path_of_lines.exists():
+        with open(path_of_lines, newline="") as file:
+            lines = list(csv.DictReader(file))
+    if lines and "loss_16" not in lines[0]:
+        fail(f"{path_of_lines}: has other columns; expected those of version {VERSION}")
     for line in lines:
-        key = (line["arm"], line["seed"], line["share"])
-        about = {"arm": line["arm"], "seed": int(line["seed"]), "share": float(line["share"])}
-        row = rows.setdefault(key, about | {"values": {}, "lines": 0, "sampled": 0.0})
-        row["lines"] += 1
-        for name in ("code", "machine", "compiled"):
-            row[name] = line[name]
-        if line["kind"] == "train":
-            row["values"][""] = {"val_loss": float(line["loss_16"])}
-            row["trained"] = float(line["seconds"])  # so far
-            continue
-        row["sampled"] += float(line["seconds"])
+        task = frames_task(line["frames"]) if line["kind"] == "sample" else ""
         values = {name: float(line[column]) for name, column in CSV.items() if line[column]}
-        row["values"][frames_task(line["frames"])] = values
-    for row in rows.values():
-        row["seconds"] = row["trained"] + row["sampled"]
-    return [*rows.values()]
+        numbers = {name: float(line[name]) for name in ("seed", "share", "seconds")}
+        rows.append(line | numbers | {"values": {task: values}})
+    return rows + [row for row in lab.read_rows(path) if "values" in row]
 
 
 def values_of(rows, name, column, frames):
@@ -176,7 +162,15 @@ def differences(rows, pairs):
     """Lines about loss and direction accuracy of pairs of arms."""
     compared = []
     for pair, column in itertools.product(pairs, (LOSS, DIRECTION)):
-        values = {name: values_of(rows, name, column, frames=16) for name in pair}
+        values = {
+            name: values_of(
+                rows,
+                name,
+                column=column,
+                frames=16,
+            )
+            for name in pair
+        }
         compared.append(difference(values, pair, column.title))
     return [*difference_lines(compared), ""]
 
@@ -198,7 +192,12 @@ def spread_table(rows, title, columns, cases):
     for name, second, frames in cases:
         row = [name, second]
         for column in columns:
-            values = values_of(rows, name, column, frames)
+            values = values_of(
+                rows,
+                name,
+                column=column,
+                frames=frames,
+            )
             row.append(spread_cell(values, column.digits))
         cells.append(row)
     return table(["arm", title, *(column.title for column in columns)], cells)
@@ -207,13 +206,23 @@ def spread_table(rows, title, columns, cases):
 def full_table(rows, names):
     """Loss, direction accuracy and speed at 16 frames of each arm."""
     cases = [(name, "100", 16) for name in names]
-    return spread_table(rows, "compute (%)", (VALIDATION, PERCENT, SPEED), cases)
+    return spread_table(
+        rows,
+        "compute (%)",
+        columns=(VALIDATION, PERCENT, SPEED),
+        cases=cases,
+    )
 
 
 def length_table(rows, names):
     """Direction accuracy, speed and seams of each arm at 16, 24, 32 frames."""
     cases = [(name, str(frames), frames) for name in names for frames in LENGTHS]
-    return spread_table(rows, "frames", (PERCENT, SPEED, SEAM), cases)
+    return spread_table(
+        rows,
+        "frames",
+        columns=(PERCENT, SPEED, SEAM),
+        cases=cases,
+    )
 
 
 def length_figure(rows, names, out):
@@ -226,7 +235,14 @@ def length_figure(rows, names, out):
     for name, color, marker in zip(names, COLORS, MARKERS, strict=False):
         points = []
         for frames in LENGTHS:
-            values = [*values_of(rows, name, PERCENT, frames).values()]
+            values = [
+                *values_of(
+                    rows,
+                    name,
+                    column=PERCENT,
+                    frames=frames,
+                ).values()
+            ]
             if values:
                 points.append((frames, statistics.mean(values)))
                 axes.scatter([frames] * len(values), values, color=color, alpha=0.45, s=30)
@@ -255,15 +271,17 @@ def markdown(out, rows):
     size = shapes.FULL
     config = shapes.config_of(size)
     _, flops = shapes.plan(config, ((16, 1.0),), mix=0, steps=size.steps)
-    spent = sum(row.get("seconds", 0) for row in rows) / 3600
-    count = sum(row.get("lines", 1) for row in rows)
+    spent = {}  # the last seconds of training, and those of samples
+    for row in rows:
+        spent[row["arm"], row["seed"], row["share"], *row["values"]] = row.get("seconds", 0)
+    hours = sum(spent.values()) / 3600
     codes = sorted({row["code"][:10] for row in rows})
     machines = sorted({row["machine"] for row in rows})
     compiled = " with --compile" if all(row["compiled"] for row in rows) else ""
     lines = lab.heading(
         "Which positions are best, and does a frame curriculum pay?",
-        f"`{script} --report` wrote this page from `study.csv` ({count} rows, version "
-        f"{VERSION}, size full). `{script}` measured the rows: {spent:.1f} hours of "
+        f"`{script} --report` wrote this page from `study.csv` ({len(rows)} rows, version "
+        f"{VERSION}, size full). `{script}` measured the rows: {hours:.1f} hours of "
         f"training{compiled} and sampling, on {', '.join(machines)}; code {', '.join(codes)}. "
         "[study-first-edition.md](study-first-edition.md) answers other questions with earlier "
         "code.",
