@@ -599,7 +599,7 @@ def check_began_from(start, args, path):
     """Raise UserError if a resumed run did not begin from `path`, of --ckpt or --inflate."""
     name = "inflate" if args.inflate else "ckpt"
     if path.resolve().is_relative_to(start.folder.resolve()):
-        return  # train_progressive.sh names the run's own file once the phase before is deleted
+        return  # one of the files of this run
     began = f"{flag_text(args, name)}: --resume continues {start.folder}, which began"
     if not start.resumed_flag(name):
         raise UserError(f"{began} without it; remove one of the two")

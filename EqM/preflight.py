@@ -260,7 +260,7 @@ def resolve_settings(args, start, config, lengths):
         **generation.resolve_sampler(args, trained, config.learns),
     )
     if args.compile and has_energy:
-        raise UserError(f"--compile: no second derivative for --ebm {config.ebm}; remove it")
+        raise UserError(f"--compile: no second derivative for --ebm {config.ebm}; use --no-compile")
     if args.grad_checkpoint == "selective" and has_energy:
         raise UserError(
             f"--grad-checkpoint {args.grad_checkpoint}: no second derivative for --ebm "

@@ -9,7 +9,7 @@
 #   EXP=progressive_rope_training   results go to results/$EXP
 #   RECIPE=ours             flags of train.py: a name in scripts/recipes (ours, small, published), or a file of your own
 #   SCHEDULE="4:50000:256 8:100000:128 16:150000:64"   phases: frames per clip, global step at the end, clips per step;
-#                           phases of equal compute did best (results/study-first-edition.md, B)
+#                           equal compute did best (B in results/studies/positions/study-first-edition.md)
 #   START                   image model that phase 1 starts from; add --model, --vae and --image-size to fit it
 #   CACHE=1                 encode the videos into $DATA-latents; or a folder for the latents; 0: encode at every step
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100   seconds that processes have to save and end after a signal

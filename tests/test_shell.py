@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import cache_latents
 import train
 from process import end, spawn, write_commands
 from test_odd_names import ODD
@@ -345,9 +346,9 @@ def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(recorded, t
 # Recipes ------------------------------------------------------------------------------------------
 
 
-def flags_of(monkeypatch, *words):
+def flags_of(monkeypatch, *words, script=train):
     monkeypatch.setattr(sys, "argv", ["train.py", *words, "--data-path", "DIR"])
-    return train.parse_args()
+    return script.parse_args()
 
 
 def test_a_recipe_is_a_text_of_flags_and_later_flags_win(monkeypatch, tmp_path):
@@ -365,6 +366,16 @@ def test_a_recipe_is_a_text_of_flags_and_later_flags_win(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/recipes/*.txt")), ids=lambda p: p.stem)
 def test_train_takes_our_recipes(path, monkeypatch):
     assert flags_of(monkeypatch, f"@{path}").typed > {"data_path"}
+
+
+def test_a_cache_takes_what_concerns_it_from_the_flags_of_a_training(monkeypatch, capsys):
+    words = ["--out", "x", "--with-flips", f"@{ROOT / 'scripts/recipes/ours.txt'}", "--lr", "1"]
+    words += ["--vae", "mse"]
+    flags = flags_of(monkeypatch, *words, "--skip-others", script=cache_latents)
+    assert (flags.vae, flags.image_size, flags.with_flips) == ("mse", 256, True)
+    flags = flags_of(monkeypatch, *words, "--no-flip", "--skip-others", script=cache_latents)
+    assert flags.with_flips is False
+    assert "--use-rope: no such flag" in refused(capsys, cache_latents, *words, "--data-path", "x")
 
 
 @pytest.mark.parametrize("content", [None, b"--lr 'a", b"\xff\xfe", b"--lrr 1", b"--lr\n"])
