@@ -26,7 +26,8 @@ find_model() { # set CKPT to the newest best.pt of results/$EXP, or to that fold
     if [[ -f $file && (-z $CKPT || $file -nt $CKPT) ]]; then CKPT=$file; fi
   done
   CKPT=${CKPT%/model.safetensors}
-  [[ -n $CKPT ]] || complain "EXP=$(printf %q "$EXP"): no model in results/; set EXP to a folder there, or set CKPT"
+  [[ -n $CKPT ]] || complain "EXP=$(printf %q "$EXP"): no model; set EXP to a folder of results/, or set CKPT." \
+    "Folders: $(cd results 2>/dev/null && printf '%q ' */)"
 }
 
 activate() { # use the environment of setup.sh or the active one; set RUN to what starts a script in GPUS processes

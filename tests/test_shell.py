@@ -337,6 +337,9 @@ def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(recorded, t
     _, (call,) = recorded("sample.sh", EXP="x", CKPT="y", FRAMES="16 7", GPUS="2")
     assert "--num-frames 16 7 --" in " ".join(call)
     assert "--folder=samples/x" in call
+    done, _ = recorded("sample.sh", EXP="mi\nne")
+    assert done.stderr.startswith("sample.sh: error: EXP=$'mi\\nne': no model; ")
+    assert "\n" not in done.stderr.removesuffix("\n")
     (tmp_path / "results/export").mkdir()
     (tmp_path / "results/export/model.safetensors").touch()
     _, (call,) = recorded("sample.sh", EXP="export")
