@@ -18,12 +18,6 @@ RESULTS = ROOT / "results"
 FOLDERS = [RESULTS, *RESULTS.glob("studies/*")]
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.[jc]s*"))
 KEYS = "code", "command", "date", "machine"
-RECORD = {
-    "code": "0" * 40,
-    "command": "python scripts/studies/seeds.py",
-    "date": "2026-11-30",
-    "machine": "one",
-}
 
 
 def records_of(path):
@@ -88,20 +82,9 @@ def test_the_command_is_the_words_of_the_process_with_quotes_and_variables(monke
     assert made["machine"] == benchmark.machine() and re.fullmatch(r"\d{4}-\d\d-\d\d", made["date"])
 
 
-def test_rows_and_tables_say_how_they_were_made(tmp_path):
+def test_rows_say_how_they_were_made(tmp_path):
     lab.add_rows(tmp_path / "rows.json", [{"value": 1}])
-    lab.write_results(tmp_path, "table", ["| 1 |"], {"rows": [1]})
     assert [{*row} for row in lab.read_rows(tmp_path / "rows.json")] == [{"value", *KEYS}]
-    assert {*lab.read_rows(tmp_path / "table.json")["made"]} == {*KEYS}
-
-
-def test_numbers_that_are_only_tabulated_again_keep_what_they_say(tmp_path):
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"made": RECORD, "rows": [1.5]}))
-    lab.write_results(tmp_path, "table", ["| other words |"], {"rows": [1.5]})
-    assert lab.read_rows(path)["made"] == RECORD
-    lab.write_results(tmp_path, "table", ["| other words |"], {"rows": [2.5]})
-    assert lab.read_rows(path)["made"]["command"] != RECORD["command"]
 
 
 def test_the_benchmark_says_how_it_was_made(tmp_path, monkeypatch):

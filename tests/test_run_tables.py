@@ -119,7 +119,7 @@ def write_sprites(name, run, vae=None):
     long = {"samples": [1], "validation": [1], "psnr_by_frame": [1]}
     results = {task: run[task] | long for task in sprites.TASKS if task in run}
     results["classifier"] = {
-        kind: run[f"classifier_{kind}"] | {"static": [1]} for kind in ("real", "samples")
+        kind: run[f"classifier_{kind}"] | {"by_class": 1} for kind in ("real", "samples")
     }
     for task, result in results.items():
         write_lines(f"samples/{name}-{task}.json", {"result": result, "code": "of the score"})

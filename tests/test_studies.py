@@ -15,7 +15,6 @@ import pytest
 from matplotlib.figure import Figure
 
 import control
-import disturb
 import experiments
 import given_frames
 import lab
@@ -43,7 +42,7 @@ SCRIPT = lab.Run.script  # in a process of its own
 
 def loss_difference(values, others):
     arms = {"a": dict(enumerate(values)), "b": dict(enumerate(others))}
-    return lab.difference(arms, ("a", "b"), "Loss")
+    return arms, ("a", "b"), "Loss", 3
 
 
 # The first one, differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30; t = 16
@@ -66,7 +65,7 @@ def loss_difference(values, others):
     ],
 )
 def test_differences_are_paired_by_seed_with_the_p_value_of_students_t(values, others, text):
-    (line,) = lab.difference_lines([loss_difference(values, others)])
+    (line,) = lab.compare([loss_difference(values, others)])
     assert text in line
 
 
@@ -88,8 +87,8 @@ def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
     # t is 4 sqrt(3), so p = 1 - sqrt(48 / 50) = 0.0202, and five times that in a table of five
     gap = loss_difference([1.3, 1.4, 1.5], [1.0, 1.0, 1.0])
     other = loss_difference([1.0, 1.1, 0.9], [1.0, 1.0, 1.0])
-    (alone,) = lab.difference_lines([gap])
-    among, *_ = lab.difference_lines([gap] + [other] * 4)
+    (alone,) = lab.compare([gap])
+    among, *_ = lab.compare([gap] + [other] * 4)
     assert alone.endswith("p 0.020, by Holm 0.020): higher.")
     assert among.endswith("p 0.020, by Holm 0.101): no significant difference.")
 
@@ -100,7 +99,6 @@ MAIN_ROWS = lab.read_rows(ROOT / "results/studies/objectives/objectives.json")
 TABLES = {  # in results/
     "old/given_frames": given_frames.markdown,
     "old/seeds": seeds.markdown,
-    "studies/objectives/disturb": disturb.markdown,
     "studies/objectives/few": partial(objectives.few_markdown, MAIN_ROWS),
     "studies/objectives/given_frames_objectives": given_frames.markdown,
     "studies/objectives/objectives": objectives.markdown,

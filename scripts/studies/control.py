@@ -173,18 +173,9 @@ def main_run(args, name, seed, tuning):
         "16 frames, no guidance": usual(size.fewer, guidance=1),
     }
     for count in COUNTS:
-        best = choose_way(
-            tuning,
-            tuned_as,
-            number=number,
-            task=count_task(count),
-        )
-        tasks[count_task(count)] = way_task(
-            number,
-            best,
-            count=size.fewer,
-            evaluations=count,
-        )
+        task = count_task(count)
+        best = choose_way(tuning, tuned_as, number=number, task=task)
+        tasks[task] = way_task(number, best, count=size.fewer, evaluations=count)
     return make_run(
         args,
         name,
@@ -195,11 +186,12 @@ def main_run(args, name, seed, tuning):
     )
 
 
-def tuned_mean(rows, name, number, way, tasks):
+def tuned_mean(rows, case, tasks):
     """The share of right clips (%), the mean over tuning seeds and tasks; None if a run is missing.
 
-    No clip of a model that diverged is right.
+    case: (arm, number of the configuration, way). No clip of a model that diverged is right.
     """
+    name, number, way = case
     of_arm = lab.rows_with({"objective": name, "configuration": number}, rows)
     values = []
     for task, row in itertools.product(tasks, of_arm):
@@ -214,13 +206,7 @@ def choose(rows, name):
     """
     means = {}
     for number, way in itertools.product(range(len(CONFIGURATIONS)), ARMS[name].ways):
-        means[number, way] = tuned_mean(
-            rows,
-            name,
-            number=number,
-            way=way,
-            tasks=PRIMARY_TASKS,
-        )
+        means[number, way] = tuned_mean(rows, (name, number, way), PRIMARY_TASKS)
     if None in means.values():
         raise UserError(f"--arms {name}: its tuning is not complete; run with --tune first")
     return max(means, key=means.get)
@@ -228,16 +214,9 @@ def choose(rows, name):
 
 def choose_way(rows, name, number, task):
     """The way that did best on the tuning seeds in a task, with the chosen configuration."""
-    return max(
-        ARMS[name].ways,
-        key=lambda way: tuned_mean(
-            rows,
-            name,
-            number=number,
-            way=way,
-            tasks=[task],
-        ),
-    )
+    cases = [(name, number, way) for way in ARMS[name].ways]
+    *_, best = max(cases, key=lambda case: tuned_mean(rows, case, [task]))
+    return best
 
 
 def tuning_markdown(rows):
@@ -253,13 +232,7 @@ def tuning_markdown(rows):
         for number, configuration in enumerate(CONFIGURATIONS):
             texts = []
             for way in ARMS[name].ways:
-                mean = tuned_mean(
-                    rows,
-                    name,
-                    number=number,
-                    way=way,
-                    tasks=PRIMARY_TASKS,
-                )
+                mean = tuned_mean(rows, (name, number, way), PRIMARY_TASKS)
                 if mean is not None:
                     mark = "**" if (number, way) == best else ""
                     texts.append(f"{way_name(way)} {mark}{mean:.1f}{mark}")
@@ -299,16 +272,7 @@ def markdown(rows):
 
 def compare(values, compared):
     """Lines about (task, pair of arms), by Holm over all of them."""
-    gaps = [
-        lab.difference(
-            values.get(task, {}),
-            pair,
-            what=task,
-            digits=2,
-        )
-        for task, pair in compared
-    ]
-    return lab.difference_lines(gaps)
+    return lab.compare([(values.get(task, {}), pair, task, 2) for task, pair in compared])
 
 
 def parse_args():

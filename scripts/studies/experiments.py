@@ -1,5 +1,6 @@
 """Tables of experiments that a shell script ran: a column for each, in NAME.md and NAME.json."""
 
+import itertools
 import json
 import shlex
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from runtime.metrics import read_metrics
 
 lab.refuse_to_run(__name__, "scripts/studies/sprites.py")
 
+# values of --metric classifier
+CLASSIFIED = "clips", "right", "share", "interval95", "static", "IS", "H(y|x)", "H(y)"
 
 # The files of a finished experiment. The functions raise FileNotFoundError.
 
@@ -33,21 +36,36 @@ def newest_metrics(name, kind):
     return rows
 
 
-def read_scores(name, tasks):
-    """{task: manifest} of the samples."""
-    paths = {task: Path("samples", f"{name}-{task}.json") for task in tasks}
-    return {task: json.loads(path.read_text()) for task, path in paths.items()}
+def begin_run(name, script, tasks):
+    """(what all experiments have in a run, results {task: result} of the samples).
 
-
-def made_by(name, script, score):
-    """As `made`, with the whole command of the experiment, and the commit that wrote `score`, a
-    manifest of its samples.
+    The command is that of the whole experiment, the commit that of the first score.
     """
-    settings = Path("results", name, "settings").read_text().strip()
-    record = made()
-    record["command"] = f"EXP={shlex.quote(name)} {settings} bash scripts/{script}"
-    record["code"] = score.get("code") or record["code"]
-    return record
+    settings = read_settings(name)
+    if "VAE" in settings:
+        rows, *_ = read_metrics(Path(settings["VAE"]).parent / "metrics.jsonl")
+    else:
+        rows = newest_metrics(name, "VAE")
+    vae = rows[-1]
+    model = newest_metrics(name, "EqM")[-1]
+    paths = {task: Path("samples", f"{name}-{task}.json") for task in tasks}
+    scores = {task: json.loads(path.read_text()) for task, path in paths.items()}
+    results = {task: score["result"] for task, score in scores.items()}
+    text = Path("results", name, "settings").read_text().strip()
+    run = made() | {"command": f"EXP={shlex.quote(name)} {text} bash scripts/{script}"}
+    run["code"] = scores[tasks[0]].get("code") or run["code"]
+    run |= {
+        "hours": float(settings["HOURS"]),
+        "vae_steps": vae["step"],
+        "vae_psnr": vae["val_psnr"],
+        "steps": model["step"],
+        "minutes_of_model": model["seconds"] / 60,
+    }
+    for kind in ("real", "samples"):
+        run[f"classifier_{kind}"] = {
+            key: value for key, value in results["classifier"][kind].items() if key in CLASSIFIED
+        }
+    return run, results
 
 
 @dataclass
@@ -80,11 +98,9 @@ class ExperimentTable:
             f"`scripts/studies/{self.name}.py` wrote this table from runs of "
             f"`scripts/{self.script}`. {self.brackets}"
         )
-        concerned = {}  # {note: columns}
-        for run, column in zip(runs, columns, strict=True):
-            for note in run.get("notes", ()):
-                concerned.setdefault(note, []).append(column)
-        for note, titles in concerned.items():
+        notes = dict.fromkeys(itertools.chain.from_iterable(run.get("notes", ()) for run in runs))
+        for note in notes:
+            titles = [self.column(run) for run in runs if note in run.get("notes", ())]
             if titles != columns:
                 about += f" {'; '.join(titles)}:"
             about += f" {note}"
@@ -124,5 +140,5 @@ class ExperimentTable:
             args.out,
             self.name,
             lines=self.markdown(runs),
-            content=runs,
+            rows=runs,
         )

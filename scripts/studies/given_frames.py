@@ -38,10 +38,6 @@ COLUMNS = (
 )
 
 
-def model_name(share, objective):
-    return f"{share:g}" if objective == "eqm" else f"{share:g} --objective {objective}"
-
-
 def given_tasks(args, way, objective):
     """{name: (flags of sample_gd.py, metrics)}: a clip per test video."""
     _, test = data_of(args)
@@ -59,10 +55,13 @@ def given_tasks(args, way, objective):
 def make_run(args, share, seed, objective="eqm", table="given_frames"):
     """The lab.Run of the model with this objective, share of forced clips and seed."""
     arm = ARMS[objective]
+    model = f"{share:g}"
+    if objective != "eqm":
+        model += f" --objective {objective}"
     return shapes_run(
         args,
         table=table,
-        about={"model": model_name(share, objective), "seed": seed},
+        about={"model": model, "seed": seed},
         tasks=given_tasks(args, arm.way, objective),
         flags=f"--forcing {share} --objective {objective} --gamma-shift {arm.shift}",
     )
@@ -77,42 +76,36 @@ def markdown(rows):
         f"{FULL.clips} test videos, with {len(seeds)} seeds each. PSNR gain is relative to "
         "repeating the last given frame. Cells hold the mean over seeds (lowest to highest).",
     )
+    direction, gain, *_ = COLUMNS
     models = dict.fromkeys(row["model"] for row in rows)
-    tasks = lab.tasks_of(rows)
-    values = {}  # {(model, title): {task: {seed: number}}}
-    for model, column in itertools.product(models, COLUMNS):
-        by_task = {}
-        for task in tasks:
-            by_task[task] = lab.by_seed(rows, {"model": model}, column.of(task))
-        values[model, column.title] = by_task
-    titles = {column.title: column.digits for column in COLUMNS}
+    digits = {column.title: column.digits for column in COLUMNS}
     for model in models:
-        of_model = {title: values[model, title] for title in titles}
-        first, *_ = lab.rows_with({"model": model}, rows)
-        names = lab.tasks_of([first])
-        lines += [f"## --forcing {model}", "", *lab.seed_table(names, titles, of_model)]
-    direction, gain, *_ = titles
+        of_model, *_ = lab.rows_with({"model": model}, rows)
+        tasks = lab.tasks_of([of_model])
+        values = {}
+        for column in COLUMNS:
+            values[column.title] = {task: values_of(rows, task, column)[model] for task in tasks}
+        lines += [f"## --forcing {model}", "", *lab.seed_table(tasks, digits, values)]
     differences = []
-    for task, model, title in itertools.product(tasks, models, (direction, gain)):
+    cases = itertools.product(lab.tasks_of(rows), models, (direction, gain))
+    for task, model, column in cases:
         base, _, objective = model.partition(" ")
         if not objective:
             # the cost of forcing for clips without given frames
-            if title == gain or not task.startswith("nothing") or model == "0" or "0" not in models:
+            if column == gain or not task.startswith("nothing") or model == "0":
                 continue
             base = "0"
-        name = f"--forcing {model}"
-        both = {name: values[model, title][task], base: values.get((base, title), {}).get(task, {})}
-        if both[name]:  # clips without given frames have no PSNR
-            what = f"{task}, {title}"
-            differences.append(
-                lab.difference(
-                    both,
-                    (name, base),
-                    what=what,
-                    digits=1,
-                )
-            )
-    return lines + lab.difference_lines(differences)
+        values = values_of(rows, task, column)
+        both = {f"--forcing {model}": values[model], base: values.get(base, {})}
+        if values[model] and (base in models or objective):  # clips without given frames: no PSNR
+            differences.append((both, (*both,), f"{task}, {column.title}", 1))
+    return lines + lab.compare(differences)
+
+
+def values_of(rows, task, column):
+    """{model: {seed: number}} of a task."""
+    abouts = {row["model"]: {"model": row["model"]} for row in rows}
+    return lab.by_arm(rows, abouts, column.of(task))
 
 
 def parse_args():

@@ -504,40 +504,44 @@ def arm_table(rows, arms, columns):
     return seed_table(names, {column.title: column.digits for column in columns}, values)
 
 
-@dataclass
-class Difference:
-    """A comparison of two arms: a line of text, the mean difference, and its p value.
-
-    Without several seeds, there is no p value.
-    """
-
-    text: str  # without the p value and what follows
-    mean: float = 0.0
-    p: float | None = None
-
-
-def difference(values, pair, what, digits=3):
-    """The Difference of a pair of arms, paired by seed, where both values are finite.
-
-    values: {arm: {seed: value}}.
-    """
-    first, second = pair
-    firsts = values.get(first, {})
-    seconds = values.get(second, {})
+def gaps_of(values, pair):
+    """The differences of two arms of {arm: {seed: value}}, by seed, where both are finite."""
+    firsts, seconds = (values.get(arm, {}) for arm in pair)
     seeds = sorted(firsts.keys() & seconds.keys())
     gaps = [firsts[seed] - seconds[seed] for seed in seeds]
-    gaps = [gap for gap in gaps if math.isfinite(gap)]
-    mean, error = mean_and_error(gaps)
-    if mean is None:
-        return Difference(f"- {what}, {first} minus {second}: not run yet.")
-    text = f"- {what}: {first} minus {second} is {mean:+.{digits}f}"
-    if error is None:
-        return Difference(f"{text} (one seed, no interval).")
-    half = half95(gaps)
-    low = f"{mean - half:+.{digits}f}"
-    high = f"{mean + half:+.{digits}f}"
-    text += f" (95% {low} to {high}, {len(gaps)} seeds"
-    return Difference(text, mean, student_p(gaps))
+    return [gap for gap in gaps if math.isfinite(gap)]
+
+
+def compare(cases):
+    """A line for each difference of two arms in a table, with its p value if there are seeds.
+
+    cases: (values {arm: {seed: value}}, pair of arms, what it is, digits). Which differences are
+    significant is decided by `holm` over all of them.
+    """
+    differences = [gaps_of(values, pair) for values, pair, *_ in cases]
+    adjusted = iter(holm([student_p(gaps) for gaps in differences if len(gaps) > 1]))
+    lines = []
+    for (_, (first, second), what, digits), gaps in zip(cases, differences, strict=True):
+        mean, error = mean_and_error(gaps)
+        if mean is None:
+            lines.append(f"- {what}, {first} minus {second}: not run yet.")
+            continue
+        line = f"- {what}: {first} minus {second} is {mean:+.{digits}f}"
+        if error is None:
+            lines.append(f"{line} (one seed, no interval).")
+            continue
+        half = half95(gaps)
+        low = f"{mean - half:+.{digits}f}"
+        high = f"{mean + half:+.{digits}f}"
+        p = next(adjusted)
+        verdict = "no significant difference"
+        if p <= SIGNIFICANT:
+            verdict = "higher" if mean > 0 else "lower"
+        lines.append(
+            f"{line} (95% {low} to {high}, {len(gaps)} seeds; p {p_text(student_p(gaps))}, by Holm "
+            f"{p_text(p)}): {verdict}."
+        )
+    return lines
 
 
 def student_p(values):
@@ -561,40 +565,16 @@ def holm(p_values):
     return adjusted
 
 
-def difference_lines(differences):
-    """A line for each Difference of one table.
-
-    Which of them are significant is decided by `holm` over all of them.
-    """
-    adjusted = iter(holm([one.p for one in differences if one.p is not None]))
-    lines = []
-    for one in differences:
-        line = one.text
-        if one.p is not None:
-            p = next(adjusted)
-            verdict = "no significant difference"
-            if p <= SIGNIFICANT:
-                verdict = "higher" if one.mean > 0 else "lower"
-            line += f"; p {p_text(one.p)}, by Holm {p_text(p)}): {verdict}."
-        lines.append(line)
-    return lines
-
-
 def p_text(p):
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def write_results(out, name, lines, content=None):
-    """Write lines to NAME.md and their numbers (`content`) to NAME.json in the folder `out`.
-
-    Print the tables. A dict gets what `made` says as "made". The rows of a list have it already:
-    see `add_rows`.
-    """
-    path = Path(out, f"{name}.json")
-    files = {path.with_suffix(".md"): "\n".join(lines).rstrip()}
-    if content is not None:
-        content = stamped(path, content) if isinstance(content, dict) else content
-        files[path] = json.dumps(content, indent=1)
+def write_results(out, name, lines, rows=None):
+    """Write lines to NAME.md, and rows to NAME.json, in the folder `out`. Print the tables."""
+    path = Path(out, f"{name}.md")
+    files = {path: "\n".join(lines).rstrip()}
+    if rows is not None:
+        files[path.with_suffix(".json")] = json.dumps(rows, indent=1)
     with file_lock(Path(out, f".{name}.lock")):  # another process may write the same
         for path, text in files.items():
             write_file(path, f"{text}\n".encode())
@@ -602,15 +582,3 @@ def write_results(out, name, lines, content=None):
         if line.startswith("|"):
             say(line)
     say(f"results: {', '.join(map(str, files))}")
-
-
-def stamped(path, content):
-    """A dict of results with "made".
-
-    If the file at `path` has the same numbers, they keep what it says there.
-    """
-    known = read_rows(path)
-    record = known.pop("made", None) if isinstance(known, dict) else None
-    if record is None or json.dumps(known) != json.dumps(content):
-        record = made()
-    return {"made": record} | content

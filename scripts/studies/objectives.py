@@ -155,14 +155,7 @@ def few_markdown(main_rows, rows):
     for idea, task in itertools.product(IDEAS, CASES):
         both = {first: values[task][idea], second: values[task]["flow, Euler steps"]}
         if both[first]:
-            differences.append(
-                lab.difference(
-                    both,
-                    PRIMARY,
-                    what=f"{task}, {idea}",
-                    digits=2,
-                )
-            )
+            differences.append((both, PRIMARY, f"{task}, {idea}", 2))
     lines = lab.heading(
         "Few evaluations",
         "`scripts/studies/objectives.py --few` wrote this table: eqm with few evaluations, the "
@@ -171,7 +164,7 @@ def few_markdown(main_rows, rows):
     )
     names = ["usual descent", *IDEAS, "flow, Euler steps"]
     lines += lab.seed_table(names, dict.fromkeys(values, 1), values)
-    return lines + lab.difference_lines(differences)
+    return lines + lab.compare(differences)
 
 
 def markdown(rows):
@@ -186,16 +179,8 @@ def markdown(rows):
     differences = []
     for pair, column in COMPARISONS:
         values = lab.by_arm(rows, ABOUTS, column.of(MAIN))
-        what = column.title
-        differences.append(
-            lab.difference(
-                values,
-                pair,
-                what=what,
-                digits=column.digits + 1,
-            )
-        )
-    lines += [*lab.difference_lines(differences), "", f"## Other samples: {BOTH_RIGHT.title}", ""]
+        differences.append((values, pair, column.title, column.digits + 1))
+    lines += [*lab.compare(differences), "", f"## Other samples: {BOTH_RIGHT.title}", ""]
     cells = []
     differences = []
     for task in lab.tasks_of(rows):
@@ -207,16 +192,9 @@ def markdown(rows):
         right = [lab.mean_cell(both[name], 1) for name in ARMS]
         cells.append([task, *right, "; ".join(counts)])
         if both["flow"]:
-            differences.append(
-                lab.difference(
-                    both,
-                    PRIMARY,
-                    what=task,
-                    digits=2,
-                )
-            )
+            differences.append((both, PRIMARY, task, 2))
     lines += lab.table(["", *ARMS, "evaluations"], cells)
-    return lines + lab.difference_lines(differences)
+    return lines + lab.compare(differences)
 
 
 def parse_args():

@@ -8,10 +8,12 @@ It reads results/EXP and samples/EXP-*.json, and adds columns to people.md and p
 results/studies/people.
 """
 
+import json
 import re
 from operator import itemgetter
+from pathlib import Path
 
-from experiments import ExperimentTable, made_by, newest_metrics, read_scores, read_settings
+from experiments import ExperimentTable, begin_run, newest_metrics
 from scoring.stats import cell
 
 # value of a prediction: its words in the table
@@ -23,38 +25,21 @@ PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
-    hours = float(read_settings(name)["HOURS"])
-    *_, vae = newest_metrics(name, "VAE")
+    run, results = begin_run(name, "weizmann.sh", [*PREDICTIONS, "nearest", "classifier"])
     rows = newest_metrics(name, "EqM")
-    model = rows[-1]
-    scores = read_scores(name, [*PREDICTIONS, "nearest", "classifier"])
-    last_phase = [row for row in rows if row["num_frames"] == model["num_frames"]]
+    last_phase = [row for row in rows if row["num_frames"] == rows[-1]["num_frames"]]
     validated = [row for row in last_phase if "val_loss" in row]
     best = min(validated, key=itemgetter("val_loss"))  # best.pt
-    run = made_by(name, "weizmann.sh", scores["8of16-decoded"])
-    run |= {
-        "hours": hours,
-        "vae_steps": vae["step"],
-        "steps": model["step"],
-        "vae_psnr": vae["val_psnr"],
-        "minutes_of_model": model["seconds"] / 60,
-        "best_step": best["step"],
-        "val_loss": best["val_loss"],
-    }
-    results = {task: manifest["result"] for task, manifest in scores.items()}
+    run |= {"best_step": best["step"], "val_loss": best["val_loss"]}
     kept = re.compile(r"samples_per_clip|clips|interval_units|(psnr|ssim)(?!.*by_frame)")
     for task in PREDICTIONS:
         result = results[task]
         run[task] = {key: result[key] for key in result if kept.match(key)}
-    classified = results["classifier"]
-    kept = "clips", "right", "share", "interval95", "static"
-    for kind in ("real", "samples"):
-        result = classified[kind]
-        run[f"classifier_{kind}"] = {key: result[key] for key in kept if key in result}
-    run["interval_units"] = classified.get("interval_units")
-    run["nearest"] = dict(scores["nearest"]["values"])
+    run["interval_units"] = results["classifier"].get("interval_units")
+    nearest = json.loads(Path("samples", f"{name}-nearest.json").read_text())
+    run["nearest"] = dict(nearest["values"])
     for key in ("rmse_ratio_interval95", "interval_units"):
-        run["nearest"][key] = results["nearest"].get(key)
+        run["nearest"][key] = nearest["result"].get(key)
     return run
 
 

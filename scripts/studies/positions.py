@@ -18,7 +18,7 @@ results/studies/positions. Models, samples and scores are in its folder runs (se
 import itertools
 import re
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +41,7 @@ from shapes import (
 )
 
 SIZE = {"depth": 6, "hidden_size": 256, "num_heads": 4, "input_size": 16}  # of the recipes
-TINY = {"depth": 1, "hidden_size": 96}  # with --miniature, as the next lines
-TINY_MODEL = "--depth 1 --hidden-size 96"
+TINY_MODEL = "--depth 1 --hidden-size 96"  # with --miniature, as the next line
 TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
 LONG = "256 frames"
 LOSS = Column("validation loss", "val_loss", factor=1, digits=3)
@@ -151,16 +150,14 @@ def make_run(args, about, flags, has_phases=True):
     if not has_phases:
         shares = ((shares[-1][0], 1.0),)
         mix = 0
-    config = data_set.config
     steps = data_set.steps
     sampled = f"--precision {lab.PRECISION} --batch-size 16 --seed {about['seed']}"
     if args.miniature:
-        config = replace(config, **TINY)
         steps = 4
         flags += f" {TINY_MODEL}"
         sampled += f" {TINY_SAMPLES}"
     phases, flops = plan(
-        config,
+        data_set.config,
         shares,
         mix=mix,
         steps=steps,
@@ -212,17 +209,8 @@ def markdown(name, rows):
         column = data_set.columns[number]
         values = lab.by_arm(rows, abouts, column)
         if values.get(base) and values[positions] and positions not in ("fixed", base):
-            pair = (positions, base)
-            digits = column.digits + 1
-            differences.append(
-                lab.difference(
-                    values,
-                    pair,
-                    what=column.title,
-                    digits=digits,
-                )
-            )
-    return lines + lab.difference_lines(differences)
+            differences.append((values, (positions, base), column.title, column.digits + 1))
+    return lines + lab.compare(differences)
 
 
 def parse_args():

@@ -30,8 +30,6 @@ TINY |= dict.fromkeys(("BATCH_1", "BATCH_2", "BATCH_3"), "4")
 class QuickstartRun(lab.Run):
     """The quickstart's model for one seed, its samples and their scores."""
 
-    environment = {}  # of quickstart.sh
-
     def train(self):
         """Run or continue the quickstart. Returns the path of best.pt."""
         videos, _ = self.data
@@ -42,7 +40,7 @@ class QuickstartRun(lab.Run):
             FRAMES="16",
             SAMPLES="12",
             EXP=os.path.relpath(self.folder, lab.ROOT / "results"),
-            **self.environment,
+            **self.training,
         )
         return max(self.folder.glob("*/checkpoints/best.pt"), key=os.path.getmtime)
 
@@ -54,16 +52,15 @@ def make_run(args, seed):
     data = lab.data_sets(root / "runs/quickstart-shapes", count, test_count)
     _, test = data
     flags = f"--num-samples {clips} --precision {lab.PRECISION} --seed {seed} --num-frames"
-    run = QuickstartRun(
+    return QuickstartRun(
         out=root / "seeds.json",
-        about={"model": "", "seed": seed},
+        about={"seed": seed},
+        place="runs/quickstart",
         data=data,
         tasks={frames: (f"{flags} {frames}".split(), ("motion",)) for frames in LENGTHS},
         metrics={"motion": ["--data-path", test, "--split", "all", "--num-real", min(96, clips)]},
+        training=TINY if args.miniature else {},  # variables of quickstart.sh
     )
-    if args.miniature:
-        run.environment = TINY
-    return run
 
 
 def markdown(rows):

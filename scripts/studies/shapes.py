@@ -132,15 +132,9 @@ def sampling(way, evaluations):
     if way not in SOLVERS:
         step_size = f"{way / evaluations:.4g}"
         return f"--sampler ngd --num-sampling-steps {evaluations + 1} --stepsize {step_size}"
-    solver, points = solver_and_points(way, evaluations)
-    return f"--sampler {solver} --num-sampling-steps {points}"
-
-
-def solver_and_points(way, evaluations):
-    """(solver, --num-sampling-steps) for so many evaluations of a solver."""
     if way == "heun" and evaluations % 2:
-        return "heun", (evaluations + 3) // 2
-    return "euler", evaluations + 1
+        return f"--sampler heun --num-sampling-steps {(evaluations + 3) // 2}"
+    return f"--sampler euler --num-sampling-steps {evaluations + 1}"
 
 
 def make_task(

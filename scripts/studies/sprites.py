@@ -9,10 +9,7 @@ It reads results/EXP and samples/EXP-*.json, and adds columns to sprites.md and 
 results/studies/sprites.
 """
 
-from pathlib import Path
-
-from experiments import ExperimentTable, made_by, newest_metrics, read_scores, read_settings
-from runtime.metrics import read_metrics
+from experiments import ExperimentTable, begin_run, read_settings
 from scoring.stats import cell
 from sprites_census import ATTRIBUTES, PERCENTS
 
@@ -41,36 +38,16 @@ SHARES |= {
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
+    run, results = begin_run(name, "sprites.sh", TASKS)
     settings = read_settings(name)
-    model = newest_metrics(name, "EqM")[-1]
-    if "VAE" in settings:
-        vae_rows, *_ = read_metrics(Path(settings["VAE"]).parent / "metrics.jsonl")
-    else:
-        vae_rows = newest_metrics(name, "VAE")
-    vae = vae_rows[-1]
-    manifests = read_scores(name, TASKS)
-    scores = {task: manifest["result"] for task, manifest in manifests.items()}
-    run = made_by(name, "sprites.sh", manifests["census"])
-    run |= {
-        "hours": float(settings["HOURS"]),
-        "seed": int(settings["SEED"]),
-        "vae_steps": vae["step"],
-        "vae_psnr": vae["val_psnr"],
-        "steps": model["step"],
-        "minutes_of_model": model["seconds"] / 60,
-    }
+    run["seed"] = int(settings["SEED"])
     objective = settings.get("OBJECTIVE", "eqm")
     if objective != "eqm":
         run["objective"] = objective
-    for kind in ("real", "samples"):
-        kept = "clips", "right", "share", "interval95", "IS", "H(y|x)", "H(y)"
-        run[f"classifier_{kind}"] = {key: scores["classifier"][kind][key] for key in kept}
     for task in ("census", "predicted-census", "predicted"):
-        run[task] = {
-            key: value
-            for key, value in scores[task].items()
-            if key not in LONG and "by_frame" not in key
-        }
+        result = results[task]
+        kept = [key for key in result if key not in LONG and "by_frame" not in key]
+        run[task] = {key: result[key] for key in kept}
     return run
 
 

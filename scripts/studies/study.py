@@ -3,7 +3,7 @@
     python scripts/studies/study.py --list          how many runs are done
     python scripts/studies/study.py --minutes 150   run or continue; start no run that ends later
     python scripts/studies/study.py --only A        one question, or arms by name
-    python scripts/studies/study.py --report        only write the table and its figure
+    python scripts/studies/study.py --report        only write the tables
 
 A: which positions are best: fixed, rotary, rotary with a table of height and width ("table"), or
 these with --rope-speed ("moving")?
@@ -11,23 +11,21 @@ B: which curriculum of 4, 8, then 16 frames?
 
 An arm is a training recipe. A run is an arm with a seed. All runs have the same counted FLOPs.
 study.csv in results/studies/positions has the rows of an earlier version, which answered more
-questions. The script adds others to study.json, and writes A and B of study.md from both. Further
-sections of the page stay as they are.
+questions. The script adds others to study.json, and writes A and B of study.md from both. What
+follows on the page stays as it is.
 """
 
 import csv
 import itertools
 import math
-import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import lab
 import shapes
-from lab import Column, by_seed, difference, difference_lines, table
+from lab import Column, by_seed, table
 from runtime.cli import fail, one_line_errors
-from scoring.plots import COLORS, MARKERS, plt, save_figure
 from scoring.stats import mean_and_error
 from shapes import INTERVALS, MOVING, PATH_LENGTH, ROTARY, TABLE
 
@@ -155,7 +153,7 @@ def values_of(rows, name, column, frames):
     return by_seed(rows, {"arm": name, "share": 1}, column.of(task))
 
 
-# Tables and figures -------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
 def differences(rows, pairs):
@@ -171,8 +169,8 @@ def differences(rows, pairs):
             )
             for name in pair
         }
-        compared.append(difference(values, pair, column.title))
-    return [*difference_lines(compared), ""]
+        compared.append((values, pair, column.title, 3))
+    return [*lab.compare(compared), ""]
 
 
 def spread_cell(values, digits):
@@ -225,48 +223,8 @@ def length_table(rows, names):
     )
 
 
-def length_figure(rows, names, out):
-    """Save a figure of direction accuracy at these lengths. Returns its lines of markdown.
-
-    A line is the mean, dots are seeds.
-    """
-    figure, axes = plt.subplots(figsize=(9.5, 6.5))
-    longer = {}
-    for name, color, marker in zip(names, COLORS, MARKERS, strict=False):
-        points = []
-        for frames in LENGTHS:
-            values = [
-                *values_of(
-                    rows,
-                    name,
-                    column=PERCENT,
-                    frames=frames,
-                ).values()
-            ]
-            if values:
-                points.append((frames, statistics.mean(values)))
-                axes.scatter([frames] * len(values), values, color=color, alpha=0.45, s=30)
-        axes.plot(*zip(*points, strict=True), label=name, color=color, marker=marker)
-        longer[name] = dict(points).get(24)
-    best = longer.pop(BEST)
-    others = [mean for mean in longer.values() if mean is not None]
-    if best is None or not others:
-        return []
-    message = (
-        f"24 frames, longer than in training: {best:.0f}% direction accuracy\n({BEST}), "
-        f"{min(others):.0f}% to {max(others):.0f}% for the others"
-    )
-    axes.axvspan(16.5, 33, color="gray", alpha=0.1, label="longer than in training")
-    axes.set(xticks=LENGTHS, xlim=(15, 33), ylim=(0, 103))
-    axes.set(xlabel="sampled frames", ylabel="direction accuracy (%)")
-    axes.set_title(message, loc="left")
-    axes.legend()
-    save_figure(figure, Path(out, "study-B.png"))
-    return [f"![{' '.join(message.split())}](study-B.png)", ""]
-
-
 def markdown(out, rows):
-    """The lines of study.md from all rows. Saves its figure in the folder `out`."""
+    """The lines of study.md in the folder `out`, from all rows."""
     script = "python scripts/studies/study.py"
     size = shapes.FULL
     config = shapes.config_of(size)
@@ -324,10 +282,10 @@ def markdown(out, rows):
     for letter, (question, names) in QUESTIONS.items():
         lines += [f"## {letter}. {question}", "", f"`{script} --only {letter}`", ""]
         lines += differences(rows, PAIRS[letter]) + full_table(rows, names)
-    lines += length_table(rows, CURRICULA) + length_figure(rows, CURRICULA, out)
+    lines += length_table(rows, CURRICULA)
     page = Path(out, "study.md")
     known = page.read_text() if page.exists() else ""
-    _, mark, finished = known.partition("## C.")  # of earlier versions
+    _, mark, finished = known.partition("![")  # its figures and more, of earlier versions
     return [*lines, f"{mark}{finished}"]
 
 

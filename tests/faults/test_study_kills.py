@@ -37,4 +37,4 @@ def test_processes_at_once_share_the_runs_also_of_a_killed_one_and_run_nothing_t
 def test_a_tiny_quickstart_is_trained_and_scored(tmp_path):
     output = end(start(seeds, tmp_path, "--seeds", 0), timeout=600)
     assert "| frames | lowest direction accuracy (%) | median |" in output
-    assert len(list(tmp_path.glob("runs/-0/*/motion.json"))) == len(seeds.LENGTHS)
+    assert len(list(tmp_path.glob("runs/quickstart/0/*/motion.json"))) == len(seeds.LENGTHS)
