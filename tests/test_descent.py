@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import axe_core_python
+import disturb
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,6 @@ from PIL import Image
 
 import checkpoint
 import descent
-import disturb
 import export
 from browser import press
 from models import Condition
