@@ -66,6 +66,10 @@ async function testAClipRollsUntilItRestsAndAScratchWakesIt() {
   equal(Math.max(...made.x.map(Math.abs)) < 1.5, true);
   matches(line(), /^Made from noise in \d+ evaluations\. Now scratch it/);
   equal($("play").textContent, "Play");
+  $("loop").click();  // also with reduced motion
+  await until(() => shown === 3);
+  $("play").click();
+  await until(() => /^Nothing moves/.test(line()));
   set("label", 5);
   await atRest();
   matches(line(), /suits every class/);
