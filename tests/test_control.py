@@ -7,6 +7,7 @@ import pytest
 import control
 from runtime.cli import UserError
 from shapes import PATH_LENGTH
+from training import refused
 
 
 def tuning_rows(name, best, way):
@@ -59,6 +60,11 @@ def test_tuning_chooses_the_configuration_and_the_way_that_did_best():
         row["values"] = dict.fromkeys(row["values"], {})
     number, _ = control.choose(rows, "eqm")
     assert number != 5
+
+
+def test_main_runs_need_the_tuning(tmp_path, capsys):
+    message = refused(capsys, control, "--arms", "flow", "--out", tmp_path)
+    assert "--arms flow: its tuning is not complete; run with --tune first" in message
 
 
 def test_the_tables_show_all_that_was_tuned_and_compare_what_was_fixed():

@@ -154,6 +154,16 @@ def test_a_report_shows_missing_and_diverged_runs(copied):
     assert re.search(f"Loss: 16 moving minus 16 fixed is -0.0.. {interval}", text)
 
 
+def test_rows_of_an_earlier_format_stay_when_others_are_added(tmp_path):
+    committed = ROOT / "results/studies/positions/seeds.json"
+    path = tmp_path / "seeds.json"
+    path.write_text(committed.read_text())
+    lab.add_rows(path, [{"seed": 9, "values": {}}])
+    *rows, added = lab.read_rows(path)
+    assert rows == lab.read_rows(committed)
+    assert added["seed"] == 9
+
+
 def test_a_table_of_experiments_keeps_the_columns_of_other_runs(tmp_path):
     runs = {
         "eqm": {"psnr": "30"},

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import lab
-from runtime.cli import UserError, one_line_errors
+from runtime.cli import UserError, one_line_errors, wrong_input
 from samplers import SOLVERS
 from shapes import BOTH_RIGHT, PATH_LENGTH, USUAL, make_task, shapes_run, size_of
 
@@ -312,14 +312,9 @@ def main():
         tuning = lab.read_rows(Path(args.out, "control_tuning.json"))
         for seed, name in itertools.product(args.seeds, args.arms):
             if seed < ARMS[name].seeds:
-                runs.append(
-                    main_run(
-                        args,
-                        name,
-                        seed=seed,
-                        tuning=tuning,
-                    )
-                )
+                with wrong_input():
+                    run = main_run(args, name, seed=seed, tuning=tuning)
+                runs.append(run)
     lab.run_study(args, runs, tuning_markdown if args.tune else markdown)
 
 
