@@ -1,89 +1,92 @@
 // The field of a video model of EqM/models.py, and the descent along it. It runs in a worker of descent.html.
 //
-// Clips are (C, T, H, W), matrices have a row per token, all of them float32 in one memory. A weight is packed: 8 outputs
-// form a panel, which holds 8 adjacent values for each input. The kernel (descent.wat, or the fallback here) multiplies
-// 4 rows by a panel at a time, so rows are padded to multiples of 4, and columns of results to multiples of 8.
+// Clips are (C, T, H, W), matrices have a row per token, all of them float32 in one memory. A weight is packed:
+// 8 outputs form a panel, which holds 8 adjacent values for each input. The kernel (descent.wat, or the fallback
+// here) multiplies 4 rows by a panel at a time, so rows are padded to multiples of 4, and columns of results to
+// multiples of 8.
 "use strict";
 
-const REFERENCE_FPS = 25, FEATURES = 256, EPS = 1e-6;
-const up = (count, unit) => Math.ceil(count / unit) * unit;
+const REFERENCE_FPS = 25;
+const FEATURES = 256;
+const EPS = 1e-6;
+const PAGE = 1 << 14;  // floats in a page of WebAssembly
 const f32 = Math.fround;
+const up = (count, unit) => Math.ceil(count / unit) * unit;
 const silu = value => value / (1 + Math.exp(-value));
 
-// Memory and kernels ---------------------------------------------------------------------------------------------------
+// Memory and kernels -----------------------------------------------------------------------------------
 
 class Memory {  // places are counted in floats
   constructor(wasm) {
     this.top = 0;
     this.wasm = wasm && new WebAssembly.Memory({initial: 1});
-    this.floats = new Float32Array(wasm ? this.wasm.buffer : 1 << 14);
+    this.floats = new Float32Array(wasm ? this.wasm.buffer : PAGE);
   }
 
   take(count) {  // zeros; may replace `floats`
     const place = this.top;
     this.top += up(count, 4);
-    if (this.top > this.floats.length) {
-      const pages = Math.ceil((this.top - this.floats.length) / (1 << 14)), old = this.floats;
-      if (this.wasm) this.wasm.grow(pages);
-      this.floats = new Float32Array(this.wasm ? this.wasm.buffer : old.length + (pages << 14));
-      if (!this.wasm) this.floats.set(old);
-    }
+    if (this.top > this.floats.length) this.grow(Math.ceil((this.top - this.floats.length) / PAGE));
     this.floats.fill(0, place, this.top);
     return place;
+  }
+
+  grow(pages) {
+    if (this.wasm) {
+      this.wasm.grow(pages);
+      this.floats = new Float32Array(this.wasm.buffer);
+      return;
+    }
+    const old = this.floats;
+    this.floats = new Float32Array(old.length + pages * PAGE);
+    this.floats.set(old);
   }
 }
 
 function compiledKernel(bytes) {
-  const memory = new Memory(true), env = {memory: memory.wasm};
-  const {matmul, softmax, gelu} = new WebAssembly.Instance(new WebAssembly.Module(bytes), {env}).exports;
+  const memory = new Memory(true);
+  const imports = {env: {memory: memory.wasm}};
+  const {exports} = new WebAssembly.Instance(new WebAssembly.Module(bytes), imports);
   return {
-    memory, name: "wasm",
+    memory,
+    name: "wasm",
     matmul: (a, lda, b, c, ldc, m, k, n, bias) =>
-      matmul(4 * a, 4 * lda, 4 * b, 4 * c, 4 * ldc, m, 32 * k, n, 4 * bias),
-    softmax: (place, rows, columns) => softmax(4 * place, rows, 4 * columns),
-    gelu: (place, count) => gelu(4 * place, 4 * count),
+      exports.matmul(4 * a, 4 * lda, 4 * b, 4 * c, 4 * ldc, m, 32 * k, n, 4 * bias),
+    softmax: (place, rows, columns) => exports.softmax(4 * place, rows, 4 * columns),
+    gelu: (place, count) => exports.gelu(4 * place, 4 * count),
   };
 }
 
 function plainKernel() {
   const memory = new Memory(false);
   return {
-    memory, name: "plain",
+    memory,
+    name: "plain",
 
-    // C (m, n) = A (m, k) B + bias, with row strides lda and ldc; B is packed. Two rows and four columns at a time.
+    // C (m, n) = A (m, k) B + bias, with row strides lda and ldc; B is packed.
     matmul(a, lda, b, c, ldc, m, k, n, bias) {
-      const data = memory.floats;
       for (let column = 0; column < n; column += 4) {
-        const panel = b + (column >> 3) * 8 * k + (column & 4), end = panel + 8 * k, first = bias + column;
-        for (let row = 0; row < m; row += 2) {
-          let p = a + row * lda, q = p + lda;
-          let s0 = data[first], s1 = data[first + 1], s2 = data[first + 2], s3 = data[first + 3];
-          let t0 = s0, t1 = s1, t2 = s2, t3 = s3;
-          for (let at = panel; at < end; at += 8) {
-            const x = data[p++], y = data[q++], b0 = data[at], b1 = data[at + 1], b2 = data[at + 2], b3 = data[at + 3];
-            s0 += x * b0; s1 += x * b1; s2 += x * b2; s3 += x * b3;
-            t0 += y * b0; t1 += y * b1; t2 += y * b2; t3 += y * b3;
-          }
-          const out = c + row * ldc + column, next = out + ldc;
-          data[out] = s0; data[out + 1] = s1; data[out + 2] = s2; data[out + 3] = s3;
-          data[next] = t0; data[next + 1] = t1; data[next + 2] = t2; data[next + 3] = t3;
-        }
+        const panel = b + (column >> 3) * 8 * k + (column & 4);
+        for (let row = 0; row < m; row += 2)
+          multiplyTile(memory.floats, a + row * lda, lda, panel, k, c + row * ldc + column, ldc, bias + column);
       }
     },
 
     softmax(place, rows, columns) {
       const data = memory.floats;
-      for (let row = 0; row < rows; row++, place += columns) {
-        const end = place + columns;
-        let most = -Infinity, sum = 0;
-        for (let at = place; at < end; at++) most = Math.max(most, data[at]);
-        for (let at = place; at < end; at++) sum += data[at] = Math.exp(data[at] - most);
-        for (let at = place; at < end; at++) data[at] /= sum;
+      for (let row = place; row < place + rows * columns; row += columns) {
+        const end = row + columns;
+        let most = -Infinity;
+        let sum = 0;
+        for (let at = row; at < end; at++) most = Math.max(most, data[at]);
+        for (let at = row; at < end; at++) sum += data[at] = Math.exp(data[at] - most);
+        for (let at = row; at < end; at++) data[at] /= sum;
       }
     },
 
     gelu(place, count) {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
-      const data = memory.floats, factor = -2 * Math.sqrt(2 / Math.PI);
+      const data = memory.floats;
+      const factor = -2 * Math.sqrt(2 / Math.PI);
       for (let at = place; at < place + count; at++) {
         const x = data[at];
         data[at] = x / (1 + Math.exp(factor * (x + 0.044715 * x * x * x)));
@@ -92,19 +95,42 @@ function plainKernel() {
   };
 }
 
-// Positions ------------------------------------------------------------------------------------------------------------
+// Two rows and four columns of a product. The sums are variables of their own, which is fast.
+function multiplyTile(data, a, lda, panel, k, out, ldc, bias) {
+  let p = a;
+  let q = a + lda;
+  let s0 = data[bias], s1 = data[bias + 1], s2 = data[bias + 2], s3 = data[bias + 3];
+  let t0 = s0, t1 = s1, t2 = s2, t3 = s3;
+  for (let at = panel; at < panel + 8 * k; at += 8) {
+    const x = data[p++];
+    const y = data[q++];
+    const b0 = data[at], b1 = data[at + 1], b2 = data[at + 2], b3 = data[at + 3];
+    s0 += x * b0; s1 += x * b1; s2 += x * b2; s3 += x * b3;
+    t0 += y * b0; t1 += y * b1; t2 += y * b2; t3 += y * b3;
+  }
+  const next = out + ldc;
+  data[out] = s0; data[out + 1] = s1; data[out + 2] = s2; data[out + 3] = s3;
+  data[next] = t0; data[next + 1] = t1; data[next + 2] = t2; data[next + 3] = t3;
+}
+
+// Positions --------------------------------------------------------------------------------------------
 
 // As position_table of EqM/models.py: (N, D), or with rotary positions (H W, D).
 function positionTable(model) {
-  const D = model.hidden_size, side = model.input_size / model.patch_size;
+  const D = model.hidden_size;
+  const side = model.input_size / model.patch_size;
   const frames = model.use_rope ? 1 : Math.ceil(model.num_frames / model.temporal_patch_size);
   const isFlat = model.use_rope || (model.num_frames === 1 && model.temporal_patch_size === 1);
-  const half = isFlat ? D >> 2 : Math.floor(D / 6), table = new Float32Array(frames * side * side * D);
+  const half = isFlat ? D >> 2 : Math.floor(D / 6);
+  const table = new Float32Array(frames * side * side * D);
   for (let n = 0; n < frames * side * side; n++) {
-    const t = Math.floor(n / side / side), y = Math.floor(n / side) % side, x = n % side;
+    const t = Math.floor(n / side / side);
+    const y = Math.floor(n / side) % side;
+    const x = n % side;
     (isFlat ? [x, y] : [t, y, x]).forEach((place, axis) => {
       for (let j = 0; j < half; j++) {
-        const angle = place * 10000 ** (-j / half), at = n * D + axis * 2 * half + j;
+        const angle = place * 10000 ** (-j / half);
+        const at = n * D + axis * 2 * half + j;
         table[at] = Math.sin(angle);
         table[at + half] = Math.cos(angle);
       }
@@ -115,20 +141,27 @@ function positionTable(model) {
 
 // As RotaryEmbedding3D of EqM/rope.py: cos and sin of the angles, each (N, d / 2), rounded to float32 where it rounds.
 function rotaryAngles(model, [T, H, W], timeScale) {
-  const d = model.hidden_size / model.num_heads, third = 2 * Math.floor(d / 6);
+  const d = model.hidden_size / model.num_heads;
+  const third = 2 * Math.floor(d / 6);
   const split = model.rope_split ? model.rope_split.split(",").map(Number) : [third, third, third];
-  const cos = new Float32Array(T * H * W * d / 2).fill(1), sin = new Float32Array(cos.length);
-  const unit = f32(REFERENCE_FPS * f32(timeScale)), speed = f32(model.rope_speed);
+  const cos = new Float32Array(T * H * W * d / 2).fill(1);
+  const sin = new Float32Array(cos.length);
+  const unit = f32(REFERENCE_FPS * f32(timeScale));
+  const speed = f32(model.rope_speed);
   let first = 0;
   split.forEach((channels, axis) => {
-    const count = channels / 2, moving = axis && speed ? Math.floor(count / 3) * 3 : 0;
+    const count = channels / 2;
+    const moving = axis && speed ? Math.floor(count / 3) * 3 : 0;
     for (let j = 0; j < count; j++) {
       const exponent = j < moving ? Math.floor(j / 3) : j - moving * 2 / 3;
       const frequency = f32(model.rope_theta ** -f32(exponent / count));
-      const own = j < moving ? [0, speed, -speed][j % 3] : 0;
+      const ownSpeed = j < moving ? [0, speed, -speed][j % 3] : 0;
       for (let n = 0; n < T * H * W; n++) {
-        const time = f32(Math.floor(n / W / H) * unit), index = axis === 1 ? Math.floor(n / W) % H : n % W;
-        const angle = f32((axis ? f32(index + f32(own * time)) : time) * frequency), at = n * d / 2 + first + j;
+        const time = f32(Math.floor(n / W / H) * unit);
+        const index = axis === 1 ? Math.floor(n / W) % H : n % W;
+        const place = axis ? f32(index + f32(ownSpeed * time)) : time;
+        const angle = f32(place * frequency);
+        const at = n * d / 2 + first + j;
         cos[at] = Math.cos(angle);
         sin[at] = Math.sin(angle);
       }
@@ -138,7 +171,7 @@ function rotaryAngles(model, [T, H, W], timeScale) {
   return {cos, sin};
 }
 
-// The network ----------------------------------------------------------------------------------------------------------
+// The network ------------------------------------------------------------------------------------------
 
 class Network {
   // model: the fields of EqMConfig. shapes: [name, shape] of each tensor in `bytes`, float16 one after another.
@@ -147,11 +180,14 @@ class Network {
     this.kernel = kernel;
     this.memory = kernel.memory;
     this.weights = {};
-    let offset = 0;
     const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+    let offset = 0;
     for (const [name, shape] of shapes) {
       const values = new Float32Array(shape.reduce((a, b) => a * b));
-      for (let at = 0; at < values.length; at++, offset += 2) values[at] = fromHalf(view.getUint16(offset, true));
+      for (let at = 0; at < values.length; at++) {
+        values[at] = fromHalf(view.getUint16(offset, true));
+        offset += 2;
+      }
       const isMatrix = shape.length > 1 && !name.startsWith("y_embedder");
       this.weights[name] = isMatrix ? this.packed(values, shape[0]) : this.kept(values);
     }
@@ -166,15 +202,18 @@ class Network {
   }
 
   packed(values, n) {
-    const k = values.length / n, place = this.memory.take(up(n, 8) * k);
+    const k = values.length / n;
+    const place = this.memory.take(up(n, 8) * k);
     pack(values, 0, k, 1, n, k, this.memory.floats, place);
     return place;
   }
 
   // to = from W + b for the layer `name`, of so many rows, inputs and outputs
-  linear(name, from, inputs, to, outputs, rows, stride = up(inputs, 8)) {
-    const {[`${name}.weight`]: weight, [`${name}.bias`]: bias} = this.weights;
-    this.kernel.matmul(from, stride, weight, to, up(outputs, 8), up(rows, 4), inputs, up(outputs, 8), bias);
+  linear(name, from, inputs, to, outputs, rows) {
+    const weight = this.weights[`${name}.weight`];
+    const bias = this.weights[`${name}.bias`];
+    const width = up(outputs, 8);
+    this.kernel.matmul(from, up(inputs, 8), weight, to, width, up(rows, 4), inputs, width, bias);
   }
 
   grid(numFrames) {
@@ -185,15 +224,30 @@ class Network {
   // Take memory for clips of N tokens. Its places stay valid until N changes.
   prepare(N) {
     if (this.N === N) return this.places;
-    const D = this.model.hidden_size, d = D / this.model.num_heads, rows = up(N, 4), width = up(D, 8);
-    const widest = Math.max(4 * D, this.values), sizes = {
-      tokens: rows * width, normed: rows * width, branch: rows * width, wide: rows * up(widest, 8),
-      q: rows * d, k: up(N, 8) * d, v: up(d, 8) * N, scores: rows * up(N, 8), head: rows * up(d, 8),
-      none: up(Math.max(N, d), 8), features: 4 * FEATURES, condition: 4 * width, hidden: 4 * width, modulation: 4 * up(6 * D, 8),
+    const D = this.model.hidden_size;
+    const d = D / this.model.num_heads;
+    const rows = up(N, 4);
+    const width = up(D, 8);
+    const sizes = {
+      tokens: rows * width,
+      normed: rows * width,
+      branch: rows * width,
+      wide: rows * up(Math.max(4 * D, this.values), 8),
+      q: rows * d,
+      k: up(N, 8) * d,
+      v: up(d, 8) * N,
+      scores: rows * up(N, 8),
+      head: rows * up(d, 8),
+      none: up(Math.max(N, d), 8),
+      features: 4 * FEATURES,
+      condition: 4 * width,
+      hidden: 4 * width,
+      modulation: 4 * up(6 * D, 8),
     };
     this.memory.top = this.end;
     this.N = undefined;  // the memory may be exhausted
-    this.places = Object.fromEntries(Object.entries(sizes).map(([name, size]) => [name, this.memory.take(size)]));
+    this.places = {};
+    for (const [name, count] of Object.entries(sizes)) this.places[name] = this.memory.take(count);
     this.N = N;
     return this.places;
   }
@@ -203,14 +257,23 @@ class Network {
     return pt * p * p * C;
   }
 
-  // The field (C, T, H, W) at a clip x of this shape; label null: no class; timeScale: seconds per frame.
-  field(x, {label = null, numFrames, timeScale}) {
-    const {in_channels: C, input_size: S, num_classes: classes} = this.model, T = numFrames;
+  check(x, label, T) {
+    const {in_channels: C, input_size: S, num_classes: classes} = this.model;
     if (!(Number.isInteger(T) && T > 0)) throw new Error(`numFrames ${T}; expected an integer from 1 on`);
-    if (x.length !== C * T * S * S) throw new Error(`x has ${x.length} values; expected ${C} x ${T} x ${S} x ${S}`);
-    if (label !== null && !(Number.isInteger(label) && label >= 0 && label < classes))
+    if (x.length !== C * T * S * S)
+      throw new Error(`x has ${x.length} values; expected ${C} x ${T} x ${S} x ${S}`);
+    const isClass = Number.isInteger(label) && label >= 0 && label < classes;
+    if (label !== null && !isClass)
       throw new Error(`label ${label}; expected null or an integer from 0 to ${classes - 1}`);
-    const grid = this.grid(T), N = grid[0] * grid[1] * grid[2], D = this.model.hidden_size, P = this.prepare(N);
+  }
+
+  // The field (C, T, H, W) at a clip x of this shape; label null: no class; timeScale: seconds per frame.
+  field(x, {label = null, numFrames: T, timeScale}) {
+    this.check(x, label, T);
+    const {in_channels: C, hidden_size: D, num_classes: classes} = this.model;
+    const grid = this.grid(T);
+    const N = grid[0] * grid[1] * grid[2];
+    const P = this.prepare(N);
     this.embedPatches(x, T, P);
     this.embedCondition(label ?? classes, timeScale, P);
     const rotary = this.model.use_rope ? this.rotary(grid, timeScale) : null;
@@ -218,7 +281,9 @@ class Network {
     this.linear("final_layer.adaLN_modulation.1", P.condition, D, P.modulation, 2 * D, 1);
     this.modulate(P.tokens, P.modulation, P.modulation + D, N, P.normed);
     this.linear("final_layer.linear", P.normed, D, P.wide, this.values, N);
-    const f = new Float32Array(x.length), out = this.memory.floats, stride = up(this.values, 8);
+    const f = new Float32Array(x.length);
+    const out = this.memory.floats;
+    const stride = up(this.values, 8);
     this.patchValues(T, (at, n, frame, c, inPatch) => {
       if (frame < T) f[at] = out[P.wide + n * stride + inPatch * C + c];
     });
@@ -228,19 +293,24 @@ class Network {
   // Call visit(index in the clip, token, frame, channel, index in a channel of the patch) for each value; frames of an
   // incomplete patch have the index of the last frame.
   patchValues(T, visit) {
-    const {temporal_patch_size: pt, patch_size: p, in_channels: C, input_size: S} = this.model, side = S / p;
+    const {temporal_patch_size: pt, patch_size: p, in_channels: C, input_size: S} = this.model;
+    const side = S / p;
     for (let c = 0; c < C; c++)
       for (let frame = 0; frame < up(T, pt); frame++)
         for (let y = 0; y < S; y++)
           for (let x = 0; x < S; x++) {
+            const at = ((c * T + Math.min(frame, T - 1)) * S + y) * S + x;
             const n = (Math.floor(frame / pt) * side + Math.floor(y / p)) * side + Math.floor(x / p);
             const inPatch = (frame % pt * p + y % p) * p + x % p;
-            visit(((c * T + Math.min(frame, T - 1)) * S + y) * S + x, n, frame, c, inPatch);
+            visit(at, n, frame, c, inPatch);
           }
   }
 
   embedPatches(x, T, P) {
-    const D = this.model.hidden_size, width = up(D, 8), stride = up(this.values, 8), data = this.memory.floats;
+    const D = this.model.hidden_size;
+    const width = up(D, 8);
+    const stride = up(this.values, 8);
+    const data = this.memory.floats;
     const size = this.values / this.model.in_channels;
     this.patchValues(T, (at, n, _, c, inPatch) => { data[P.wide + n * stride + c * size + inPatch] = x[at]; });
     this.linear("x_embedder.proj", P.wide, this.values, P.tokens, D, this.N);
@@ -251,7 +321,9 @@ class Network {
   }
 
   embedCondition(label, timeScale, P) {
-    const D = this.model.hidden_size, data = this.memory.floats, half = FEATURES / 2;
+    const D = this.model.hidden_size;
+    const data = this.memory.floats;
+    const half = FEATURES / 2;
     const number = f32(Math.log2(f32(REFERENCE_FPS * f32(timeScale))));
     for (let j = 0; j < half; j++) {
       const angle = f32(number * f32(10000 ** -f32(j / half)));
@@ -273,7 +345,8 @@ class Network {
   }
 
   block(name, rotary, N, P) {
-    const D = this.model.hidden_size, shift = P.modulation;
+    const D = this.model.hidden_size;
+    const shift = P.modulation;
     this.linear(`${name}.adaLN_modulation.1`, P.condition, D, P.modulation, 6 * D, 1);
     this.modulate(P.tokens, shift, shift + D, N, P.normed);
     this.attention(`${name}.attn`, rotary, N, P);
@@ -286,10 +359,14 @@ class Network {
   }
 
   modulate(from, shift, scale, N, to) {
-    const D = this.model.hidden_size, width = up(D, 8), data = this.memory.floats;
+    const D = this.model.hidden_size;
+    const width = up(D, 8);
+    const data = this.memory.floats;
     for (let n = 0; n < N; n++) {
-      const row = from + n * width, out = to + n * width;
-      let mean = 0, square = 0;
+      const row = from + n * width;
+      const out = to + n * width;
+      let mean = 0;
+      let square = 0;
       for (let i = 0; i < D; i++) mean += data[row + i];
       mean /= D;
       for (let i = 0; i < D; i++) square += (data[row + i] - mean) ** 2;
@@ -300,37 +377,56 @@ class Network {
   }
 
   addGated(gate, N, P) {
-    const D = this.model.hidden_size, width = up(D, 8), data = this.memory.floats;
+    const D = this.model.hidden_size;
+    const width = up(D, 8);
+    const data = this.memory.floats;
     for (let n = 0; n < N; n++)
-      for (let i = 0, at = n * width; i < D; i++, at++) data[P.tokens + at] += data[gate + i] * data[P.branch + at];
+      for (let i = 0; i < D; i++) {
+        const at = n * width + i;
+        data[P.tokens + at] += data[gate + i] * data[P.branch + at];
+      }
   }
 
   attention(name, rotary, N, P) {
-    const {hidden_size: D, num_heads: heads} = this.model, d = D / heads, stride = up(3 * D, 8), width = up(D, 8);
-    const data = this.memory.floats, columns = up(N, 8), headWidth = up(d, 8);
+    const {hidden_size: D, num_heads: heads} = this.model;
     this.linear(`${name}.qkv`, P.normed, D, P.wide, 3 * D, N);
-    for (let head = 0; head < heads; head++) {
-      const q = P.wide + head * d, k = q + D, v = k + D;
-      for (let n = 0; n < N; n++) {
-        this.turn(q + n * stride, d, `${name}.q_norm.weight`, rotary, n);
-        this.turn(k + n * stride, d, `${name}.k_norm.weight`, rotary, n);
-        for (let i = 0; i < d; i++) data[P.q + n * d + i] = data[q + n * stride + i] / Math.sqrt(d);
-      }
-      pack(data, k, stride, 1, N, d, data, P.k);
-      pack(data, v, 1, stride, d, N, data, P.v);
-      this.kernel.matmul(P.q, d, P.k, P.scores, columns, up(N, 4), d, columns, P.none);
-      for (let n = 0; n < N; n++) data.fill(-1e30, P.scores + n * columns + N, P.scores + (n + 1) * columns);
-      this.kernel.softmax(P.scores, N, columns);
-      this.kernel.matmul(P.scores, columns, P.v, P.head, headWidth, up(N, 4), N, headWidth, P.none);
-      for (let n = 0; n < N; n++)
-        for (let i = 0; i < d; i++) data[P.normed + n * width + head * d + i] = data[P.head + n * headWidth + i];
-    }
+    for (let head = 0; head < heads; head++) this.attentionHead(name, head, rotary, N, P);
     this.linear(`${name}.proj`, P.normed, D, P.branch, D, N);
+  }
+
+  // From queries, keys and values in `wide` to the head's columns of `normed`.
+  attentionHead(name, head, rotary, N, P) {
+    const D = this.model.hidden_size;
+    const d = D / this.model.num_heads;
+    const {matmul, softmax} = this.kernel;
+    const data = this.memory.floats;
+    const stride = up(3 * D, 8);
+    const width = up(D, 8);
+    const headWidth = up(d, 8);
+    const columns = up(N, 8);
+    const rows = up(N, 4);
+    const q = P.wide + head * d;
+    const k = q + D;
+    const v = k + D;
+    for (let n = 0; n < N; n++) {
+      this.turn(q + n * stride, d, `${name}.q_norm.weight`, rotary, n);
+      this.turn(k + n * stride, d, `${name}.k_norm.weight`, rotary, n);
+      for (let i = 0; i < d; i++) data[P.q + n * d + i] = data[q + n * stride + i] / Math.sqrt(d);
+    }
+    pack(data, k, stride, 1, N, d, data, P.k);
+    pack(data, v, 1, stride, d, N, data, P.v);
+    matmul(P.q, d, P.k, P.scores, columns, rows, d, columns, P.none);
+    for (let n = 0; n < N; n++) data.fill(-1e30, P.scores + n * columns + N, P.scores + (n + 1) * columns);
+    softmax(P.scores, N, columns);
+    matmul(P.scores, columns, P.v, P.head, headWidth, rows, N, headWidth, P.none);
+    for (let n = 0; n < N; n++)
+      for (let i = 0; i < d; i++) data[P.normed + n * width + head * d + i] = data[P.head + n * headWidth + i];
   }
 
   // Normalize the query or key of token n if the model does, then rotate it.
   turn(place, d, norm, rotary, n) {
-    const data = this.memory.floats, weight = this.weights[norm];
+    const data = this.memory.floats;
+    const weight = this.weights[norm];
     if (weight !== undefined) {
       let square = 0;
       for (let i = 0; i < d; i++) square += data[place + i] ** 2;
@@ -338,28 +434,38 @@ class Network {
       for (let i = 0; i < d; i++) data[place + i] *= inverse * data[weight + i];
     }
     if (!rotary) return;
-    for (let j = 0, at = n * d / 2; j < d / 2; j++, at++) {
-      const a = data[place + 2 * j], b = data[place + 2 * j + 1];
-      data[place + 2 * j] = a * rotary.cos[at] - b * rotary.sin[at];
-      data[place + 2 * j + 1] = a * rotary.sin[at] + b * rotary.cos[at];
+    for (let j = 0; j < d / 2; j++) {
+      const cos = rotary.cos[n * d / 2 + j];
+      const sin = rotary.sin[n * d / 2 + j];
+      const a = data[place + 2 * j];
+      const b = data[place + 2 * j + 1];
+      data[place + 2 * j] = a * cos - b * sin;
+      data[place + 2 * j + 1] = a * sin + b * cos;
     }
   }
 }
 
 // Write the matrix whose element (n, k) is values[place + n * rowStride + k * stride] as panels to out[to ...].
 function pack(values, place, rowStride, stride, N, K, out, to) {
+  let at = to;
   for (let first = 0; first < N; first += 8)
     for (let k = 0; k < K; k++)
-      for (let n = first; n < first + 8; n++) out[to++] = n < N ? values[place + n * rowStride + k * stride] : 0;
+      for (let n = first; n < first + 8; n++) {
+        out[at] = n < N ? values[place + n * rowStride + k * stride] : 0;
+        at += 1;
+      }
 }
 
 function fromHalf(bits) {
-  const sign = bits & 0x8000 ? -1 : 1, exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = bits >> 10 & 31;
+  const mantissa = bits & 1023;
   if (exponent === 31) return mantissa ? NaN : sign * Infinity;
-  return sign * (exponent ? (1 + mantissa / 1024) * 2 ** (exponent - 15) : mantissa * 2 ** -24);
+  if (exponent === 0) return sign * mantissa * 2 ** -24;
+  return sign * (1 + mantissa / 1024) * 2 ** (exponent - 15);
 }
 
-// The descent (EqM/samplers.py) ----------------------------------------------------------------------------------------
+// The descent (EqM/samplers.py) ------------------------------------------------------------------------
 
 // f_null + guidance (f_label - f_null), as `guided`
 function guidedField(network, x, {guidance = 1, ...settings}) {
@@ -374,15 +480,19 @@ function guidedField(network, x, {guidance = 1, ...settings}) {
 // One step of `descend` from x, where `last` is the field before. Pinned frames (numbers) stay. Returns the next x, the
 // field and its root mean square over the other frames; x is null if that is below stopBelow.
 function descend(network, {x, last, pinned, stepSize, momentum, stopBelow, ...settings}) {
-  const {numFrames} = settings, size = x.length / numFrames / network.model.in_channels, isPinned = new Set(pinned);
-  const moves = i => !isPinned.has(Math.floor(i / size) % numFrames);
+  const {numFrames} = settings;
+  const area = x.length / numFrames / network.model.in_channels;
+  const isPinned = new Set(pinned);
+  const moves = i => !isPinned.has(Math.floor(i / area) % numFrames);
   const ahead = x.map((value, i) => moves(i) ? value + f32(stepSize * momentum) * last[i] : value);
   const f = guidedField(network, ahead, settings).map((value, i) => moves(i) ? value : 0);
-  const rms = Math.sqrt(f.reduce((sum, value) => sum + value * value, 0) / f.length * numFrames / (numFrames - isPinned.size));
-  return {f, rms, x: rms < stopBelow ? null : x.map((value, i) => value + f32(stepSize) * f[i])};
+  const squares = f.reduce((sum, value) => sum + value * value, 0);
+  const rms = Math.sqrt(squares / f.length * numFrames / (numFrames - isPinned.size));
+  if (rms < stopBelow) return {f, rms, x: null};
+  return {f, rms, x: x.map((value, i) => value + f32(stepSize) * f[i])};
 }
 
-// The worker -----------------------------------------------------------------------------------------------------------
+// The worker -------------------------------------------------------------------------------------------
 
 function fromBase64(text) {
   return Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
@@ -391,16 +501,16 @@ function fromBase64(text) {
 let network;
 
 function load({model, shapes, weights, kernel, plain}) {
-  let made = plainKernel();
+  let chosen = plainKernel();
   if (!plain && typeof WebAssembly !== "undefined") {
     try {
-      made = compiledKernel(fromBase64(kernel));
+      chosen = compiledKernel(fromBase64(kernel));
     } catch (error) {
       if (!(error instanceof WebAssembly.CompileError)) throw error;  // no SIMD here: the fallback does
     }
   }
-  network = new Network(model, shapes, fromBase64(weights), made);
-  return made.name;
+  network = new Network(model, shapes, fromBase64(weights), chosen);
+  return chosen.name;
 }
 
 const TASKS = {
