@@ -304,9 +304,9 @@ augment: augment --data-path videos --out new
 study: study --out new
         --minutes 0
         --only A E \
-            => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', 'D', '16 fixed',
+            => argument --only: invalid choice: 'E' (choose from 'A', 'B', '16 fixed',
         --list --report => not allowed with
-        --report => does not exist
+        --report => new/study.json has no rows
         --out file --report => --out file:
 people: people --out new
         nothing => nothing/settings: no such file; expected finished runs of scripts/weizmann.sh
