@@ -58,7 +58,7 @@ async function testAClipRollsUntilItRestsAndAScratchWakesIt() {
   set("label", 3);  // of noise, which is no finished clip
   press(" ");
   equal($("play").textContent, "Pause");
-  await until(() => moment().evaluations === 2);
+  await until(() => moment().evaluations >= 2);
   set("label", 4);  // while it rolls
   await atRest();
   const made = moment();
@@ -89,8 +89,8 @@ async function testWithoutRPlayAndSlidersGiveSixtyEvaluationsEachTime() {
   $("play").click();
   for (const wakes of again) {
     const {total} = moment();
-    await until(() => remaining === 58);
-    equal(moment().total - total, 2);
+    await until(() => remaining <= 58);
+    equal(moment().total - total, 60 - remaining);
     remaining = 1;  // to save time
     await atRest();
     matches(line(), /^60 evaluations: enough/);
