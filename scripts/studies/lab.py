@@ -296,7 +296,7 @@ class Run:
             if not self.path(task).exists():
                 words = ["--ckpt", ckpt, "--folder", folder, "--video", "--no-previews"]
                 self.script("EqM/sample_gd.py", *words, *flags)
-        self.more["seconds"] = time.monotonic() - began
+        self.more["seconds"] = time.monotonic() - began  # since the last interruption
         if not self.is_scored_last:
             finish([self])
 
