@@ -65,7 +65,7 @@ class DataSet:
     tasks: dict  # {name: (flags of sample_gd.py, metrics)}
     metrics: dict  # {metric: flags of evaluate.py}
     columns: tuple
-    compared: tuple  # titles of the columns whose differences are listed
+    compared: tuple  # numbers of the columns whose differences are listed
     steps: int = 2750  # of the last number of frames; they have the compute of a run
     mix: float = 0.1
     made: tuple = ()  # flags of make_moving_shapes.py, if it makes the videos
