@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import axe_core_python
-import disturb
 import numpy as np
 import pytest
 import torch
@@ -296,25 +295,6 @@ def test_a_trajectory_with_a_pinned_frame_equals_that_of_torch(page):
     reached = take_steps(page, 5)
     assert (reached - expected).abs().max() < 2e-3
     assert torch.equal(reached[:, :, 2], before[:, :, 2])
-
-
-def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
-    x = torch.rand(2, 3, 8, 16, 16)
-    for name, y, labels in disturb.disturbances(x, torch.tensor([0, 11]), 12, 0):
-        share = (y != x).float().mean()
-        if "square" in name:
-            assert share == 36 / 256, name
-        elif "half" in name and "mirrored" not in name:
-            assert share == pytest.approx(0.5, abs=1e-3), name
-        elif name == "another class":
-            assert share == 0
-        assert labels.tolist() == ([1, 0] if "another" in name else [0, 11])
-    for name, value in {"FIRST": 1, "AGAIN": 1, "FRAMES": 4, "LEVELS": (0.3,)}.items():
-        monkeypatch.setattr(disturb, name, value)
-    run_main(disturb, "--num-clips", 2, "--out", tmp_path)
-    assert len((tmp_path / "disturb.md").read_text().splitlines()) == 4 + 2 + 9
-    rows = json.loads((tmp_path / "disturb.json").read_text())["rows"]
-    assert rows["before"]["shape"] == [False, False]  # still noise
 
 
 def run_in(page, name):
