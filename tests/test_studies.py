@@ -12,9 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 import control
+import coverage
+import disturb
 import experiments
 import given_frames
 import lab
@@ -99,6 +102,7 @@ MAIN_ROWS = lab.read_rows(ROOT / "results/studies/objectives/objectives.json")
 TABLES = {  # in results/
     "old/given_frames": given_frames.markdown,
     "old/seeds": seeds.markdown,
+    "studies/objectives/disturb": disturb.markdown,
     "studies/objectives/few": partial(objectives.few_markdown, MAIN_ROWS),
     "studies/objectives/given_frames_objectives": given_frames.markdown,
     "studies/objectives/objectives": objectives.markdown,
@@ -107,6 +111,7 @@ TABLES = {  # in results/
     "studies/positions/seeds": seeds.markdown,
     "studies/positions/sprites": partial(positions.markdown, "sprites"),
     "studies/sprites/sprites": sprites.markdown,
+    "studies/statistics/coverage": coverage.markdown,
 }
 
 
@@ -115,6 +120,37 @@ def test_committed_tables_match_the_committed_numbers(name):
     path = ROOT / f"results/{name}.md"
     table = "\n".join(TABLES[name](lab.read_rows(path.with_suffix(".json"))))
     assert f"{table.rstrip()}\n" == path.read_text()
+
+
+def test_intervals_cover_as_often_in_a_small_simulation(tmp_path):
+    run_main(coverage, "--repeats", 100, "--out", tmp_path)
+    simulated = json.loads((tmp_path / "coverage.json").read_text())
+    committed = lab.read_rows(ROOT / "results/studies/statistics/coverage.json")
+    for kind, rows in simulated.items():
+        if isinstance(rows, list):
+            assert [row.keys() for row in rows] == [row.keys() for row in committed[kind]]
+    assert (simulated["repeats_of_means"], simulated["repeats"]) == (100, 10)
+    for row in committed["means"]:
+        assert row["t"] >= 0.93 or row["values"] == "skewed"  # the goal
+
+
+def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
+    x = torch.rand(2, 3, 8, 16, 16)
+    for name, y, labels in disturb.disturbances(x, torch.tensor([0, 11]), 12, 0):
+        share = (y != x).float().mean()
+        if "square" in name:
+            assert share == 36 / 256, name
+        elif "half" in name and "mirrored" not in name:
+            assert share == pytest.approx(0.5, abs=1e-3), name
+        elif name == "another class":
+            assert share == 0
+        assert labels.tolist() == ([1, 0] if "another" in name else [0, 11])
+    for name, value in {"FIRST": 1, "AGAIN": 1, "FRAMES": 4, "LEVELS": (0.3,)}.items():
+        monkeypatch.setattr(disturb, name, value)
+    run_main(disturb, "--num-clips", 2, "--out", tmp_path)
+    assert len((tmp_path / "disturb.md").read_text().splitlines()) == 4 + 2 + 9
+    rows = json.loads((tmp_path / "disturb.json").read_text())["rows"]
+    assert rows["before"]["shape"] == [False, False]  # still noise
 
 
 @pytest.fixture
