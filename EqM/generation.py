@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import checkpoint
+from causal import Cache
 from given import NOT_FORCED, Details
 from models import Condition, EqM, model_name
 from rope import REFERENCE_FPS
@@ -17,6 +18,7 @@ from runtime.cli import (
     POSITIVE,
     Bar,
     UserError,
+    flag_text,
     number,
     plural,
     resolve_precision,
@@ -199,9 +201,12 @@ class Plan:
     weights_sha256: str = ""  # of the loaded weights, not of their file
     weak: EqM | None = None  # the model of --weak-ckpt
     weak_sha256: str | None = None
+    spans: torch.Tensor | None = None  # (num_samples, patches): a condition for each, if causal
 
     def __post_init__(self):
-        self.window = self.window or self.num_frames
+        patch = self.model.config.temporal_patch_size
+        usual = patch if self.model.config.causal else self.num_frames
+        self.window = self.window or usual
         self.time_scales = self.time_scales or [self.time_scale] * len(self.conditions)
 
     @property
@@ -212,6 +217,17 @@ class Plan:
     @property
     def window_starts(self):
         return window_starts(self.num_frames, self.window, self.overlap)
+
+    def time_scale_of(self, indices):
+        """The seconds per frame of the samples `indices`, (n,)."""
+        return torch.tensor([self.time_scales[index] for index in indices])
+
+    def condition_at(self, indices, frame):
+        """The Condition of the samples `indices` at a frame."""
+        conditions = self.conditions
+        if self.spans is not None:
+            conditions = self.spans[:, frame // self.model.config.temporal_patch_size]
+        return Condition.of(conditions[indices], self.model.config)
 
     @property
     def image_size(self):
@@ -265,22 +281,31 @@ def make_plan(args, model, config, step, vae=None):
     forcing = training.get("forcing", 0.0)  # published models: none
     if trained_frames <= model.config.temporal_patch_size:
         forcing = 0.0  # training never forces clips of one temporal patch
+    if model.config.causal:
+        check_causal(args, model.config)
+        forcing = 1.0  # of all clips: each patch continues clean ones
+    spans = read_spans(args, data["classes"], model.config)
     num_frames = args.num_frames or trained_frames
+    if spans:
+        num_frames = sum(frames for _, frames in spans[0])
     time_scale = args.time_scale or data["time_scale"]
     if args.fps:
         time_scale = 1 / args.fps
     values = resolve_sampler(args, training, model.config.learns)
     values["precision"] = resolve_precision(args.precision, energy=model.config.ebm != "none")
     values["num_frames"] = num_frames
-    window, overlap = choose_windows(
-        args,
-        model.config,
-        num_frames=num_frames,
-        trained_frames=trained_frames,
-        data=data,
-        time_scale=time_scale,
-        forcing=forcing,
-    )
+    window = model.config.temporal_patch_size
+    overlap = 0
+    if not model.config.causal:
+        window, overlap = choose_windows(
+            args,
+            model.config,
+            num_frames=num_frames,
+            trained_frames=trained_frames,
+            data=data,
+            time_scale=time_scale,
+            forcing=forcing,
+        )
     weak = open_weak(args, model.config, data, window)
     stretch = rope_stretch(
         args,
@@ -291,13 +316,18 @@ def make_plan(args, model, config, step, vae=None):
     for network in filter(None, (model, weak)):
         if network.config.use_rope:
             network.rope.stretch = stretch
-    labels = choose_labels(args, data["classes"])
+    if spans:
+        labels = label_spans(args, spans, model.config)
+        conditions = labels[:, 0]
+    else:
+        labels = None
+        conditions = choose_labels(args, data["classes"])
     plan = Plan(
         model,
         vae=vae or open_vae(args, model.config, data),
         classes=data["classes"],
-        conditions=labels,
-        names=class_names(data["classes"], labels),
+        conditions=conditions,
+        names=class_names(data["classes"], conditions),
         num_frames=num_frames,
         time_scale=time_scale,
         step=step,
@@ -307,6 +337,7 @@ def make_plan(args, model, config, step, vae=None):
         window=window,
         overlap=overlap,
         weak=weak,
+        spans=labels,
     )
     if rank() == 0:  # which writes samples.json
         plan.weights_sha256 = checkpoint.weights_sha256(model.state_dict())
@@ -445,23 +476,88 @@ def rope_stretch(args, config, trained, sampled):
     return max(1.0, span(*sampled) / span(*trained))
 
 
+def label_of(word, names):
+    """The class that a word of --classes names. Raises UserError."""
+    known = {str(label): label for label in range(len(names))}
+    known |= {name: label for label, name in enumerate(names)}
+    known["none"] = NO_LABEL  # even if the model has a class of this name
+    if word not in known:
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise UserError(
+            f"--classes {word}: no such class; expected one of {some}, an index below "
+            f"{len(names)}, or none"
+        )
+    return known[word]
+
+
+def read_spans(args, names, config):
+    """[[(class, frames) of each span] of each word of --classes], such as "CircleUp*8,CircleLeft*8",
+    or None if no word has spans.
+
+    Raises UserError.
+    """
+    words = args.classes or []
+    if not any("*" in word for word in words):
+        return None
+    patch = config.temporal_patch_size
+    if not config.causal:
+        raise UserError(
+            f"--classes {words[0]}: only a causal model changes its class; name one class"
+        )
+    spans = []
+    for word in words:
+        spans_of_word = []
+        for part in word.split(","):
+            name, _, frames = part.rpartition("*")
+            if not frames.isdecimal() or int(frames) % patch or not int(frames):
+                raise UserError(
+                    f"--classes {word}: expected spans such as {names[0]}*{4 * patch}, of a "
+                    f"multiple of {patch} frames, a temporal patch"
+                )
+            spans_of_word.append((label_of(name, names), int(frames)))
+        spans.append(spans_of_word)
+    lengths = {sum(frames for _, frames in spans_of_word) for spans_of_word in spans}
+    if len(lengths) > 1 or args.num_frames not in (None, *lengths):
+        asked = f"--num-frames {args.num_frames}, " if args.num_frames else ""
+        raise UserError(
+            f"--classes: {asked}spans of {' and '.join(map(str, sorted(lengths)))} frames; expected "
+            "the same number; change a span, or remove --num-frames"
+        )
+    return spans
+
+
+def label_spans(args, spans, config):
+    """The class of each patch of each sample, (num_samples, patches) int64: `read_spans` in turn."""
+    rows = []
+    for spans_of_word in spans:
+        row = []
+        for label, frames in spans_of_word:
+            row += [label] * (frames // config.temporal_patch_size)
+        rows.append(row)
+    return torch.tensor(rows)[torch.arange(args.num_samples) % len(rows)]
+
+
+def check_causal(args, config):
+    """Raise UserError for flags of sample_gd.py that a causal model does not have."""
+    for name in ("window", "overlap", "init", "report_energy", "weak_ckpt"):
+        if getattr(args, name):
+            raise UserError(
+                f"{flag_text(args, name)}: does not apply to a causal model, which makes one "
+                f"temporal patch of {config.temporal_patch_size} frames after the other; remove it"
+            )
+    if args.rope_scale != "none":
+        raise UserError(
+            f"--rope-scale {args.rope_scale}: does not apply to a causal model, whose context never "
+            "grows; remove it"
+        )
+
+
 def choose_labels(args, names):
     """Return the class of each sample, (num_samples,) int64: --classes in turn.
 
     Raises UserError.
     """
-    known = {str(label): label for label in range(len(names))}
-    known |= {name: label for label, name in enumerate(names)}
-    known["none"] = NO_LABEL  # even if the model has a class of this name
-    labels = []
-    for word in args.classes or []:
-        if word not in known:
-            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise UserError(
-                f"--classes {word}: no such class; expected one of {some}, an index below "
-                f"{len(names)}, or none"
-            )
-        labels.append(known[word])
+    labels = [label_of(word, names) for word in args.classes or []]
     labels = labels or list(range(len(names)))
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
@@ -547,29 +643,45 @@ def generate(
 
     with bar:
         for batch in batches:
-            noise_of = partial(
-                initial_latents,
-                plan,
-                batch,
-                seed=seed,
-                device=device,
-                init=init,
-                init_gamma=init_gamma,
-            )
-            sample_latents = partial(
-                sample_window,
-                plan,
-                condition=Condition.of(plan.conditions[batch], plan.model.config).to(device),
-                time_scale=torch.tensor([plan.time_scales[i] for i in batch], device=device),
-                settings=settings | {"start_gamma": init_gamma},
-                energy=energy,
-                strict=strict,
-                on_evaluation=on_evaluation,
-            )
             given_clips = given and given(batch)
-            windows = sample_windows(
-                plan, noise_of, sample_latents, given_clips, keep_background=keep_background
-            )
+            if plan.model.config.causal:
+                stream = Stream(
+                    plan,
+                    batch,
+                    settings,
+                    seed=seed,
+                    device=device,
+                    strict=strict,
+                    on_evaluation=on_evaluation,
+                )
+                windows = stream_windows(stream, given_clips, keep_background)
+            else:
+                sample_latents = partial(
+                    sample_window,
+                    plan,
+                    condition=plan.condition_at(batch, frame=0).to(device),
+                    time_scale=plan.time_scale_of(batch).to(device),
+                    settings=settings | {"start_gamma": init_gamma},
+                    energy=energy,
+                    strict=strict,
+                    on_evaluation=on_evaluation,
+                )
+                noise_of = partial(
+                    initial_latents,
+                    plan,
+                    batch,
+                    seed=seed,
+                    device=device,
+                    init=init,
+                    init_gamma=init_gamma,
+                )
+                windows = sample_windows(
+                    plan,
+                    noise_of,
+                    sample_latents,
+                    given_clips=given_clips,
+                    keep_background=keep_background,
+                )
             end = bar.n
             for part in windows:
                 end += most
@@ -604,13 +716,140 @@ def sample_windows(plan, noise_of, sample_latents, given_clips, keep_background)
         yield start + first, videos, evaluations, energies
 
 
-def sample_window(plan, x, condition, time_scale, kept, settings, energy, strict, on_evaluation):
+class Stream:
+    """Samples videos of a causal model, one temporal patch after the other, without end.
+
+    A patch sees the clean patches before it, as far back as the context of the model. So time and
+    memory per patch do not grow.
+    """
+
+    def __init__(
+        self,
+        plan,
+        indices,
+        settings,
+        seed=0,
+        device="cpu",
+        strict=True,
+        on_evaluation=lambda running: None,
+    ):
+        """indices: of the samples of the Plan, which tell seeds and frame rates. settings: from
+        `sampling_settings`. strict, on_evaluation: as in `sample_window`.
+        """
+        self.plan = plan
+        self.indices = indices
+        self.device = torch.device(device)
+        self.precision = settings["precision"]
+        self.is_guided = settings["guidance"] != 1
+        self.time_scale = plan.time_scale_of(indices).to(device)
+        self.noise_of = partial(
+            initial_latents, plan, indices, seed=seed, device=device, init=None, init_gamma=0.0
+        )
+        self.sample_latents = partial(
+            sample_window,
+            plan,
+            time_scale=self.time_scale,
+            kept={},
+            settings=settings,
+            energy=False,
+            strict=strict,
+            on_evaluation=on_evaluation,
+        )
+        self.reset()
+
+    def reset(self):
+        """Forget all frames: the next patch begins the videos."""
+        config = self.plan.model.config
+        tokens = math.prod(config.grid(config.temporal_patch_size))
+        self.cache = Cache(config.depth, config.context_patches, tokens)
+        self.num_patches = 0  # that were sampled or shown
+
+    @torch.no_grad()
+    def step(self, condition):
+        """Sample the next temporal patch of these samples, with a Condition.
+
+        Returns its frames uint8 (n, pt, H, W, 3) and the evaluations (n,).
+        """
+        condition = condition.to(self.device)
+        latents, evaluations, _ = self.sample_latents(
+            self.noise_of(window=self.num_patches), condition=condition, cache=self.cache
+        )
+        self.keep(latents, condition)
+        return self.plan.vae.decode(latents), evaluations
+
+    @torch.no_grad()
+    def show(self, clips, condition):
+        """Let the videos go on with a temporal patch of clips uint8 (n, 3, pt, H, W).
+
+        Returns its frames, uint8 (n, pt, H, W, 3), as the VAE decodes them.
+        """
+        latents = self.plan.vae.encode(clips.to(self.device))
+        self.keep(latents, condition.to(self.device))
+        return self.plan.vae.decode(latents)
+
+    def keep(self, latents, condition):
+        """Add a clean patch to the cache. With guidance, the cache holds it without condition and
+        with it, as `guided` evaluates both.
+        """
+        y = condition.y
+        time_scale = self.time_scale
+        if self.is_guided:
+            latents = latents.repeat(2, 1, 1, 1, 1)
+            y = torch.cat([condition.null().y, y])
+            time_scale = time_scale.repeat(2)
+        model = self.plan.model
+        told = {}
+        if model.config.learns.is_told:
+            told["gamma"] = torch.ones(len(y), device=self.device)
+        self.cache.rows = slice(None)
+        self.cache.fills = True
+        with distributed.autocast(self.device, self.precision):
+            model(latents, y, time_scale, cache=self.cache, **told)
+        self.cache.fills = False
+        self.num_patches += 1
+
+
+def stream_windows(stream, given_clips, keep_background):
+    """Yield what `sample_windows` yields, for each temporal patch of a Stream."""
+    plan = stream.plan
+    patch = plan.window
+    num_given = 0
+    if given_clips:
+        clips, mask = (tensor.to(stream.device) for tensor in given_clips)
+        details = Details(clips, mask, keep_background)
+        num_given = int(mask[0].sum())
+        assert mask[:, :num_given].all() and not mask[:, num_given:].any(), "one prefix"
+    for start in plan.window_starts:
+        condition = plan.condition_at(stream.indices, frame=start)
+        evaluations = torch.zeros(len(stream.indices), dtype=torch.int64)
+        if start < num_given:
+            videos = stream.show(clips[:, :, start : start + patch], condition)
+        else:
+            videos, evaluations = stream.step(condition)
+        videos = videos[:, : plan.num_frames - start]  # the last patch may reach beyond the video
+        if given_clips:
+            videos = details.add(videos, start)
+        yield start, videos, evaluations, None
+
+
+def sample_window(
+    plan,
+    x,
+    condition,
+    time_scale,
+    kept,
+    settings,
+    energy,
+    strict,
+    on_evaluation,
+    cache=None,
+):
     """Follow the guided field of a Plan from x (B, C, T, H, W).
 
     Returns (samples, evaluations (B,), energies or None). Samples are float32;
     settings["precision"] applies to the network only. kept: from `kept_part`. on_evaluation(number
     of running samples) is called before each evaluation. Energies are (B, num_steps), NaN after a
-    sample has stopped.
+    sample has stopped. cache: of the Stream of a causal model.
     """
     if kept and kept["mask"].all():  # nothing to sample
         return kept["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
@@ -620,11 +859,12 @@ def sample_window(plan, x, condition, time_scale, kept, settings, energy, strict
     model = plan.model
     weak = plan.weak
     objective = model.config.learns
+    network = model if cache is None else partial(model, cache=cache)
     if settings["shift"] is None:
         settings["shift"] = objective.solver_shift(plan.gamma_shift)
-    if condition.is_null() and weak is None:
+    if condition.is_null() and weak is None and cache is None:
         guidance = 1.0
-    field = guided(model, condition, time_scale, guidance=guidance, weak=weak)
+    field = guided(network, condition, time_scale, guidance=guidance, weak=weak)
     energies = None
     if energy:
         energy_of = guided(
@@ -635,6 +875,8 @@ def sample_window(plan, x, condition, time_scale, kept, settings, energy, strict
 
     def field_with_progress(x, keep, *gamma):  # with gamma if the objective is told it
         on_evaluation(len(keep))
+        if cache is not None:
+            cache.rows = keep if guidance == 1 else torch.cat([keep, keep + len(condition.y)])
         return field(x, keep, *gamma)
 
     def observe(x, keep):

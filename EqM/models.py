@@ -26,8 +26,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from causal import attention_masks, count_pairs
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
-from runtime.cli import COUNT, NON_NEGATIVE, POSITIVE
+from runtime.cli import COUNT, NON_NEGATIVE, POSITIVE, UserError, flag_text
 from transport import OBJECTIVES
 
 EBMS = ("none", "dot", "l2")
@@ -72,6 +73,8 @@ class EqMConfig:
     # probability that training replaces a label by the null label, num_classes
     class_dropout_prob: float = 0.1
     objective: str = "eqm"  # what the field is: a name in transport.OBJECTIVES
+    causal: bool = False  # a temporal patch sees only earlier ones, see causal.py
+    context: int | None = None  # and so many frames of them, if causal
 
     def __post_init__(self):
         for field in fields(self):
@@ -99,6 +102,14 @@ class EqMConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.ebm != "none" and not self.learns.has_equilibria:
             raise ValueError(f"ebm {self.ebm} needs objective eqm, got {self.objective}")
+        if self.causal:
+            if not self.use_rope or self.ebm != "none":
+                raise ValueError("causal needs use_rope, and no ebm")
+            if self.context is None or self.context < self.temporal_patch_size:
+                raise ValueError(
+                    f"context must be at least a temporal patch of {self.temporal_patch_size} "
+                    f"frames, got {self.context}"
+                )
         if self.use_rope:
             if not all(self.rotary_embedding().split) and not self.has_table:
                 raise ValueError(
@@ -138,9 +149,14 @@ class EqMConfig:
     @property
     def level_frames(self):
         """The number of adjacent frames with the same noise level: a temporal patch if the model is
-        told one level.
+        told one level, or is causal.
         """
-        return self.temporal_patch_size if self.learns.is_told else 1
+        return self.temporal_patch_size if self.learns.is_told or self.causal else 1
+
+    @property
+    def context_patches(self):
+        """The number of earlier temporal patches that a patch sees, if causal."""
+        return self.context // self.temporal_patch_size
 
     def whole_levels(self, num_frames):
         """Round a number of frames down to a multiple of `level_frames`, at least to one."""
@@ -198,16 +214,22 @@ class EqMConfig:
     def flops(self, num_frames):
         """Count the FLOPs of a forward pass of one clip, 2 per multiply-add.
 
-        Only matrix products and attention count.
+        Only matrix products and attention count. A causal model passes each clip twice, clean and
+        noisy.
         """
         time, height, width = self.grid(num_frames)
         N = time * height * width
+        pairs = N * N
+        if self.causal:
+            pairs = count_pairs(time, self.context_patches) * (height * width) ** 2
+            time = 2 * time
+            N = 2 * N
         D = self.hidden_size
         number_embedder = 2 * (FEATURES * D + D * D)
         ends = 2 * N * D * self.values_per_token * 2  # patches in and out
         ada_ln = 2 * D * (6 * self.depth + 2) * D
         linear_maps = 2 * N * D * (3 + 1 + 4 + 4) * D
-        attention = 2 * N * N * D * 2
+        attention = 2 * pairs * D * 2
         flops = number_embedder + ends + self.depth * (linear_maps + attention)
         if not self.learns.is_told:
             return flops + ada_ln
@@ -325,19 +347,24 @@ class HeadNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def attend(q, k, v):
-    """Scaled dot-product attention of (B, h, N, d) each."""
+def attend(q, k, v, mask=None):
+    """Scaled dot-product attention of (B, h, N, d) each.
+
+    mask: bool (N of q, N of k), true where a query sees a key; None: everywhere.
+    """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, mask)
     # Training on a CPU avoids torch's slow bf16 kernel: for 4 clips of 256 tokens and 4 heads of 32
     # channels, forward and backward take 10 ms there, 8 ms in float32, 5 ms with plain products,
     # which hold N^2 weights (AMD EPYC, one thread, torch 2.13).
     if q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_TOKENS:
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, h, N, N)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
     with torch.autocast("cpu", enabled=False):
         precise = torch.promote_types(q.dtype, torch.float32)
-        x = F.scaled_dot_product_attention(q.to(precise), k.to(precise), v.to(precise))
+        x = F.scaled_dot_product_attention(q.to(precise), k.to(precise), v.to(precise), mask)
         return x.to(v.dtype)
 
 
@@ -352,16 +379,30 @@ class Attention(nn.Module):
         self.q_norm = norm()
         self.k_norm = norm()
 
-    def forward(self, x, rotary=None):
+    def forward(self, x, rotary=None, masks=None, cache=None):
+        """Attend from tokens x (B, N, D).
+
+        masks: of `attention_masks`, if x is [clean | noisy]. cache: a BlockCache, whose tokens come
+        before those of x; rotary has the angles of both.
+        """
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
         q = self.q_norm(q)
         k = self.k_norm(k)
+        N = q.shape[2]
+        if cache is not None:
+            k, v = cache.extend(k, v)
         if rotary is not None:
-            q = apply_rotary(q, *rotary)
+            q = apply_rotary(q, *(angles[:, :, -N:] for angles in rotary))
             k = apply_rotary(k, *rotary)
-        x = attend(q, k, v)  # (B, h, N, d)
+        if masks is None:
+            x = attend(q, k, v)  # (B, h, N, d)
+        else:
+            N = N // 2
+            clean = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N], masks[0])
+            noisy = attend(q[:, :, N:], k, v, masks[1])
+            x = torch.cat([clean, noisy], dim=2)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
@@ -415,18 +456,19 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
-    def forward(self, x, condition, rotary=None, selective=False):
+    def forward(self, x, condition, rotary=None, masks=None, selective=False, cache=None):
         if selective:  # inside the block, so that torch.compile sees what to keep
             options = {
                 "context_fn": KEEP_EXPENSIVE,
                 "use_reentrant": False,
                 "preserve_rng_state": False,
             }
-            return checkpoint(self.forward, x, condition, rotary, **options)
+            return checkpoint(self.forward, x, condition, rotary, masks, **options)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(
             6, dim=-1
         )
-        x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
+        branch = self.attn(modulate(self.norm1(x), shift1, scale1), rotary, masks, cache)
+        x = add_gated(x, gate1, branch)
         return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
@@ -488,7 +530,9 @@ class EqM(nn.Module):
         init_output = nn.init.xavier_uniform_ if self.config.ebm == "l2" else nn.init.zeros_
         init_output(self.final_layer.linear.weight)
 
-    def forward(self, x, y, time_scale=None, return_features=False, gamma=None):
+    def forward(
+        self, x, y, time_scale=None, return_features=False, gamma=None, clean=None, cache=None
+    ):
         """Return the field f, and with return_features also the last block's activations (B, N, D).
 
         x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale:
@@ -497,9 +541,12 @@ class EqM(nn.Module):
         last temporal patch, x is padded with its last frame and f is cropped. With `ebm`, f is
         minus the gradient of the energy in x, also under torch.no_grad. Raises ValueError as
         `EqMConfig.check_num_frames` does.
+
+        A causal model needs the clip without noise, `clean` like x, or a causal.Cache of the
+        patches before x, which is then one temporal patch.
         """
         if self.config.ebm == "none":
-            f, features = self.predict(x, y, time_scale, gamma)
+            f, features = self.predict(x, y, time_scale, gamma, clean, cache)
         else:
             training = torch.is_grad_enabled()
             # only torch's math attention has a second derivative
@@ -524,7 +571,7 @@ class EqM(nn.Module):
         energy = terms.flatten(1).sum(dim=1)
         return (energy, features) if return_features else energy
 
-    def predict(self, x, y, time_scale, gamma=None):
+    def predict(self, x, y, time_scale, gamma=None, clean=None, cache=None):
         """Return the output (B, C, T, H, W) and the last block's activations (B, N, D)."""
         config = self.config
         T = x.shape[2]
@@ -532,29 +579,42 @@ class EqM(nn.Module):
         assert (gamma is None) != config.learns.is_told, "an objective is told gamma, or it is not"
         if time_scale is None:
             time_scale = torch.full((len(x),), 1 / REFERENCE_FPS, device=x.device)
+        assert ((clean is None) != (cache is None)) == config.causal, "for causal models only"
         grid = config.grid(T)
         pt = config.temporal_patch_size
         p = config.patch_size
-        if padding := grid[0] * pt - T:
-            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
-
+        N = math.prod(grid)
         # Under autocast the embedding is bf16. The tokens are not, or each of their 2 x depth sums
         # would be rounded.
-        tokens = self.x_embedder(x).to(x.dtype)  # (B, N, D)
+        tokens = self.x_embedder(fill_patches(x, pt)).to(x.dtype)  # (B, N, D)
+        if clean is not None:  # (B, 2 N, D)
+            tokens = torch.cat([self.x_embedder(fill_patches(clean, pt)).to(x.dtype), tokens], 1)
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
         condition = (self.t_embedder(s) + self.y_embedder(y))[:, None]  # (B, 1, D)
         if gamma is not None:
             # (B, 1), or one per patch
             levels = gamma.float().reshape(len(x), -1)[:, :: config.temporal_patch_size]
+            if clean is not None:  # whose level is 1
+                levels = levels.expand(-1, grid[0])
+                levels = torch.cat([torch.ones_like(levels), levels], dim=1)
             condition = condition + self.gamma_embedder(1000 * levels)
-        rotary = self.rope(grid, time_scale) if config.use_rope else None
+        kept = cache.num_patches if cache is not None else 0
+        rotary = None
+        if config.use_rope:
+            rotary = self.rope((kept + grid[0], *grid[1:]), time_scale)
+        masks = None
+        if clean is not None:
+            rotary = tuple(angles.repeat(1, 1, 2, 1) for angles in rotary)
+            masks = attention_masks(
+                grid[0], N // grid[0], context=config.context_patches, device=x.device
+            )
         if config.has_table:  # a table of space alone serves every temporal patch
             tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(
                 1, 2
             )
         if self.is_compiled:
             tokens = tokens.clone()  # a view would need a separate graph for the first block
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             # batch size and number of tokens vary; each new size would be compiled again
             if self.is_compiled:
                 levels = (0, 1) if condition.shape[1] > 1 else 0
@@ -562,6 +622,7 @@ class EqM(nn.Module):
                     (tokens, (0, 1)),
                     (condition, levels),
                     *((angles, (0, 2)) for angles in rotary or ()),
+                    *((mask, (0, 1)) for mask in masks or ()),
                 )
                 for part, axes in sizes:
                     torch._dynamo.maybe_mark_dynamic(part, axes)
@@ -569,10 +630,13 @@ class EqM(nn.Module):
             if recompute == "full":
                 # also when run again
                 function = block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)
-                tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
+                tokens = checkpoint(function, tokens, condition, rotary, masks, use_reentrant=False)
             else:
-                tokens = block(tokens, condition, rotary, recompute == "selective")
-        f = self.final_layer(tokens, condition)
+                part = cache.blocks[index] if cache is not None else None
+                selective = recompute == "selective"
+                tokens = block(tokens, condition, rotary, masks, selective=selective, cache=part)
+        tokens = tokens[:, -N:]
+        f = self.final_layer(tokens, condition[:, -grid[0] :])
         (t, h, w) = grid
         f = rearrange(
             f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p
@@ -591,6 +655,14 @@ class EqM(nn.Module):
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self.blocks:
             block.compile()
+
+
+def fill_patches(x, frames):
+    """Repeat the last frame of x (B, C, T, H, W) until T is a multiple of `frames`."""
+    padding = -x.shape[2] % frames
+    if not padding:
+        return x
+    return torch.cat([x, x[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
 
 
 def position_table(config):
@@ -687,6 +759,8 @@ FLAGS = (
     "qk_norm",
     "ebm",
     "objective",
+    "causal",
+    "context",
 )
 
 
@@ -753,4 +827,27 @@ def add_flags(parser):
         choices=EBMS,
         help="energy whose negative gradient is the field; default: from --ckpt, else none",
     )
+    add(
+        "--causal",
+        action="store_true",
+        default=None,
+        help=(
+            "a temporal patch sees only earlier ones, so videos are sampled patch by patch, at any "
+            "length; default: from --ckpt"
+        ),
+    )
+    add(
+        "--context",
+        type=COUNT,
+        metavar="N",
+        help="frames before its own that a temporal patch sees, if causal; default: a whole clip",
+    )
     add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
+
+
+def check_flags(args):
+    """Raise UserError for flags of a causal model that need others."""
+    if args.causal and not (args.video and args.use_rope):
+        raise UserError("--causal: needs videos with rotary positions; add --video and --use-rope")
+    if args.context and not args.causal:
+        raise UserError(f"{flag_text(args, 'context')}: needs --causal; add it")

@@ -6,6 +6,7 @@ names the flags that the user gave.
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import replace
 
 import checkpoint
@@ -43,7 +44,7 @@ def check_run(args):
     cli.check_devices()
     if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
         return None
-    args = resolve_frames(args)
+    args = resolve_causal(resolve_frames(args))
     lengths = clip_lengths(args)
     check_flags(args, lengths)
     check_data_path(args.data_path, images=not args.video)
@@ -139,10 +140,20 @@ def resolve_frames(args):
     return args.resolve(num_frames=phases[0].num_frames, max_steps=phases[-1].last_step)
 
 
+def resolve_causal(args):
+    """Flags with --causal as the model of --ckpt has it, unless it is given."""
+    if args.causal is None and args.ckpt and args.use_rope:
+        with suppress(UserError):  # `find_start` reports a checkpoint that can't be read
+            state = checkpoint.load(args.ckpt, [], args.model, args.ebm)
+            return args.resolve(causal=state["config"]["model"].get("causal", False))
+    return args
+
+
 def check_flags(args, lengths):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     check_job()
     cli.check_speed_flags(args)
+    models.check_flags(args)
     transport.check_flags(args, lengths)
     schedule.check_flags(args)
     optim.check_flags(args)
@@ -194,6 +205,18 @@ def resolve_vae(args, start):
     return args.resolve(vae=vae.name, image_size=image_size), vae
 
 
+def attention_settings(args, start, lengths):
+    """{name: value} of the fields of EqMConfig that say which patches see each other.
+
+    No weight depends on them, so a checkpoint may have others.
+    """
+    if not args.causal:
+        return {"causal": False, "context": None}
+    trained = start.config["model"].get("context") or 0
+    usual = trained if start.resumes else max(trained, *lengths)
+    return {"causal": True, "context": args.context or usual}
+
+
 def make_config(args, vae, start, lengths):
     """The EqMConfig of this run without its classes, from the flags or from a checkpoint that
     agrees with them. lengths: of the training clips, in frames.
@@ -207,25 +230,27 @@ def make_config(args, vae, start, lengths):
         raise UserError(
             f"--image-size {args.image_size}: not a multiple of {unit} (VAE and patch); use {near}"
         )
-    names = [name for name in (*models.FLAGS, "num_classes") if getattr(args, name) is not None]
+    attention = attention_settings(args, start, lengths)
+    flags = {*models.FLAGS, "num_classes"} - attention.keys()
+    names = sorted(name for name in flags if getattr(args, name) is not None)
     settings = {name: getattr(args, name) for name in ("num_frames", "use_rope", *names)}
     settings["input_size"] = args.image_size // vae.downsample
     settings["in_channels"] = vae.channels
     try:
         if start.state is None:
             name_in_error = model
-            config = model_config(model, **settings)
+            config = model_config(model, **settings | attention)
         else:
             name_in_error = start.path
             if args.new_classes and not start.resumes:
                 settings.pop("num_classes", None)
             asked = model_shape(args.model) | settings
             saved = checkpoint.config_of(start.origin, start.state, video=args.video, **asked)
-            config = replace(saved, num_frames=args.num_frames)
+            config = replace(saved, num_frames=args.num_frames, **attention)
         for num_frames in (*lengths, *args.val_frames):
             config.check_num_frames(num_frames)
     except ValueError as error:
-        typed = args.typed & {*names, "image_size", "val_frames"}
+        typed = args.typed & {*names, "context", "image_size", "val_frames"}
         flags = " ".join(flag_text(args, name) for name in sorted(typed))
         length = f"{frames_flag(args)} {args.num_frames}"
         raise UserError(f"{flags} {length} model {name_in_error}: {error}".strip()) from error

@@ -139,14 +139,15 @@ class Run:
 
 
 def run_name(args):
-    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule.
+    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule; -causal at the end for --causal.
 
     A glob pattern if the model is not known yet.
     """
     model = (args.model or "EqM-*").replace("/", "-")
     lengths = "-".join(map(str, clip_lengths(args)))
     positions = "-rope" if args.use_rope else ""
-    return f"{model}-f{lengths}{positions}"
+    causal = "-causal" if args.causal else ""
+    return f"{model}-f{lengths}{positions}{causal}"
 
 
 def make_run_config(args, config, phase, data, vae):

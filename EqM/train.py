@@ -386,7 +386,11 @@ def training_losses(network, vae, batch, config, args, stream, device):
         level_frames=config.level_frames,
         region_share=args.forcing_regions,
         size=config.input_size,
+        causal=config.causal,
     )
+    clean = None
+    if config.causal:
+        clean = transport.noisy_context(x, args.context_noise, seed, stream, indices)
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
     condition = Condition.of(batch["y"], config).null(dropped).to(device)
@@ -401,6 +405,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
             y=condition.y,
             time_scale=batch["time_scales"].to(device, non_blocking=True),
             return_features=args.disp,
+            clean=clean,
         )
         losses = {"train_loss": errors.mean()}
     if args.disp:

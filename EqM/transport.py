@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.cli import POSITIVE, SHARE, UserError, flag_text
-from runtime.rng import generator, uniform
+from runtime.rng import generator, normal, uniform
 
 DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
@@ -95,20 +95,24 @@ class Objective:
         """
         return 1.0 if self.has_equilibria else gamma_shift
 
-    def losses(self, network, x, noise, gamma, y, time_scale, first=0, return_features=False):
+    def losses(
+        self, network, x, noise, gamma, y, time_scale, first=0, return_features=False, clean=None
+    ):
         """Compare a network with the target at x_gamma.
 
         Returns (errors, mean square of the target, features). errors: (B,) float32, the mean
         squared error of each clip over its frames from `first` on. The mean square covers all
         frames, so for first = 0 it is the loss of a network that predicts zero. features: (B, N, D)
-        or None.
+        or None. clean: what a causal network sees of earlier frames, like x.
 
         Without decay or weight, clean frames (gamma = 1) do not count: their target is noise that
         x_gamma does not show.
         """
-        told = {"gamma": gamma} if self.is_told else {}
+        inputs = {"gamma": gamma} if self.is_told else {}
+        if clean is not None:
+            inputs["clean"] = clean
         x_gamma = self.interpolate(x, noise, gamma)
-        output = network(x_gamma, y, time_scale, return_features=return_features, **told)
+        output = network(x_gamma, y, time_scale, return_features=return_features, **inputs)
         f, features = output if return_features else (output, None)
         target = self.target(x, noise, gamma)
         squares = (f.float() - target).square()
@@ -231,12 +235,14 @@ def draw_gammas(
     region_share=0.0,
     size=1,
     draw="uniform",
+    causal=False,
 ):
     """Draw the gammas of training samples, float32 on the CPU: (B,), or (B, T) if a `share` of the
     clips is forced.
 
     With a `region_share` they are (B, T, size, size): that share of all clips is clean except for a
-    rectangle, the same in each frame (see `noisy_region`).
+    rectangle, the same in each frame (see `noisy_region`). For a causal model they are (B, T), with
+    a level for each temporal patch.
 
     The draws of a sample depend only on (seed, stream, index), where stream is the first step of
     the phase. A clip that is not forced keeps its gamma, whatever the share. A clip of one temporal
@@ -245,7 +251,7 @@ def draw_gammas(
     shift, draw (a name in DRAWS): see `gammas_of`.
     """
     gamma = gammas_of(uniform(seed, "gamma", stream, indices), shift, draw)  # (B,)
-    if share == region_share == 0 or num_frames <= patch:
+    if share == region_share == causal == 0 or num_frames <= patch:
         return gamma
     rows = []
     for level, index in zip(gamma.tolist(), indices, strict=True):
@@ -253,9 +259,9 @@ def draw_gammas(
         chance, kind, *draws = torch.rand(
             4 + num_frames, generator=generator(seed, "forcing", stream, index)
         ).tolist()
-        if chance >= share:
+        if chance >= share and not causal:
             rows.append([level] * num_frames)
-        elif kind < OWN_LEVELS:
+        elif causal or kind < OWN_LEVELS:
             of_patch = gammas_of(torch.tensor(draws, dtype=torch.float64), shift, draw).tolist()
             rows.append([of_patch[frame // patch] for frame in range(num_frames)])
         else:
@@ -316,6 +322,19 @@ def condition_dropout(gamma, usual):
     return (gamma == 1).float().flatten(1).mean(dim=1).sqrt().clamp(min=usual)
 
 
+def noisy_context(x, most, seed, stream, indices):
+    """Return clips x (B, C, T, H, W) with some noise, for a causal model to continue:
+    (1 - u) x + u eps, where u is uniform up to `most`.
+
+    A model that has seen noise in its context is less sensitive to the errors of its own samples.
+    """
+    if not most:
+        return x
+    u = most * uniform(seed, "context level", stream, indices).to(x.device)
+    noise = normal(seed, "context noise", stream, indices, x.shape[1:], x.device)
+    return interpolate(x, noise, 1 - u)
+
+
 def first_given(gamma, num_frames, given):
     """Expand gamma (B,) to (B, T) and make the first `given` frames clean (gamma = 1)."""
     is_first = torch.arange(num_frames, device=gamma.device) < given
@@ -357,6 +376,13 @@ def add_flags(parser):
         help="fraction of clips with mixed noise levels, to continue clips later",
     )
     add(
+        "--context-noise",
+        type=SHARE,
+        default=0.0,
+        metavar="S",
+        help="--causal: at most this share of noise in the frames that a model continues",
+    )
+    add(
         "--forcing-regions",
         type=SHARE,
         default=0.0,
@@ -370,9 +396,16 @@ def add_flags(parser):
 
 
 def check_flags(args, clip_lengths):
-    """Raise UserError for --forcing or --forcing-regions if all clips have one frame."""
+    """Raise UserError for flags of noise levels that don't fit the clips or the model."""
     for name in ("forcing", "forcing_regions"):
+        if getattr(args, name) and args.causal:
+            raise UserError(
+                f"{flag_text(args, name)}: a causal model always learns to continue clean frames; "
+                "remove it, or --causal"
+            )
         if getattr(args, name) and {*clip_lengths} == {1}:
             raise UserError(
                 f"{flag_text(args, name)}: does not apply to clips of one frame; remove it"
             )
+    if args.context_noise and not args.causal:
+        raise UserError(f"{flag_text(args, 'context_noise')}: needs --causal; add it")

@@ -76,6 +76,7 @@ def measure(ema, model, vae, batch, precision, device, given):
         noise=normal(0, "noise", "validation", indices, x.shape[1:], device),
         y=Condition.of(batch["y"], config).to(device).y,
         time_scale=batch["time_scales"].to(device),
+        clean=x if config.causal else None,
     )
     loss_given = torch.full_like(gamma, -1)  # no loss is negative
     with distributed.autocast(device, precision):
