@@ -46,14 +46,14 @@ class _Sampler:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with _imports():
             import checkpoint
-            import generation
+            import plans
             import sample_gd
 
             self.flags = sample_gd.parse_args(["--video", "--ckpt", str(ckpt)])
             loaded = checkpoint.load_model(ckpt, video=True)
             self.model, self.config, self.step = loaded
             data = self.config["data"]
-            self.vae = generation.open_vae(self.flags, self.model.config, data)
+            self.vae = plans.open_vae(self.flags, self.model.config, data)
         self.classes = data["classes"]
         self.model.to(self.device).requires_grad_(False)
         self.vae.to(self.device)
@@ -72,7 +72,8 @@ class _Sampler:
         import torch
 
         with _imports():
-            from generation import generate, make_plan, sampling_settings
+            from generation import generate
+            from plans import make_plan, sampling_settings
 
             words = [str(name) for name in classes or self.classes]
             unknown = flags.keys() - vars(self.flags).keys()

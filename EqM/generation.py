@@ -1,242 +1,22 @@
-"""Generate clips from a checkpoint: sampler settings, what to sample, batches and windows."""
+"""Generate clips by a Plan: noise, latents, videos; by batches and windows, or as a stream."""
 
 import math
-from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
-import checkpoint
 from causal import Cache
-from given import NOT_FORCED, Details
-from models import Condition, EqM, model_name
-from rope import REFERENCE_FPS
+from given import Details
+from plans import count_evaluations
 from runtime import distributed
 from runtime.cli import (
-    NON_NEGATIVE,
-    POSITIVE,
     Bar,
     UserError,
-    flag_text,
-    number,
-    plural,
-    resolve_precision,
     say,
 )
-from runtime.distributed import rank
 from runtime.rng import normal
-from samplers import DESCENTS, SOLVERS, guided, sample
-from vae import VAE, check_same, load_vae
-from video.samples import NO_LABEL, class_names
-
-SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no settings
-    "sampler": "gd",
-    "num_sampling_steps": 250,
-    "stepsize": 0.0017,
-    "mu": 0.3,
-    "solver_shift": None,
-    "stop_below": None,
-    "cfg_scale": 4.0,
-}
-# names in samples.json (most are also arguments of `samplers.sample`), and their flags
-FLAG_OF_SETTING = {
-    "method": "sampler",
-    "num_steps": "num_sampling_steps",
-    "step_size": "stepsize",
-    "momentum": "mu",
-    "shift": "solver_shift",
-    "stop_below": "stop_below",
-    "guidance": "cfg_scale",
-    "precision": "precision",
-}
-MOST_EVALUATIONS = 100_000  # more is a typing error
-STOP_BELOW = 1.0  # stops after 10 evaluations on Moving Shapes (results/studies/objectives)
-
-
-# Settings of the sampler --------------------------------------------------------------------------
-
-
-def add_flags(parser):
-    """Add the flags of the sampler to a parser. `resolve_sampler` fills in their defaults."""
-    add = parser.add_argument_group(
-        "sampling (default: settings of the checkpoint, else as below)"
-    ).add_argument
-    add(
-        "--sampler",
-        choices=[*DESCENTS, *SOLVERS],
-        help=(
-            "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma; "
-            "default: gd, or euler if --objective is not eqm"
-        ),
-    )
-    add(
-        "--num-sampling-steps",
-        type=number(int, least=2),
-        metavar="N",
-        help=(
-            "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3; default: "
-            f"{SAMPLER['num_sampling_steps']}"
-        ),
-    )
-    add(
-        "--stepsize",
-        type=POSITIVE,
-        metavar="X",
-        help=(
-            "step size eta of gd and ngd; if you set only one of N and X, the other keeps "
-            f"evaluations x step size; default: {SAMPLER['stepsize']}"
-        ),
-    )
-    add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd; default: {SAMPLER['mu']}")
-    add(
-        "--solver-shift",
-        type=POSITIVE,
-        metavar="S",
-        help=(
-            "euler and heun: above 1, more steps are near the noise; default: --gamma-shift of "
-            "training, eqm: 1"
-        ),
-    )
-    add(
-        "--stop-below",
-        type=NON_NEGATIVE,
-        nargs="?",
-        const=STOP_BELOW,
-        metavar="R",
-        help=(
-            "gd and ngd: stop a sample when the root mean square of its field is below R (0: off; "
-            f"no R: {STOP_BELOW}); default: off"
-        ),
-    )
-    add(
-        "--cfg-scale",
-        type=NON_NEGATIVE,
-        help=f"scale of classifier-free guidance; 1 = off; default: {SAMPLER['cfg_scale']}",
-    )
-
-
-def resolve_sampler(args, training, objective):
-    """Return {flag: value} from the command line, else config["training"], else SAMPLER.
-
-    "guidance_chosen" is True if somebody gave --cfg-scale, here or in training. Raises UserError.
-    """
-    usual = SAMPLER | {"sampler": objective.usual_sampler}
-    kept = {name: training.get(name, value) for name, value in usual.items()}
-    typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
-    if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:
-        # solvers have no path length to keep
-        kept["num_sampling_steps"] = SAMPLER["num_sampling_steps"]
-        kept["stepsize"] = SAMPLER["stepsize"]
-    values = kept | typed
-    if values["sampler"] in DESCENTS and not objective.has_equilibria:
-        raise UserError(
-            f"--sampler {args.sampler}: a model of --objective {objective.name} has no equilibria "
-            "to descend to; expected euler or heun; change or remove --sampler"
-        )
-    if values["sampler"] in DESCENTS and args.solver_shift:
-        raise UserError(
-            f"--solver-shift {args.solver_shift}: applies to euler and heun, not to "
-            f"{values['sampler']}; change --sampler, or remove it"
-        )
-    if values["sampler"] in SOLVERS:
-        if args.stop_below:
-            advice = "remove it"
-            if objective.has_equilibria:
-                advice = "expected gd or ngd; change --sampler, or remove --stop-below"
-            raise UserError(
-                f"--stop-below {args.stop_below}: {values['sampler']} has a fixed number of "
-                f"steps; {advice}"
-            )
-        values["stop_below"] = None
-    elif len(typed.keys() & {"num_sampling_steps", "stepsize"}) == 1:
-        # The descent keeps its length, evaluations x step size, and so ends equally far
-        length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
-        if "num_sampling_steps" in typed:
-            values["stepsize"] = length / (args.num_sampling_steps - 1)
-        elif args.stepsize * MOST_EVALUATIONS <= length:
-            raise UserError(
-                f"--stepsize {args.stepsize}: a path of length {length:g} takes too many "
-                f"evaluations; expected fewer than {MOST_EVALUATIONS:,}; take larger steps"
-            )
-        else:
-            values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
-    values["stop_below"] = values["stop_below"] or None
-    values["guidance_chosen"] = "cfg_scale" in typed or bool(training.get("guidance_chosen"))
-    return values
-
-
-def sampling_settings(args):
-    """Return {setting: value}, of FLAG_OF_SETTING, from resolved flags."""
-    return {name: getattr(args, flag) for name, flag in FLAG_OF_SETTING.items()}
-
-
-def count_evaluations(settings):
-    """Return the maximum number of evaluations of the field per sample."""
-    steps = settings["num_steps"] - 1
-    return 2 * steps - 1 if settings["method"] == "heun" else steps
-
-
-# What is sampled ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Plan:
-    """A model and which samples to generate with it."""
-
-    model: EqM
-    vae: VAE
-    classes: list  # names of the model's classes
-    conditions: torch.Tensor  # (num_samples,) int64, what Condition.of takes: here classes
-    names: list  # of the condition of each sample, or "none"
-    num_frames: int
-    time_scale: float  # seconds per frame
-    time_scales: list | None = None  # of each sample; None = time_scale
-    step: int = 0  # of training
-    trained_frames: int = 0  # frames per clip at the end of training
-    forcing: float = 0.0  # --forcing of training
-    gamma_shift: float = 1.0  # --gamma-shift of training
-    window: int | None = None  # frames sampled at a time; None = all
-    overlap: int = 0  # first frames of a window, copied from the previous window
-    weights_sha256: str = ""  # of the loaded weights, not of their file
-    weak: EqM | None = None  # the model of --weak-ckpt
-    weak_sha256: str | None = None
-    spans: torch.Tensor | None = None  # (num_samples, patches): a condition for each, if causal
-
-    def __post_init__(self):
-        patch = self.model.config.temporal_patch_size
-        usual = patch if self.model.config.causal else self.num_frames
-        self.window = self.window or usual
-        self.time_scales = self.time_scales or [self.time_scale] * len(self.conditions)
-
-    @property
-    def labels(self):
-        """The class of each sample, or NO_LABEL, for files."""
-        return self.conditions
-
-    @property
-    def window_starts(self):
-        return window_starts(self.num_frames, self.window, self.overlap)
-
-    def time_scale_of(self, indices):
-        """The seconds per frame of the samples `indices`, (n,)."""
-        return torch.tensor([self.time_scales[index] for index in indices])
-
-    def condition_at(self, indices, frame):
-        """The Condition of the samples `indices` at a frame."""
-        conditions = self.conditions
-        if self.spans is not None:
-            conditions = self.spans[:, frame // self.model.config.temporal_patch_size]
-        return Condition.of(conditions[indices], self.model.config)
-
-    @property
-    def image_size(self):
-        return self.model.config.input_size * self.vae.downsample
-
-
-def window_starts(num_frames, window, overlap):
-    """Return the first frame of each window. The last window may reach beyond the video."""
-    return list(range(0, max(1, num_frames - overlap), window - overlap))
+from samplers import guided, sample
 
 
 def cast_products(model, precision):
@@ -251,354 +31,6 @@ def cast_products(model, precision):
         # PatchEmbed's convolution is a matrix product, too
         if isinstance(module, nn.Linear | nn.Conv3d):
             module.to(distributed.MIXED[precision])
-
-
-def open_checkpoint(args):
-    """Load the model of --ckpt, and return what `make_plan` does. Raises UserError."""
-    model, config, step = checkpoint.load_model(
-        args.ckpt,
-        use_ema=not args.no_ema,
-        model=args.model,
-        video=args.video,
-        use_rope=args.use_rope,
-        ebm=args.ebm,
-        objective=args.objective,
-        temporal_patch_size=args.temporal_patch_size,
-        num_classes=args.num_classes,
-    )
-    return make_plan(args, model, config=config, step=step)
-
-
-def make_plan(args, model, config, step, vae=None):
-    """({name: value} of flags that follow from the checkpoint, Plan).
-
-    model, config, step: from `checkpoint.load_model`. vae: the checkpoint's, if it is loaded
-    already. Raises UserError; needs no GPU.
-    """
-    data = config["data"]
-    training = config["training"]
-    trained_frames = training["num_frames"]
-    forcing = training.get("forcing", 0.0)  # published models: none
-    if trained_frames <= model.config.temporal_patch_size:
-        forcing = 0.0  # training never forces clips of one temporal patch
-    if model.config.causal:
-        check_causal(args, model.config)
-        forcing = 1.0  # of all clips: each patch continues clean ones
-    spans = read_spans(args, data["classes"], model.config)
-    num_frames = args.num_frames or trained_frames
-    if spans:
-        num_frames = sum(frames for _, frames in spans[0])
-    time_scale = args.time_scale or data["time_scale"]
-    if args.fps:
-        time_scale = 1 / args.fps
-    values = resolve_sampler(args, training, model.config.learns)
-    values["precision"] = resolve_precision(args.precision, energy=model.config.ebm != "none")
-    values["num_frames"] = num_frames
-    window = model.config.temporal_patch_size
-    overlap = 0
-    if not model.config.causal:
-        window, overlap = choose_windows(
-            args,
-            model.config,
-            num_frames=num_frames,
-            trained_frames=trained_frames,
-            data=data,
-            time_scale=time_scale,
-            forcing=forcing,
-        )
-    weak = open_weak(args, model.config, data, window)
-    stretch = rope_stretch(
-        args,
-        model.config,
-        trained=(trained_frames, data["time_scale"]),
-        sampled=(window, time_scale),
-    )
-    for network in filter(None, (model, weak)):
-        if network.config.use_rope:
-            network.rope.stretch = stretch
-    if spans:
-        labels = label_spans(args, spans, model.config)
-        conditions = labels[:, 0]
-    else:
-        labels = None
-        conditions = choose_labels(args, data["classes"])
-    plan = Plan(
-        model,
-        vae=vae or open_vae(args, model.config, data),
-        classes=data["classes"],
-        conditions=conditions,
-        names=class_names(data["classes"], conditions),
-        num_frames=num_frames,
-        time_scale=time_scale,
-        step=step,
-        trained_frames=trained_frames,
-        forcing=forcing,
-        gamma_shift=training.get("gamma_shift", 1.0),
-        window=window,
-        overlap=overlap,
-        weak=weak,
-        spans=labels,
-    )
-    if rank() == 0:  # which writes samples.json
-        plan.weights_sha256 = checkpoint.weights_sha256(model.state_dict())
-        plan.weak_sha256 = weak and checkpoint.weights_sha256(weak.state_dict())
-    return values, plan
-
-
-def open_weak(args, strong, data, window):
-    """The model of --weak-ckpt, for autoguidance, or None.
-
-    Raises UserError unless it has the classes and latents of --ckpt.
-    """
-    if args.weak_ckpt is None:
-        return None
-
-    def inputs(config, data):  # what both models must have in common
-        return (
-            config.objective,
-            config.level_frames,
-            config.input_size,
-            config.in_channels,
-            data["classes"],
-            data.get("vae_sha256"),
-        )
-
-    try:
-        model, config, _ = checkpoint.load_model(args.weak_ckpt, not args.no_ema, video=args.video)
-        model.config.check_num_frames(window)
-        if inputs(model.config, config["data"]) != inputs(strong, data):
-            raise ValueError(
-                f"has another objective, other classes or latents than --ckpt {args.ckpt}; "
-                "expected a weaker model of the same data; use an earlier checkpoint of the run"
-            )
-    except (UserError, ValueError) as error:
-        text = str(error).removeprefix(f"--ckpt {args.weak_ckpt}: ")
-        raise UserError(f"--weak-ckpt {args.weak_ckpt}: {text}") from error
-    return model
-
-
-def say_plan(args, plan):
-    """Print one line that says what is sampled and how."""
-    name = model_name(**asdict(plan.model.config))
-    trained = f"step {plan.step}, trained on {plural(plan.trained_frames, 'frame')}"
-    windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
-    evaluations = plural(count_evaluations(sampling_settings(args)), "evaluation")
-    size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
-    weak = f" by {args.weak_ckpt}" if plan.weak else ""
-    say(
-        f"{args.ckpt}: {name}, {trained}; samples of {plan.num_frames}{windows} by "
-        f"{args.sampler}, {evaluations}{size}, guidance {args.cfg_scale:g}{weak}"
-    )
-    if windows and not plan.forcing:
-        say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")
-
-
-def choose_windows(args, config, num_frames, trained_frames, data, time_scale, forcing):
-    """Return (frames per window, overlap of two windows) for videos of num_frames frames.
-
-    Raises UserError. By default a window has at least the frames and the duration of the longest
-    training clip. Without forcing, or with --rope-scale, which squeezes all frames into the trained
-    span, one window covers the video.
-    """
-    usual = num_frames
-    if forcing and args.rope_scale == "none":
-        patch = config.temporal_patch_size
-        # Frames of these samples in the duration of the longest training clip, at its interval
-        trained_here = trained_frames
-        if config.use_rope:
-            trained_here *= data["longest_time_scale"] / time_scale
-        whole_patches = math.floor(trained_here / patch + 1e-6)
-        usual = max(trained_frames, whole_patches * patch)
-    window = min(num_frames, args.window or usual)
-    if window < num_frames and not args.window:
-        window = config.whole_levels(window)
-    try:
-        config.check_num_frames(window)
-    except ValueError as error:
-        flag = "--window" if args.window else "--num-frames"
-        raise UserError(f"{flag} {window}: {error}") from error
-    if window == num_frames:
-        return window, 0
-    overlap = config.whole_levels(window // 2) if args.overlap is None else args.overlap
-    if overlap >= window and args.overlap is None:
-        raise UserError(f"--window {window}: expected two temporal patches")
-    if overlap >= window:
-        raise UserError(
-            f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a "
-            "smaller number"
-        )
-    unit = config.level_frames
-    for name, frames in (("window", window), ("overlap", overlap)):
-        if frames % unit:
-            raise UserError(
-                f"--{name} {frames}: splits a temporal patch, which has one noise level in "
-                f"--objective {config.objective}; expected a multiple of {unit}"
-            )
-    return window, overlap
-
-
-def open_vae(args, config, data):
-    """Load the VAE of a checkpoint, from --vae or else from where it was in training.
-
-    Raises UserError.
-    """
-    vae = load_vae(args.vae, data["vae"], "the checkpoint")
-    size = config.input_size * vae.downsample
-    if (vae.channels, size) != (config.in_channels, data["image_size"] or size):
-        raise UserError(
-            f"--vae {vae.name}: not the VAE of --ckpt {args.ckpt}; expected {data['vae']}; pass "
-            "its path"
-        )
-    check_same(vae, data.get("vae_sha256"), f"--ckpt {args.ckpt}")
-    if args.image_size not in (None, size):
-        raise UserError(
-            f"--image-size {args.image_size}: the checkpoint has {size}; remove the flag"
-        )
-    return vae
-
-
-def rope_stretch(args, config, trained, sampled):
-    """The factor by which --rope-scale divides rotary time positions, at least 1: that squeezes
-    longer clips into the trained span.
-
-    trained, sampled: (frames, seconds per frame) of a clip. Raises UserError.
-    """
-    if args.rope_scale == "none":
-        return 1.0
-    if not config.use_rope:
-        raise UserError(
-            f"--rope-scale {args.rope_scale}: {args.ckpt} has fixed positions; remove the flag"
-        )
-
-    def span(num_frames, seconds):
-        return config.grid(num_frames)[0] * REFERENCE_FPS * seconds
-
-    return max(1.0, span(*sampled) / span(*trained))
-
-
-def label_of(word, names):
-    """The class that a word of --classes names. Raises UserError."""
-    known = {str(label): label for label in range(len(names))}
-    known |= {name: label for label, name in enumerate(names)}
-    known["none"] = NO_LABEL  # even if the model has a class of this name
-    if word not in known:
-        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise UserError(
-            f"--classes {word}: no such class; expected one of {some}, an index below "
-            f"{len(names)}, or none"
-        )
-    return known[word]
-
-
-def read_spans(args, names, config):
-    """[[(class, frames) of each span] of each word of --classes], such as "CircleUp*8,CircleLeft*8",
-    or None if no word has spans.
-
-    Raises UserError.
-    """
-    words = args.classes or []
-    if not any("*" in word for word in words):
-        return None
-    patch = config.temporal_patch_size
-    if not config.causal:
-        raise UserError(
-            f"--classes {words[0]}: only a causal model changes its class; name one class"
-        )
-    spans = []
-    for word in words:
-        spans_of_word = []
-        for part in word.split(","):
-            name, _, frames = part.rpartition("*")
-            if not frames.isdecimal() or int(frames) % patch or not int(frames):
-                raise UserError(
-                    f"--classes {word}: expected spans such as {names[0]}*{4 * patch}, of a "
-                    f"multiple of {patch} frames, a temporal patch"
-                )
-            spans_of_word.append((label_of(name, names), int(frames)))
-        spans.append(spans_of_word)
-    lengths = {sum(frames for _, frames in spans_of_word) for spans_of_word in spans}
-    if len(lengths) > 1 or args.num_frames not in (None, *lengths):
-        asked = f"--num-frames {args.num_frames}, " if args.num_frames else ""
-        raise UserError(
-            f"--classes: {asked}spans of {' and '.join(map(str, sorted(lengths)))} frames; expected "
-            "the same number; change a span, or remove --num-frames"
-        )
-    return spans
-
-
-def label_spans(args, spans, config):
-    """The class of each patch of each sample, (num_samples, patches) int64: `read_spans` in turn."""
-    rows = []
-    for spans_of_word in spans:
-        row = []
-        for label, frames in spans_of_word:
-            row += [label] * (frames // config.temporal_patch_size)
-        rows.append(row)
-    return torch.tensor(rows)[torch.arange(args.num_samples) % len(rows)]
-
-
-def check_causal(args, config):
-    """Raise UserError for flags of sample_gd.py that a causal model does not have."""
-    for name in ("window", "overlap", "init", "report_energy", "weak_ckpt"):
-        if getattr(args, name):
-            raise UserError(
-                f"{flag_text(args, name)}: does not apply to a causal model, which makes one "
-                f"temporal patch of {config.temporal_patch_size} frames after the other; remove it"
-            )
-    if args.rope_scale != "none":
-        raise UserError(
-            f"--rope-scale {args.rope_scale}: does not apply to a causal model, whose context never "
-            "grows; remove it"
-        )
-
-
-def choose_labels(args, names):
-    """Return the class of each sample, (num_samples,) int64: --classes in turn.
-
-    Raises UserError.
-    """
-    labels = [label_of(word, names) for word in args.classes or []]
-    labels = labels or list(range(len(names)))
-    return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
-
-
-def one_of_each(classes, count):
-    """(conditions, names) of `count` samples: one class after the other."""
-    labels = torch.arange(count) % len(classes)
-    return labels, class_names(classes, labels)
-
-
-def provenance(plan, args):
-    """Return everything that determines the samples of a checkpoint, as plain values for JSON."""
-    config = plan.model.config
-    return {
-        "checkpoint": str(args.ckpt),
-        "averaged_weights": not args.no_ema,
-        "vae": plan.vae.name,
-        "vae_sha256": plan.vae.sha256,
-        "model": model_name(**asdict(config)),
-        "objective": config.objective,
-        "temporal_patch_size": config.temporal_patch_size,
-        "weights_sha256": plan.weights_sha256,
-        "weak_sha256": plan.weak_sha256,
-        "step": plan.step,
-        "image_size": plan.image_size,
-        "num_frames": plan.num_frames,
-        "window": plan.window,
-        "overlap": plan.overlap,
-        "time_scale": plan.time_scale,
-        "gamma_shift": plan.gamma_shift,
-        "rope_scale": args.rope_scale,
-        "keep_background": args.keep_background,
-        "guidance_chosen": args.guidance_chosen,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "compile": args.compile,
-        **sampling_settings(args),
-    }
-
-
-# Noise -> latents -> videos -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -643,7 +75,6 @@ def generate(
 
     with bar:
         for batch in batches:
-            given_clips = given and given(batch)
             if plan.model.config.causal:
                 stream = Stream(
                     plan,
@@ -654,33 +85,20 @@ def generate(
                     strict=strict,
                     on_evaluation=on_evaluation,
                 )
-                windows = stream_windows(stream, given_clips, keep_background)
+                windows = stream_windows(stream, given and given(batch), keep_background)
             else:
-                sample_latents = partial(
-                    sample_window,
+                windows = sample_windows(
                     plan,
-                    condition=plan.condition_at(batch, frame=0).to(device),
-                    time_scale=plan.time_scale_of(batch).to(device),
-                    settings=settings | {"start_gamma": init_gamma},
+                    batch,
+                    settings | {"start_gamma": init_gamma},
+                    seed=seed,
+                    device=device,
+                    given_clips=given and given(batch),
+                    init=init,
+                    keep_background=keep_background,
                     energy=energy,
                     strict=strict,
                     on_evaluation=on_evaluation,
-                )
-                noise_of = partial(
-                    initial_latents,
-                    plan,
-                    batch,
-                    seed=seed,
-                    device=device,
-                    init=init,
-                    init_gamma=init_gamma,
-                )
-                windows = sample_windows(
-                    plan,
-                    noise_of,
-                    sample_latents,
-                    given_clips=given_clips,
-                    keep_background=keep_background,
                 )
             end = bar.n
             for part in windows:
@@ -689,24 +107,55 @@ def generate(
                 yield batch, *part
 
 
-def sample_windows(plan, noise_of, sample_latents, given_clips, keep_background):
+def sample_windows(
+    plan,
+    indices,
+    settings,
+    seed,
+    device,
+    given_clips,
+    init,
+    keep_background,
+    energy,
+    strict,
+    on_evaluation,
+):
     """Sample the windows of a batch, each from the last frames of the one before, and decode them.
 
-    noise_of(window=number) returns initial latents; sample_latents(x, kept=...) is
-    `sample_window`. given_clips: clips and masks as in `generate`, or None.
+    given_clips: clips and masks as in `generate`, or None. Other arguments: see `sample_window`.
     Yields for each window the number of the first new frame, the new frames uint8 (n, k, H, W, 3),
     evaluations (n,) and energies (n, num_steps), None unless they are recorded.
     """
+    condition = plan.condition_at(indices, frame=0).to(device)
+    time_scale = plan.time_scale_of(indices).to(device)
     clips = None
     mask = None
     tail = None
     for index, start in enumerate(plan.window_starts):
-        x = noise_of(window=index)
+        x = initial_latents(
+            plan,
+            indices,
+            seed=seed,
+            device=device,
+            init=init,
+            init_gamma=settings["start_gamma"],
+            window=index,
+        )
         if given_clips and index == 0:
             clips, mask = (tensor.to(x.device) for tensor in given_clips)
             details = Details(clips, mask, keep_background)
         kept = kept_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
-        latents, evaluations, energies = sample_latents(x, kept=kept)
+        latents, evaluations, energies = sample_window(
+            plan,
+            x,
+            condition=condition,
+            time_scale=time_scale,
+            kept=kept,
+            settings=settings,
+            energy=energy,
+            strict=strict,
+            on_evaluation=on_evaluation,
+        )
         tail = latents[:, :, -plan.overlap :]
         first = plan.overlap if index else 0
         # the last window may reach beyond the video

@@ -10,10 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 import checkpoint
-import generation
 import given
 import models
 import optim
+import plans
 import run
 import schedule
 import transport
@@ -282,7 +282,7 @@ def resolve_settings(args, start, config, lengths):
             args.precision, has_energy, start.resumed_flag("precision")
         ),
         weight_decay=weight_decay,
-        **generation.resolve_sampler(args, trained, config.learns),
+        **plans.resolve_sampler(args, trained, config.learns),
     )
     if args.compile and has_energy:
         raise UserError(f"--compile: no second derivative for --ebm {config.ebm}; use --no-compile")
@@ -423,9 +423,9 @@ def resolve_sampling(args):
         flags_of_runs.append(flags)
     runs = []
     for flags in flags_of_runs:  # loading a model takes long, so it comes after all that needs none
-        values, plan = generation.open_checkpoint(flags)
+        values, plan = plans.open_checkpoint(flags)
         flags = flags.resolve(**values)
-        generation.say_plan(flags, plan)
+        plans.say_plan(flags, plan)
         check_plan(flags, plan)
         runs.append((flags, plan))
     if args.overlap is not None and all(len(plan.window_starts) == 1 for _, plan in runs):

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import torch
 
-import generation
 import given
+import plans
 import preflight
-from generation import cast_products, generate, provenance, sampling_settings
+from generation import cast_products, generate
 from given import ClipReader, DrawnClip, as_ranges, open_given
 from models import EBMS, NAMES
+from plans import provenance, sampling_settings
 from runtime import cli, distributed
 from runtime.atomic import write_file
 from runtime.cli import (
@@ -154,7 +155,7 @@ def parse_args(words=None):
     add("--num-classes", type=COUNT, help="number of classes of the model")
     add("--vae", metavar="VAE", help="new path of the checkpoint's VAE, if it was moved")
     add_speed_flags(parser)
-    generation.add_flags(parser)
+    plans.add_flags(parser)
     return parser.parse_args(words)
 
 
@@ -321,6 +322,8 @@ def write_folder(args, plan, parts, clips):
         "source": provenance(plan, args),
         "flags": vars(args) | {"given_frames": given_frames},
     }
+    if plan.spans is not None:
+        about["spans"] = plan.spans.tolist()
     if clips.given:
         about["given"] = clips.given.about()
     if clips.split:

@@ -27,15 +27,16 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
-import generation
 import models
 import optim
+import plans
 import preflight
 import schedule
 import transport
-from generation import Plan, generate, one_of_each, sampling_settings
+from generation import generate
 from models import Condition
 from optim import check_fp16, ema_decay, make_optimizers, set_learning_rates, update_ema
+from plans import Plan, one_of_each, sampling_settings
 from run import Run, add_loading_flags, log_run, make_run_config, note_changes, run_name
 from run import add_flags as add_run_flags
 from runtime import cli, distributed, runs
@@ -74,7 +75,7 @@ def parse_args():
     )
     add_speed_flags(parser)
     add_run_flags(parser)
-    generation.add_flags(parser)
+    plans.add_flags(parser)
     return parser.parse_args()
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
-import generation
+import plans
 from models import model_name
 from runtime.cli import UserError
 from samplers import DESCENTS
@@ -127,7 +127,7 @@ def slider_values(training):
     """Return the first values of the sliders: the checkpoint's sampler with few evaluations."""
     settings = sampler_settings(training)
     if settings["sampler"] not in DESCENTS:
-        settings = generation.SAMPLER
+        settings = plans.SAMPLER
     length = (settings["num_sampling_steps"] - 1) * settings["stepsize"]
     return {
         "stepSize": max(settings["stepsize"], length / EVALUATIONS),
@@ -139,7 +139,7 @@ def slider_values(training):
 
 def sampler_settings(training):
     """Return {flag: value} of a checkpoint's sampler, from the flags of its training."""
-    settings = dict(generation.SAMPLER)
+    settings = dict(plans.SAMPLER)
     for name in settings:
         settings[name] = training.get(name, settings[name])
     return settings

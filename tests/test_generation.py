@@ -11,16 +11,9 @@ from torch import nn
 from tqdm import tqdm
 
 import generation
-from generation import (
-    SAMPLER,
-    Plan,
-    cast_products,
-    choose_labels,
-    choose_windows,
-    generate,
-    resolve_sampler,
-)
+from generation import cast_products, generate
 from models import model_config
+from plans import SAMPLER, Plan, choose_labels, choose_windows, resolve_sampler
 from runtime import distributed
 from runtime.cli import UserError
 from runtime.rng import normal

@@ -19,10 +19,11 @@ ENTRY = ("train", "train_vae", "cache_latents", "sample_gd", "evaluate")
 LAYERS = (
     ENTRY,
     ("preflight", "scoring"),
-    ("generation", "validation", "given", "run"),
+    ("generation", "validation", "run"),
+    ("plans", "given"),
     ("checkpoint", "inflate", "published", "optim", "schedule", "sharding"),
     ("models", "vae", "autoencoder", "samplers"),
-    ("rope", "transport", "video"),
+    ("rope", "causal", "transport", "video"),
     ("runtime",),
     ("uncaught",),
 )
@@ -43,7 +44,7 @@ KNOW_CLASSES = {
     "video",
     "cache_latents",
     "preflight",
-    "generation",
+    "plans",
     "given",
     "sample_gd",
 }

@@ -276,9 +276,9 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(
     exact_inputs = [part.detach().to(precise).requires_grad_() for part in inputs]
     exact = with_gradients(kernel, exact_inputs)
 
-    def recorded(q, k, v):
+    def recorded(q, k, v, mask):
         calls.append(q.dtype)
-        return kernel(q, k, v)
+        return kernel(q, k, v, mask)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import generation
+import plans
 from models import EqM, model_config
 from rope import RotaryEmbedding3D, apply_rotary
 
@@ -152,7 +152,7 @@ def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(
         num_frames=8,
     )
     model = EqM(config)  # trained on positions 0 and 1, of patches of 4 frames
-    model.rope.stretch = generation.rope_stretch(
+    model.rope.stretch = plans.rope_stretch(
         SimpleNamespace(rope_scale=method, ckpt="a.pt"),
         config,
         trained=(8, 1 / 25),

@@ -13,7 +13,8 @@ import pytest
 import checkpoint
 import sample_gd
 import train
-from generation import SAMPLER, generate
+from generation import generate
+from plans import SAMPLER
 from process import end, spawn, wait_until
 from published import write_export
 from scoring import manifest

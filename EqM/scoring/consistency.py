@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from generation import window_starts
+from plans import window_starts
 from scoring.stats import (
     by_unit,
     cell,

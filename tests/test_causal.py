@@ -1,0 +1,293 @@
+"""Causal models: what a patch sees, the cache, streams, and the flags that don't fit."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import sample_gd
+import train
+from causal import Cache, attention_masks, count_pairs, visible_patches
+from generation import Stream
+from models import EqM, EqMConfig, attend
+from plans import Plan
+from runtime.rng import normal
+from test_models import clip, distance, randomized
+from tiny_data import random_checkpoint
+from training import TINY, refused, run_main, sample_here
+
+CONFIG = EqMConfig(
+    input_size=4,
+    patch_size=2,
+    temporal_patch_size=2,
+    in_channels=2,
+    hidden_size=48,
+    depth=3,
+    num_heads=2,
+    num_classes=3,
+    use_rope=True,
+    rope_speed=0.5,
+    position_table="space",
+    causal=True,
+    context=4,
+)
+FLOW = {"objective": "flow"}
+
+
+def network(**changes):
+    return randomized(EqM(EqMConfig(**vars(CONFIG) | changes)))
+
+
+def cache_of(config):
+    tokens = math.prod(config.grid(config.temporal_patch_size))
+    return Cache(config.depth, config.context_patches, tokens)
+
+
+# What a patch sees --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [1, 2, 9])
+def test_a_patch_sees_the_clean_patches_before_it_and_itself(context):
+    clean, noisy = visible_patches(5, context)
+    for patch in range(5):
+        for seen in range(5):
+            is_near = patch - seen <= context
+            assert clean[patch, seen] == (seen <= patch and is_near)
+            assert noisy[patch, seen] == (seen < patch and is_near)
+    masks = attention_masks(5, 3, context)
+    assert sum(int(mask.sum()) for mask in masks) == count_pairs(5, context) * 3**2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training"), [("float32", False), ("float32", True), ("bfloat16", True)]
+)
+def test_every_kind_of_attention_follows_the_mask(dtype, training):
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 2, 12, 8)
+    q, k, v = (
+        torch.randn(shape, generator=generator).to(getattr(torch, dtype)).requires_grad_(training)
+        for _ in range(3)
+    )
+    mask = attention_masks(6, 2, context=2)[0]
+    with torch.set_grad_enabled(training):
+        got = attend(q, k, v, mask)
+    for token in range(12):
+        seen = mask[token]
+        scores = q[:, :, token, None].double() @ k[:, :, seen].mT.double() / math.sqrt(8)
+        naive = scores.softmax(dim=-1) @ v[:, :, seen].double()
+        most = 1e-6 if dtype == "float32" else 2e-2
+        assert distance(got[:, :, token].double(), naive[:, :, 0]) < most
+
+
+@pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
+def test_a_later_frame_changes_nothing_before_it(changes):
+    model = network(**changes)
+    x = clip(9, model.config, batch=2)
+    told = {"gamma": torch.rand(2, 10)[:, :9]} if changes else {}
+    y = torch.tensor([0, 3])
+    clean = clip(9, model.config, batch=2, seed=2)
+    with torch.no_grad():
+        f = model(x, y, clean=clean, **told)
+        x[:, :, 4:6] += 1  # a patch of its own
+        clean[:, :, 6:] += 1
+        change = (model(x, y, clean=clean, **told) - f).abs().amax(dim=(0, 1, 3, 4))
+    assert (change[:4] == 0).all() and (change[6:8] == 0).all()
+    assert (change[4:6] > 0).all() and change[8] > 0
+
+
+# The cache ----------------------------------------------------------------------------------------
+
+
+class ExactPositions(nn.Module):
+    """The angles of a RotaryEmbedding3D, from float64 positions."""
+
+    def __init__(self, rope):
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, grid, time_scale):
+        position = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))
+        time = position[:, 0] * 25 * time_scale.item()
+        angles = [time[:, None] * self.rope.pairs(0, "cpu")[0].double()]
+        for axis in (1, 2):
+            frequencies, speeds = self.rope.pairs(axis, "cpu")
+            moved = position[:, axis, None] + speeds.double() * time[:, None]
+            angles.append(moved * frequencies.double())
+        angles = torch.cat(angles, dim=1)[None, None]  # (1, 1, N, d/2), all of which turn
+        return angles.cos().float(), angles.sin().float()
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "changes"),
+    [(6, {}), (6, FLOW), (500, {"input_size": 2, "depth": 2, "context": 6})],
+    ids=["eqm", "flow", "1,000 frames"],
+)
+def test_a_patch_with_a_cache_equals_a_pass_over_all_frames(num_patches, changes):
+    model = network(**changes)
+    config = model.config
+    x = clip(2 * num_patches, config)
+    clean = clip(2 * num_patches, config, seed=2)
+    y = torch.tensor([1])
+    seconds = torch.tensor([0.08])
+    gamma = torch.rand(1, num_patches).repeat_interleave(2, dim=1)
+    cache = cache_of(config)
+    rope = model.rope
+    model.rope = ExactPositions(rope)  # float32 positions of a pass over all frames are too rough
+    worst = 0.0
+    with torch.no_grad():
+        full = model(x, y, seconds, clean=clean, **({"gamma": gamma} if changes == FLOW else {}))
+        model.rope = rope
+        for t in range(num_patches):
+            frames = slice(2 * t, 2 * t + 2)
+            if t < 6 or t >= num_patches - 6:
+                told = {"gamma": gamma[:, frames]} if changes == FLOW else {}
+                f = model(x[:, :, frames], y, seconds, cache=cache, **told)
+                worst = max(worst, (f - full[:, :, frames]).abs().max().item())
+            cache.fills = True
+            told = {"gamma": torch.ones(1)} if changes == FLOW else {}
+            model(clean[:, :, frames], y, seconds, cache=cache, **told)
+            cache.fills = False
+            assert cache.num_patches == min(t + 1, config.context_patches)
+    assert worst < 1e-5 * full.abs().max()
+
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+class FirstOrder(nn.Module):
+    """The best flow of a process in which each patch is `share` times the one before, plus noise of
+    variance 1 - share^2. It keeps the last clean patch in the cache.
+    """
+
+    def __init__(self, share):
+        super().__init__()
+        self.config = EqMConfig(**vars(CONFIG) | FLOW)
+        self.share = share
+
+    def forward(self, x, y, time_scale, cache, gamma):
+        if cache.fills:
+            cache.last = x
+            return None
+        mean = self.share * getattr(cache, "last", torch.zeros_like(x))
+        variance = 1 - self.share**2
+        if cache.num_patches == 0 and not hasattr(cache, "last"):
+            variance = 1.0
+        g = gamma.reshape(-1, 1, 1, 1, 1)
+        weight = variance * g / (g**2 * variance + (1 - g) ** 2)
+        data = mean + weight * (x - g * mean)
+        return data - (x - g * data) / (1 - g)
+
+
+def test_a_stream_of_a_gaussian_process_is_the_process():
+    """The flow maps noise z to mean + standard deviation x z, so a stream is the recursion."""
+    vae = SimpleNamespace(decode=lambda latents: latents, downsample=1)
+    plan = Plan(
+        FirstOrder(0.8),
+        vae,
+        classes=["a"],
+        conditions=torch.zeros(3, dtype=torch.int64),
+        names=["a"] * 3,
+        num_frames=8,
+        time_scale=0.04,
+    )
+    settings = {
+        "method": "heun",
+        "num_steps": 150,
+        "step_size": None,
+        "momentum": None,
+        "stop_below": None,
+        "shift": 1.0,
+        "guidance": 1.0,
+        "precision": "fp32",
+    }
+    stream = Stream(plan, [0, 1, 2], settings, seed=5)
+    shape = (2, 2, 4, 4)
+    expected = 0
+    for t in range(4):
+        noise = normal(5, "sample", t, [0, 1, 2], shape)
+        expected = noise if t == 0 else 0.8 * expected + 0.6 * noise
+        latents, evaluations = stream.step(plan.condition_at([0, 1, 2], frame=2 * t))
+        assert distance(latents, expected) < 1e-3
+        assert (evaluations == 297).all()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A causal model with random weights, whose patches have 4 frames."""
+    path = tmp_path_factory.mktemp("causal") / "causal.pt"
+    return random_checkpoint(path, use_rope=True, num_frames=8, causal=True, context=8)
+
+
+def test_a_video_begins_with_the_shorter_one_and_continues_given_frames(checkpoint, tmp_path):
+    flags = ["--num-samples", 3, "--seed", 4]
+    long, about = sample_here(checkpoint, tmp_path / "long", *flags, "--num-frames", 18)
+    short, _ = sample_here(checkpoint, tmp_path / "short", *flags, "--num-frames", 8)
+    assert (long.shape[1], about["source"]["window"]) == (18, 4)
+    assert (long[:, :8] == short).all() and (long[:, 8:12] != long[:, 4:8]).any()
+    given = ["--given", tmp_path / "long", "--given-frames", "0-3", "--no-keep-background"]
+    continued, _ = sample_here(
+        checkpoint, tmp_path / "continued", *flags, "--num-frames", 18, *given
+    )
+    assert (continued[:, :4] == long[:, :4]).all()
+    assert (continued[:, 4:] != long[:, 4:]).any()
+
+
+def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
+    flags = ["--num-samples", 2, "--cfg-scale", 2]
+    both, about = sample_here(checkpoint, tmp_path / "both", *flags, "--classes", "0*8,1*4", "0*12")
+    same, _ = sample_here(checkpoint, tmp_path / "same", *flags, "--classes", "0*12")
+    assert both.shape[1] == 12
+    assert (both[0, :8] == same[0, :8]).all() and (both[0, 8:] != same[0, 8:]).any()
+    assert (both[1] == same[1]).all()
+    assert about["spans"][0] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--window", 8], "--window 8: does not apply to a causal model"),
+        (["--rope-scale", "linear"], "--rope-scale linear: does not apply to a causal model"),
+        (["--classes", "0*6"], "--classes 0*6: expected spans such as"),
+        (["--classes", "0*8", "1*4"], "--classes: spans of 4 and 8 frames"),
+        (["--classes", "0*8", "--num-frames", 16], "spans of 8 frames for --num-frames 16"),
+    ],
+)
+def test_flags_that_a_causal_model_does_not_have(checkpoint, tmp_path, capsys, flags, expected):
+    ckpt = ["--video", "--ckpt", checkpoint, "--folder", tmp_path / "samples"]
+    assert expected in refused(capsys, sample_gd, *ckpt, *flags)
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, capsys):
+    def phase(name, *flags, **expected):
+        folder = ["--data-path", shapes, "--results-dir", tmp_path / name]
+        return run_main(train, *TINY, *folder, "--sample-every", 0, *flags, **expected)
+
+    phase("both", "--max-steps", 1)
+    ckpt = tmp_path / "both/000-EqM-Ti-4-f4-rope/checkpoints/0000001.pt"
+    more = ["--num-frames", 8, "--context-noise", 0.2]
+    phase("causal", "--max-steps", 2, "--ckpt", ckpt, "--causal", *more)
+    (folder,) = (tmp_path / "causal").glob("000-*")
+    assert folder.name == "000-EqM-Ti-4-f8-rope-causal"
+    phase("causal", "--max-steps", 3, "--ckpt", folder / "checkpoints/0000002.pt", *more)
+    names = {path.name for path in (tmp_path / "causal").glob("0*")}
+    assert names == {folder.name, folder.name.replace("000", "001")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--causal", "--forcing", 0.5], "--forcing 0.5: a causal model always learns"),
+        (["--causal", "--ebm", "dot"], "causal needs use_rope, and no ebm"),
+        (["--causal", "--context", 3], "context must be at least a temporal patch of 4 frames"),
+        (["--context", 8], "--context 8: needs --causal"),
+        (["--context-noise", 0.1], "--context-noise 0.1: needs --causal"),
+    ],
+)
+def test_flags_that_do_not_fit_a_causal_training(shapes, tmp_path, capsys, flags, expected):
+    folder = ["--data-path", shapes, "--results-dir", tmp_path]
+    assert expected in refused(capsys, train, *TINY, *folder, *flags)
