@@ -76,16 +76,11 @@ def generate(
     with bar:
         for batch in batches:
             if plan.model.config.causal:
-                stream = Stream(
-                    plan,
-                    batch,
-                    settings,
-                    seed=seed,
-                    device=device,
-                    strict=strict,
-                    on_evaluation=on_evaluation,
+                windows = stream_windows(
+                    Stream(plan, batch, settings, seed, device, strict, on_evaluation),
+                    given and given(batch),
+                    keep_background,
                 )
-                windows = stream_windows(stream, given and given(batch), keep_background)
             else:
                 windows = sample_windows(
                     plan,
