@@ -589,15 +589,9 @@ class EqM(nn.Module):
         tokens = self.x_embedder(fill_patches(x, pt)).to(x.dtype)  # (B, N, D)
         if clean is not None:  # (B, 2 N, D)
             tokens = torch.cat([self.x_embedder(fill_patches(clean, pt)).to(x.dtype), tokens], 1)
-        s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
-        condition = (self.t_embedder(s) + self.y_embedder(y))[:, None]  # (B, 1, D)
-        if gamma is not None:
-            # (B, 1), or one per patch
-            levels = gamma.float().reshape(len(x), -1)[:, :: config.temporal_patch_size]
-            if clean is not None:  # whose level is 1
-                levels = levels.expand(-1, grid[0])
-                levels = torch.cat([torch.ones_like(levels), levels], dim=1)
-            condition = condition + self.gamma_embedder(1000 * levels)
+        condition = self.embed_condition(
+            y, time_scale, gamma, clean_patches=0 if clean is None else grid[0]
+        )
         kept = cache.num_patches if cache is not None else 0
         rotary = None
         if config.use_rope:
@@ -642,6 +636,21 @@ class EqM(nn.Module):
             f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p
         )
         return f[:, :, :T], tokens
+
+    def embed_condition(self, y, time_scale, gamma, clean_patches):
+        """Return the condition of the blocks: (B, 1, D), or (B, K, D) for K temporal patches with
+        levels of their own, after that of so many clean patches.
+        """
+        s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
+        condition = (self.t_embedder(s) + self.y_embedder(y))[:, None]
+        if gamma is None:
+            return condition
+        # (B, 1), or one per patch
+        levels = gamma.float().reshape(len(y), -1)[:, :: self.config.temporal_patch_size]
+        if clean_patches:  # their level is 1
+            levels = levels.expand(-1, clean_patches)
+            levels = torch.cat([torch.ones_like(levels), levels], dim=1)
+        return condition + self.gamma_embedder(1000 * levels)
 
     def compile_blocks(self):
         """Compile the blocks with torch.compile.
