@@ -13,13 +13,13 @@ counted from the oldest kept patch.
 import torch
 
 
-def visible_patches(num_patches, context):
+def visible_patches(num_patches, context, device=None):
     """(clean, noisy): which clean patch each clean and each noisy patch sees, both bool
     (num_patches, num_patches), a row per patch that sees.
 
     context: the number of earlier patches that a patch sees.
     """
-    patch = torch.arange(num_patches)
+    patch = torch.arange(num_patches, device=device)
     age = patch[:, None] - patch  # of the seen patch
     return (age >= 0) & (age <= context), (age > 0) & (age <= context)
 
@@ -30,12 +30,11 @@ def attention_masks(num_patches, tokens, context, device=None):
 
     tokens: of a patch; N = num_patches * tokens.
     """
-    clean, noisy = visible_patches(num_patches, context)
-    itself = torch.eye(num_patches, dtype=torch.bool)
+    clean, noisy = visible_patches(num_patches, context, device)
+    itself = torch.eye(num_patches, dtype=torch.bool, device=device)
     masks = clean, torch.cat([noisy, itself], dim=1)
     return tuple(
-        mask.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1).to(device)
-        for mask in masks
+        mask.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1) for mask in masks
     )
 
 

@@ -330,7 +330,7 @@ def noisy_context(x, most, seed, stream, indices):
     """
     if not most:
         return x
-    u = most * uniform(seed, "context level", stream, indices).to(x.device)
+    u = most * uniform(seed, "context level", stream, indices).to(x.device, non_blocking=True)
     noise = normal(seed, "context noise", stream, indices, x.shape[1:], x.device)
     return interpolate(x, noise, 1 - u)
 

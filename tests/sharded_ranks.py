@@ -26,7 +26,13 @@ SMALL = {
     "num_classes": 3,
 }
 KINDS = {  # settings of a Run
-    "accumulation": {"micro_batches": 2, "grad_checkpoint": "selective", "objective": "flow"},
+    "accumulation": {
+        "micro_batches": 2,
+        "grad_checkpoint": "selective",
+        "objective": "flow",
+        "causal": True,
+        "context": 4,
+    },
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
@@ -57,6 +63,8 @@ class Run:
         self.optimizer = optimizer
         self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
         self.told = {"gamma": torch.tensor([0.25, 0.75])} if self.config.objective == "flow" else {}
+        if self.config.causal:
+            self.told["clean"] = normal(0, "clean", 0, [1, 2], (1, 4, 8, 8))
         torch.manual_seed(0)
         self.model, self.ema = make_networks(self.config, CPU, shard, gathered)
         self.model.grad_checkpoint = grad_checkpoint

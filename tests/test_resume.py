@@ -69,7 +69,11 @@ KINDS = {  # data, flags that replace TINY's or add to them
         TINY,
         "--ebm dot --forcing 0.5 --gamma-shift 3 --temporal-patch-size 3",
     ),
-    "latents": ("latents", CACHED, "--forcing 0.5 --disp"),
+    "causal, latents": (
+        "latents",
+        CACHED,
+        "--causal --temporal-patch-size 2 --context 2 --context-noise 0.2 --disp",
+    ),
     "images": ("images", IMAGES, ""),
 }
 
