@@ -88,6 +88,12 @@ def open_given(args, plan, clips, indices):
         indices=indices,
         per_clip=args.samples_per_clip,
     )
+    lengths = {len(frames) for frames in given.frames}
+    if plan.model.config.causal and len(lengths) > 1:
+        raise UserError(
+            f"--given {args.given}: some clips give {min(lengths)} frames, some {max(lengths)}; "
+            f"set --given-frames, such as 0-{min(lengths) - 1}"
+        )
     clip_of_sample = [clips[number] for number in given.numbers]
     if isinstance(clips[0], DrawnClip):
         plan.time_scales = [clip.seconds for clip in clip_of_sample]
@@ -132,6 +138,11 @@ def choose_frames(args, plan, clip):
         raise UserError(
             f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}; expected "
             "some of them, but not all"
+        )
+    if config.causal and frames != tuple(range(len(frames))):
+        raise UserError(
+            f"--given-frames {as_ranges(frames)}: a causal model continues the first frames; "
+            f"expected these, such as 0-{unit - 1}"
         )
     patches = {frame // unit for frame in frames}
     end = T if plan.window == T else math.ceil(T / unit) * unit

@@ -52,6 +52,8 @@ def obstacles(state, config):
         yield f"has {config.in_channels} channels; expected 1 or 3 (pixels)"
     if config.ebm != "none":
         yield f"has an energy (ebm {config.ebm}), whose gradient has no JavaScript"
+    if config.causal:
+        yield "is causal, and the page shows all frames of a clip at once"
     if not config.learns.has_equilibria:
         yield f"learned objective {config.objective}, whose field has no equilibria"
     size = sum(value.numel() for value in tensors) / 1e6

@@ -220,7 +220,9 @@ def checkpoint(tmp_path_factory):
     return random_checkpoint(path, use_rope=True, num_frames=8, causal=True, context=8)
 
 
-def test_a_video_begins_with_the_shorter_one_and_continues_given_frames(checkpoint, tmp_path):
+def test_a_video_begins_with_the_shorter_one_and_continues_given_frames(
+    checkpoint, tmp_path, capsys
+):
     flags = ["--num-samples", 3, "--seed", 4]
     long, about = sample_here(checkpoint, tmp_path / "long", *flags, "--num-frames", 18)
     short, _ = sample_here(checkpoint, tmp_path / "short", *flags, "--num-frames", 8)
@@ -232,6 +234,9 @@ def test_a_video_begins_with_the_shorter_one_and_continues_given_frames(checkpoi
     )
     assert (continued[:, :4] == long[:, :4]).all()
     assert (continued[:, 4:] != long[:, 4:]).any()
+    last = ["--ckpt", checkpoint, "--video", "--given", tmp_path / "long", "--given-frames", "4-7"]
+    message = "--given-frames 4-7: a causal model continues the first frames"
+    assert message in refused(capsys, sample_gd, *last, "--folder", tmp_path / "s", late=True)
 
 
 def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
