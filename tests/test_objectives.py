@@ -214,7 +214,7 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
     field = guided(
         model, Condition.of(torch.full((count,), -1), model.config), torch.full((count,), 0.04), 1.0
     )
-    path = {"num_steps": 31, "step_size": 0.014}  # as long as the published path
+    path = {"num_steps": 16, "step_size": 0.028}  # as long as the published path
     errors = (0.05, 0.15)  # of the mean, relative of the covariance
     if objective is EQM:
         # The descent does not stop exactly at the data: see test_samplers.py. It guesses gamma from
@@ -224,7 +224,7 @@ def test_a_small_network_and_each_sampler_reach_mean_and_covariance_of_gaussian_
         # E[c^2 v | x] / E[c^2 | x] is not the velocity of the path: the variance shrinks
         errors = (0.05, 0.2)
     error_of_mean, error_of_covariance = errors
-    for method in ("gd", "ngd") if objective is EQM else SOLVERS:
+    for method in ("gd", "ngd") if objective is EQM else ("heun",):
         with torch.no_grad():
             x, _ = sample(
                 field, normal(count, 1, 1, 8, 8, seed=9), method, **path, objective=objective
