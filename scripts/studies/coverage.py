@@ -1,4 +1,4 @@
-"""Simulate how often the 95% intervals of evaluate.py hold the true value.
+"""Simulate how often the 95% intervals of evaluate.py contain the true value.
 
     python scripts/studies/coverage.py                    about two minutes of one core
 
@@ -46,7 +46,8 @@ def draw_clustered(draw, random, shape):
     """
     units = draw(random, shape)
     clips = draw(random, (CLIPS, *shape))
-    return ((units + clips) / 2**0.5).reshape(-1, shape[1])
+    values = (units + clips) / 2**0.5
+    return values.reshape(-1, shape[1])
 
 
 def bootstrap_before(units, random):
@@ -60,14 +61,17 @@ def bootstrap_before(units, random):
 
 def normal_before(units):
     """The interval of earlier versions by frame: 1.96 standard errors, which divide by n."""
-    half = 1.96 * units.std(axis=0) / len(units) ** 0.5
-    return units.mean(axis=0) - half, units.mean(axis=0) + half
+    middle = units.mean(axis=0)
+    standard_error = units.std(axis=0) / len(units) ** 0.5
+    half = 1.96 * standard_error
+    return middle - half, middle + half
 
 
 def holds(interval, true):
-    """The share of intervals, (lows, highs), that hold the true value."""
+    """The share of intervals, (lows, highs), that contain the true value."""
     low, high = interval
-    return float(np.mean((low <= true) & (true <= high)))
+    is_inside = (low <= true) & (true <= high)
+    return float(is_inside.mean())
 
 
 def cover_means(repeats, kinds=DRAWS, counts=UNITS):
@@ -98,7 +102,8 @@ def cover_shares(repeats):
         random = np.random.default_rng([SEED, count])
         # half of the variance is between units
         chances = random.beta(true, 1 - true, (repeats, count))
-        hits = random.random((repeats, CLIPS, count)) < chances[:, None]
+        draws = random.random((repeats, CLIPS, count))
+        hits = draws < chances[:, None]
         hits = hits.reshape(repeats, CLIPS * count)
         rows.append(
             {
@@ -132,8 +137,10 @@ def cover_ratios(repeats):
     rows = []
     for count in MANY_UNITS:
         random = np.random.default_rng([SEED, count])
-        real = 1 + draw_clustered(DRAWS["normal"], random, (count, repeats)) / 4
-        generated = 1 + random.normal(size=(GENERATED, repeats)) / 4
+        noise = draw_clustered(DRAWS["normal"], random, (count, repeats))
+        real = 1 + noise / 4
+        noise = random.normal(size=(GENERATED, repeats))
+        generated = 1 + noise / 4
         videos = range(GENERATED), videos_of(count)
         intervals = []
         for values in zip(generated.T, real.T, strict=True):

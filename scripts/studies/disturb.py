@@ -64,9 +64,10 @@ def blur(x):
     """Average each pixel of (B, C, T, H, W) with its neighbors, by weights 1 2 1 both ways."""
     frames = x.flatten(0, 2)[:, None]
     padded = torch.nn.functional.pad(frames, (1, 1, 1, 1), mode="replicate")
-    weights = torch.tensor([1.0, 2, 1])
-    weights = weights[:, None] * weights / 16
-    return torch.nn.functional.conv2d(padded, weights[None, None]).view_as(x)
+    weights = torch.tensor([1.0, 2, 1]) / 4
+    kernel = weights[:, None] * weights
+    blurred = torch.nn.functional.conv2d(padded, kernel[None, None])
+    return blurred.view_as(x)
 
 
 def disturbances(x, labels, classes, batch):
@@ -164,7 +165,9 @@ def measure(model, config, indices):
 
 def cell(hits):
     part, (low, high) = share(hits)
-    return f"{100 * part:.1f} ({100 * low:.1f} - {100 * high:.1f})"
+    low = 100 * low
+    high = 100 * high
+    return f"{100 * part:.1f} ({low:.1f} - {high:.1f})"
 
 
 def parse_args():
