@@ -6,8 +6,8 @@ patch is a case of what sampling does: continue clean frames by one patch. The c
 many earlier patches a patch sees.
 
 In sampling, the keys and values of the clean patches are kept instead, and each new patch is
-evaluated alone. Rotary positions depend only on distances, so keys are kept unrotated, and time is
-counted from the oldest kept patch.
+evaluated alone. Rotary positions depend only on distances, so time may be counted from the oldest
+kept patch. As that one changes, keys are kept unrotated.
 """
 
 import torch

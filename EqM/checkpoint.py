@@ -458,7 +458,7 @@ def check(flag, saved, **asked):
             f"{flag}: holds {name_of_saved}, --model is {expected}: remove --model, --depth, "
             "--hidden-size and --num-heads: the checkpoint has them"
         )
-    for name in asked.keys() - set(SHAPE):
+    for name in asked.keys() - set(SHAPE):  # the shape is in the name, which is compared above
         if getattr(saved, name) != asked[name]:
             asks = f"--{name.replace('_', '-')}"
             asks = {"input_size": "--image-size", "in_channels": "--vae"}.get(name, asks)
@@ -531,7 +531,7 @@ def find_start(args, name):
     start.state = start.read(args)
     if not args.new_classes:
         check_optimizer(start, args)
-    if distributed.rank() == 0:
+    if distributed.rank() == 0:  # of the file, as --inflate has changed the weights
         start.sha256 = start_weights(args, args.model)[0]
     step = start.state["step"]
     check_last_step(args, step, least=step + 1)
@@ -614,8 +614,9 @@ def check_began_from(start, args, path):
         return
     if start.resumed_flag("start_sha256"):
         differs = sha256 != start.resumed_flag("start_sha256")
+    # Older runs have no SHA-256: compare the step, if they say at which step they began
     elif args.inflate or start.resumed_flag("frames_schedule"):
-        differs = False  # an older run, which does not say from which step it began
+        differs = False
     else:
         differs = step != start.progress.first_step
     if differs:

@@ -151,7 +151,7 @@ def sample_windows(
             strict=strict,
             on_evaluation=on_evaluation,
         )
-        tail = latents[:, :, -plan.overlap :]
+        tail = latents[:, :, -plan.overlap :]  # not used if there is one window
         first = plan.overlap if index else 0
         # the last window may reach beyond the video
         videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
@@ -218,7 +218,7 @@ class Stream:
         latents, evaluations, _ = self.sample_latents(
             self.noise_of(window=self.num_patches), condition=condition, cache=self.cache
         )
-        self.keep(latents, condition)
+        self.remember(latents, condition)
         return self.plan.vae.decode(latents), evaluations
 
     @torch.no_grad()
@@ -228,10 +228,10 @@ class Stream:
         Returns its frames, uint8 (n, pt, H, W, 3), as the VAE decodes them.
         """
         latents = self.plan.vae.encode(clips.to(self.device))
-        self.keep(latents, condition.to(self.device))
+        self.remember(latents, condition.to(self.device))
         return self.plan.vae.decode(latents)
 
-    def keep(self, latents, condition):
+    def remember(self, latents, condition):
         """Add a clean patch to the cache. With guidance, the cache holds it without condition and
         with it, as `guided` evaluates both.
         """
@@ -306,6 +306,7 @@ def sample_window(
     network = model if cache is None else partial(model, cache=cache)
     if settings["shift"] is None:
         settings["shift"] = objective.solver_shift(plan.gamma_shift)
+    # A cache holds both halves of guidance, whatever the condition
     if condition.is_null() and weak is None and cache is None:
         guidance = 1.0
     field = guided(network, condition, time_scale, guidance=guidance, weak=weak)
@@ -317,7 +318,8 @@ def sample_window(
         energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device)
     points = iter(range(settings["num_steps"]))
 
-    def field_with_progress(x, keep, *gamma):  # with gamma if the objective is told it
+    # keep: indices of the running samples; gamma: if the objective is told it
+    def field_with_progress(x, keep, *gamma):
         on_evaluation(len(keep))
         if cache is not None:
             cache.rows = keep if guidance == 1 else torch.cat([keep, keep + len(condition.y)])

@@ -376,11 +376,11 @@ def choose_windows(args, config, num_frames, trained_frames, data, time_scale, f
     usual = num_frames
     if forcing and args.rope_scale == "none":
         patch = config.temporal_patch_size
-        # Frames of these samples in the duration of the longest training clip, at its interval
-        trained_here = trained_frames
+        # So many frames of these samples last as long as the longest training clip
+        as_long = trained_frames
         if config.use_rope:
-            trained_here *= data["longest_time_scale"] / time_scale
-        whole_patches = math.floor(trained_here / patch + 1e-6)
+            as_long *= data["longest_time_scale"] / time_scale
+        whole_patches = math.floor(as_long / patch + 1e-6)
         usual = max(trained_frames, whole_patches * patch)
     window = min(num_frames, args.window or usual)
     if window < num_frames and not args.window:
@@ -392,6 +392,7 @@ def choose_windows(args, config, num_frames, trained_frames, data, time_scale, f
         raise UserError(f"{flag} {window}: {error}") from error
     if window == num_frames:
         return window, 0
+    # `whole_levels` is one patch at least, which may be the whole window
     overlap = config.whole_levels(window // 2) if args.overlap is None else args.overlap
     if overlap >= window and args.overlap is None:
         raise UserError(f"--window {window}: expected two temporal patches")

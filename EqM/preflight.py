@@ -141,7 +141,10 @@ def resolve_frames(args):
 
 
 def resolve_causal(args):
-    """Flags with --causal as the model of --ckpt has it, unless it is given."""
+    """Flags with --causal as the model of --ckpt has it, unless it is given.
+
+    Only with --use-rope, which causal models need: `checkpoint.check` asks for it.
+    """
     if args.causal is None and args.ckpt and args.use_rope:
         with suppress(UserError):  # `find_start` reports a checkpoint that can't be read
             state = checkpoint.load(args.ckpt, [], args.model, args.ebm)
@@ -167,7 +170,7 @@ def check_flags(args, lengths):
 
 
 def resolve_vae(args, start):
-    """(flags with --vae, --image-size and --no-flip, the VAE), also for videos in pixels.
+    """(flags with --vae, --image-size and --no-flip, the VAE), also without a latent cache.
 
     The latent cache or the checkpoint gives defaults.
     """
@@ -244,7 +247,7 @@ def make_config(args, vae, start, lengths):
             name_in_error = start.path
             if args.new_classes and not start.resumes:
                 settings.pop("num_classes", None)
-            asked = model_shape(args.model) | settings
+            asked = model_shape(args.model) | settings  # no shape without --model
             saved = checkpoint.config_of(start.origin, start.state, video=args.video, **asked)
             config = replace(saved, num_frames=args.num_frames, **attention)
         for num_frames in (*lengths, *args.val_frames):
@@ -319,7 +322,8 @@ def open_data(args, start, lengths, val_lengths, flag):
     With --cache-frames, its source caches pixels. Raises UserError.
     """
     source = open_source(args.data_path, args.image_size, not args.video, args.results_dir)
-    CorruptVideos(source.scan, args.max_bad_fraction, start.bad_videos).add(source.scan.unreadable)
+    corrupt = CorruptVideos(source.scan, args.max_bad_fraction, start.bad_videos)
+    corrupt.add(source.scan.unreadable)  # raises UserError if there are too many
     data = find_data(source, args.val_fraction, lengths, val_lengths, flag)
     if args.cache_frames:
         data = replace(data, source=CachedFiles(source, args.results_dir))
@@ -336,8 +340,8 @@ def only_phase(args, start, data):
         clips = (args.epochs or USUAL_EPOCHS) * len(data.train[args.num_frames])
         steps = math.ceil(clips / args.global_batch_size)
         last_step = min(last_step, start.progress.first_step + steps)
-    # With the same --epochs, a resumed run is finished, not wrong, if fewer videos than before let
-    # its epochs end earlier
+    # If videos were removed, the same --epochs end earlier: the resumed run is then finished, which
+    # is no error
     has_new_epochs = args.epochs and args.epochs != start.resumed_flag("epochs")
     if has_new_epochs and start.progress.step > last_step:
         raise UserError(
@@ -362,8 +366,8 @@ def fit_classes(args, config, start, classes):
             "others start from the embedding of 'no class'"
         )
     elif start.state is not None:
-        # A published model only numbers its classes, so it takes the names of the data; a video
-        # model that --inflate makes of it has other data
+        # A published model only numbers its classes, so it takes the names of the data. With
+        # --inflate, the data differ from those of the image model, so classes are compared.
         numbers = [str(label) for label in range(len(before))]
         is_unnamed = not start.inflates and is_published(start.config) and before == numbers
         if before != classes and not is_unnamed:

@@ -237,8 +237,8 @@ def main():
             tokens = plural(math.prod(config.grid(phase.num_frames)), "token")
             log(f"to step {phase.last_step}: {clips} per step, {frames} = {tokens} each")
 
-            # The loader processes take seconds to start, and a signal may reach one rank only:
-            # resolve() raises Interrupted again, on all ranks together.
+            # wait() returns the first batch. The loader processes take seconds to start, and a
+            # signal may reach one rank only: resolve() raises Interrupted again, on all ranks.
             with suppress(Interrupted):
                 batches = itertools.chain([stop.wait(batches)], batches)
             stop.resolve()
@@ -338,7 +338,8 @@ def main():
                 skip = False
                 if scaler.is_enabled():  # the CPU waits for the GPU
                     skip, is_overflow = check_fp16(sums["grad_norm"], averages)
-                    # The run ends at a row of the log that is not finite, unless it skipped steps
+                    # 1 if the step is skipped although all losses are finite. Only with such
+                    # steps may a row of the log have values that are not finite.
                     sums["skipped"] = is_overflow
                 for optimizer in optimizers:
                     if not skip:
@@ -392,6 +393,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
     clean = None
     if config.causal:
         clean = transport.noisy_context(x, args.context_noise, seed, stream, indices)
+    # more for clips with clean frames, which tell part of the condition
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
     condition = Condition.of(batch["y"], config).null(dropped).to(device)

@@ -21,8 +21,9 @@ the pose is right.
 A sample is valid if it passes ten limits: for the distance of a frame and the margin of the clip,
 of each of the four attributes; for the distance of the pose; and for the RMSE of the worst frame.
 The limits come from training clips that went through the model's VAE. Each limit fails the same
-number of them, the largest with which 99% still pass all ten. A limit of distances is 0 at most: a
-frame may be closer to another one only as far as in training clips, where few pixels differ.
+number of them, the largest with which 99% still pass all ten. A limit of distances is 0 at most, so
+a frame that is closest to the matched one passes. It is below 0 where training clips are, too, as
+only few pixels differ.
 Validation clips that went through the VAE must be valid, and controls, wrong clips that are made of
 them, must not.
 """
@@ -310,7 +311,6 @@ def decode(world, place, clip):
         c = torch.where(is_other_pose, pose // T, c)
         t = torch.where(is_other_pose, pose % T, t)
         attributes = compare_attributes(c, shown, t)
-    # The measures below are of the matched character, in the pose that a frame is closest to
     changes = attributes
     for _ in ATTRIBUTES:  # one attribute after the other, as long as a frame gets closer
         gain, choice = gains(*changes).max(dim=1)
@@ -318,6 +318,7 @@ def decode(world, place, clip):
             break
         shown = torch.where(gain > 0, world.changed[shown, choice], shown)
         changes = compare_attributes(c, shown, t)
+    # of the matched character, in the pose that a frame is closest to
     products, squares = attributes
     by_frame = distances(products, squares, P)
     of_clip = margins(products.sum(dim=0), squares.sum(dim=0))
@@ -401,7 +402,7 @@ def draw(options, seed, *key):
 def make_controls(world, places, made, through_vae, seed):
     """Yield (name, wrong clips like `made`); made: the clips at places after through_vae().
 
-    A change is drawn from those that the true frames show.
+    Only changes that are visible in the true frames are drawn.
     """
     _, T, H, W, _ = made.shape
     # in a frame with a border of SHIFT
@@ -449,8 +450,8 @@ def blendable(world, place, is_own):
         share = percent / 100
         # squared distances of each blend to all values, and to the nearer of the two blended ones
         to_values = share**2 * squares[:, None] - 2 * share * products + squares
-        to_own = min(share, 1 - share) ** 2 * squares[:, None]
-        can_be &= (to_values >= to_own * (1 - 1e-9)).all(dim=1)
+        to_nearer = min(share, 1 - share) ** 2 * squares[:, None]
+        can_be &= (to_values >= to_nearer * (1 - 1e-9)).all(dim=1)
     return is_own.nonzero()[can_be.cpu(), 0]
 
 
@@ -491,7 +492,7 @@ def calibrate(world, clips, training, count, args, vae):
 
     keys = {place: key for key, place in world.places.items()}
 
-    def keys_of(places):  # the units of intervals, as a character may have several clips
+    def keys_of(places):  # which tell `shares` the character, the unit of intervals
         return [keys[tuple(place)] for place in places.tolist()]
 
     places = draw_places(training, "train")
