@@ -94,11 +94,15 @@ def make_page(name, state, config):
     }
     model = model_name(**facts["model"])
     is_video = facts["frames"]["most"] > 1
+    what = "a video generator" if is_video else "an image generator"
+    headline = f"{what.capitalize()} in one file"
+    if facts["healsRegions"]:
+        headline = f"Break this {'video' if is_video else 'image'}. It heals."
     parts = {
-        "title": escape(name),
-        "what": "a video generator" if is_video else "an image generator",
+        "headline": headline,
+        "what": what,
         "parameters": f"{size / 1e6:.1f} million" if size >= 1e5 else f"{size:,}",
-        "about": escape(f"{model}, step {state['step']}, {config.input_size} px."),
+        "about": escape(f"{name}: {model}, step {state['step']}, {config.input_size} px."),
         "engine": NETWORK.read_text(),
         "weights": letters,
         "facts": json.dumps(facts).replace("<", r"\u003c"),

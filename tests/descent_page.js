@@ -54,10 +54,10 @@ function framesKept(x, other) {
 }
 
 async function testAClipRollsUntilItRestsAndAScratchWakesIt() {
-  matches(line(), /^Noise\. Press Play/);
+  matches(line(), /^Noise\. Press Descend/);
   set("label", 3);  // of noise, which is no finished clip
   press(" ");
-  equal($("play").textContent, "Pause");
+  equal($("descend").textContent, "Pause");
   await until(() => moment().evaluations >= 2);
   set("label", 4);  // while it rolls
   await atRest();
@@ -65,15 +65,12 @@ async function testAClipRollsUntilItRestsAndAScratchWakesIt() {
   equal(made.evaluations >= 10 && made.evaluations <= 25, true);
   equal(Math.max(...made.x.map(Math.abs)) < 1.5, true);
   matches(line(), /^Made from noise in \d+ evaluations\. Now scratch it/);
-  equal($("play").textContent, "Play");
+  equal($("descend").textContent, "Descend");
   $("loop").click();  // also with reduced motion
   await until(() => shown === 3);
-  $("play").click();
-  await until(() => /^Nothing moves/.test(line()));
-  set("label", 5);
-  await atRest();
-  matches(line(), /suits every class/);
-  equal(distance(made.x) < 0.1, true);
+  $("descend").click();
+  await until(() => /^The descent has ended: its frames stay/.test(line()));
+  equal([isLooping(), moment().x === made.x], [true, true]);
   scratch("later");
   equal(resting, false);
   equal(line(), "Scratched. The same field heals it.");
@@ -83,14 +80,68 @@ async function testAClipRollsUntilItRestsAndAScratchWakesIt() {
   equal(moments.every(({rms}) => rms === undefined || Number.isFinite(rms)), true);
 }
 
-async function testWithoutRPlayAndSlidersGiveSixtyEvaluationsEachTime() {
-  const again = [() => $("play").click(), () => set("guidance", 2), () => {}];
+async function testAtRestAClassBeginsFromNoiseAndTheAddressReproducesIt() {
+  $("descend").click();
+  await atRest();
+  const before = moment();
+  scratch("left");
+  await atRest();
+  set("label", 5);
+  equal([moment().evaluations, isRolling(), line()], [0, true, "The new class descends from noise."]);
+  await atRest();
+  const {x, evaluations} = moment();
+  equal(distance(before.x) > 0.1, true);
+  matches(line(), new RegExp(`^Made from noise in ${evaluations} evaluations`));
+  const address = location.hash;
+  matches(address, /^#seed=0&class=[A-Za-z]+&frames=16$/);
+  $("reset").click();
+  location.hash = address;
+  await until(() => moment().label === 5);
+  $("descend").click();
+  await atRest();
+  equal([framesKept(x, moment().x).length, moment().evaluations], [16, evaluations]);
+}
+
+// The texts that the plot draws.
+function plotTexts() {
+  const texts = [];
+  $("plot").getContext("2d").fillText = text => texts.push(String(text));
+  drawPlot();
+  delete $("plot").getContext("2d").fillText;
+  return texts;
+}
+
+async function testNewNoiseStartsTheCountTheChartAndTheSliderAnew() {
+  $("descend").click();
+  await atRest();
+  const first = moment().evaluations;
+  scratch("all");
+  await atRest();
+  equal(moment().evaluations > first, true);
+  $("reseed").click();
+  matches($("count").textContent, /^0 evaluations/);
+  equal([$("place").value, $("place").max], ["0", "0"]);
+  await atRest();
+  const {evaluations} = moment();
+  equal(evaluations <= 24, true);
+  matches($("count").textContent, new RegExp(`^${evaluations} evaluations`));
+  equal([$("place").value, $("place").max], [`${evaluations}`, `${evaluations}`]);
+  equal([shownRun()[0].evaluations, shownRun().at(-1).evaluations], [0, evaluations]);
+  equal(plotTexts().includes("25"), false);  // of the evaluations before
+  set("place", 3);
+  equal([moment().evaluations, $("place").ariaValueText], [3, "3 evaluations"]);
+  $("plot").click();
+  equal(moment().evaluations, 3);  // nobody goes back by accident
+}
+
+async function testWithoutRDescendAndSlidersGiveSixtyEvaluationsEachTime() {
+  const again = [() => $("descend").click(), () => set("guidance", 2), () => {}];
   set("stopBelow", 0);
-  $("play").click();
+  $("descend").click();
   for (const wakes of again) {
-    const {total} = moment();
+    const {evaluations} = moment();
     await until(() => remaining <= 58);
-    equal(moment().total - total, 60 - remaining);
+    equal(moment().evaluations - evaluations, 60 - remaining);
     remaining = 1;  // to save time
     await atRest();
     matches(line(), /^60 evaluations: enough/);
@@ -98,13 +149,12 @@ async function testWithoutRPlayAndSlidersGiveSixtyEvaluationsEachTime() {
   }
 }
 
-async function testPauseStepBackAndThePlotMoveThroughTheDescent() {
+async function testPauseStepBackAndTheSliderMoveThroughTheDescent() {
   const {x} = moment();
-  const texts = [];
-  $("play").click();
+  $("descend").click();
   await until(() => moment().evaluations >= 3);
-  $("play").click();
-  equal($("play").textContent, "Play");
+  $("descend").click();
+  equal($("descend").textContent, "Descend");
   await until(() => !busy);
   const {evaluations} = moment();
   $("back").click();
@@ -114,10 +164,8 @@ async function testPauseStepBackAndThePlotMoveThroughTheDescent() {
   equal(moment().evaluations, evaluations - 1);
   press("ArrowLeft", true);
   moment().rms = 0.003;  // below any of the demo's clips
-  $("plot").getContext("2d").fillText = text => texts.push(String(text));
-  const {left} = $("plot").getBoundingClientRect();
-  $("plot").dispatchEvent(new MouseEvent("click", {clientX: left + MARGIN.left + 4}));
-  delete $("plot").getContext("2d").fillText;
+  const texts = plotTexts();
+  set("place", 0);
   for (const text of ["0.001", "0.1", "10", "0", "5", "20", "evaluations"])
     equal([text, texts.includes(text)], [text, true]);
   equal(moment().x === x, true);
@@ -169,22 +217,45 @@ function testNewNoiseFramesPinsAndEveryDisturbance() {
   equal(framesKept(before.x, moment().x), [1, 2, 3, 4]);
 }
 
-async function testTheMapShowsTheSizeOfTheFieldAtEachPixel() {
+async function testTheMapShowsTheSizeOfTheFieldAndMovesNothing() {
+  const colorsOf = canvas => {
+    const copy = new OffscreenCanvas(16, 16).getContext("2d");
+    copy.drawImage(canvas, 0, 0);
+    return copy.getImageData(0, 0, 16, 16).data;
+  };
+  const places = () => ["buttons", "scratch", "frames", "plot"].map(id => $(id).getBoundingClientRect().top);
+  const [zero, half, most] = getComputedStyle($("scale").firstElementChild).backgroundImage.match(/rgb[^)]*/g);
+  equal([...$("scale").children].map(part => part.textContent), ["", "0", "4", "8 and more"]);
+  const between = (low, high, share) => {
+    const [first, second] = [low, high].map(color => color.match(/[0-9]+/g).map(Number));
+    return first.map((value, c) => value + share * (second[c] - value));
+  };
+  const colorOf = field => field < 4 ? between(zero, half, field / 4) : between(half, most, Math.min(1, field / 4 - 1));
   $("step").click();
   await until(() => moment().evaluations === 1 && !busy);
+  const before = places();
   $("mapped").click();
-  const [, map] = document.querySelectorAll("#frames > :nth-child(5) canvas");
-  const {data} = map.getContext("2d").getImageData(0, 0, 16, 16);
-  for (const [y, x] of [[0, 0], [3, 9], [15, 2]]) {
-    const values = [0, 1, 2].map(c => moment().last[indexOf(c, 4, y, x, 16)]);
-    const brightness = 3 * Math.sqrt(Math.min(1, Math.hypot(...values) / Math.sqrt(3) / 4));
-    for (const c of [0, 1, 2]) {
-      const expected = 255 * Math.max(0, Math.min(1, brightness - c));
-      equal(Math.abs(data[4 * (y * 16 + x) + c] - expected) <= 0.51, true);
+  equal(places(), before);
+  showFrame(4);
+  for (const f of [moment().last, moment().last.map(value => value / 30)]) {
+    moment().field = f;
+    draw();
+    for (const canvas of [$("map"), find("#frames > :nth-child(5) canvas")]) {
+      const data = colorsOf(canvas);
+      equal(canvas.clientWidth > 40, true);
+      for (const [y, x] of [[0, 0], [3, 9], [15, 2]]) {
+        const values = [0, 1, 2].map(c => f[indexOf(c, 4, y, x, 16)]);
+        const expected = colorOf(Math.hypot(...values) / Math.sqrt(3));
+        const color = [...data.slice(4 * (y * 16 + x), 4 * (y * 16 + x) + 3)];
+        equal([color, color.every((value, c) => Math.abs(value - expected[c]) <= 0.51)], [color, true]);
+      }
     }
   }
+  scratch("all");
+  equal(colorsOf($("map"))[3], 0);  // not computed
   $("mapped").click();
-  equal(document.querySelectorAll("#frames canvas").length, 16);
+  equal($("map").clientWidth, 0);
+  equal(places(), before);
 }
 
 async function testTheAddressNamesTheStartAndResetForgetsIt() {
@@ -229,9 +300,9 @@ function testKeysRepeatOnlyWhereItHelpsAndLettersCanBeTurnedOff() {
   equal(running, true);
 }
 
-async function testTheTourIsTrueWaitsWhilePausedAndRestoresEverything() {
+async function testTheTourIsTrueWaitsForNextAndRestoresEverything() {
   const text = () => $("guide").firstElementChild.textContent;
-  for (const part of TOUR) part.seconds = part.isStill ? 0 : Infinity;
+  const next = () => $("next").click();
   set("level", 0.5);
   set("guidance", 2);
   set("frameCount", 9);
@@ -239,32 +310,36 @@ async function testTheTourIsTrueWaitsWhilePausedAndRestoresEverything() {
   $("step").click();
   await until(() => moment().evaluations === 1 && !busy);
   const before = moment();
-  const known = moments.length;
+  const known = [...moments];
+  const {scrollWidth} = document.documentElement;
   $("tour").click();
-  equal([moment().numFrames, $("guidance").value], [16, "1.5"]);
-  await until(() => guide.at === 1);  // the first part ends by itself
-  $("next").click();
-  equal(text(), "3/6 The clip still rolls.");
+  equal([moment().numFrames, $("guidance").value, running], [16, "1.5", false]);
+  matches(text(), /^1\/6 At the end of the tour, you get your clip back\. This is noise/);
+  next();
+  await atRest();
+  matches(text(), /^2\/6/);
+  scratch("left");
+  next();
+  equal(text(), "3/6 The clip still descends.");
   await atRest();
   matches(text(), /almost zero here \(0\.1/);
-  TOUR[3].seconds = 0;
-  $("next").click();
-  $("play").click();
-  equal([$("level").value, running], ["0", false]);
-  await new Promise(done => setTimeout(done, 400));
+  next();
+  equal([$("level").value, running], ["0", true]);
   matches(text(), /^4\/6 Any state is a legal start.*heals it\.$/);
-  $("play").click();
-  await until(() => guide.at === 4);
+  await atRest();
+  matches(text(), /^4/);
+  next();
   matches(text(), /^5\/6 The first frame is pinned\. The other 15 turn to noise/);
   equal(moment().pinned, [0]);
   await atRest();
-  $("next").click();
-  $("next").click();
+  next();
+  equal([$("next").hidden, document.documentElement.scrollWidth], [true, scrollWidth]);
+  equal(getComputedStyle($("left")).overflowY, "visible");
+  $("leave").click();
   equal([$("guide").hidden, guide], [true, null]);
-  equal(framesKept(before.x, moment().x).length, 9);
+  equal([moment() === before, moments.every((one, i) => one === known[i])], [true, true]);
   equal([moment().evaluations, moment().pinned], [1, [0]]);
   equal([$("level").value, $("guidance").value], ["0.5", "2"]);
-  equal(moments.length > known + 30, true);
 }
 
 // Of the page on a phone.
@@ -281,6 +356,8 @@ function everyControlIsLargeAndNearTheClip() {
     equal([part.outerHTML, isLarge, isNear], [part.outerHTML, true, true]);
   }
   equal(document.documentElement.scrollWidth <= 400, true);
+  equal($("top").offsetHeight <= 0.4 * innerHeight, true);
+  equal($("keys").offsetParent, null);  // there is no keyboard
   const speaking = [...document.querySelectorAll("output, [role=status], [aria-live]")];
   equal(speaking.map(part => part.id || part.parentElement.id), ["line", "guide"]);
 }
@@ -302,6 +379,14 @@ async function theLooksPass() {
   $("count").style.color = "";
 }
 
+// Rows of 16 frames are full, and all beside the clip fits on the screen without a scrollbar of its own.
+function theRowsAreEvenAndTheLeftSideFits() {
+  const counts = {};
+  for (const {offsetTop} of $("frames").children) counts[offsetTop] = (counts[offsetTop] ?? 0) + 1;
+  equal(new Set(Object.values(counts)).size, 1);
+  equal(innerWidth < 800 || $("left").offsetHeight <= 800, true);
+}
+
 // On a page that has just been opened, on a phone, without reduced motion.
 async function aClipIsMadeAndHeals() {
   const tops = new Set();
@@ -320,10 +405,20 @@ async function aClipIsMadeAndHeals() {
   equal(distance(x) < 0.1, true);
   equal([tops.size, [...overflows]], [1, [false]]);
 
-  rounds = 1;  // the loop ends by itself, and starts again
+  const isCovered = () => {
+    const {x, y, width, height} = $("player").getBoundingClientRect();
+    return $("cover").contains(document.elementFromPoint(x + width / 2, y + height / 2));
+  };
+  equal([isLooping(), isCovered()], [true, false]);
+  rounds = 1;  // the loop ends by itself, says so, and starts again
   await until(() => $("loop").ariaPressed === "false");
-  $("loop").click();
+  equal([isCovered(), $("cover").innerText], [true, "\u25b6 Press to play"]);
+  const frame = shown;
+  await new Promise(done => setTimeout(done, 300));
+  equal(shown, frame);
+  $("cover").click();
+  equal([isLooping(), isCovered(), rounds], [true, false, ROUNDS]);
   await until(() => shown === 3);
   $("loop").click();
-  equal([isLooping(), $("loop").ariaPressed], [false, "false"]);
+  equal([isLooping(), $("loop").ariaPressed, isCovered()], [false, "false", false]);
 }

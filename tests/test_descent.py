@@ -28,7 +28,7 @@ from training import ROOT, refused, run_main
 
 DEMO = ROOT / "results/demo"
 READY = "!$('app').className && moments.length"
-STILL = {"prefers-reduced-motion": "reduce"}  # the clip then waits for Play
+STILL = {"prefers-reduced-motion": "reduce"}  # the clip then waits for Descend
 LINE = "$('line').textContent"
 TESTS = (ROOT / "tests/descent_page.js").read_text()
 TIME_SCALE = 0.04
@@ -120,7 +120,8 @@ def test_the_demos_page_is_one_small_file_that_loads_nothing(demo):
     assert facts["classes"] == config["data"]["classes"]
     assert facts["frames"] == {"least": 4, "most": 32, "usual": 16}
     assert [*facts["sampler"].values()] == [0.0262, 1.5, 0.3, descent.REST]
-    assert "<title>demo: a video generator in one file" in text
+    assert "<title>Break this video. It heals.</title>" in text
+    assert "<p>demo: EqM-" in text
 
 
 def test_a_page_and_a_folder_can_be_written_at_once(tmp_path):
@@ -130,7 +131,7 @@ def test_a_page_and_a_folder_can_be_written_at_once(tmp_path):
     page = tmp_path / "page.html"
     run_main(export, ckpt, tmp_path / "shared", "--html", page)
     assert (tmp_path / "shared/model.safetensors").exists()
-    assert "<h1>002-EqM-S-4-f4-rope: a video generator" in page.read_text()
+    assert "<p>002-EqM-S-4-f4-rope: EqM-" in page.read_text()
 
 
 def test_many_short_steps_become_few_long_ones_of_the_same_path():
@@ -206,7 +207,7 @@ def test_a_small_weak_model_gets_other_words_and_wrong_calls_say_what_they_expec
     browser, tmp_path
 ):
     browser.open(write_page(tmp_path / "page.html")[0], READY)
-    assert browser.ask("document.title") == "tiny & small: a video generator in one file"
+    assert browser.ask("document.title") == "A video generator in one file"
     assert browser.ask("$('label').options[1].text") == "<1>"
     browser.ask("remaining = 1")
     browser.wait("resting")
@@ -319,8 +320,9 @@ def test_every_control_is_large_near_the_clip_and_passes_the_rules_of_axe(page):
     )
     for scheme in ("light", "dark"):
         for width in (400, 900, 1600):
-            page.screen(width, **STILL, **{"prefers-color-scheme": scheme})
+            page.screen(width, 800, **STILL, **{"prefers-color-scheme": scheme})
             run_in(page, "theLooksPass")
+            run_in(page, "theRowsAreEvenAndTheLeftSideFits")
 
 
 # The controls -------------------------------------------------------------------------------------
@@ -355,6 +357,20 @@ def test_the_mouse_paints_in_all_frames_or_in_one_and_the_descent_waits(page):
     assert page.ask("moments.length") == 3
     changed = (middle != state(page)).any(dim=1)[0]
     assert changed.sum(dim=(1, 2)).tolist() == [36 * (frame == 2) for frame in range(16)]
+
+
+def test_the_button_copies_the_link_and_says_what_it_holds(page):
+    page.call(
+        "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
+    )
+    press(page, "n")
+    drag(page, "#link", (0.5, 0.2))
+    page.wait(f"{LINE} === 'The link is copied.'")
+    copied = page.ask("navigator.clipboard.readText()")
+    assert copied.endswith(".html#seed=1&class=CircleDown&frames=16")
+    said = page.ask("$('along').parentElement.innerText")
+    assert said.startswith("The link holds seed, class and frames, but no scratches")
+    assert "send the file along" in said
 
 
 def test_a_second_finger_does_nothing_and_a_change_ends_a_stroke(page):
@@ -408,7 +424,7 @@ def test_input_is_handled_while_the_field_is_computed(browser, demo):
         "window.late = []; onkeyup = event => late.push(performance.now() - event.timeStamp)"
     )
     set_slider(browser, "frameCount", 32)
-    browser.ask("$('play').click()")
+    browser.ask("$('descend').click()")
     for _ in range(10):
         browser.wait("busy")
         press(browser, "x")
