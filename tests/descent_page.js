@@ -338,8 +338,19 @@ async function testTheTourIsTrueWaitsForNextAndRestoresEverything() {
   $("leave").click();
   equal([$("guide").hidden, guide], [true, null]);
   equal([moment() === before, moments.every((one, i) => one === known[i])], [true, true]);
-  equal([moment().evaluations, moment().pinned], [1, [0]]);
+  equal([moment().evaluations, moment().pinned, running], [1, [0], false]);
   equal([$("level").value, $("guidance").value], ["0.5", "2"]);
+}
+
+function testEveryWordOfTheFieldIsExplainedAndPlayIsNoName() {
+  for (const id of ["stepSize", "momentum", "guidance", "stopBelow"])
+    matches(find(`[for=${id}]`).textContent, /^[Ra-z ]+(:| \().{20}/);
+  matches(find("#left .small").textContent, /^Field: .*root mean square, a typical\s+size\. Evaluation: /);
+  equal([...document.querySelectorAll("button")].filter(part => part.textContent === "Play"), []);
+  matches($("descend").title, /steps along the field/);
+  matches($("loop").title, /frames in turn/);
+  matches(find("details p").textContent, /^demo: EqM-.*, step [0-9]+, 16 px\.$/);
+  equal([find("h1").textContent, document.title], Array(2).fill("Break this video. It heals."));
 }
 
 // Of the page on a phone.
