@@ -46,7 +46,8 @@ def draw_clustered(draw, random, shape):
     """
     units = draw(random, shape)
     clips = draw(random, (CLIPS, *shape))
-    values = (units + clips) / 2**0.5
+    values = units + clips
+    values = values / 2**0.5
     return values.reshape(-1, shape[1])
 
 
@@ -154,8 +155,11 @@ def percent_table(titles, rows, count, *shares):
     """Lines of markdown: the value `count` of each row, then its shares in percent."""
     cells = []
     for row in rows:
-        percents = [f"{100 * row[name]:.1f}" for name in shares]
-        cells.append([str(row[count]), *percents])
+        cell = [str(row[count])]
+        for name in shares:
+            percent = 100 * row[name]
+            cell.append(f"{percent:.1f}")
+        cells.append(cell)
     return lab.table(titles, cells)
 
 
