@@ -68,11 +68,8 @@ class _Sampler:
             seed: of the noise.
             flags: other flags of sample_gd.py, such as cfg_scale=2.0.
         """
-        import numpy as np
-        import torch
-
         with _imports():
-            from generation import generate
+            from generation import generate, whole_videos
             from plans import make_plan, sampling_settings
 
             words = [str(name) for name in classes or self.classes]
@@ -90,19 +87,16 @@ class _Sampler:
                 args, self.model, config=self.config, step=self.step, vae=self.vae
             )
             args = args.resolve(**values)
+            indices = list(range(args.num_samples))
             parts = generate(
                 plan,
-                list(range(args.num_samples)),
+                indices,
                 seed=seed,
                 device=self.device,
                 settings=sampling_settings(args),
                 batch_size=args.batch_size,
             )
-            size = plan.image_size
-            clips = np.empty((args.num_samples, plan.num_frames, size, size, 3), np.uint8)
-            for indices, first, videos, _, _ in parts:
-                clips[indices, first : first + videos.shape[1]] = videos.cpu().numpy()
-        return torch.from_numpy(clips)
+            return whole_videos(plan, indices, parts)
 
 
 @contextlib.contextmanager

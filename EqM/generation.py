@@ -102,6 +102,18 @@ def generate(
                 yield batch, *part
 
 
+def whole_videos(plan, indices, parts):
+    """The videos of the samples `indices`, uint8 (n, T, H, W, 3) on the CPU, from the parts that
+    `generate` yields.
+    """
+    size = plan.image_size
+    videos = torch.empty(len(indices), plan.num_frames, size, size, 3, dtype=torch.uint8)
+    for batch, first, frames, _, _ in parts:
+        rows = [indices.index(index) for index in batch]
+        videos[rows, first : first + frames.shape[1]] = frames.cpu()
+    return videos
+
+
 def sample_windows(
     plan,
     indices,

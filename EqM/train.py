@@ -33,7 +33,7 @@ import plans
 import preflight
 import schedule
 import transport
-from generation import generate
+from generation import generate, whole_videos
 from models import Condition
 from optim import check_fp16, ema_decay, make_optimizers, set_learning_rates, update_ema
 from plans import Plan, one_of_each, sampling_settings
@@ -518,14 +518,13 @@ def sample_ema(plan, args, device, stop):
         strict=False,
         before_evaluation=stop.check,
     )
-    videos = []
+    videos = torch.empty(0)
     with suppress(Interrupted):
-        videos = [clips.cpu() for _, _, clips, _, _ in batches]
+        videos = whole_videos(plan, indices, batches)
     stop.resolve()
     if args.shard and rank() != 0:
         indices = []
-        videos = []
-    return distributed.collect(indices, torch.cat(videos) if videos else torch.empty(0))
+    return distributed.collect(indices, videos)
 
 
 def write_previews(run, step, plan, videos):

@@ -17,6 +17,7 @@ from runtime.rng import normal
 from test_models import clip, distance, randomized
 from tiny_data import random_checkpoint
 from training import TINY, refused, run_main, sample_here
+from video.files import probe
 
 CONFIG = EqMConfig(
     input_size=4,
@@ -275,8 +276,10 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
     phase("both", "--max-steps", 1)
     ckpt = tmp_path / "both/000-EqM-Ti-4-f4-rope/checkpoints/0000001.pt"
     more = ["--num-frames", 8, "--context-noise", 0.2]
-    phase("causal", "--max-steps", 2, "--ckpt", ckpt, "--causal", *more)
+    previews = ["--sample-every", 2, "--num-samples", 2, "--num-sampling-steps", 2]
+    phase("causal", "--max-steps", 2, "--ckpt", ckpt, "--causal", *more, *previews)
     (folder,) = (tmp_path / "causal").glob("000-*")
+    assert probe(folder / "samples", "", "0000002.mp4").num_frames == 8  # all patches
     assert folder.name == "000-EqM-Ti-4-f8-rope-causal"
     phase("causal", "--max-steps", 3, "--ckpt", folder / "checkpoints/0000002.pt", *more)
     names = {path.name for path in (tmp_path / "causal").glob("0*")}
