@@ -15,7 +15,7 @@ from runtime.cli import (
     UserError,
     say,
 )
-from runtime.rng import normal
+from runtime.rng import noise_of_samples
 from samplers import guided, sample
 
 
@@ -46,6 +46,7 @@ def generate(
     init_gamma=0.0,
     keep_background=True,
     energy=False,
+    keep_latents=False,
     strict=True,
     before_evaluation=lambda: None,
 ):
@@ -60,6 +61,7 @@ def generate(
             samples keep their frames; for keep_background see `Details`.
         init: as `given`; its clips replace a share init_gamma of the noise at the start.
         energy: also record the (guided) energy at every point.
+        keep_latents: also yield the latents of the new frames, unless the model is causal.
         strict: raise UserError if samples are not finite; otherwise print a note.
         before_evaluation: called before each evaluation of the network; may raise.
     """
@@ -92,6 +94,7 @@ def generate(
                     init=init,
                     keep_background=keep_background,
                     energy=energy,
+                    keep_latents=keep_latents,
                     strict=strict,
                     on_evaluation=on_evaluation,
                 )
@@ -108,7 +111,7 @@ def whole_videos(plan, indices, parts):
     """
     size = plan.image_size
     videos = torch.empty(len(indices), plan.num_frames, size, size, 3, dtype=torch.uint8)
-    for batch, first, frames, _, _ in parts:
+    for batch, first, frames, *_ in parts:
         rows = [indices.index(index) for index in batch]
         videos[rows, first : first + frames.shape[1]] = frames.cpu()
     return videos
@@ -124,6 +127,7 @@ def sample_windows(
     init,
     keep_background,
     energy,
+    keep_latents,
     strict,
     on_evaluation,
 ):
@@ -131,7 +135,8 @@ def sample_windows(
 
     given_clips: clips and masks as in `generate`, or None. Other arguments: see `sample_window`.
     Yields for each window the number of the first new frame, the new frames uint8 (n, k, H, W, 3),
-    evaluations (n,) and energies (n, num_steps), None unless they are recorded.
+    evaluations (n,), energies (n, num_steps) and latents (n, C, k, h, w); energies and latents are
+    None unless they are recorded.
     """
     condition = plan.condition_at(indices, frame=0).to(device)
     time_scale = plan.time_scale_of(indices).to(device)
@@ -166,10 +171,11 @@ def sample_windows(
         tail = latents[:, :, -plan.overlap :]  # not used if there is one window
         first = plan.overlap if index else 0
         # the last window may reach beyond the video
-        videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
+        latents = latents[:, :, first : plan.num_frames - start]
+        videos = plan.vae.decode(latents)
         if given_clips:
             videos = details.add(videos, start + first)
-        yield start + first, videos, evaluations, energies
+        yield start + first, videos, evaluations, energies, latents if keep_latents else None
 
 
 class Stream:
@@ -285,7 +291,7 @@ def stream_windows(stream, given_clips, keep_background):
         videos = videos[:, : plan.num_frames - start]  # the last patch may reach beyond the video
         if given_clips:
             videos = details.add(videos, start)
-        yield start, videos, evaluations, None
+        yield start, videos, evaluations, None, None
 
 
 def sample_window(
@@ -387,7 +393,7 @@ def initial_latents(plan, indices, seed, device, init, init_gamma, window):
     """
     config = plan.model.config
     shape = (config.in_channels, plan.window, config.input_size, config.input_size)
-    noise = normal(seed, "sample", window, indices, shape).to(device)
+    noise = noise_of_samples(seed, indices, shape, window).to(device)
     if init is None:
         return noise
     clips, _ = init(indices)

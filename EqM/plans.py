@@ -510,7 +510,7 @@ def choose_spans(args, names, config):
 
 def check_causal(args, config):
     """Raise UserError for flags of sample_gd.py that a causal model does not have."""
-    for name in ("window", "overlap", "init", "report_energy", "weak_ckpt"):
+    for name in ("window", "overlap", "init", "report_energy", "save_latents", "weak_ckpt"):
         if getattr(args, name):
             raise UserError(
                 f"{flag_text(args, name)}: does not apply to a causal model, which makes one "

@@ -461,7 +461,11 @@ def check_plan(args, plan):
         raise UserError(
             f"--report-energy: {args.ckpt} was trained without an energy (--ebm); remove it"
         )
-    for name in ("init", "report_energy"):
+    if args.save_latents and plan.vae.name == "none":
+        raise UserError(
+            f"--save-latents: {args.ckpt} works on pixels, which samples.npz has; remove it"
+        )
+    for name in ("init", "report_energy", "save_latents"):
         if getattr(args, name) and len(plan.window_starts) > 1:
             raise UserError(
                 f"{flag_text(args, name)}: the {plan.num_frames} frames are made in windows of "

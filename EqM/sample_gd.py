@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import given
@@ -48,7 +49,7 @@ from scoring.manifest import is_of_samples
 from scoring.sources import find_real
 from transport import OBJECTIVES
 from video.inputs import find_clips
-from video.samples import UNFINISHED, is_sample_folder, written_samples
+from video.samples import LATENTS, UNFINISHED, is_sample_folder, written_samples
 from video.writers import write_samples
 
 # more is a typing error
@@ -132,6 +133,11 @@ def parse_args(words=None):
         "--no-previews",
         action="store_true",
         help="skip GIFs, sheet.png and grids, which keep rank 0 busy",
+    )
+    add(
+        "--save-latents",
+        action="store_true",
+        help="keep the latents, latents.npy, so that train.py --pairs need not encode the samples",
     )
     add("--batch-size", type=COUNT, default=16, help="samples per rank at a time")
     add(
@@ -260,6 +266,7 @@ def sample_run(args, plan, clips, device):
         init_gamma=args.init_gamma,
         keep_background=args.keep_background,
         energy=args.report_energy,
+        keep_latents=args.save_latents,
     )
     rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
     parts = in_order(batches, rounds * len(plan.window_starts))
@@ -292,15 +299,16 @@ def write_folder(args, plan, parts, clips):
     energies = []
 
     def videos_of(parts):
-        for indices, first, videos, spent, energy in parts:
+        for indices, first, videos, spent, energy, latents in parts:
             evaluations[list(indices)] += spent
             energies.append(energy)
-            yield list(indices), first, videos.numpy()
+            yield list(indices), first, videos.numpy(), latents
 
     videos = videos_of(parts)
     # if this fails, the samples of an earlier call stay
     videos = itertools.chain([next(videos)], videos)
     begin_folder(folder)
+    videos = without_latents(plan, folder, videos)
     marked = clips.given and [clips.given.frames[number] for number in clips.given.numbers]
     write_samples(
         folder,
@@ -333,6 +341,20 @@ def write_folder(args, plan, parts, clips):
     kind = f"videos of {cli.plural(args.num_frames, 'frame')}" if args.video else "images"
     with_previews = ", previews" if previews else ""
     say(f"{folder}: {len(plan.names)} {kind}{with_previews} and samples.npz")
+
+
+def without_latents(plan, folder, parts):
+    """Yield (indices, first frame, videos) of parts that may also have latents, which go to
+    LATENTS, float32 (N, C, T, h, w), as the VAE decodes them.
+    """
+    file = None
+    for indices, first, videos, latents in parts:
+        if latents is not None:
+            if file is None:
+                shape = (len(plan.names), *latents.shape[1:])
+                file = np.lib.format.open_memmap(folder / LATENTS, "w+", np.float32, shape)
+            file[indices] = plan.vae.unscale(latents).numpy()
+        yield indices, first, videos
 
 
 def begin_folder(folder):

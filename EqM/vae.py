@@ -91,6 +91,10 @@ class VAE(nn.Module):
             latents = latents + std * noise
         return (latents - self.shift) * self.scale
 
+    def unscale(self, latents):
+        """Scaled latents -> latents as `posterior` returns their mean, float32"""
+        return latents.float() / self.scale + self.shift
+
     @torch.no_grad()
     def decode(self, latents):
         """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the pixels' range."""
@@ -99,7 +103,7 @@ class VAE(nn.Module):
             pixels = frames if self.model is None else self.model.decode(frames).sample
             return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-        videos = _by_frames(decode, latents.float() / self.scale + self.shift)
+        videos = _by_frames(decode, self.unscale(latents))
         return videos.permute(0, 2, 3, 4, 1).contiguous()
 
 

@@ -118,7 +118,7 @@ def run(plan, batch_size=16, **changes):
     clips = {}
     evaluations = {}
     energies = {}
-    for indices, _, videos, spent, energy in parts_of(plan, batch_size, **changes):
+    for indices, _, videos, spent, energy, _ in parts_of(plan, batch_size, **changes):
         batch = indices[0]
         clips.setdefault(batch, []).append(videos)
         evaluations.setdefault(batch, spent)
@@ -194,7 +194,7 @@ def test_one_progress_bar_counts_evaluations_even_if_samples_stop_early(
     )
     spent = 1 if stop_below else most
     assert len(parts) == 6
-    for _, _, _, evaluations, _ in parts:
+    for _, _, _, evaluations, *_ in parts:
         assert (evaluations == spent).all()
     (bar,) = bars
     assert bar.total == bar.n == 6 * most
@@ -280,12 +280,12 @@ def test_each_window_has_its_own_noise_after_the_end_of_the_previous_one(monkeyp
     plan = windows_of(14, 8, 5)
     points = record_calls(monkeypatch, plan.model, "forward", lambda x, *others: x[:2])
     parts = parts_of(plan, 2, step_size=0.1, num_steps=4)
-    new_frames = [(list(indices), first, videos.shape[1]) for indices, first, videos, _, _ in parts]
+    new_frames = [(list(indices), first, videos.shape[1]) for indices, first, videos, *_ in parts]
     windows = [(0, 8), (8, 3), (11, 3)]
     assert new_frames == [(batch, *window) for batch in ([0, 1], [2]) for window in windows]
-    for _, _, _, evaluations, _ in parts:
+    for _, _, _, evaluations, *_ in parts:
         assert (evaluations == 3).all()
-    clips = torch.cat([videos for _, _, videos, _, _ in parts[:3]], dim=1)
+    clips = torch.cat([videos for _, _, videos, *_ in parts[:3]], dim=1)
     for window in range(3):
         start, *later = points[3 * window : 3 * window + 3]
         first = 5 if window else 0
@@ -305,8 +305,8 @@ def test_a_fully_given_window_needs_no_evaluation():
     clips = torch.randint(256, (3, 3, 14, size, size), generator=generator).byte()
     is_given = torch.arange(14).expand(3, 14) < 10
     parts = parts_of(plan, step_size=0.1, given=lambda indices: (clips, is_given))
-    assert [evaluations.tolist() for *_, evaluations, _ in parts] == [[0] * 3, [0] * 3, [5] * 3]
-    shown = torch.cat([videos for _, _, videos, _, _ in parts], dim=1)
+    assert [evaluations.tolist() for *_, evaluations, _, _ in parts] == [[0] * 3, [0] * 3, [5] * 3]
+    shown = torch.cat([videos for _, _, videos, *_ in parts], dim=1)
     assert torch.equal(shown[:, :10], clips[:, :, :10].permute(0, 2, 3, 4, 1))
 
 

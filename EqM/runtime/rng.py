@@ -33,3 +33,10 @@ def normal(seed, purpose, stream, indices, shape, device="cpu"):
     for row, index in zip(noise, indices, strict=True):
         row.normal_(generator=generator(seed, purpose, stream, index, device=device))
     return noise
+
+
+def noise_of_samples(seed, indices, shape, window=0):
+    """The noise that sample_gd.py makes a window of the samples `indices` from, (n, *shape) float32
+    on the CPU.
+    """
+    return normal(seed, "sample", window, indices, shape)

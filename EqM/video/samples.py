@@ -12,6 +12,7 @@ from runtime.untrusted import check_regular, read_json
 from video.files import has_suffix
 
 UNFINISHED = "samples.unfinished"  # a file in the folder while samples are written
+LATENTS = "latents.npy"  # float32 (N, C, T, h, w), as the VAE decodes them
 NO_LABEL = -1  # in samples.npz: the sample has no label
 WRITTEN = [  # the files of a sample folder, besides samples.json and scores
     "[0-9]" * 6 + ".mp4",
@@ -19,6 +20,7 @@ WRITTEN = [  # the files of a sample folder, besides samples.json and scores
     "[0-9]" * 6 + ".png",
     "samples.npz",
     "samples.npz.tmp",
+    LATENTS,
     "grid.gif",
     "grid.png",
     "sheet.png",
