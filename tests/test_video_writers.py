@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import numpy as np
 import pytest
 from einops import rearrange
@@ -304,6 +305,34 @@ def test_samples_in_parts_give_the_files_of_samples_at_once(tmp_path, monkeypatc
     assert isinstance(clips, np.memmap)
     assert np.array_equal(clips, videos)
     assert labels.tolist() == list(range(9))
+
+
+def test_the_first_mp4s_grow_with_each_part_and_can_be_shown_before_their_end(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(writers, "MOST_GROWING", 2)
+    videos = np.stack([color_bars(60)[shift:][:50] for shift in range(3)])
+    shown = []
+
+    def parts():
+        for numbers, first, frames in in_windows(videos, range(2, 51, 2), [range(3)]):
+            if first >= 20:
+                shown.append([])
+                for path in sorted(tmp_path.glob("*.mp4")):
+                    frames_so_far, _ = decode(path)
+                    assert mean_difference(frames_so_far[-1], enlarge(videos)[0, 0]) > 0
+                    shown[-1].append(len(frames_so_far))
+            yield numbers, first, frames
+
+    write_samples(tmp_path, parts(), 50, labels=range(3), fps=25)
+    assert len(shown) == 15
+    for number, counts in enumerate(shown):
+        assert len(counts) == 2 and min(counts) >= 20 + 2 * number - 12
+    lone = tmp_path / "lone.mp4"
+    write_mp4(lone, videos[0], 25)
+    with av.open(str(tmp_path / "000000.mp4")) as grown, av.open(str(lone)) as whole:
+        assert grown.duration == whole.duration
+        assert grown.streams.video[0].frames == 50  # is told by ordinary mp4s only
 
 
 def test_a_long_video_has_all_frames_and_a_thinned_gif_of_the_same_length(tmp_path, monkeypatch):

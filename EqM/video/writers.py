@@ -32,6 +32,8 @@ from video.drawing import (
 MAX_ROWS = 16  # most videos on a sheet
 MAX_COLUMNS = 32  # most frames of a video on a sheet
 GIF_FRAMES = 64  # most frames in the GIF of a long video
+# Most videos whose mp4s grow with each part. Each of them takes an open file and an encoder.
+MOST_GROWING = 16
 PALETTE_PIXELS = 2**14  # random pixels of a video, from which its GIF gets a palette
 
 
@@ -39,21 +41,28 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
     """Write all samples of sample_gd.py: an mp4 per video (PNG per image), samples.npz, previews.
 
     parts: an iterator, in order, over (numbers of samples, first frame, frames uint8 (n, k, H, W,
-    3) from there).
+    3) from there). Each part is written before the next one is made, and players can show the
+    growing mp4s of the first videos.
     labels: (N,) integers; names and marked: those of `write_sheet`; previews: whether to write
     GIFs, grid and sheet.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    growing = {}  # movies by the numbers of their videos
     # the pixels: they may not fit into memory, and may come frame by frame
     with TemporaryFile(dir=folder) as file:
         for numbers, first, clips in parts:
             video_shape = (num_frames, *clips.shape[2:])
+            is_last = first + clips.shape[1] == num_frames
             for number, frames in zip(numbers, clips, strict=True):
                 file.seek((number * num_frames + first) * frames[0].size)
                 file.write(np.ascontiguousarray(frames))
+                if first == 0 and not is_last and len(growing) < MOST_GROWING:
+                    growing[number] = growing_mp4(folder / f"{number:06d}.mp4", fps)
+                if number in growing:
+                    growing[number].add(map(enlarge, frames))
             file.flush()
-            if first + clips.shape[1] == num_frames:
+            if is_last:
                 count = numbers[-1] + 1
                 videos = np.memmap(file, np.uint8, "r", shape=(count, *video_shape))
                 write_videos(
@@ -63,6 +72,7 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
                     first=numbers[0],
                     gifs=previews,
                     gif_frames=GIF_FRAMES if first else num_frames,
+                    growing=growing,
                 )
         videos = np.memmap(file, np.uint8, "r", shape=(len(labels), *video_shape))
         with atomic_write(folder / "samples.npz") as archive:
@@ -91,11 +101,13 @@ def write_grid(path, videos, fps):
     write_gif(path, add_notes(grid, notes), fps * len(shown) / T)
 
 
-def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
+def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growing=None):
     """Write 000000.mp4 (images: .png) and so on, from number `first`.
 
-    gifs: also GIFs of at most gif_frames frames.
+    gifs: also GIFs of at most gif_frames frames. growing: Movies by number, which have all
+    frames already; they are ended and removed.
     """
+    growing = growing or {}
     folder = Path(folder)
     T = videos.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,30 +115,41 @@ def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
     for index, video in enumerate(videos, start=first):
         if T == 1:
             Image.fromarray(video[0]).save(folder / f"{index:06d}.png")
+            continue
+        if index in growing:
+            movie = growing.pop(index)
+            movie.finish()
+            movie.file.close()
         else:
             write_mp4(folder / f"{index:06d}.mp4", video, fps)
-            if gifs:
-                gif_fps = fps * len(shown) / T
-                write_gif(folder / f"{index:06d}.gif", video[shown], gif_fps)
+        if gifs:
+            gif_fps = fps * len(shown) / T
+            write_gif(folder / f"{index:06d}.gif", video[shown], gif_fps)
+
+
+# H.264 in the pixel format that all players support. crf 12 is close to lossless: you see the
+# model, not the codec. A short lookahead keeps few frames in memory.
+MP4 = {
+    "codec": "libx264",
+    "pixel_format": "yuv420p",
+    "options": {"crf": "12", "rc-lookahead": "8", "threads": "1"},
+}
 
 
 def write_mp4(path, video, fps):
-    """Write (T, H, W, 3) as H.264 in the pixel format that all players support.
-
-    Any fps > 0 and any size.
-    """
-    # crf 12 is close to lossless: you see the model, not the codec. A short lookahead keeps few
-    # frames in memory.
-    options = {"crf": "12", "rc-lookahead": "8", "threads": "1"}
+    """Write (T, H, W, 3) as an mp4. Any fps > 0 and any size."""
     with av.open(str(path), "w", format="mp4") as file:
-        encode(
-            file=file,
-            frames=map(enlarge, video),
-            fps=fps,
-            codec="libx264",
-            pixel_format="yuv420p",
-            options=options,
-        )
+        encode(file, map(enlarge, video), fps, **MP4)
+
+
+def growing_mp4(path, fps):
+    """Return the Movie of an mp4 that players can show while it grows: all but about the last ten
+    frames, which the encoder holds.
+
+    Closing its file makes it an ordinary mp4.
+    """
+    options = {"movflags": "hybrid_fragmented+frag_every_frame", "flush_packets": "1"}
+    return Movie(av.open(str(path), "w", format="mp4", options=options), fps, **MP4)
 
 
 def write_lossless(path, frames, fps):
@@ -150,15 +173,33 @@ def write_lossless(path, frames, fps):
 
 def encode(file, frames, fps, codec, pixel_format, options=None):
     """Write an iterator over frames (H, W, 3) to a container of PyAV."""
-    rate = Fraction(fps).limit_denominator(1001)  # such as 30000/1001
-    stream = file.add_stream(codec, rate=rate, options=options)
-    stream.pix_fmt = pixel_format
-    for number, pixels in enumerate(frames):
-        if number == 0:
-            stream.height, stream.width = pixels.shape[:2]
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        file.mux(stream.encode(frame))
-    file.mux(stream.encode())
+    movie = Movie(file, fps, codec, pixel_format, options)
+    movie.add(frames)
+    movie.finish()
+
+
+class Movie:
+    """A video that grows by frames, in a container of PyAV."""
+
+    def __init__(self, file, fps, codec, pixel_format, options=None):
+        self.file = file
+        rate = Fraction(fps).limit_denominator(1001)  # such as 30000/1001
+        self.stream = file.add_stream(codec, rate=rate, options=options)
+        self.stream.pix_fmt = pixel_format
+        self.is_empty = True
+
+    def add(self, frames):
+        """Encode an iterator over frames, uint8 (H, W, 3)."""
+        for pixels in frames:
+            if self.is_empty:
+                self.stream.height, self.stream.width = pixels.shape[:2]
+                self.is_empty = False
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            self.file.mux(self.stream.encode(frame))
+
+    def finish(self):
+        """Encode the frames that the encoder still holds."""
+        self.file.mux(self.stream.encode())
 
 
 def write_gif(path, video, fps):
