@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from runtime.cli import COUNT, SHARE, UserError, flag_text, plural, say
 from runtime.distributed import rank
@@ -40,10 +41,13 @@ class ClipReader:
             self.read(number)
 
     def read_clip(self, number):
-        """Return the frames to read, uint8 (3, T, H, W), others black, and a mask (T,) of them."""
-        T = self.plan.num_frames
-        size = self.plan.image_size
+        """Return the frames to read, uint8 (3, T, H, W), others black, and a mask (T,) of them.
+
+        For a causal model, T is the number of given frames, however long the video becomes.
+        """
         frames = list(self.frames[number])
+        T = len(frames) if self.plan.model.config.causal else self.plan.num_frames
+        size = self.plan.image_size
         clip = torch.zeros(3, T, size, size, dtype=torch.uint8)
         mask = torch.zeros(T, dtype=torch.bool)
         clip[:, frames] = self.clips[number].read(frames, self.plan.time_scale, size)
@@ -194,7 +198,7 @@ class Details:
     A VAE blurs, so a static background would jump after the last given frame. What the VAE lost in
     that frame is added to later frames, wherever they equal its decoded version. Frames before all
     given ones use the first given frame. clips are uint8 (n, 3, T, H, W); mask (n, T) is true for
-    given frames.
+    given frames. Frames after T are not given.
     """
 
     def __init__(self, clips, mask, keep_background=True):
@@ -212,6 +216,9 @@ class Details:
         end = first + videos.shape[1]
         real = self.real[:, first:end]
         mask = self.mask[:, first:end]
+        after = videos.shape[1] - real.shape[1]
+        real = F.pad(real, (0, 0, 0, 0, 0, 0, 0, after))
+        mask = F.pad(mask, (0, after))
         if not self.keep_background:
             return torch.where(mask[:, :, None, None, None], real, videos)
         last_decoded, last_real, last_mask = self.last
