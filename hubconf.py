@@ -6,7 +6,8 @@
     clips = sampler(classes=["CircleLeft"], num_frames=16)  # uint8 (1, 16, H, W, 3)
 
 PATH is this folder. `torch.hub.load(PATH, "model", source="local", ckpt=FILE)` samples from any
-other checkpoint. The sampler runs in your process, so your program needs the packages of
+other checkpoint. Its `stream` makes videos step by step, if the model is causal
+(docs/long-videos.md). The sampler runs in your process, so your program needs the packages of
 requirements.txt; its own modules may have the names of ours, such as models.py.
 """
 
@@ -70,23 +71,16 @@ class _Sampler:
         """
         with _imports():
             from generation import generate, whole_videos
-            from plans import make_plan, sampling_settings
+            from plans import sampling_settings
 
             words = [str(name) for name in classes or self.classes]
-            unknown = flags.keys() - vars(self.flags).keys()
-            if unknown:
-                raise TypeError(f"no flag of sample_gd.py: {', '.join(sorted(unknown))}")
-            args = self.flags.resolve(
+            args, plan = self._plan(
                 classes=words,
                 num_frames=num_frames,
                 num_samples=num_samples or len(words),
                 seed=seed,
                 **flags,
             )
-            values, plan = make_plan(
-                args, self.model, config=self.config, step=self.step, vae=self.vae
-            )
-            args = args.resolve(**values)
             indices = list(range(args.num_samples))
             parts = generate(
                 plan,
@@ -97,6 +91,76 @@ class _Sampler:
                 batch_size=args.batch_size,
             )
             return whole_videos(plan, indices, parts)
+
+    def stream(self, num_samples=1, seed=0, **flags):
+        """Videos that a causal model makes step by step, without end: a `_Stream`.
+
+        Args: as in a call of the sampler.
+        """
+        with _imports():
+            from generation import Stream
+            from plans import sampling_settings
+            from runtime.cli import UserError
+
+            if not self.model.config.causal:
+                raise UserError(
+                    "stream: the model was trained without --causal, so it makes all frames of a "
+                    "clip at once; call the sampler instead"
+                )
+            args, plan = self._plan(num_samples=num_samples, seed=seed, **flags)
+            indices = list(range(num_samples))
+            settings = sampling_settings(args)
+            return _Stream(Stream(plan, indices, settings, seed=seed, device=self.device))
+
+    def _plan(self, **flags):
+        """(flags of sample_gd.py, Plan) with these flags."""
+        from plans import make_plan
+
+        unknown = flags.keys() - vars(self.flags).keys()
+        if unknown:
+            raise TypeError(f"no flag of sample_gd.py: {', '.join(sorted(unknown))}")
+        args = self.flags.resolve(**flags)
+        values, plan = make_plan(args, self.model, config=self.config, step=self.step, vae=self.vae)
+        return args.resolve(**values), plan
+
+
+class _Stream:
+    """Videos that a causal model makes step by step."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def reset(self, clips=None, classes=None):
+        """Begin again, with nothing, or continue clips uint8 (N, T, H, W, 3) of whole temporal
+        patches.
+
+        classes: of the clips, as in `step`. The same frames follow if all is the same.
+        """
+        with _imports():
+            if clips is not None:
+                clips = clips.permute(0, 4, 1, 2, 3)
+            self._stream.reset(clips, self._condition(classes))
+
+    def step(self, classes=None):
+        """Sample the next frames, one temporal patch: uint8 (N, pt, H, W, 3), on the CPU.
+
+        classes: names or indices, used in turn; default: one of each. "none" means no class.
+        """
+        with _imports():
+            return self._stream.step(self._condition(classes)).cpu()
+
+    def _condition(self, classes):
+        import torch
+
+        from models import Condition
+        from plans import label_of
+
+        plan = self._stream.plan
+        labels = plan.conditions
+        if classes is not None:
+            chosen = [label_of(str(name), plan.classes) for name in classes]
+            labels = labels.new_tensor(chosen)[torch.arange(len(labels)) % len(chosen)]
+        return Condition.of(labels, plan.model.config)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Generate clips by a Plan: noise, latents, videos; by batches and windows, or as a stream."""
 
 import math
+import time
 from functools import partial
 
 import torch
@@ -69,9 +70,12 @@ def generate(
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     total = len(batches) * len(plan.window_starts) * most
     bar = Bar(total=total, desc="sampling", unit="evaluation", leave=False)
+    began = time.monotonic()
+    num_frames = 0
 
     def on_evaluation(running):
-        bar.set_postfix_str(f"{running} running", refresh=False)
+        rate = num_frames / (time.monotonic() - began)
+        bar.set_postfix_str(f"{running} running, {rate:.3g} frames/s", refresh=False)
         bar.update()
         before_evaluation()
 
@@ -102,6 +106,7 @@ def generate(
             for part in windows:
                 end += most
                 bar.update(end - bar.n)  # samples may all stop early
+                num_frames += math.prod(part[1].shape[:2])
                 yield batch, *part
 
 
@@ -182,7 +187,7 @@ class Stream:
     """Samples videos of a causal model, one temporal patch after the other, without end.
 
     A patch sees the clean patches before it, as far back as the context of the model. So time and
-    memory per patch do not grow.
+    memory per patch do not grow. `evaluations` (n,) counts those of the last step, per sample.
     """
 
     def __init__(
@@ -219,29 +224,37 @@ class Stream:
         )
         self.reset()
 
-    def reset(self):
-        """Forget all frames: the next patch begins the videos."""
+    def reset(self, clips=None, condition=None):
+        """Begin again, with nothing, or with clips uint8 (n, 3, T, H, W) of whole temporal patches
+        and their Condition.
+
+        The same noise follows the same number of patches.
+        """
         config = self.plan.model.config
-        tokens = math.prod(config.grid(config.temporal_patch_size))
+        patch = config.temporal_patch_size
+        tokens = math.prod(config.grid(patch))
         self.cache = Cache(config.depth, config.context_patches, tokens)
         self.num_patches = 0  # that were sampled or shown
+        if clips is not None:
+            for clip in clips.split(patch, dim=2):
+                self.show(clip, condition)
 
     @torch.no_grad()
     def step(self, condition):
         """Sample the next temporal patch of these samples, with a Condition.
 
-        Returns its frames uint8 (n, pt, H, W, 3) and the evaluations (n,).
+        Returns its frames, uint8 (n, pt, H, W, 3).
         """
         condition = condition.to(self.device)
-        latents, evaluations, _ = self.sample_latents(
+        latents, self.evaluations, _ = self.sample_latents(
             self.noise_of(window=self.num_patches), condition=condition, cache=self.cache
         )
         self.remember(latents, condition)
-        return self.plan.vae.decode(latents), evaluations
+        return self.plan.vae.decode(latents)
 
     @torch.no_grad()
     def show(self, clips, condition):
-        """Let the videos go on with a temporal patch of clips uint8 (n, 3, pt, H, W).
+        """Let the videos continue with a temporal patch of clips uint8 (n, 3, pt, H, W).
 
         Returns its frames, uint8 (n, pt, H, W, 3), as the VAE decodes them.
         """
@@ -279,15 +292,16 @@ def stream_windows(stream, given_clips, keep_background):
     if given_clips:
         clips, mask = (tensor.to(stream.device) for tensor in given_clips)
         details = Details(clips, mask, keep_background)
-        num_given = int(mask[0].sum())
-        assert mask[:, :num_given].all() and not mask[:, num_given:].any(), "one prefix"
+        num_given = clips.shape[2]
+        assert mask.all(), "a prefix"
     for start in plan.window_starts:
         condition = plan.condition_at(stream.indices, frame=start)
         evaluations = torch.zeros(len(stream.indices), dtype=torch.int64)
         if start < num_given:
             videos = stream.show(clips[:, :, start : start + patch], condition)
         else:
-            videos, evaluations = stream.step(condition)
+            videos = stream.step(condition)
+            evaluations = stream.evaluations
         videos = videos[:, : plan.num_frames - start]  # the last patch may reach beyond the video
         if given_clips:
             videos = details.add(videos, start)
@@ -340,7 +354,7 @@ def sample_window(
     def field_with_progress(x, keep, *gamma):
         on_evaluation(len(keep))
         if cache is not None:
-            cache.rows = keep if guidance == 1 else torch.cat([keep, keep + len(condition.y)])
+            cache.rows = rows_of(keep, len(condition.y), guidance)
         return field(x, keep, *gamma)
 
     def observe(x, keep):
@@ -362,6 +376,15 @@ def sample_window(
             raise UserError(f"{text}; use smaller steps, more steps or another checkpoint")
         say(f"note: {text}")
     return samples, evaluations, energies
+
+
+def rows_of(keep, num_samples, guidance):
+    """The rows of a Cache for the running samples `keep`, also those without a condition if there
+    is guidance. A slice of all of them copies nothing.
+    """
+    if len(keep) == num_samples:
+        return slice(None)
+    return keep if guidance == 1 else torch.cat([keep, keep + num_samples])
 
 
 def kept_part(plan, x, start, clips, mask, tail):

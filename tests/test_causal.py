@@ -1,8 +1,10 @@
 """Causal models: what a patch sees, the cache, streams, and the flags that don't fit."""
 
+import gc
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,12 +14,14 @@ import train
 from causal import Cache, attention_masks, count_pairs, visible_patches
 from generation import Stream
 from models import EqM, EqMConfig, attend
-from plans import Plan
+from plans import Plan, sampling_settings
+from preflight import resolve_sampling
 from runtime.rng import normal
 from test_models import clip, distance, randomized
 from tiny_data import random_checkpoint
-from training import TINY, refused, run_main, sample_here
+from training import FEW_STEPS, TINY, refused, run_main, sample_here
 from video.files import probe
+from video.writers import write_mp4
 
 CONFIG = EqMConfig(
     input_size=4,
@@ -209,9 +213,9 @@ def test_a_stream_of_a_gaussian_process_is_the_process():
     for t in range(4):
         noise = normal(5, "sample", t, [0, 1, 2], shape)
         expected = noise if t == 0 else 0.8 * expected + 0.6 * noise
-        latents, evaluations = stream.step(plan.condition_at([0, 1, 2], frame=2 * t))
+        latents = stream.step(plan.condition_at([0, 1, 2], frame=2 * t))
         assert distance(latents, expected) < 1e-3
-        assert (evaluations == 297).all()
+        assert (stream.evaluations == 297).all()
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +242,54 @@ def test_a_video_begins_with_the_shorter_one_and_continues_given_frames(
     last = ["--ckpt", checkpoint, "--video", "--given", tmp_path / "long", "--given-frames", "4-7"]
     message = "--given-frames 4-7: a causal model continues the first frames"
     assert message in refused(capsys, sample_gd, *last, "--folder", tmp_path / "s", late=True)
+
+
+def test_samples_are_the_steps_of_a_stream_bit_for_bit(checkpoint, tmp_path):
+    more = ["--num-samples", 3, "--num-frames", 10, "--cfg-scale", 2, "--seed", 4]
+    clips, _ = sample_here(checkpoint, tmp_path / "s", *more)
+    words = ["--video", "--ckpt", checkpoint, *FEW_STEPS, *more]
+    ((args, plan),) = resolve_sampling(sample_gd.parse_args(list(map(str, words))))
+    indices = [0, 1, 2]
+    stream = Stream(plan, indices, sampling_settings(args), seed=4)
+    for _ in range(2):
+        frames = [stream.step(plan.condition_at(indices, frame=0)) for _ in range(3)]
+        assert torch.equal(torch.cat(frames, dim=1)[:, :10], torch.from_numpy(clips))
+        stream.reset()
+    shown = torch.from_numpy(clips[:, :8]).permute(0, 4, 1, 2, 3)
+    stream.reset(shown, plan.condition_at(indices, frame=0))
+    last = stream.step(plan.condition_at(indices, frame=0))
+    rounded = (last.float() - frames[-1].float()).abs().mean()  # what it continues is uint8
+    assert rounded < 2 and stream.num_patches == 3
+
+
+def test_memory_does_not_grow_with_the_film(checkpoint, tmp_path, monkeypatch):
+    """Nothing but the files holds more than one patch, the context and the given frames."""
+    sizes = []
+
+    def write(folder, parts, *args, **settings):
+        for number, (_, _, frames) in enumerate(parts):
+            if number not in (5, 24):
+                continue
+            tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+            of_films = [value for value in tensors if value.dim() == 5 and value.shape[0] == 2]
+            sizes.append(max(value.numel() for value in of_films) / frames.size)
+
+    monkeypatch.setattr(sample_gd, "write_samples", write)
+    given = tmp_path / "given.mp4"
+    write_mp4(given, np.zeros((8, 16, 16, 3), np.uint8), 25)
+    flags = ["--num-frames", 100, "--given", given, "--given-frames", "0-7", "--num-samples", 2]
+    run_main(
+        sample_gd,
+        "--video",
+        "--ckpt",
+        checkpoint,
+        "--folder",
+        tmp_path / "s",
+        "--num-sampling-steps",
+        2,
+        *flags,
+    )
+    assert sizes == [2, 2]  # two given patches
 
 
 def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):

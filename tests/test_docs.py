@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 
 import checkpoint
 from models import EqM_models, model_config
+from tiny_data import random_checkpoint
 from training import ROOT
 from video.index import INDEX_FORMAT
 from video.source import LATENTS_FORMAT
@@ -309,6 +310,15 @@ def test_the_python_of_the_sampling_page_runs_and_writes_videos(tmp_path, monkey
     modules = modules.replace('"ngd", 20', '"ngd", 2')  # fewer evaluations, for speed
     run_python(hub + modules, tmp_path, monkeypatch)
     assert len(list(tmp_path.glob("clips/*.mp4"))) == 12
+
+
+def test_the_python_of_the_page_on_long_videos_streams(tmp_path, monkeypatch):
+    (snippet,) = fences(PAGES["docs/long-videos.md"], "python")
+    settings = {"use_rope": True, "num_frames": 8, "causal": True, "context": 8}
+    random_checkpoint(tmp_path / "FILE", **settings)
+    snippet = snippet.replace('"FILE"', repr(str(tmp_path / "FILE")))
+    snippet = snippet.replace("CircleLeft", "A").replace("CircleUp", "B")
+    run_python(f"{snippet}\nassert frames.shape == (2, 4, 16, 16, 3)", tmp_path, monkeypatch)
 
 
 def test_the_first_picture_of_the_readme_is_what_its_code_draws(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 once.
 """
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -199,6 +200,7 @@ def test_one_progress_bar_counts_evaluations_even_if_samples_stop_early(
     (bar,) = bars
     assert bar.total == bar.n == 6 * most
     assert bar.unit == "evaluation"
+    assert re.search(r"^\d running, [\d.e+]+ frames/s$", bar.postfix)
     assert before == [part * most + number for part in range(6) for number in range(1, spent + 1)]
 
 

@@ -7,6 +7,7 @@ import torch
 
 import sample_gd
 from runtime.cli import UserError
+from tiny_data import random_checkpoint
 from training import ROOT, run_main
 from video.samples import read_samples
 
@@ -63,6 +64,24 @@ def test_a_sampler_of_any_checkpoint_keeps_one_model_for_all_lengths(places):
     assert len(short[0]) == 4 and len(long[0]) == 8
     assert torch.equal(short, sampler(num_samples=1, num_frames=4, **FEW))
     assert not torch.equal(short, sampler(num_samples=1, num_frames=4, seed=1, **FEW))
+
+
+def test_the_stream_of_a_causal_model_makes_the_samplers_videos_step_by_step(tmp_path, monkeypatch):
+    settings = {"use_rope": True, "num_frames": 8, "causal": True, "context": 8}
+    ckpt = random_checkpoint(tmp_path / "causal.pt", **settings)
+    sampler = load("model", ckpt=ckpt)
+    whole = sampler(classes=["B", "A"], num_samples=3, num_frames=8, seed=2, **FEW)
+    stream = sampler.stream(num_samples=3, seed=2, **FEW)
+    steps = [stream.step(["B", "A"]), stream.step([1, 0])]
+    assert torch.equal(torch.cat(steps, dim=1), whole)
+    stream.reset()
+    assert torch.equal(stream.step(["B", "A"]), steps[0])
+    assert not torch.equal(stream.step(["none"]), steps[1])
+    stream.reset(steps[0], ["B", "A"])
+    again = stream.step(["B", "A"])
+    assert (again.float() - steps[1].float()).abs().mean() < 2  # the given frames are rounded
+    with pytest.raises(Exception, match="stream: the model was trained without --causal"):
+        load("demo").stream()
 
 
 def test_mistakes_are_exceptions_for_the_program():
