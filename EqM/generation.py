@@ -71,9 +71,9 @@ def generate(
     total = len(batches) * len(plan.window_starts) * most
     bar = Bar(total=total, desc="sampling", unit="evaluation", leave=False)
     began = time.monotonic()
-    num_frames = 0
 
     def on_evaluation(running):
+        num_frames = bar.n / total * len(indices) * plan.num_frames
         rate = num_frames / (time.monotonic() - began)
         bar.set_postfix_str(f"{running} running, {rate:.3g} frames/s", refresh=False)
         bar.update()
@@ -102,12 +102,19 @@ def generate(
                     strict=strict,
                     on_evaluation=on_evaluation,
                 )
-            end = bar.n
-            for part in windows:
-                end += most
-                bar.update(end - bar.n)  # samples may all stop early
-                num_frames += math.prod(part[1].shape[:2])
+            for part in advance(bar, windows, most):
                 yield batch, *part
+
+
+def advance(bar, parts, most):
+    """Yield these parts, each of which advances the bar by `most` evaluations, although samples may
+    stop early.
+    """
+    end = bar.n
+    for part in parts:
+        end += most
+        bar.update(end - bar.n)
+        yield part
 
 
 def whole_videos(plan, indices, parts):
