@@ -58,12 +58,13 @@ CHOOSES = {
     "nearest": {"split"},
     "prediction": {"split", "num_real"},
     "classifier": {"split", "num_real"},
+    "world": {"split", "num_real"},
     "census": {"split"},
 }
 
 
 class RealClips(NamedTuple):
-    """What samples are compared with. Clips of videos, training videos, perhaps a Truth of motion.
+    """What samples are compared with. Clips of videos, training videos, perhaps a truth.
 
     manifest: without the values.
     """
@@ -77,12 +78,12 @@ class RealClips(NamedTuple):
 def parse_args(words=None):
     parser = cli.ArgumentParser(description="Score folders of samples against real clips.")
     add = parser.add_argument_group("clips and metric").add_argument
-    metrics = [*NUM_REAL, "prediction", "classifier"]
+    metrics = [*NUM_REAL, "prediction", "classifier", "world"]
     add(
         "--metric",
         choices=metrics,
         default="motion",
-        help="motion: Moving Shapes only",
+        help="motion: Moving Shapes only; census: Sprites; world: World",
     )
     add(
         "--samples",
@@ -231,7 +232,7 @@ def find_real(args, samples, detector):
     share = args.val_fraction
     count = args.num_real or NUM_REAL.get(metric)
     num_frames = samples.num_frames
-    if metric == "prediction":
+    if metric in ("prediction", "world"):
         continued = samples.about["real"]
         split = continued["split"]
         share = continued["val_fraction"]
@@ -249,7 +250,7 @@ def find_real(args, samples, detector):
         images=images,
     )
     if count and len(clips.videos) < count:
-        advice = "" if metric == "prediction" else "; a lower --num-real is faster"
+        advice = "" if metric in ("prediction", "world") else "; a lower --num-real is faster"
         say(
             f"note: --split {split}: {plural(count, 'clip')} from only "
             f"{plural(len(clips.videos), 'video')}{advice}"
@@ -270,7 +271,7 @@ def find_real(args, samples, detector):
 def check_real(args, samples, clips, training, real):
     """Raise UserError if the metric can't compare Samples with these Clips. Adds to their record.
 
-    Returns the Truth of the motion, or None.
+    Returns the truth: of motion or prediction a Truth or None; of world a Start.
     """
     metric = args.metric
     place = f"--data-path {args.data_path}"
@@ -293,10 +294,15 @@ def check_real(args, samples, clips, training, real):
             training=training,
             args=args,
         )
-    if metric == "prediction" and real["videos_sha256"] != samples.about["real"]["videos_sha256"]:
+    continued = samples.about.get("real", real)
+    if real["videos_sha256"] != continued["videos_sha256"] and metric in ("prediction", "world"):
         raise UserError(
             f"{place}: not the videos that {samples.place} continues; pass the folder of those"
         )
+    if metric == "world":
+        import world_truth
+
+        return world_truth.find_truth(args, samples, clips)
     if metric not in ("motion", "prediction"):
         return None
     import shapes_tracker
@@ -361,6 +367,10 @@ def score(args, samples, out, against, detector, device, corrupt):
             args=args,
             device=device,
         )
+    if args.metric == "world":
+        import world_truth
+
+        return world_truth.score_world(samples, truth)
     folder = args.cache or out.with_name("evaluate-cache")
     return frechet.score_frechet(
         generated=generated,

@@ -550,6 +550,7 @@ def provenance(plan, args):
         "model": model_name(**asdict(config)),
         "objective": config.objective,
         "temporal_patch_size": config.temporal_patch_size,
+        "context": config.context,  # frames that a causal model sees; else None
         "weights_sha256": plan.weights_sha256,
         "weak_sha256": plan.weak_sha256,
         "step": plan.step,

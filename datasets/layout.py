@@ -1,4 +1,4 @@
-"""Shared code of the scripts beside this module: path of EqM/, UCF-101's lists, missing videos."""
+"""Shared code of the scripts beside this module: path of EqM/, UCF-101's lists, what is missing."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import uncaught  # noqa: F401
 
 from runtime.cli import Bar, UserError
+from runtime.untrusted import read_json
 from video.files import has_suffix
 from video.index import UCF_LISTS
 from video.source import THREADS, in_threads
@@ -28,6 +29,24 @@ def write_lists(out, train, test):
     }
     for name, lines in lists.items():
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def is_made(out, title, file, settings):
+    """True if `out` holds a data set with these settings, False if it is new or empty.
+
+    title: the name of the data set; file: its JSON file with the settings. Raises UserError
+    otherwise.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    advice = "expected a new or empty folder, or the same data set; name another folder"
+    try:
+        made_with = read_json(out / file)["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--out {out}: holds files that are not {title}; {advice}") from error
+    if made_with != settings:
+        raise UserError(f"--out {out}: holds {title} made with other flags ({made_with}); {advice}")
+    return True
 
 
 def missing_videos(out, names):

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from layout import write_lists
+from layout import is_made, write_lists
 from argparse import Namespace
 from functools import partial
 from itertools import product
@@ -27,7 +27,6 @@ import torch
 from runtime import cli
 from runtime.cli import ArgumentParser, Bar, UserError, number, one_line_errors, say, wrong_input
 from runtime.rng import generator
-from runtime.untrusted import read_json
 from video.writers import encode
 
 VERSION = 1  # of the drawing code and of shapes.json
@@ -236,25 +235,6 @@ def write_video(path, frames):
         )
 
 
-def is_made(out, settings):
-    """True if `out` holds a data set with these settings, False if it is new or empty.
-
-    Raises UserError otherwise.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    advice = "expected a new or empty folder, or the same data set; name another folder"
-    try:
-        made_with = read_json(out / "shapes.json")["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--out {out}: holds files that are not Moving Shapes; {advice}") from error
-    if made_with != settings:
-        raise UserError(
-            f"--out {out}: holds Moving Shapes made with other flags ({made_with}); {advice}"
-        )
-    return True
-
-
 def write_data_set(out, settings, args):
     """Write the data set to a temporary folder beside `out`, and rename it when it is complete."""
     videos = plan_videos(args)
@@ -359,7 +339,7 @@ def main(argv=None):
         del settings["bounce"]  # older data sets do not have this setting
     with wrong_input():
         check_flags(args)
-        if is_made(args.out, settings):
+        if is_made(args.out, "Moving Shapes", "shapes.json", settings):
             say(f"{args.out} already exists, made with the same flags")
             return
         cli.check_writable("--out", args.out)

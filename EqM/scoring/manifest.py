@@ -39,11 +39,12 @@ def protocol(args, samples, real):
             f"classifier{N}{kind}_val" if args.classifier_test == "val" else f"classifier{N}{kind}"
         )
     split = "" if split == SPLITS.get(metric, "val") else f"_{split}"
-    if metric == "prediction":
-        best = "" if num_real == N else f"_best{N // num_real}"
+    if metric in ("prediction", "world"):
+        kind = "best" if metric == "prediction" else "each"
+        several = "" if num_real == N else f"_{kind}{N // num_real}"
         given = f"_{len(samples.given[0])}of{samples.num_frames}f"
         background = "_background" if samples.source.get("keep_background") else ""
-        return f"prediction{num_real}{best}{split}{given}{background}"
+        return f"{metric}{num_real}{several}{split}{given}{background}"
     real = "" if num_real == N else f"_real{num_real}"
     guidance = ""
     if metric in ("fvd", "fid"):

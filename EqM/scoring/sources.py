@@ -87,7 +87,7 @@ class Samples:
             )
 
     def problems(self, metric, keep_background):
-        least = 1 if metric in ("motion", "prediction", "classifier", "census") else 2
+        least = 2 if metric in ("fvd", "fid", "consistency", "nearest") else 1
         if len(self) < least:
             yield f"has {plural(len(self), 'clip')}, --metric {metric} needs at least {least}"
         if self.num_frames == 1 and metric != "fid":
@@ -101,10 +101,9 @@ class Samples:
             yield f"has samples without a class, --metric {metric} needs the class of each"
         if metric == "consistency" and "temporal_patch_size" not in self.source:
             yield "its samples.json does not say the temporal_patch_size of the model; sample again"
-        if metric == "prediction":
-            size = self.image_size
-            if size < 11:  # its window
-                yield f"has clips of {size} px, SSIM needs at least 11; use another metric"
+        if metric == "prediction" and self.image_size < 11:  # its window
+            yield f"has clips of {self.image_size} px, SSIM needs at least 11; use another metric"
+        if metric in ("prediction", "world"):
             again = "sample again with --given DATA --given-split val --no-keep-background"
             real = self.about.get("real")
             if real is None:
