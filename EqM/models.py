@@ -214,27 +214,42 @@ class EqMConfig:
     def flops(self, num_frames):
         """Count the FLOPs of a forward pass of one clip, 2 per multiply-add.
 
-        Only matrix products and attention count. A causal model passes each clip twice, clean and
-        noisy.
+        Only matrix products and attention count. The blocks of a causal model pass each clip twice,
+        clean and noisy, and its attention counts the pairs of tokens that see each other.
         """
         time, height, width = self.grid(num_frames)
-        N = time * height * width
-        pairs = N * N
+        pairs = time**2
         if self.causal:
-            pairs = count_pairs(time, self.context_patches) * (height * width) ** 2
-            time = 2 * time
-            N = 2 * N
+            pairs = count_pairs(time, self.context_patches)
+        return self.pass_flops(time, pairs, clean=time if self.causal else 0)
+
+    def stream_flops(self, num_frames, evaluations):
+        """Count the FLOPs of sampling a clip by a Stream, with so many evaluations per temporal
+        patch. One more pass of each patch fills the cache.
+        """
+        time, height, width = self.grid(num_frames)
+        seen = [min(patch, self.context_patches) + 1 for patch in range(time)]
+        return (evaluations + 1) * sum(self.pass_flops(1, pairs, clean=0) for pairs in seen)
+
+    def pass_flops(self, time, pairs, clean):
+        """Count the FLOPs of a pass of so many temporal patches, of which `pairs` see each other,
+        after so many clean ones that give no output.
+        """
+        _, height, width = self.grid(self.temporal_patch_size)
+        N = time * height * width
+        both = N + clean * height * width
         D = self.hidden_size
         number_embedder = 2 * (FEATURES * D + D * D)
-        ends = 2 * N * D * self.values_per_token * 2  # patches in and out
-        ada_ln = 2 * D * (6 * self.depth + 2) * D
-        linear_maps = 2 * N * D * (3 + 1 + 4 + 4) * D
-        attention = 2 * pairs * D * 2
+        ends = 2 * (both + N) * D * self.values_per_token  # patches in and out
+        linear_maps = 2 * both * D * (3 + 1 + 4 + 4) * D
+        attention = 2 * pairs * (height * width) ** 2 * D * 2
+        ada_ln = 2 * D * 6 * self.depth * D
+        last_ada_ln = 2 * D * 2 * D
         flops = number_embedder + ends + self.depth * (linear_maps + attention)
         if not self.learns.is_told:
-            return flops + ada_ln
+            return flops + ada_ln + last_ada_ln
         # told a level for each temporal patch
-        return flops + time * (number_embedder + ada_ln)
+        return flops + (time + clean) * (number_embedder + ada_ln) + time * last_ada_ln
 
     def training_flops(self, num_frames, grad_checkpoint=None):
         """Count the FLOPs of a training step of one clip.
@@ -244,7 +259,8 @@ class EqMConfig:
         forward = self.flops(num_frames)
         if self.ebm != "none":
             return 6 * forward
-        fc1 = 8 * math.prod(self.grid(num_frames)) * self.hidden_size**2
+        halves = 2 if self.causal else 1
+        fc1 = 8 * halves * math.prod(self.grid(num_frames)) * self.hidden_size**2
         recomputed = {None: 0, "full": forward, "selective": self.depth * fc1}
         return 3 * forward + recomputed[grad_checkpoint]
 
@@ -496,6 +512,7 @@ class EqM(nn.Module):
         self.config = config
         self.is_compiled = False
         self.grad_checkpoint = None  # or one of GRAD_CHECKPOINTS
+        self.masks = {}  # see masks_of
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = NumberEmbedder(config.hidden_size)
         self.y_embedder = ClassEmbedder(config)
@@ -599,9 +616,7 @@ class EqM(nn.Module):
         masks = None
         if clean is not None:
             rotary = tuple(angles.repeat(1, 1, 2, 1) for angles in rotary)
-            masks = attention_masks(
-                grid[0], N // grid[0], context=config.context_patches, device=x.device
-            )
+            masks = self.masks_of(grid, x.device)
         if config.has_table:  # a table of space alone serves every temporal patch
             tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(
                 1, 2
@@ -636,6 +651,15 @@ class EqM(nn.Module):
             f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p
         )
         return f[:, :, :T], tokens
+
+    def masks_of(self, grid, device):
+        """Return the `attention_masks` of a grid. They are made once for each grid."""
+        key = (*grid, device)
+        if key not in self.masks:
+            (time, height, width) = grid
+            context = self.config.context_patches
+            self.masks[key] = attention_masks(time, height * width, context, device)
+        return self.masks[key]
 
     def embed_condition(self, y, time_scale, gamma, clean_patches):
         """Return the condition of the blocks: (B, 1, D), or (B, K, D) for K temporal patches with

@@ -16,6 +16,7 @@ import json
 import math
 import weakref
 from engine import ROOT
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -34,6 +35,7 @@ from runtime.memory import pinned_bytes
 
 PLACE = ROOT / "results/studies/speed"  # of the tables
 MODELS = ("S/4", "S/2", "B/2", "L/2", "XL/2")
+CAUSAL = ("S/4", "S/2", "XL/2")  # models that are counted with --causal, too
 FLAGS = (None, *reversed(GRAD_CHECKPOINTS))
 # GB; the rest is for CUDA, NCCL and gaps between tensors
 GPUS = (24, 40, 80, 141)
@@ -49,6 +51,7 @@ GATHERED = 16
 # tensors of a weight in a checkpoint: weight, EMA, two of AdamW; each has 4 bytes per value
 SAVED = 4
 SETTINGS = {"num_classes": 101, "use_rope": True}
+CAUSAL_SETTINGS = SETTINGS | {"causal": True, "context": COUNTED}
 
 
 def parse_args():
@@ -84,9 +87,10 @@ class Alive(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def count_step(name, flag, clips, depth):
+def count_step(name, flag, clips, depth, settings):
     """(bytes kept for backward, bytes at the peak) of a bf16 step, without weights and gradients.
 
+    settings: SETTINGS or CAUSAL_SETTINGS. A causal model passes each clip twice, clean and noisy.
     As on a GPU, one kernel computes attention, and autocast has addcmul compute in float32.
     """
     addcmul = torch.addcmul
@@ -99,7 +103,7 @@ def count_step(name, flag, clips, depth):
         patch.object(torch, "addcmul", addcmul_in_float),
         patch.object(models, "attend", F.scaled_dot_product_attention),
     ):
-        model = EqM_models[f"EqM-{name}"](depth=depth, **SETTINGS)
+        model = EqM_models[f"EqM-{name}"](depth=depth, **settings)
         model.grad_checkpoint = flag
         x = torch.empty(clips, 4, COUNTED, 32, 32)
         y = torch.zeros(clips, dtype=torch.long)
@@ -109,7 +113,7 @@ def count_step(name, flag, clips, depth):
             given += [weight, weight.grad]
         with Alive(given) as alive:
             with distributed.autocast(x.device, "bf16"):
-                f = model(x, y)
+                f = model(x, y, clean=x if model.config.causal else None)
             kept = alive.now
             # this and the next: means, deviations
             batches = torch.empty(2, 2, *x.shape, dtype=torch.half)
@@ -118,19 +122,21 @@ def count_step(name, flag, clips, depth):
     return kept, alive.peak
 
 
-def measure(name, flag):
+def measure(name, flag, causal=False):
     """The numbers of weights, MB that a step keeps and has at its peak, per clip and once, and
     GFLOPs per clip.
     """
+    settings = CAUSAL_SETTINGS if causal else SETTINGS
     with torch.device("meta"):
-        model = EqM_models[f"EqM-{name}"](**SETTINGS)
+        model = EqM_models[f"EqM-{name}"](**settings)
     weights = list(model.parameters())
     pinned = SAVED * sum(pinned_bytes(weight.nbytes) for weight in weights)
     others = len(model.blocks) - 1
     sizes = []
     for clips in BATCHES:
-        shallow = np.array(count_step(name=name, flag=flag, clips=clips, depth=1))
-        deep = np.array(count_step(name=name, flag=flag, clips=clips, depth=2))
+        step = partial(count_step, name=name, flag=flag, clips=clips, settings=settings)
+        shallow = np.array(step(depth=1))
+        deep = np.array(step(depth=2))
         sizes.append(shallow + others * (deep - shallow))
     few, many = sizes
     per_clip = (many - few) / (BATCHES[1] - BATCHES[0])
@@ -138,7 +144,7 @@ def measure(name, flag):
     kept, peak = per_clip.tolist()
     kept_once, peak_once = once.tolist()
     return {
-        "model": name,
+        "model": f"{name}, causal" if causal else name,
         "flag": flag or "off",
         "weights": sum(map(torch.numel, weights)),
         "block": sum(map(torch.numel, model.blocks[0].parameters())),
@@ -203,7 +209,7 @@ def tables(rows):
         "| model | checkpoint (GB) | pinned memory (GB) |",
         "|---|---|---|",
     ]
-    for row in rows[:: len(FLAGS)]:  # --grad-checkpoint changes nothing
+    for row in rows[: len(MODELS) * len(FLAGS) : len(FLAGS)]:  # no flag changes it
         checkpoint = 4 * SAVED * row["weights"] / 1e9
         pinned = row["pinned_mb"] / 1e3
         lines.append(f"| {row['model']} | {checkpoint:.2f} | {pinned:.2f} |")
@@ -214,6 +220,7 @@ def tables(rows):
 def main():
     parse_args()
     rows = list(itertools.starmap(measure, itertools.product(MODELS, FLAGS)))
+    rows += itertools.starmap(measure, itertools.product(CAUSAL, FLAGS, [True]))
     content = {"made": made(), "rows": rows}
     (PLACE / "memory.json").write_text(json.dumps(content, indent=1) + "\n")
     title = f"# Memory of training, counted with torch {torch.__version__}"

@@ -17,7 +17,7 @@ from models import EqM, EqMConfig, attend
 from plans import Plan, sampling_settings
 from preflight import resolve_sampling
 from runtime.rng import normal
-from test_models import clip, distance, randomized
+from test_models import clip, counted_flops, distance, randomized
 from tiny_data import random_checkpoint
 from training import FEW_STEPS, TINY, refused, run_main, sample_here
 from video.files import probe
@@ -158,7 +158,68 @@ def test_a_patch_with_a_cache_equals_a_pass_over_all_frames(num_patches, changes
     assert worst < 1e-5 * full.abs().max()
 
 
+# FLOPs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
+def test_flops_equal_the_count_of_torch_without_the_pairs_that_the_mask_hides(changes):
+    model = network(**changes)
+    config = model.config
+    x = clip(9, config, batch=2)
+    y = torch.tensor([0, 3])
+    told = {"gamma": torch.rand(2, 10)[:, :9]} if changes else {}
+    for kind, error in ((None, 0.02), ("selective", 0.02), ("full", 0.1)):
+        model.grad_checkpoint = kind
+        counted = counted_flops(lambda: model(x, y, clean=x, **told))
+        tokens = 5 * 4
+        hidden = 3 * tokens**2 - count_pairs(5, 2) * 4**2  # two calls of attention
+        hidden *= 2 * 2 * 48 * config.depth
+        assert counted == 2 * (config.flops(9) + hidden)
+        trained = counted_flops(lambda: model(x, y, clean=x, **told).square().mean().backward())
+        passes = 4 if kind == "full" else 3
+        expected = 2 * (config.training_flops(9, kind) + passes * hidden)
+        assert trained == pytest.approx(expected, rel=error)
+
+
+@pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
+def test_the_flops_of_a_stream_count_the_pass_that_fills_the_cache(changes):
+    model = network(**changes)
+    plan = plan_of(model, count=2, num_frames=9)
+    stream = Stream(plan, [0, 1], SETTINGS | {"num_steps": 4, "method": "euler"})
+
+    def film():
+        for _ in range(5):
+            stream.step(plan.condition_at([0, 1], frame=0))
+
+    assert counted_flops(film) == 2 * model.config.stream_flops(9, evaluations=3)
+
+
 # Streams ------------------------------------------------------------------------------------------
+
+
+SETTINGS = {
+    "method": "heun",
+    "num_steps": 150,
+    "step_size": None,
+    "momentum": None,
+    "stop_below": None,
+    "shift": 1.0,
+    "guidance": 1.0,
+    "precision": "fp32",
+}
+
+
+def plan_of(model, count, num_frames):
+    """A Plan of samples of one class, whose latents are their pixels."""
+    return Plan(
+        model,
+        SimpleNamespace(decode=lambda latents: latents, downsample=1),
+        classes=["a"],
+        conditions=torch.zeros(count, dtype=torch.int64),
+        names=["a"] * count,
+        num_frames=num_frames,
+        time_scale=0.04,
+    )
 
 
 class FirstOrder(nn.Module):
@@ -187,27 +248,8 @@ class FirstOrder(nn.Module):
 
 def test_a_stream_of_a_gaussian_process_is_the_process():
     """The flow maps noise z to mean + standard deviation x z, so a stream is the recursion."""
-    vae = SimpleNamespace(decode=lambda latents: latents, downsample=1)
-    plan = Plan(
-        FirstOrder(0.8),
-        vae,
-        classes=["a"],
-        conditions=torch.zeros(3, dtype=torch.int64),
-        names=["a"] * 3,
-        num_frames=8,
-        time_scale=0.04,
-    )
-    settings = {
-        "method": "heun",
-        "num_steps": 150,
-        "step_size": None,
-        "momentum": None,
-        "stop_below": None,
-        "shift": 1.0,
-        "guidance": 1.0,
-        "precision": "fp32",
-    }
-    stream = Stream(plan, [0, 1, 2], settings, seed=5)
+    plan = plan_of(FirstOrder(0.8), count=3, num_frames=8)
+    stream = Stream(plan, [0, 1, 2], SETTINGS, seed=5)
     shape = (2, 2, 4, 4)
     expected = 0
     for t in range(4):

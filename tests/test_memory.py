@@ -21,9 +21,14 @@ TOKENS, WIDTH, HEADS = 2048, 384, 6  # of 16 frames in EqM-S/2
 ROWS = memory.read_rows()
 
 
-def count(flag, clips=1, depth=1):
+def count(flag, clips=1, depth=1, settings=memory.SETTINGS):
     """(bytes kept, bytes at the peak) of a step."""
-    return memory.count_step(name="S/2", flag=flag, clips=clips, depth=depth)
+    return memory.count_step(name="S/2", flag=flag, clips=clips, depth=depth, settings=settings)
+
+
+def row_of(model, flag="off"):
+    (row,) = [row for row in ROWS if (row["model"], row["flag"]) == (model, flag)]
+    return row
 
 
 def test_a_block_keeps_its_input_and_if_selective_attention_and_all_products_but_one():
@@ -38,6 +43,18 @@ def test_a_block_keeps_its_input_and_if_selective_attention_and_all_products_but
         assert kept_by_two - kept == pytest.approx(size, rel=1e-3)
         # the peak is in one block, besides what the others keep
         assert peak_of_two - peak == pytest.approx(size, rel=1e-3)
+
+
+@pytest.mark.parametrize("flag", [None, "selective", "full"])
+def test_a_causal_block_keeps_twice_the_tokens_and_masks_in_bf16_unless_it_makes_them_again(flag):
+    blocks = []
+    for settings in (memory.SETTINGS, memory.CAUSAL_SETTINGS):
+        kept, _ = count(flag, settings=settings)
+        kept_by_two, _ = count(flag, depth=2, settings=settings)
+        blocks.append(kept_by_two - kept)
+    usual, causal = blocks
+    of_masks = 0 if flag else 2 * 3 * TOKENS**2  # (N, N) and (N, 2 N)
+    assert causal == pytest.approx(2 * usual + of_masks, rel=0.02)
 
 
 def test_the_bytes_are_those_that_saved_tensor_hooks_see():
@@ -65,7 +82,8 @@ def test_the_bytes_are_those_that_saved_tensor_hooks_see():
 
 
 def test_selective_takes_xl_from_3_8_to_1_1_gb_a_clip_for_a_tenth_more_flops():
-    off, selective, _ = ROWS[-3:]
+    off = row_of("XL/2")
+    selective = row_of("XL/2", "selective")
     assert off["kept_mb"] > 3500
     assert selective["kept_mb"] + selective["kept_once_mb"] < 1200
     assert selective["gflops"] < 1.1 * off["gflops"]
@@ -88,7 +106,7 @@ def test_the_copy_of_a_checkpoint_counts_powers_of_two_as_torch_allocates_pinned
         model = EqM_models["EqM-XL/2"](**memory.SETTINGS)
     weights = [weight.nbytes for weight in model.parameters()]
     rounded = sum(2 ** math.ceil(math.log2(size)) for size in weights)
-    pinned = 1e6 * ROWS[-1]["pinned_mb"]
+    pinned = 1e6 * row_of("XL/2")["pinned_mb"]
     assert pinned == 4 * rounded > 1.3 * 4 * sum(weights)  # weight, EMA, two of AdamW
 
 
@@ -119,7 +137,7 @@ def test_the_peak_of_any_batch_is_known_from_two_batches():
 
 def test_clips_fit_in_proportion_to_their_frames_and_to_the_memory_that_is_free():
     def fits(frames, gb, ranks=1):  # of XL/2, whose states take 13 GB
-        return memory.fitting_clips(row=ROWS[-3], frames=frames, gb=gb, ranks=ranks)
+        return memory.fitting_clips(row=row_of("XL/2"), frames=frames, gb=gb, ranks=ranks)
 
     assert fits(4, 80) - 2 * fits(8, 80) in (0, 1)
     assert fits(8, 24) < fits(8, 80) * 24 / 80 < fits(8, 24, ranks=8)
