@@ -13,17 +13,17 @@ import fcntl
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -59,6 +59,7 @@ refuse_to_run(__name__, "another script in scripts/studies/")
 # --precision of training and sampling. On a CPU without AVX-512, bf16 takes ten times as long.
 PRECISION = "bf16" if distributed.has_fast_bf16(torch.device("cpu")) else "fp32"
 SIGNIFICANT = 0.05  # the largest p value, adjusted by `holm`, of a significant difference
+FORK = multiprocessing.get_context("fork")
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
 USUAL_SECONDS = 600.0  # of a run, until this machine has made a row
 
@@ -156,6 +157,18 @@ def folder_name(parts):
     return re.sub("[ ,/]+", "-", "-".join(map(str, parts)))
 
 
+def run_script(path, flags, environment, log):
+    """Run a script of the repository in this process, which a study forked for it."""
+    distributed.die_with_parent(signal.SIGTERM)
+    for stdout_or_stderr in (1, 2):
+        os.dup2(log.fileno(), stdout_or_stderr)
+    os.environ.update(environment)
+    if path.suffix == ".sh":
+        os.execvp("bash", ["bash", path, *flags])
+    sys.argv = [str(path), *flags]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 @dataclass(eq=False)
 class Run:
     """A model, its samples and their scores, in its own folder, and its row."""
@@ -241,23 +254,18 @@ class Run:
         """
         name, *flags = map(str, words)
         log = self.folder / f"{Path(name).stem}.log"
-        program = "bash" if name.endswith(".sh") else sys.executable
         with open(log, "a") as file:
-            process = subprocess.Popen(
-                [program, ROOT / name, *flags],
-                stdout=file,
-                stderr=file,
-                env=os.environ | environment,
-                preexec_fn=partial(distributed.die_with_parent, signal.SIGTERM),
-            )
+            # A fork: to import torch again would take longer than many scripts
+            process = FORK.Process(target=run_script, args=(ROOT / name, flags, environment, file))
+            process.start()
             try:
-                status = process.wait()
+                process.join()
             except KeyboardInterrupt:  # the script received SIGINT, too, and saves
-                process.wait()
+                process.join()
                 raise
-        if status:
+        if process.exitcode:
             last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise UserError(f"{name} ended with status {status} ({last_line}); see {log}")
+            raise UserError(f"{name} ended with status {process.exitcode} ({last_line}); see {log}")
 
     def make_data(self):
         for folder, flags in self.data.items():
