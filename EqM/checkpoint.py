@@ -509,15 +509,19 @@ class Start:
         """The content of the checkpoint for the flags of train.py. Raises UserError."""
         if self.inflates:
             return load_inflated(args)
-        return load(self.path, model=args.model, ebm=args.ebm)
+        state = load(self.path, model=args.model, ebm=args.ebm)
+        if args.pairs and not self.resumes:
+            # a student starts from the averaged weights, which made the samples
+            state = state | {"model": state["ema"], "optimizer": None}
+        return state
 
 
 def find_start(args, name):
     """The Start for the flags of train.py: a resumed run, else a new phase from --ckpt or
     --inflate, else scratch.
 
-    A new phase takes model, EMA, optimizer and step from --ckpt. From --inflate it takes the EMA
-    weights, at step 0. Raises UserError.
+    A new phase takes model, EMA, optimizer and step from --ckpt, with --pairs the EMA weights and
+    the step. From --inflate it takes the EMA weights, at step 0. Raises UserError.
     """
     ckpt = args.ckpt or args.inflate
     start = find_resumed(args, name, ckpt)
@@ -535,7 +539,8 @@ def find_start(args, name):
         start.sha256 = start_weights(args, args.model)[0]
     step = start.state["step"]
     check_last_step(args, step, least=step + 1)
-    ema_start = step if args.new_classes else start.state["phase"]["ema_start"]
+    begins_anew = args.new_classes or args.pairs
+    ema_start = step if begins_anew else start.state["phase"]["ema_start"]
     start.progress = Progress(step, first_step=step, ema_start=ema_start)
     return start
 
@@ -627,7 +632,7 @@ def check_began_from(start, args, path):
 
 def start_weights(args, model):
     """(SHA-256 of the weights that --ckpt or --inflate gives a phase, step). Raises UserError."""
-    part = "ema" if args.inflate else "model"
+    part = "ema" if args.inflate or args.pairs else "model"
     state = load(args.ckpt or args.inflate, [part], model, args.ebm)
     return weights_sha256(state[part]), state["step"]
 

@@ -33,6 +33,14 @@ SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no
     "stop_below": None,
     "cfg_scale": 4.0,
 }
+STUDENT_SAMPLER = {  # defaults of a student (video/pairs.py), whose teacher was guided
+    "sampler": "euler",
+    "num_sampling_steps": 5,
+    "solver_shift": None,
+    "stop_below": None,
+    "cfg_scale": 1.0,
+    "guidance_chosen": True,
+}
 # names in samples.json (most are also arguments of `samplers.sample`), and their flags
 FLAG_OF_SETTING = {
     "method": "sampler",
@@ -195,6 +203,7 @@ class Plan:
     weights_sha256: str = ""  # of the loaded weights, not of their file
     weak: EqM | None = None  # the model of --weak-ckpt
     weak_sha256: str | None = None
+    teacher: dict | None = None  # of a student: what made the samples that it was trained on
     spans: torch.Tensor | None = None  # (num_samples, patches): a condition for each, if causal
 
     def __post_init__(self):
@@ -310,6 +319,7 @@ def make_plan(args, model, config, step, vae=None):
         window=window,
         overlap=overlap,
         weak=weak,
+        teacher=training.get("teacher"),
         spans=spans,
     )
     if rank() == 0:  # which writes samples.json
@@ -354,6 +364,8 @@ def say_plan(args, plan):
     """Print one line that says what is sampled and how."""
     name = model_name(**asdict(plan.model.config))
     trained = f"step {plan.step}, trained on {plural(plan.trained_frames, 'frame')}"
+    if plan.teacher:
+        trained += f", student of a teacher with guidance {plan.teacher['guidance']:g}"
     windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
     evaluations = plural(count_evaluations(sampling_settings(args)), "evaluation")
     size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""

@@ -6,7 +6,7 @@ names the flags that the user gave.
 
 import math
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import checkpoint
@@ -27,8 +27,9 @@ from runtime.runs import check_job
 from samplers import SOLVERS
 from schedule import Phase, clip_lengths, fill_batches, frames_flag
 from vae import check_same, load_vae, surely_differ
-from video import samples
+from video import pairs, samples
 from video.index import CorruptVideos, find_data
+from video.pairs import Pairs
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
 
 USUAL_EPOCHS = 1400  # of a run without --max-steps and --epochs
@@ -44,12 +45,16 @@ def check_run(args):
     cli.check_devices()
     if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
         return None
+    source = None
+    if args.pairs:
+        source = Pairs(args.data_path, args.pairs)
+        args = resolve_pairs(args, source)
     args = resolve_causal(resolve_frames(args))
     lengths = clip_lengths(args)
     check_flags(args, lengths)
-    check_data_path(args.data_path, images=not args.video)
+    check_sources(args, source, lengths)
     start = checkpoint.find_start(args, run.run_name(args))
-    args, vae = resolve_vae(args, start)
+    args, vae = resolve_vae(args, start, source)
     config = make_config(args, vae, start, lengths)
     args = resolve_settings(args, start, config, lengths)
     data = None
@@ -63,13 +68,7 @@ def check_run(args):
         )
     # only rank 0 opens the data, which tells the classes and, without a schedule, the phase
     if rank() == 0:
-        data = open_data(
-            args,
-            start,
-            lengths=lengths,
-            val_lengths=args.val_frames,
-            flag=frames_flag(args),
-        )
+        data = open_all_data(args, start, source, lengths)
         config = fit_classes(args, config, start, data.scan.classes)
         phases = phases or [only_phase(args, start, data)]
     return args, start, vae, config, data, phases
@@ -97,7 +96,7 @@ def share_run(checked):
     if args.new_classes and not start.resumes:
         start.state = with_new_classes(start.state, data.scan.classes, config.num_classes)
     if args.cache_frames:
-        distributed.call_and_wait(data.source.fill)
+        distributed.call_and_wait((data.real or data).source.fill)
     return args, start, vae, config, data, phases
 
 
@@ -140,6 +139,51 @@ def resolve_frames(args):
     return args.resolve(num_frames=phases[0].num_frames, max_steps=phases[-1].last_step)
 
 
+def resolve_pairs(args, source):
+    """Flags with what the samples of --pairs, a source, say: their frames and their teacher."""
+    values = {"teacher": source.teacher}
+    if args.num_frames is None and not args.frames_schedule and args.video:
+        values["num_frames"] = source.num_frames
+    if args.real_data:
+        values["pairs_share"] = args.pairs_share or pairs.USUAL_SHARE
+    else:
+        values["no_flip"] = True  # a flip would mirror the clip, not its noise
+    return args.resolve(**values)
+
+
+def check_sources(args, source, lengths):
+    """Check the data folders without opening a video. source: of --pairs, or None.
+
+    Raises UserError.
+    """
+    is_video = bool(args.video)
+    if source is None:
+        check_data_path(args.data_path, images=not is_video)
+        return
+    for num_frames in (*lengths, *args.val_frames):
+        if num_frames != source.num_frames:
+            flag = "--val-frames" if num_frames in args.val_frames else frames_flag(args)
+            raise UserError(
+                f"{flag} {num_frames}: the samples in --data-path {args.data_path} have "
+                f"{plural(source.num_frames, 'frame')}; expected the same, because pairs are whole "
+                "clips; change or remove the flag, or sample again"
+            )
+    if args.real_data:
+        with naming_real_data(args):
+            check_data_path(args.real_data, images=not is_video)
+
+
+@contextmanager
+def naming_real_data(args):
+    """Errors about the folder of --real-data name this flag, not --data-path."""
+    try:
+        yield
+    except UserError as error:
+        root = args.real_data
+        text = str(error).replace(f"--data-path {root}", f"--real-data {root}")
+        raise type(error)(text) from error
+
+
 def resolve_causal(args):
     """Flags with --causal as the model of --ckpt has it, unless it is given.
 
@@ -156,6 +200,7 @@ def check_flags(args, lengths):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     check_job()
     cli.check_speed_flags(args)
+    pairs.check_flags(args)
     models.check_flags(args)
     transport.check_flags(args, lengths)
     schedule.check_flags(args)
@@ -169,43 +214,66 @@ def check_flags(args, lengths):
         )
 
 
-def resolve_vae(args, start):
+def resolve_vae(args, start, source=None):
     """(flags with --vae, --image-size and --no-flip, the VAE), also without a latent cache.
 
-    The latent cache or the checkpoint gives defaults.
+    The samples of --pairs (a source), the latent cache or the checkpoint give defaults.
     """
-    cache = latents_settings(args.data_path, images=not args.video)
+    root = args.real_data if source else args.data_path
+    with naming_real_data(args):
+        cache = latents_settings(root, images=not args.video) if root else None
     saved = start.config["data"]
-    defaults = cache or saved
-    if cache:
-        if args.image_size not in (None, cache["image_size"]):
-            raise UserError(
-                f"--image-size {args.image_size}: the cache --data-path has "
-                f"{cache['image_size']}; remove it"
-            )
-        if surely_differ(cache.get("vae"), saved.get("vae")):
-            raise UserError(
-                f"--data-path {args.data_path}: made with the VAE {cache.get('vae')}, "
-                f"{start.origin} with {saved.get('vae')}; pass the videos, or a cache of that VAE"
-            )
-        if not (args.no_flip or cache["flips"]):
-            say("note: the cache was made without --with-flips, so no clip is mirrored")
-            args = args.resolve(no_flip=True)
     owner = "the latent cache" if cache else "the checkpoint"
-    vae = load_vae(args.vae, defaults.get("vae"), owner)  # a cache needs it for samples
+    defaults = cache or saved
+    places = {}
     if cache:
-        check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
+        places[f"--real-data {root}" if source else f"--data-path {root}"] = cache
+    if source:
+        owner = f"--data-path {args.data_path}"
+        defaults = source.made
+        places[owner] = source.made
+    for place, made in places.items():
+        check_made(args, start, place, made)
+    if cache and not (args.no_flip or cache["flips"]):
+        say("note: the cache was made without --with-flips, so no clip is mirrored")
+        args = args.resolve(no_flip=True)
+    vae = load_vae(args.vae, defaults.get("vae"), owner)  # a cache needs it for samples
+    for place, made in places.items():
+        check_same(vae, made.get("vae_sha256"), place)
+    if cache:
         for name in ("channels", "downsample", "scale", "shift"):
             if getattr(vae, name) != cache[name]:
                 raise UserError(
-                    f"--data-path {args.data_path}: its VAE differs from {vae.name}; pass its own "
-                    "VAE with --vae"
+                    f"--data-path {root}: its VAE differs from {vae.name}; pass its own VAE with "
+                    "--vae"
                 )
     check_same(vae, saved.get("vae_sha256"), start.origin)
     image_size = args.image_size or defaults.get("image_size", 256)
     if not image_size:  # published models record None
         image_size = start.config["model"]["input_size"] * vae.downsample
     return args.resolve(vae=vae.name, image_size=image_size), vae
+
+
+def check_made(args, start, place, made):
+    """Raise UserError unless latents or samples, at `place`, fit the flags and the checkpoint.
+
+    made: their size and VAE.
+    """
+    if args.image_size not in (None, made["image_size"]):
+        raise UserError(
+            f"--image-size {args.image_size}: {place} has {made['image_size']}; remove the flag"
+        )
+    saved = start.config["data"]
+    if saved.get("image_size", made["image_size"]) not in (None, made["image_size"]):
+        raise UserError(
+            f"{place}: has frames of {made['image_size']} px, {start.origin} has "
+            f"{saved['image_size']} px; expected the same"
+        )
+    if surely_differ(made.get("vae"), saved.get("vae")):
+        raise UserError(
+            f"{place}: made with the VAE {made.get('vae')}, {start.origin} with {saved['vae']}; "
+            "pass the videos, or a cache of that VAE"
+        )
 
 
 def attention_settings(args, start, lengths):
@@ -267,6 +335,9 @@ def resolve_settings(args, start, config, lengths):
     Raises UserError.
     """
     trained = start.config["training"]
+    sampler = trained
+    if args.pairs and not trained.get("teacher"):
+        sampler = trained | plans.STUDENT_SAMPLER
     has_energy = config.ebm != "none"
     weight_decay = args.weight_decay
     if weight_decay is None:
@@ -285,7 +356,7 @@ def resolve_settings(args, start, config, lengths):
             args.precision, has_energy, start.resumed_flag("precision")
         ),
         weight_decay=weight_decay,
-        **plans.resolve_sampler(args, trained, config.learns),
+        **plans.resolve_sampler(args, sampler, config.learns),
     )
     if args.compile and has_energy:
         raise UserError(f"--compile: no second derivative for --ebm {config.ebm}; use --no-compile")
@@ -316,12 +387,38 @@ def resolve_settings(args, start, config, lengths):
     return args
 
 
-def open_data(args, start, lengths, val_lengths, flag):
-    """The Data of --data-path, as in `find_data`.
+def open_all_data(args, start, source, lengths):
+    """The Data of train.py; source: of --pairs, or None. Raises UserError."""
+    settings = {"lengths": lengths, "val_lengths": args.val_frames, "flag": frames_flag(args)}
+    if source is None:
+        return open_data(args, start, args.data_path, **settings)
+    data = find_data(source, args.val_fraction, **settings)
+    if not args.real_data:
+        return data
+    with naming_real_data(args):
+        real = open_data(args, start, args.real_data, **settings)
+    if real.scan.classes != data.scan.classes:
+        raise UserError(
+            f"--real-data {args.real_data}: has the classes {some_names(real.scan.classes)}, "
+            f"--data-path {args.data_path} has {some_names(data.scan.classes)}; expected the same"
+        )
+    if real.source.has_latents != source.has_latents:
+        advice = "sample again with --save-latents"
+        if source.has_latents:
+            advice = "name a latent cache of these videos, see EqM/cache_latents.py"
+        raise UserError(
+            f"--real-data {args.real_data}: only one of it and --data-path {args.data_path} holds "
+            f"latents; expected both or none; {advice}"
+        )
+    return replace(data, real=real)
+
+
+def open_data(args, start, root, lengths, val_lengths, flag):
+    """The Data of the folder `root`, as in `find_data`.
 
     With --cache-frames, its source caches pixels. Raises UserError.
     """
-    source = open_source(args.data_path, args.image_size, not args.video, args.results_dir)
+    source = open_source(root, args.image_size, not args.video, args.results_dir)
     corrupt = CorruptVideos(source.scan, args.max_bad_fraction, start.bad_videos)
     corrupt.add(source.scan.unreadable)  # raises UserError if there are too many
     data = find_data(source, args.val_fraction, lengths, val_lengths, flag)
@@ -511,7 +608,9 @@ def check_vae_run(args):
     )
     data = None
     if rank() == 0:
-        data = open_data(args, start, lengths=[1], val_lengths=[], flag="--data-path")
+        data = open_data(
+            args, start, args.data_path, lengths=[1], val_lengths=[], flag="--data-path"
+        )
     return args, start, data
 
 

@@ -62,7 +62,7 @@ class Run:
     All ranks have one, and rank 0 writes.
     """
 
-    def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
+    def __init__(self, start, args, name, run_config, source, wandb=False, together=False):
         self.folder = start.folder
         if not self.folder:
             is_first = rank() == 0
@@ -71,7 +71,7 @@ class Run:
         self.log = functools.partial(say, log=self.folder / "log.txt")
         warnings_as_lines(self.folder / "log.txt")
         if rank() == 0:
-            save_index(scan, args.data_path, args.results_dir)
+            save_index(source.scan, source.root, args.results_dir)
         logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
         self.metrics = Metrics(
             folder=self.folder,
@@ -80,7 +80,7 @@ class Run:
             config=run_config,
         )
         self.stats = StepStats(start.unlogged)
-        self.bad_videos = CorruptVideos(scan, args.max_bad_fraction, start.bad_videos)
+        self.bad_videos = CorruptVideos(source.scan, args.max_bad_fraction, start.bad_videos)
         self.stop = StopSignal(together)
         self.writer = checkpoint.Writer(self.folder)
         self.saved_at = time.monotonic()
@@ -155,7 +155,8 @@ def make_run_config(args, config, phase, data, vae):
     training = vars(args) | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size}
     if args.frames_schedule:
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
-    videos = data.train[phase.num_frames]
+    # Real clips may have several frame intervals; pairs have one
+    videos = (data.real or data).train[phase.num_frames]
 
     def time_scale(interval):  # median seconds between two frames of a clip
         return statistics.median_low(
@@ -210,8 +211,9 @@ def log_run(run, args, config, model, data, first_step, last_step, device):
         f"{config.positions}, objective {config.objective}; {world_size()} x {device.type}, "
         f"steps {first_step} to {last_step}"
     )
-    log_data(run.log, args, data)
-    log_skipped(run.log, data)
+    for part in filter(None, (data, data.real)):
+        log_data(run.log, args, part)
+        log_skipped(run.log, part)
 
 
 # Flags --------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ number of frames. The network is not told the noise level gamma. After an interr
 """
 
 import uncaught  # noqa: F401
-import functools
 import io
 import itertools
 import math
@@ -43,12 +42,13 @@ from runtime import cli, distributed, runs
 from runtime.cli import COUNT, ArgumentParser, plural, say
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats, bar_text, device_stats
-from runtime.rng import normal, uniform
+from runtime.rng import uniform
 from runtime.signals import Interrupted
 from schedule import current_phase, frames_of_steps, is_due
 from sharding import full_tensor, make_networks
 from validation import validate, validation_chunks
-from video.clips import Clips, rank_batches
+from video import pairs
+from video.clips import Clips, Mix, rank_batches
 from video.loader import batches_of, make_loader, on_device
 from video.writers import tile, write_gif, write_mp4, write_sheet
 
@@ -62,6 +62,7 @@ def parse_args():
     models.add_flags(parser)
     transport.add_flags(parser)
     add_data_flags(parser)
+    pairs.add_flags(parser)
     schedule.add_flags(parser)
     optim.add_flags(
         parser,
@@ -183,7 +184,7 @@ def main():
         args,
         name=run_name(args),
         run_config=run_config,
-        scan=data.scan,
+        source=(data.real or data).source,
         wandb=args.wandb,
         together=args.shard,
     )
@@ -203,7 +204,7 @@ def main():
         last_step=last_step,
         device=device,
     )
-    run.report_corrupt(data.scan.unreadable, progress.step)
+    run.report_corrupt((data.real or data).scan.unreadable, progress.step)
 
     def remove_old():
         runs.keep_last(run.folder, args.keep_last, {phase.last_step for phase in phases})
@@ -271,7 +272,7 @@ def main():
                             precision=args.precision,
                             device=device,
                             stop=stop,
-                            given=args.forcing > 0,
+                            given=args.forcing > 0 and not args.pairs,
                         )
                         run.report_corrupt(corrupt, step)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
@@ -375,7 +376,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
     indices = batch["indices"].tolist()
     clips = batch["clips"].to(device, non_blocking=True)
     x = vae.latents_of(clips, seed, stream, indices)  # (B, C, T, H, W)
-    noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
+    noise = transport.draw_noise(seed, stream, indices, x.shape[1:], device, pairs=batch["pairs"])
     gamma = transport.draw_gammas(  # (B,), (B, T) or (B, T, H, W)
         seed,
         stream,
@@ -389,6 +390,8 @@ def training_losses(network, vae, batch, config, args, stream, device):
         region_share=args.forcing_regions,
         size=config.input_size,
         causal=config.causal,
+        is_sample=batch["is_sample"],
+        pure_noise=args.pure_noise,
     )
     clean = None
     if config.causal:
@@ -396,6 +399,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
     # more for clips with clean frames, which tell part of the condition
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
+    dropped &= ~batch["is_sample"]  # a student needs no guidance
     condition = Condition.of(batch["y"], config).null(dropped).to(device)
     if gamma.dim() == 4 and device.type != "cpu":
         gamma = gamma.pin_memory()  # megabytes; the CPU would wait for a copy from other memory
@@ -418,27 +422,15 @@ def training_losses(network, vae, batch, config, args, stream, device):
 
 def start_phase(args, data, phases, phase, progress, device):
     """(iterator over this rank's remaining micro-batches, loader of its validation clips)."""
-    make_clips = functools.partial(
-        Clips,
-        data.source,
-        classes=data.scan.classes,
-        frame_interval=(args.frame_interval[0], args.frame_interval[-1]),
-    )
-    train_clips = {
-        num_frames: make_clips(
-            videos,
-            num_frames=num_frames,
-            flip=not args.no_flip,
-            seed=args.global_seed,
-            stream=progress.first_step,
-        )
-        for num_frames, videos in data.train.items()
-    }
+    train_clips = training_clips(args, data, progress.first_step)
     val_lengths = sorted({phase.num_frames, *args.val_frames})
     val_clips = {
-        num_frames: make_clips(
+        num_frames: Clips(
+            data.source,
             data.val[num_frames],
+            classes=data.scan.classes,
             num_frames=num_frames,
+            frame_interval=(args.frame_interval[0], args.frame_interval[-1]),
             flip=False,
             stream="validation",
             spare=data.spare(num_frames),
@@ -483,6 +475,27 @@ def start_phase(args, data, phases, phase, progress, device):
         device=device,
     )
     return on_device(batches_of(train_loader), device), val_loader  # starts the loader processes
+
+
+def training_clips(args, data, stream):
+    """{num_frames: the stream of training clips}, with --real-data of both kinds."""
+    clips = {}
+    for num_frames, videos in data.train.items():
+        clips[num_frames] = Clips(
+            data.source,
+            videos,
+            classes=data.scan.classes,
+            num_frames=num_frames,
+            frame_interval=(args.frame_interval[0], args.frame_interval[-1]),
+            flip=not (args.no_flip or data.source.has_samples),  # noise can't be mirrored
+            seed=args.global_seed,
+            stream=stream,
+        )
+    if data.real:
+        real = training_clips(args, data.real, stream)
+        for num_frames, pairs_of_length in clips.items():
+            clips[num_frames] = Mix(pairs_of_length, real[num_frames], share=args.pairs_share)
+    return clips
 
 
 def preview_plan(args, ema, vae, classes, run_config):

@@ -166,7 +166,7 @@ def main():
 
     # The run folder and its files
     run_config = {"training": vars(args), "typed": sorted(args.typed)}
-    run = Run(start, args, preflight.vae_run_name(args), run_config, data.scan)
+    run = Run(start, args, preflight.vae_run_name(args), run_config, data.source)
     log = run.log
     stop = run.stop
     run.write_config(run_config)

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.cli import POSITIVE, SHARE, UserError, flag_text
-from runtime.rng import generator, normal, uniform
+from runtime.rng import generator, noise_of_samples, normal, uniform
 
 DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
@@ -201,7 +201,21 @@ def _broadcast(gamma):
     return gamma.reshape(len(gamma), 1, -1, *(gamma.shape[2:] or (1, 1)))
 
 
-# Noise levels of training clips -------------------------------------------------------------------
+# Noise of training clips, and its levels ----------------------------------------------------------
+
+
+def draw_noise(seed, stream, indices, shape, device, pairs):
+    """Draw the noise of training clips, (B, *shape): independent of the clip, except where `pairs`
+    has (seed, index) of the noise that the clip was sampled from, not None.
+
+    Independent noise depends only on (seed, stream, index).
+    """
+    noise = normal(seed, "noise", stream, indices, shape, device)
+    for row, pair in zip(noise, pairs, strict=True):
+        if pair is not None:
+            seed_of_sample, number = pair
+            row.copy_(noise_of_samples(seed_of_sample, [number], shape)[0])
+    return noise
 
 
 def shift_gamma(u, shift):
@@ -236,6 +250,8 @@ def draw_gammas(
     size=1,
     draw="uniform",
     causal=False,
+    is_sample=None,
+    pure_noise=0.0,
 ):
     """Draw the gammas of training samples, float32 on the CPU: (B,), or (B, T) if a `share` of the
     clips is forced.
@@ -249,17 +265,26 @@ def draw_gammas(
     patch (`patch` frames) is never forced and has no region: its frames share all tokens, so given
     ones would show most of the others. Given frames come in groups of `level_frames`, 1 or `patch`.
     shift, draw (a name in DRAWS): see `gammas_of`.
+
+    is_sample (B,): which clips are samples of a teacher. These are never forced, and a share
+    `pure_noise` of them has gamma 0.
     """
     gamma = gammas_of(uniform(seed, "gamma", stream, indices), shift, draw)  # (B,)
+    if is_sample is None:
+        is_sample = torch.zeros(len(indices), dtype=torch.bool)
+    if pure_noise:
+        is_pure = uniform(seed, "pure noise", stream, indices) < pure_noise
+        gamma = gamma.masked_fill(is_sample & is_pure, 0.0)
     if share == region_share == causal == 0 or num_frames <= patch:
         return gamma
     rows = []
-    for level, index in zip(gamma.tolist(), indices, strict=True):
+    can_force = (~is_sample).tolist()
+    for level, index, forces in zip(gamma.tolist(), indices, can_force, strict=True):
         # more draws than are used: a change would give the clips of each seed other levels
         chance, kind, *draws = torch.rand(
             4 + num_frames, generator=generator(seed, "forcing", stream, index)
         ).tolist()
-        if chance >= share and not causal:
+        if (chance >= share or not forces) and not causal:
             rows.append([level] * num_frames)
         elif causal or kind < OWN_LEVELS:
             of_patch = gammas_of(torch.tensor(draws, dtype=torch.float64), shift, draw).tolist()
@@ -273,9 +298,10 @@ def draw_gammas(
     if region_share == 0:
         return levels
     levels = levels[:, :, None, None].repeat(1, 1, size, size)
-    for of_clip, level, index in zip(levels, gamma.tolist(), indices, strict=True):
+    clips = zip(levels, gamma.tolist(), indices, can_force, strict=True)
+    for of_clip, level, index, forces in clips:
         chance, *draws = torch.rand(5, generator=generator(seed, "region", stream, index)).tolist()
-        if chance < region_share:
+        if chance < region_share and forces:
             height, width = noisy_region(*draws, size)
             of_clip[:] = 1.0
             of_clip[:, height, width] = level

@@ -10,7 +10,6 @@ import torch
 import transport
 from models import Condition
 from runtime import distributed
-from runtime.rng import normal
 from runtime.signals import Interrupted
 from video.loader import batches_of
 
@@ -73,7 +72,9 @@ def measure(ema, model, vae, batch, precision, device, given):
     losses = partial(
         config.learns.losses,
         x=x,
-        noise=normal(0, "noise", "validation", indices, x.shape[1:], device),
+        noise=transport.draw_noise(
+            0, "validation", indices, x.shape[1:], device, pairs=batch["pairs"]
+        ),
         y=Condition.of(batch["y"], config).to(device).y,
         time_scale=batch["time_scales"].to(device),
         clean=x if config.causal else None,

@@ -1,45 +1,407 @@
 """Pairs of noise and sample: what sample_gd.py keeps, and students that train on it."""
 
+import json
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+from shlex import split
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import sample_gd
+import train
+import transport
+from models import model_config
+from runtime.rng import normal, uniform
+from samplers import sample
 from tiny_data import make_vae, random_checkpoint
-from training import refused, sample_here
-from vae import load_vae
+from tiny_videos import write_equal_videos
+from training import (
+    Training,
+    compare,
+    counted_steps,
+    on_two_ranks,
+    refused,
+    run_here,
+    run_main,
+    sample_here,
+)
+from transport import OBJECTIVES
+from vae import VAE, load_vae
+from video.clips import Clips, Mix, collate
+from video.pairs import Pairs
 
 FRAMES = 4
+SEED = 3  # of the samples
+STEPS = 6
+STUDENT = split("""
+    --video
+    --use-rope
+    --pairs
+    --global-batch-size 4
+    --num-workers 0
+    --lr 1e-3
+    --max-steps 16
+    --val-fraction 0.3
+    --gamma-shift 3
+    --pure-noise 0.25
+""")
+MIXED = split("--forcing 0.5 --forcing-regions 0.5 --pairs-share 0.5 --frame-interval 1 2")
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    """A folder with checkpoints of random networks: pixels.pt, and latents.pt with its VAE."""
-    folder = tmp_path_factory.mktemp("teachers")
+def places(tmp_path_factory):
+    """A folder with random networks, pixels.pt and latents.pt with its VAE, samples of each, and
+    real videos of their classes.
+    """
+    folder = tmp_path_factory.mktemp("places")
     vae = make_vae(folder / "vae")
-    settings = {"num_frames": FRAMES, "use_rope": True, "depth": 1}
+    settings = {"num_frames": FRAMES, "use_rope": True}
     random_checkpoint(folder / "pixels.pt", **settings)
     random_checkpoint(folder / "latents.pt", vae=vae, **settings)
+    flags = ["--num-samples", 10, "--seed", SEED, "--batch-size", 4]
+    sample_here(folder / "pixels.pt", folder / "pixels", *flags)
+    # A step of almost no size: the samples are their noise
+    flags += ["--save-latents", "--num-sampling-steps", 2, "--stepsize", 1e-12]
+    sample_here(folder / "latents.pt", folder / "latents", *flags)
+    write_equal_videos(folder / "real", 10, size=(16, 16))
     return folder
 
 
-def test_kept_latents_are_what_the_vae_decodes(teachers, tmp_path):
+def student(places, *flags, teacher="pixels"):
+    """Flags of train.py."""
+    data = ["--data-path", places / teacher]
+    start = ["--ckpt", places / f"{teacher}.pt"]
+    return [*STUDENT, *data, *start, *flags]
+
+
+def altered(places, folder, kind="pixels", source=(), **about):
+    """A copy of a sample folder whose samples.json says something else."""
+    shutil.copytree(places / kind, folder)
+    path = folder / "samples.json"
+    content = json.loads(path.read_text())
+    content["source"] |= source
+    content["flags"] |= about.pop("flags", {})
+    path.write_text(json.dumps(content | about))
+    return folder
+
+
+# What sample_gd.py keeps --------------------------------------------------------------------------
+
+
+def test_kept_latents_are_what_the_vae_decodes(places, tmp_path):
+    vae = load_vae(str(places / "vae"))
     flags = ["--num-samples", 5, "--batch-size", 2, "--save-latents"]
-    clips, _ = sample_here(teachers / "latents.pt", tmp_path / "s", *flags)
+    clips, _ = sample_here(places / "latents.pt", tmp_path / "s", *flags)
     latents = np.load(tmp_path / "s/latents.npy")
-    vae = load_vae(str(teachers / "vae"))
     assert latents.shape == (5, vae.channels, FRAMES, 8, 8)
     scaled = (torch.from_numpy(latents) - vae.shift) * vae.scale
     difference = vae.decode(scaled).int() - torch.from_numpy(clips)
     assert difference.abs().max() <= 1  # scaled and unscaled again
-    sample_here(teachers / "latents.pt", tmp_path / "s")
+    sample_here(places / "latents.pt", tmp_path / "s")
     assert not (tmp_path / "s/latents.npy").exists()
 
 
-def test_latents_are_kept_of_one_window_and_of_a_vae(teachers, tmp_path, capsys):
-    places = ["--video", "--folder", tmp_path / "s", "--save-latents", "--ckpt"]
-    line = refused(capsys, sample_gd, *places, teachers / "pixels.pt")
+def test_latents_are_kept_of_one_window_and_of_a_vae(places, tmp_path, capsys):
+    flags = ["--video", "--folder", tmp_path / "s", "--save-latents", "--ckpt"]
+    line = refused(capsys, sample_gd, *flags, places / "pixels.pt")
     assert "--save-latents: " in line and "works on pixels" in line
-    flags = [teachers / "latents.pt", "--num-frames", 12, "--window", 8]
-    line = refused(capsys, sample_gd, *places, *flags)
+    flags += [places / "latents.pt", "--num-frames", 12, "--window", 8]
+    line = refused(capsys, sample_gd, *flags)
     assert "--save-latents: the 12 frames are made in windows of 8" in line
+
+
+def test_samples_json_tells_the_noise_that_sampling_began_with(places):
+    source = Pairs(places / "latents")
+    vae = load_vae(str(places / "vae"))
+    clips = Clips(source, source.videos(), source.scan.classes, FRAMES, flip=False)
+    batch = collate([clips[index] for index in range(10)])
+    indices = batch["indices"].tolist()
+    x = vae.latents_of(batch["clips"], 0, 0, indices)
+    noise = transport.draw_noise(0, 0, indices, x.shape[1:], torch.device("cpu"), batch["pairs"])
+    torch.testing.assert_close(noise, x, atol=1e-5, rtol=1e-5)
+    assert sorted(batch["pairs"]) == [(SEED, number) for number in range(10)]
+
+
+# The loss of a pair -------------------------------------------------------------------------------
+
+
+def settings(**changes):
+    """Flags of train.py that `training_losses` reads."""
+    usual = {"global_seed": 5, "gamma_shift": 3.0, "gamma_draw": "uniform", "precision": "fp32"}
+    usual |= {"disp": False, "forcing": 0.0, "forcing_regions": 0.0, "pure_noise": 0.0}
+    return SimpleNamespace(**usual | changes)
+
+
+CONFIG = model_config("EqM-Ti/4", input_size=16, in_channels=3, num_classes=2, num_frames=FRAMES)
+
+
+def losses_of(network, batch, config=CONFIG, **changes):
+    """(loss of a batch, loss of a network that predicts zero)."""
+    losses, zero = train.training_losses(
+        network,
+        VAE("none"),
+        batch,
+        config=config,
+        args=settings(**changes),
+        stream=7,
+        device=torch.device("cpu"),
+    )
+    return losses["train_loss"], zero
+
+
+def test_a_pair_is_interpolated_with_its_own_noise_and_keeps_its_label(places):
+    source = Pairs(places / "pixels")
+    clips = Clips(source, source.videos(), source.scan.classes, FRAMES, flip=True, stream=7)
+    clips.flip = False
+    indices = list(range(4, 20))  # of two epochs
+    batch = collate([clips[index] for index in indices])
+    seen = []
+
+    def network(x_gamma, y, *_, **__):
+        seen.append((x_gamma, y))
+        return torch.zeros_like(x_gamma)
+
+    config = replace(CONFIG, class_dropout_prob=0.9)
+    loss, _ = losses_of(network, batch, config, pure_noise=0.25)
+    ((x_gamma, y),) = seen
+    samples = np.load(places / "pixels/samples.npz")
+    gamma = transport.shift_gamma(uniform(5, "gamma", 7, indices), 3.0)
+    is_pure = uniform(5, "pure noise", 7, indices) < 0.25
+    assert 0 < is_pure.sum() < len(indices)
+    total = 0.0
+    for row, (seed, number) in enumerate(batch["pairs"]):
+        assert seed == SEED
+        x = torch.from_numpy(samples["arr_0"][number]).permute(3, 0, 1, 2).float() / 127.5 - 1
+        (eps,) = normal(SEED, "sample", 0, [number], x.shape)
+        level = 0.0 if is_pure[row] else gamma[row]
+        assert torch.equal(x_gamma[row], level * x + (1 - level) * eps)
+        assert y[row] == samples["labels"][number]
+        factor = transport.decay(torch.as_tensor(level))
+        total += ((x - eps) * factor).square().mean().item()
+    assert loss.item() == pytest.approx(total / len(indices), rel=1e-5)
+    independent = Pairs(places / "pixels", "independent")
+    assert independent.pairs == {} and independent.has_samples
+
+
+def straight(places, folder, scale):
+    """A sample folder whose latents are `scale` times their noise: of a linear teacher."""
+    altered(places, folder, "latents")
+    latents = np.load(folder / "latents.npy")
+    noise = normal(SEED, "sample", 0, range(len(latents)), latents.shape[1:])
+    np.save(folder / "latents.npy", scale * noise.numpy())
+    return folder
+
+
+@pytest.mark.parametrize("noise", ["own", "independent"])
+def test_the_exact_straight_field_has_no_loss_on_pairs_only(places, tmp_path, noise):
+    """x = a eps, so x_gamma = (gamma a + 1 - gamma) eps and x - eps = (a - 1) eps."""
+    a = 3.0
+    source = Pairs(straight(places, tmp_path / "s", a), noise)
+    clips = Clips(source, source.videos(), source.scan.classes, FRAMES, flip=False)
+    batch = collate([clips[index] for index in range(8)])
+    objective = OBJECTIVES["flow"]
+
+    def field(x, *_, gamma=None, **__):
+        gamma = gamma.reshape(-1, 1, 1, 1, 1)
+        return (a - 1) * x / (gamma * a + 1 - gamma)
+
+    config = replace(CONFIG, objective="flow", input_size=8, in_channels=4)
+    loss, zero = losses_of(field, batch, config)
+    if noise == "own":
+        assert loss < 1e-9 * zero
+    else:
+        assert loss > 0.1 * zero
+        return
+    # EqM at gamma = 0: f = 4 (x - eps), with which one step of Euler reaches the sample
+    config = replace(config, objective="eqm")
+    loss, zero = losses_of(lambda x, *_, **__: 4 * (a - 1) * x, batch, config, pure_noise=1.0)
+    assert loss < 1e-9 * zero
+    eps = torch.randn(2, 4, FRAMES, 8, 8)
+    x, evaluations = sample(
+        lambda x, keep: 4 * (a - 1) * x, eps, "euler", num_steps=2, objective=OBJECTIVES["eqm"]
+    )
+    torch.testing.assert_close(x, a * eps)
+    assert evaluations.tolist() == [1, 1]
+    assert objective.is_told
+
+
+def test_samples_are_not_forced_among_real_clips():
+    is_sample = torch.arange(40) % 2 == 0
+    draw = partial(transport.draw_gammas, 0, 0, range(40), num_frames=8, patch=4, size=6)
+    forced = draw(share=1.0, region_share=0.5)
+    mixed = draw(share=1.0, region_share=0.5, is_sample=is_sample, pure_noise=0.5)
+    whole = draw()
+    assert torch.equal(mixed[~is_sample], forced[~is_sample])  # as without samples
+    of_samples = mixed[is_sample].flatten(1)
+    assert (of_samples == of_samples[:, :1]).all()
+    is_pure = uniform(0, "pure noise", 0, range(40)) < 0.5
+    expected = whole.masked_fill(is_pure, 0.0)[is_sample]
+    assert torch.equal(of_samples[:, 0], expected)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 1.0, 0.01])
+def test_a_mix_interleaves_two_streams_and_skips_no_sample_of_either(share):
+    first = [{"of": "first", "at": index} for index in range(300)]
+    second = [{"of": "second", "at": index} for index in range(300)]
+    mix = Mix(first, second, share)
+    count = {"first": 0, "second": 0}
+    for index in range(200):
+        sample = mix[index]
+        assert sample["index"] == index
+        assert sample["at"] == count[sample["of"]]
+        count[sample["of"]] += 1
+        assert abs(count["first"] - share * (index + 1)) < 1
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(places, tmp_path_factory):
+    """A student of pairs and real clips that nothing has disturbed."""
+    base = student(places, *MIXED, "--real-data", places / "real")
+    training = Training(places / "pixels", tmp_path_factory.mktemp("whole"), 16, base=base)
+    assert run_here(training) == STEPS
+    return training
+
+
+def test_a_student_begins_with_averaged_weights_and_records_its_teacher(places, whole):
+    state = whole.saved()
+    recorded = state["config"]["training"]
+    about = json.loads((places / "pixels/samples.json").read_text())["source"]
+    teacher = checkpoint.load(places / "pixels.pt")
+    assert recorded["teacher"]["weights_sha256"] == about["weights_sha256"]
+    assert recorded["teacher"]["weights_sha256"] == checkpoint.weights_sha256(teacher["ema"])
+    assert recorded["start_sha256"] == about["weights_sha256"]  # not of the raw weights
+    assert recorded["teacher"]["guidance"] == about["guidance"]
+    assert recorded["pairs"] == "own"
+    assert state["phase"]["ema_start"] == teacher["step"] == 10
+    # clips of --frame-interval 1 2, which pairs don't have
+    data = state["config"]["data"]
+    assert data["longest_time_scale"] == 2 * data["time_scale"]
+
+
+def test_a_stopped_student_resumes_and_ends_the_same(whole, tmp_path):
+    parts = replace(whole, results=tmp_path)
+    assert run_here(parts, "--resume", stop_after=2) == 2
+    assert run_here(parts, "--resume", "--num-workers", 1, stop_after=1) == 1
+    assert run_here(parts, "--resume") == STEPS - 3
+    assert compare(whole, parts) == []
+
+
+def test_two_ranks_train_the_same_student(places, tmp_path):
+    runs = []
+    for ranks in (1, 2):
+        results = tmp_path / str(ranks)
+        flags = [*student(places, "--pairs-share", 0.7), "--real-data", places / "real"]
+        flags += ["--results-dir", results, "--sample-every", 0]
+        if ranks == 1:
+            run_main(train, *flags)
+        else:
+            on_two_ranks(train, *flags)
+        (folder,) = results.glob("[0-9]*")
+        runs.append(checkpoint.load(folder / "checkpoints/latest.pt"))
+    one, two = runs
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_student_of_latents_encodes_nothing_and_samples_in_four_steps_without_guidance(
+    places, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(VAE, "posterior", lambda *_: pytest.fail("it encodes"))
+    results = tmp_path / "r"
+    flags = student(places, "--results-dir", results, "--sample-every", 0, teacher="latents")
+    with counted_steps(train) as steps:
+        run_main(train, *flags)
+    assert len(steps) == STEPS
+    (ckpt,) = results.glob("*/checkpoints/latest.pt")
+    folder = tmp_path / "s"
+    run_main(sample_gd, "--video", "--ckpt", ckpt, "--folder", folder, "--num-samples", 1)
+    line = "student of a teacher with guidance 4; samples of 4 by euler, 4 evaluations, "
+    assert line + "guidance 1" in capsys.readouterr().out
+    source = json.loads((folder / "samples.json").read_text())["source"]
+    assert source["guidance_chosen"]
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+def refused_samples(places, folder, capsys, **changes):
+    """The error about altered samples."""
+    altered(places, folder, **changes)
+    return refused(capsys, train, *student(places, "--data-path", folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"source": {"window": 2}}, r"samples of 4 frames in windows of 2; expected one window"),
+        ({"flags": {"given": "clip.mp4"}}, r"samples with --given; expected samples"),
+        ({"flags": {"init": "clip.mp4"}}, r"samples with --init; expected samples"),
+        ({"source": {"image_size": 32}}, r"has frames of 32 px, --ckpt .* has 16 px"),
+        ({"source": {"vae": "ema"}}, r"made with the VAE ema, --ckpt .* with none"),
+        ({"indices": [0, 1]}, r"its samples.json has 2 indices for 10 samples"),
+    ],
+)
+def test_samples_whose_noise_does_not_fit_are_refused(places, tmp_path, capsys, changes, expected):
+    line = refused_samples(places, tmp_path / "s", capsys, **changes)
+    assert re.search(f"--data-path .*: {expected}", line), line
+
+
+def test_samples_without_seed_or_class_are_refused(places, tmp_path, capsys):
+    folder = altered(places, tmp_path / "s")
+    content = json.loads((folder / "samples.json").read_text())
+    content["source"].pop("seed")
+    (folder / "samples.json").write_text(json.dumps(content))
+    line = refused(capsys, train, *student(places, "--data-path", folder))
+    assert "its samples.json has no seed" in line
+    few = ["--num-samples", 2, "--classes", "none"]
+    sample_here(places / "pixels.pt", tmp_path / "none", *few)
+    line = refused(capsys, train, *student(places, "--data-path", tmp_path / "none"))
+    assert "samples without a class" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--num-frames 8", "--num-frames 8: the samples in --data-path .* have 4 frames"),
+        ("--val-frames 8", "--val-frames 8: the samples in --data-path .* have 4 frames"),
+        ("--image-size 32", "--image-size 32: --data-path .* has 16; remove"),
+        ("--forcing 0.5", "--forcing 0.5: does not apply to --pairs"),
+        ("--forcing-regions 0.5", "--forcing-regions 0.5: does not apply to --pairs"),
+        ("--causal", "--causal: does not apply to --pairs"),
+        ("--pairs-share 0.5", "--pairs-share 0.5: .*; add --real-data DIR"),
+        ("--cache-frames", "--cache-frames: --pairs reads samples"),
+        ("--data-path {real}", "--data-path .*real: no samples.json in it"),
+        ("--real-data {latents}", "--real-data .*latents: holds only samples"),
+        ("--real-data nowhere", "--real-data nowhere: no such folder"),
+    ],
+)
+def test_flags_that_pairs_do_not_have_are_refused(places, capsys, flags, expected):
+    words = [word.format(real=places / "real", latents=places / "latents") for word in split(flags)]
+    line = refused(capsys, train, *student(places, *words))
+    assert re.search(expected, line), line
+
+
+def test_real_clips_have_the_classes_and_the_kind_of_the_pairs(places, tmp_path, capsys):
+    shutil.copytree(places / "real", tmp_path / "other")
+    (tmp_path / "other/B").rename(tmp_path / "other/C")
+    line = refused(capsys, train, *student(places, "--real-data", tmp_path / "other"))
+    assert re.search("--real-data .*other: has the classes A, C .2., --data-path .* A, B", line)
+    real = ["--real-data", places / "real"]
+    line = refused(capsys, train, *student(places, *real, teacher="latents"))
+    assert "expected both or none; name a latent cache" in line
+
+
+@pytest.mark.parametrize("flags", ["--real-data x", "--pure-noise 0.5"])
+def test_flags_of_students_need_pairs(places, capsys, flags):
+    others = [word for word in STUDENT if word not in ("--pairs", "--pure-noise", "0.25")]
+    line = refused(capsys, train, *others, "--data-path", places / "real", *split(flags))
+    assert f"{flags}: needs --pairs" in line

@@ -180,6 +180,8 @@ def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(
         "y": torch.zeros(4, dtype=torch.int64),
         "time_scales": torch.full((4,), 0.04),
         "indices": torch.arange(4),
+        "is_sample": torch.zeros(4, dtype=torch.bool),
+        "pairs": [None] * 4,
     }
     args = SimpleNamespace(
         global_seed=3,
@@ -189,6 +191,7 @@ def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(
         disp=False,
         forcing=0.5,
         forcing_regions=regions,
+        pure_noise=0.0,
     )
     config = model_config("EqM-S/4", num_classes=2, use_rope=True, input_size=64)
     train.training_losses(lambda x, *_, **__: x, VAE("none"), batch, config, args, 5, GPU)

@@ -240,6 +240,8 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
         "y": y,
         "time_scales": torch.full((B,), 0.08),
         "indices": torch.tensor(indices),
+        "is_sample": torch.zeros(B, dtype=torch.bool),
+        "pairs": [None] * B,
     }
     args = SimpleNamespace(
         global_seed=3,
@@ -249,6 +251,7 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
         disp=disp,
         forcing=forcing,
         forcing_regions=regions,
+        pure_noise=0.0,
     )
     config = replace(CONFIG, class_dropout_prob=0.5)
     losses, target_square = train.training_losses(

@@ -5,6 +5,7 @@ or interruptions.
 """
 
 import copy
+import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class Clips(torch.utils.data.Dataset):
         A ClipsByFrames replaces this method.
         """
 
+    @property
+    def parts(self):
+        return [self]
+
     def __getstate__(self):  # for a loader process
         source = copy.copy(self.source)
         source.scan = None  # a large object that reading does not need
@@ -56,8 +61,9 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         """A dict: clip, as the source reads it; y, the condition; time_scale, seconds per frame;
-        index; video, the path of its file; corrupt, the paths of corrupt videos that it replaces.
-        Raises CorruptDataError if all, or MAX_ATTEMPTS, are corrupt.
+        index; video, the path of its file; pair and is_sample, see Source; corrupt, the paths of
+        corrupt videos that it replaces. Raises CorruptDataError if all, or MAX_ATTEMPTS, are
+        corrupt.
         """
         flipped = self.flip and self._random_int("flip", 2, index) == 1
         tried = []
@@ -73,6 +79,8 @@ class Clips(torch.utils.data.Dataset):
                     "time_scale": time_scale,
                     "index": index,
                     "video": video.path,
+                    "pair": self.source.pairs.get(video.path),
+                    "is_sample": self.source.has_samples,
                     "corrupt": [video.path for video in tried],
                 }
             tried.append(video)
@@ -119,6 +127,30 @@ class Clips(torch.utils.data.Dataset):
         return int(torch.randint(below, (), generator=random))
 
 
+@dataclass(eq=False)
+class Mix(torch.utils.data.Dataset):
+    """Maps an index to a sample of one of two streams, `first` at a `share` of the indices.
+
+    The two are interleaved as evenly as possible, and neither skips a sample.
+    """
+
+    first: Clips
+    second: Clips
+    share: float
+
+    @property
+    def parts(self):
+        return [self.first, self.second]
+
+    def __getitem__(self, index):
+        before = math.floor(index * self.share)  # samples of the first stream at lower indices
+        if math.floor((index + 1) * self.share) > before:
+            sample = self.first[before]
+        else:
+            sample = self.second[index - before]
+        return sample | {"index": index}
+
+
 def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
     """Yield lists of this rank's sample indices from `first` on, `micro_batches` per step."""
     size = global_batch // (world_size * micro_batches)
@@ -131,7 +163,7 @@ def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
 
 def collate(samples):
     """A batch of samples, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,),
-    in seconds; lists of paths: videos, corrupt.
+    in seconds; is_sample bool (B,); lists: pairs, and of paths: videos, corrupt.
     """
 
     def column(name):
@@ -142,6 +174,8 @@ def collate(samples):
         "y": torch.tensor(column("y")),
         "time_scales": torch.tensor(column("time_scale"), dtype=torch.float32),
         "indices": torch.tensor(column("index")),
+        "is_sample": torch.tensor(column("is_sample")),
+        "pairs": column("pair"),
         "videos": column("video"),
         "corrupt": sum(column("corrupt"), []),
     }

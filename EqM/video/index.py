@@ -85,7 +85,7 @@ def find_files(root, images, report=False):
     if files and not paths:
         raise UserError(
             f"{prefix}: holds only samples of sample_gd.py, in {shown_folders}; name a folder of "
-            f"other {kind}s"
+            f"other {kind}s (train.py --pairs trains a student on samples)"
         )
     if sample_folders and report:
         say(
@@ -325,6 +325,7 @@ class Data:
     val: dict
     num_too_short: int  # videos too short for the longest training clips
     val_too_short: dict  # num_frames -> the number of validation videos that are too short for it
+    real: object = None  # the Data of --real-data, which only trains, beside pairs
 
     @property
     def scan(self):
@@ -444,7 +445,7 @@ def log_data(log, args, data):
             )
         fits = [fitting_interval(video, num_frames, interval) for video in videos]
         num_short = sum(fit < interval for fit in fits)
-        if num_short:
+        if num_short and not data.source.has_samples:
             log(
                 f"note: --frame-interval {interval}: {clips} don't fit into {num_short} of "
                 f"{plural(len(videos), f'training {kind}')}; these use the largest interval that "

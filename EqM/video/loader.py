@@ -21,14 +21,15 @@ sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
 
 
 class ClipsByFrames(torch.utils.data.Dataset):
-    """One data set from a dict num_frames -> Clips. Its keys are (num_frames, index)."""
+    """One data set from a dict num_frames -> Clips or Mix. Its keys are (num_frames, index)."""
 
     def __init__(self, clips, num_workers=0):
         self.clips = clips
         # in shared memory
         self.files = [multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)]
         for data_set in clips.values():
-            data_set.note = self.note
+            for part in data_set.parts:
+                part.note = self.note
 
     def __getitem__(self, key):
         num_frames, index = key
@@ -48,7 +49,7 @@ class ClipsByFrames(torch.utils.data.Dataset):
 
 
 def make_loader(clips, batches, num_workers, timeout, device):
-    """A DataLoader over `clips`, a dict num_frames -> Clips.
+    """A DataLoader over `clips`, a dict num_frames -> Clips or Mix.
 
     `batches` yields lists of (num_frames, index).
     """

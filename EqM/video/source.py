@@ -46,6 +46,10 @@ LARGEST = 20 * 10**9  # bytes: most that --cache-frames takes
 class Source:
     """The videos or images of a folder `root`, listed in a Scan."""
 
+    has_latents = False  # whether it reads latents, not pixels
+    has_samples = False  # whether they are samples of a model, a teacher (pairs.py)
+    pairs = {}  # path -> (seed, index) of the noise that it was sampled from
+
     def __init__(self, root, scan):
         self.root = root
         self.scan = scan
@@ -159,13 +163,13 @@ class Cache(Source):
         scan = Scan(settings["videos"], settings["classes"], unreadable=[])
         super().__init__(root, scan)
         side = settings["image_size"] // settings["downsample"]
-        self.has_pixels = settings["vae"] == "none"
+        self.has_latents = settings["vae"] != "none"
         self.shape = (settings["channels"], side, side)
 
     def read(self, video, frame_indices, flipped=False):
         path = os.path.join(self.root, video.path)
         suffix = "_flipped" if flipped else ""
-        if self.has_pixels:
+        if not self.has_latents:
             return read_pixels(
                 path=path,
                 side=self.shape[-1],
