@@ -11,6 +11,8 @@ number of threads (OMP_NUM_THREADS).
     OUT/<Class>/<stem>.safetensors   posterior mean and std of every frame, float16 (T, C, h, w);
                                      with --with-flips also mean_flipped and std_flipped; with
                                      --vae none only pixels, uint8 (T, 3, H, W)
+    OUT/<Class>/<stem>.actions.npy   a copy of the video's actions, if there are any, and of their
+                                     names, OUT/actions.json
     OUT/latents.json                 settings and videos, written last: a cache with this file is
                                      complete
     OUT/latents.partial.json         settings of a cache that is not complete
@@ -44,7 +46,7 @@ from runtime.distributed import rank, world_size
 from runtime.runs import remove_temporary_files
 from runtime.untrusted import read_json
 from vae import load_vae
-from video import index, source
+from video import actions, index, source
 from video.files import UnreadableError, read_all_frames
 from video.source import LATENTS_FILE, PARTIAL_FILE, cached_path
 
@@ -158,6 +160,7 @@ def plan_encoding(args):
     Raises UserError.
     """
     files = source.open_source(args.data_path, args.image_size, index_folder=args.out)
+    actions.open_actions(args.data_path, files.videos())  # raises UserError if some are wrong
     bad_videos = index.CorruptVideos(files.scan, args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is skipped")
@@ -334,6 +337,7 @@ def finish_cache(args, settings, files, bad_videos):
             f"--data-path {args.data_path}: can't decode any of its videos; name others"
         )
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
+    actions.copy_actions(args.data_path, videos, args.out, path_of=cached_path)
     rows = []
     for video in videos:
         row = asdict(video) | {"path": cached_path(video)}

@@ -9,6 +9,7 @@ from torch import nn
 
 from causal import Cache
 from given import Details
+from models import Condition
 from plans import count_evaluations
 from runtime import distributed
 from runtime.cli import (
@@ -150,7 +151,6 @@ def sample_windows(
     evaluations (n,), energies (n, num_steps) and latents (n, C, k, h, w); energies and latents are
     None unless they are recorded.
     """
-    condition = plan.condition_at(indices, frame=0).to(device)
     time_scale = plan.time_scale_of(indices).to(device)
     clips = None
     mask = None
@@ -172,7 +172,7 @@ def sample_windows(
         latents, evaluations, energies = sample_window(
             plan,
             x,
-            condition=condition,
+            condition=plan.condition_at(indices, frame=start).to(device),
             time_scale=time_scale,
             kept=kept,
             settings=settings,
@@ -248,10 +248,14 @@ class Stream:
 
     @torch.no_grad()
     def step(self, condition):
-        """Sample the next temporal patch of these samples, with a Condition.
+        """Sample the next temporal patch of these samples.
 
-        Returns its frames, uint8 (n, pt, H, W, 3).
+        condition: a Condition, or an action as in `Plan.condition_at`. Returns its frames, uint8
+        (n, pt, H, W, 3).
         """
+        if not isinstance(condition, Condition):
+            frame = self.num_patches * self.plan.window
+            condition = self.plan.condition_at(self.indices, frame, condition)
         condition = condition.to(self.device)
         latents, self.evaluations, _ = self.sample_latents(
             self.noise_of(window=self.num_patches), condition=condition, cache=self.cache

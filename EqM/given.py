@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from functools import lru_cache
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from runtime.cli import COUNT, SHARE, UserError, flag_text, plural, say
 from runtime.distributed import rank
+from video.actions import NO_ACTION, find_actions
 from video.inputs import find_clips
 from video.samples import NO_LABEL, class_names
 from video.source import check_data_path
@@ -119,7 +121,49 @@ def open_given(args, plan, clips, indices):
         plan.names = class_names(plan.classes, plan.conditions)
     if not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: new frames may not fit the given ones")
+    if plan.actions is not None:
+        set_given_actions(plan, given)
     return given
+
+
+def set_given_actions(plan, given):
+    """Set the actions of given frames where a file beside their clip has them, else none.
+
+    Raises UserError.
+    """
+    known = {}  # number of a clip -> the actions of its given frames
+    for sample, number in enumerate(given.numbers):
+        frames = list(given.frames[number])
+        if number not in known:
+            known[number] = recorded_actions(plan, given.clips[number], frames)
+        plan.actions[sample, frames] = known[number]
+    plan.actions[:, 0] = NO_ACTION
+
+
+def recorded_actions(plan, clip, frames):
+    """The actions of some frames of a clip, (n,) int64. Raises UserError."""
+    none = torch.full((len(frames),), NO_ACTION)
+    path, num_frames, stored = stored_frames(clip, frames, plan.time_scale)
+    try:
+        actions = find_actions(path, num_frames, plan.model.config.action_names)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{clip.flag}: the actions of {path}: {error}; write them again") from error
+    if actions is None:
+        return none
+    if stored[-1] - stored[0] != frames[-1] - frames[0]:
+        say(f"note: {clip.flag}: {path} has another frame rate than the model, so no actions")
+        return none
+    return torch.tensor(actions[stored])
+
+
+def stored_frames(clip, frames, seconds_per_frame):
+    """(path of a clip's file, its number of frames, the numbers in it of some frames)."""
+    if isinstance(clip, DrawnClip):
+        video, indices, _ = clip.clips.draw(clip.index)
+        path = os.path.join(clip.clips.source.root, video.path)
+        return path, video.num_frames, [indices[frame] for frame in frames]
+    num_frames, seconds, _ = clip.open()
+    return clip.path, num_frames, [round(frame * seconds_per_frame / seconds) for frame in frames]
 
 
 def choose_frames(args, plan, clip):

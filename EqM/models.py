@@ -75,6 +75,8 @@ class EqMConfig:
     objective: str = "eqm"  # what the field is: a name in transport.OBJECTIVES
     causal: bool = False  # a temporal patch sees only earlier ones, see causal.py
     context: int | None = None  # and so many frames of them, if causal
+    # names of the actions of the frames, such as "stay,left,right"; "" = without actions
+    actions: str = ""
 
     def __post_init__(self):
         for field in fields(self):
@@ -110,6 +112,11 @@ class EqMConfig:
                     f"context must be at least a temporal patch of {self.temporal_patch_size} "
                     f"frames, got {self.context}"
                 )
+        if self.actions and self.temporal_patch_size != 1:
+            raise ValueError(
+                f"actions belong to frames: temporal_patch_size must be 1, got "
+                f"{self.temporal_patch_size}"
+            )
         if self.use_rope:
             if not all(self.rotary_embedding().split) and not self.has_table:
                 raise ValueError(
@@ -131,6 +138,10 @@ class EqMConfig:
     @property
     def head_dim(self):
         return self.hidden_size // self.num_heads
+
+    @property
+    def action_names(self):
+        return self.actions.split(",") if self.actions else []
 
     @property
     def has_table(self):
@@ -246,10 +257,11 @@ class EqMConfig:
         ada_ln = 2 * D * 6 * self.depth * D
         last_ada_ln = 2 * D * 2 * D
         flops = number_embedder + ends + self.depth * (linear_maps + attention)
-        if not self.learns.is_told:
-            return flops + ada_ln + last_ada_ln
-        # told a level for each temporal patch
-        return flops + (time + clean) * (number_embedder + ada_ln) + time * last_ada_ln
+        if self.learns.is_told:
+            flops += (time + clean) * number_embedder
+        if self.learns.is_told or self.actions:  # a condition for each temporal patch
+            return flops + (time + clean) * ada_ln + time * last_ada_ln
+        return flops + ada_ln + last_ada_ln
 
     def training_flops(self, num_frames, grad_checkpoint=None):
         """Count the FLOPs of a training step of one clip.
@@ -267,30 +279,39 @@ class EqMConfig:
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition of a batch of samples, here their classes.
+    """The condition of a batch of samples: their classes and, if the model has them, actions.
 
-    Only this module, the data and the flags look inside. y (B,) int64 is the input of
-    `EqM.forward`, which a ClassEmbedder embeds; the value null_y means "no condition".
+    Only this module, the data and the flags look inside. y is the input of `EqM.forward`, which a
+    ClassEmbedder embeds: classes (B,) int64, or (B, 1 + T) with the class and the actions of T
+    frames. The value null_y means "no condition": a number or, for each column of y, (1 + T,).
     """
 
     y: torch.Tensor
-    null_y: int
+    null_y: torch.Tensor | int
 
     @classmethod
-    def of(cls, classes, config):
-        """Return the condition of samples with these classes, (B,) int64.
+    def of(cls, y, config):
+        """Return the condition of samples with these classes and actions, (B,) or (B, 1 + T) int64.
 
-        Negative numbers mean no class.
+        Negative numbers mean no class, and unknown actions.
         """
         null_y = config.num_classes
-        return cls(classes.masked_fill(classes < 0, null_y), null_y)
+        if y.dim() == 2:
+            null_y = torch.full_like(y[0], len(config.action_names))
+            null_y[0] = config.num_classes
+        return cls(torch.where(y < 0, null_y, y), null_y)
 
     def to(self, device):
-        return replace(self, y=self.y.to(device, non_blocking=True))
+        null_y = self.null_y
+        if self.y.dim() == 2:
+            null_y = null_y.to(device, non_blocking=True)
+        return replace(self, y=self.y.to(device, non_blocking=True), null_y=null_y)
 
     def null(self, mask=True):
         """Return this condition, removed from the samples where mask (B,) is true."""
         mask = torch.as_tensor(mask, device=self.y.device)
+        if self.y.dim() == 2:
+            mask = mask.reshape(-1, 1)
         return replace(self, y=torch.where(mask, self.null_y, self.y))
 
     def is_null(self):
@@ -339,18 +360,29 @@ class NumberEmbedder(nn.Module):
 
 
 class ClassEmbedder(nn.Module):
-    """Embed the condition y of each sample, its class: (B,) int64 -> (B, D)."""
+    """Embed the condition y of each sample.
+
+    Classes (B,) int64 -> (B, 1, D). With the actions of T frames, (B, 1 + T) -> (B, T, D): the sum
+    of the class and the action of each frame.
+    """
 
     def __init__(self, config):
         super().__init__()
-        # the last row is for no class
+        # the last row of a table is for no class, and for unknown actions
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.action_table = None
+        if config.actions:
+            self.action_table = nn.Embedding(len(config.action_names) + 1, config.hidden_size)
 
     def initialize_weights(self):
         nn.init.normal_(self.embedding_table.weight, std=0.02)
+        if self.action_table is not None:
+            nn.init.normal_(self.action_table.weight, std=0.02)
 
     def forward(self, y):
-        return self.embedding_table(y)
+        if self.action_table is None:
+            return self.embedding_table(y)[:, None]
+        return self.embedding_table(y[:, :1]) + self.action_table(y[:, 1:])
 
 
 class HeadNorm(nn.RMSNorm):
@@ -459,7 +491,8 @@ KEEP_EXPENSIVE = partial(create_selective_checkpoint_contexts, keep_expensive)
 class Block(nn.Module):
     """Attention and MLP with adaLN-Zero: the condition sets shift, scale and gate of each branch.
 
-    It is (B, 1, D), or (B, K, D) for K temporal patches that have their own noise levels.
+    It is (B, 1, D), or (B, K, D) for K temporal patches that have their own noise levels or
+    actions.
     """
 
     def __init__(self, config):
@@ -552,12 +585,12 @@ class EqM(nn.Module):
     ):
         """Return the field f, and with return_features also the last block's activations (B, N, D).
 
-        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale:
-        (B,) float32 seconds per frame, default 1/25. gamma: (B,) or (B, T), the same within a
-        temporal patch, the noise levels; only if the objective is told them. If T does not fill the
-        last temporal patch, x is padded with its last frame and f is cropped. With `ebm`, f is
-        minus the gradient of the energy in x, also under torch.no_grad. Raises ValueError as
-        `EqMConfig.check_num_frames` does.
+        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label; with
+        actions (B, 1 + T), see Condition. time_scale: (B,) float32 seconds per frame, default 1/25.
+        gamma: (B,) or (B, T), the same within a temporal patch, the noise levels; only if the
+        objective is told them. If T does not fill the last temporal patch, x is padded with its
+        last frame and f is cropped. With `ebm`, f is minus the gradient of the energy in x, also
+        under torch.no_grad. Raises ValueError as `EqMConfig.check_num_frames` does.
 
         A causal model needs the clip without noise, `clean` like x, or a causal.Cache of the
         patches before x, which is then one temporal patch.
@@ -663,10 +696,12 @@ class EqM(nn.Module):
 
     def embed_condition(self, y, time_scale, gamma, clean_patches):
         """Return the condition of the blocks: (B, 1, D), or (B, K, D) for K temporal patches with
-        levels of their own, after that of so many clean patches.
+        levels or actions of their own, after that of so many clean patches.
         """
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
-        condition = (self.t_embedder(s) + self.y_embedder(y))[:, None]
+        condition = self.t_embedder(s)[:, None] + self.y_embedder(y)
+        if clean_patches and self.config.actions:
+            condition = condition.repeat(1, 2, 1)  # a clean patch has the action of its noisy one
         if gamma is None:
             return condition
         # (B, 1), or one per patch

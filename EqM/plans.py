@@ -22,6 +22,7 @@ from runtime.cli import (
 from runtime.distributed import rank
 from samplers import DESCENTS, SOLVERS
 from vae import VAE, check_same, load_vae
+from video.actions import NO_ACTION, find_sequences, numbers_of
 from video.samples import NO_LABEL, class_names
 
 SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no settings
@@ -205,12 +206,17 @@ class Plan:
     weak_sha256: str | None = None
     teacher: dict | None = None  # of a student: what made the samples that it was trained on
     spans: torch.Tensor | None = None  # (num_samples, patches): a condition for each, if causal
+    # (num_samples, num_frames) int64, if the model has actions; None = each sample repeats one
+    actions: torch.Tensor | None = None
 
     def __post_init__(self):
-        patch = self.model.config.temporal_patch_size
-        usual = patch if self.model.config.causal else self.num_frames
+        config = self.model.config
+        usual = config.temporal_patch_size if config.causal else self.num_frames
         self.window = self.window or usual
         self.time_scales = self.time_scales or [self.time_scale] * len(self.conditions)
+        if config.actions and self.actions is None:
+            repeated = torch.arange(len(self.conditions)) % len(config.action_names)
+            self.actions = repeated[:, None].repeat(1, self.num_frames)
 
     @property
     def labels(self):
@@ -225,12 +231,27 @@ class Plan:
         """The seconds per frame of the samples `indices`, (n,)."""
         return torch.tensor([self.time_scales[index] for index in indices])
 
-    def condition_at(self, indices, frame):
-        """The Condition of the samples `indices` at a frame."""
-        conditions = self.conditions
+    def condition_at(self, indices, frame, action=None):
+        """The Condition of the samples `indices` in the window from a frame on.
+
+        action: what they do, in place of the plan's actions: its name, its number or (n,) numbers.
+        The first frame of a clip has none, as it leads from a frame that nobody sees.
+        """
+        config = self.model.config
+        y = self.conditions
         if self.spans is not None:
-            conditions = self.spans[:, frame // self.model.config.temporal_patch_size]
-        return Condition.of(conditions[indices], self.model.config)
+            y = self.spans[:, frame // config.temporal_patch_size]
+        y = y[indices]
+        if config.actions:
+            actions = torch.full((len(indices), self.window), NO_ACTION)
+            planned = self.actions[indices, frame : frame + self.window]
+            actions[:, : planned.shape[1]] = planned  # the last window may reach beyond them
+            if action is not None:
+                actions[:] = numbers_of(action, config.action_names).reshape(-1, 1)
+            if frame == 0 or not config.causal:
+                actions[:, 0] = NO_ACTION
+            y = torch.cat([y[:, None], actions], dim=1)  # (n, 1 + T)
+        return Condition.of(y, config)
 
     @property
     def image_size(self):
@@ -273,10 +294,7 @@ def make_plan(args, model, config, step, vae=None):
     if model.config.causal:
         check_causal(args, model.config)
         forcing = 1.0  # of all clips: each patch continues clean ones
-    spans = choose_spans(args, data["classes"], model.config)
-    num_frames = args.num_frames or trained_frames
-    if spans is not None:
-        num_frames = spans.shape[1] * model.config.temporal_patch_size
+    num_frames, spans, actions = choose_course(args, data["classes"], model.config, trained_frames)
     time_scale = args.time_scale or data["time_scale"]
     if args.fps:
         time_scale = 1 / args.fps
@@ -321,6 +339,7 @@ def make_plan(args, model, config, step, vae=None):
         weak=weak,
         teacher=training.get("teacher"),
         spans=spans,
+        actions=actions,
     )
     if rank() == 0:  # which writes samples.json
         plan.weights_sha256 = checkpoint.weights_sha256(model.state_dict())
@@ -484,6 +503,21 @@ def label_of(word, names):
     return known[word]
 
 
+def choose_course(args, names, config, trained_frames):
+    """(num_frames, spans, actions) of a Plan: what happens in its samples, and for how long.
+
+    names: of the classes. Raises UserError.
+    """
+    spans = choose_spans(args, names, config)
+    num_frames = args.num_frames
+    if spans is not None:
+        num_frames = spans.shape[1] * config.temporal_patch_size
+    actions = choose_actions(args, config, asked=num_frames, usual=trained_frames)
+    if actions is not None:
+        num_frames = actions.shape[1]
+    return num_frames or trained_frames, spans, actions
+
+
 def choose_spans(args, names, config):
     """The class of each temporal patch of each sample, (num_samples, patches) int64, from words of
     --classes such as "CircleUp*8,CircleLeft*8", in turn. None if no word has spans.
@@ -518,6 +552,42 @@ def choose_spans(args, names, config):
             "same number; change a span, or remove --num-frames"
         )
     return torch.tensor(rows)[torch.arange(args.num_samples) % len(rows)]
+
+
+def choose_actions(args, config, asked, usual):
+    """The actions of each sample, (num_samples, T) int64: --actions in turn, after the given frames
+    or the first one. None for a model without actions.
+
+    asked: T of other flags, or None; usual: T without any. Raises UserError.
+    """
+    names = config.action_names
+    if not names:
+        if args.actions:
+            raise UserError(
+                f"{flag_text(args, 'actions')}: {args.ckpt} was trained without actions; remove it"
+            )
+        return None
+    if not args.actions:
+        say(f"note: {args.ckpt} has actions ({', '.join(names)}); without --actions all are none")
+        return torch.full((args.num_samples, asked or usual), NO_ACTION)
+    given = args.given_frames or ()
+    if args.given and given != tuple(range(max(1, len(given)))):
+        raise UserError(
+            f"{flag_text(args, 'actions')}: they start after the given frames; expected "
+            "--given-frames from 0 on, such as 0-3"
+        )
+    sequences = find_sequences(args.actions, names)
+    first = max(1, len(given))
+    length = first + sequences.shape[1]
+    if asked not in (None, length):
+        raise UserError(
+            f"--actions: {plural(sequences.shape[1], 'action')} after {plural(first, 'frame')} "
+            f"make {length} frames, other flags ask for {asked}; change the actions, or remove "
+            "--num-frames"
+        )
+    actions = torch.full((args.num_samples, length), NO_ACTION)
+    actions[:, first:] = sequences[torch.arange(args.num_samples) % len(sequences)]
+    return actions
 
 
 def check_causal(args, config):

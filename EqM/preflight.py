@@ -28,6 +28,7 @@ from samplers import SOLVERS
 from schedule import Phase, clip_lengths, fill_batches, frames_flag
 from vae import check_same, load_vae, surely_differ
 from video import pairs, samples
+from video.actions import ACTIONS_FILE, open_actions
 from video.index import CorruptVideos, find_data
 from video.pairs import Pairs
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
@@ -70,6 +71,7 @@ def check_run(args):
     if rank() == 0:
         data = open_all_data(args, start, source, lengths)
         config = fit_classes(args, config, start, data.scan.classes)
+        config = fit_actions(args, config, start, data.source)
         phases = phases or [only_phase(args, start, data)]
     return args, start, vae, config, data, phases
 
@@ -477,6 +479,45 @@ def fit_classes(args, config, start, classes):
             )
         checkpoint.check(start.origin, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)
+
+
+def fit_actions(args, config, start, source):
+    """The config with the actions of the videos, which the source then knows, too.
+
+    Raises UserError if they don't fit the flags, or if the checkpoint has others.
+    """
+    if args.video:
+        source.actions = open_actions(source.root, source.videos())
+    names = source.actions.names if source.actions else []
+    prefix = f"--data-path {args.data_path}"
+    if start.state is not None and config.action_names != names:
+        raise UserError(
+            f"{prefix}: has {describe_actions(names)}, {start.origin} has "
+            f"{describe_actions(config.action_names)}; pass data with the same actions, or start "
+            "from scratch"
+        )
+    if not names:
+        return config
+    has = f"{prefix} has actions, which belong to frames"
+    if config.temporal_patch_size != 1:
+        raise UserError(
+            f"{has}; expected temporal patches of 1 frame, got {config.temporal_patch_size}; add "
+            "--temporal-patch-size 1"
+        )
+    if args.frame_interval[-1] > 1:
+        raise UserError(
+            f"{flag_text(args, 'frame_interval')}: {has}, so no frame may be skipped; remove it"
+        )
+    if source.actions.mirrored is None and not args.no_flip:
+        raise UserError(
+            f"{prefix}: its actions have no mirror rule, so clips can't be mirrored; add "
+            f'--no-flip, or "mirror" to {ACTIONS_FILE}'
+        )
+    return replace(config, actions=",".join(names))
+
+
+def describe_actions(names):
+    return f"the actions {', '.join(names)}" if names else "no actions"
 
 
 def some_names(classes):

@@ -48,6 +48,7 @@ from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
 from scoring.sources import find_real
 from transport import OBJECTIVES
+from video.actions import names_of
 from video.inputs import find_clips
 from video.samples import LATENTS, UNFINISHED, is_sample_folder, written_samples
 from video.writers import write_samples
@@ -98,6 +99,15 @@ def parse_args(words=None):
         nargs="+",
         metavar="C",
         help="names or indices, used in turn; none: no label; default: all",
+    )
+    add(
+        "--actions",
+        nargs="+",
+        metavar="A",
+        help=(
+            'what is done after the given frames, or after the first, such as "right*8,up*4", or a '
+            "file, .npy or text; several are used in turn; default: none"
+        ),
     )
     add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, help="number of samples")
     add("--seed", "--global-seed", type=NATURAL, default=0, help="seed of the noise")
@@ -332,6 +342,8 @@ def write_folder(args, plan, parts, clips):
     }
     if plan.spans is not None:
         about["spans"] = plan.spans.tolist()
+    if plan.actions is not None:
+        about["actions"] = names_of(plan.actions, plan.model.config.action_names)
     if clips.given:
         about["given"] = clips.given.about()
     if clips.split:

@@ -60,10 +60,10 @@ class Clips(torch.utils.data.Dataset):
         return len(self.videos)
 
     def __getitem__(self, index):
-        """A dict: clip, as the source reads it; y, the condition; time_scale, seconds per frame;
-        index; video, the path of its file; pair and is_sample, see Source; corrupt, the paths of
-        corrupt videos that it replaces. Raises CorruptDataError if all, or MAX_ATTEMPTS, are
-        corrupt.
+        """A dict: clip, as the source reads it; y, the condition, a class or a list of the class
+        and T actions; time_scale, seconds per frame; index; video, the path of its file; pair and
+        is_sample, see Source; corrupt, the paths of corrupt videos that it replaces. Raises
+        CorruptDataError if all, or MAX_ATTEMPTS, are corrupt.
         """
         flipped = self.flip and self._random_int("flip", 2, index) == 1
         tried = []
@@ -72,10 +72,13 @@ class Clips(torch.utils.data.Dataset):
             self.note(video.path)
             with suppress(UnreadableError):
                 clip = self.source.read(video, frame_indices, flipped)
+                y = self.classes.index(video.class_name)
+                if self.source.actions is not None:
+                    y = [y, *self.source.actions.of_clip(video, frame_indices, flipped)]
                 self.note("")
                 return {
                     "clip": clip,
-                    "y": self.classes.index(video.class_name),
+                    "y": y,
                     "time_scale": time_scale,
                     "index": index,
                     "video": video.path,
@@ -162,8 +165,9 @@ def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
 
 
 def collate(samples):
-    """A batch of samples, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,),
-    in seconds; is_sample bool (B,); lists: pairs, and of paths: videos, corrupt.
+    """A batch of samples, a dict: clips (B, ...); y int64 (B,), with actions (B, 1 + T); indices
+    int64 (B,); time_scales float32 (B,), in seconds; is_sample bool (B,); lists: pairs, and of
+    paths: videos, corrupt.
     """
 
     def column(name):

@@ -46,6 +46,7 @@ LARGEST = 20 * 10**9  # bytes: most that --cache-frames takes
 class Source:
     """The videos or images of a folder `root`, listed in a Scan."""
 
+    actions = None  # the video.actions.Actions of the videos, if clips have them
     has_latents = False  # whether it reads latents, not pixels
     has_samples = False  # whether they are samples of a model, a teacher (pairs.py)
     pairs = {}  # path -> (seed, index) of the noise that it was sampled from

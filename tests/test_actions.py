@@ -1,0 +1,407 @@
+"""Actions of frames: files, clips, models, training, sampling."""
+
+import json
+import os
+import re
+from shlex import split
+
+import numpy as np
+import pytest
+import torch
+
+import cache_latents
+import checkpoint
+import sample_gd
+import train
+from causal import Cache
+from generation import Stream
+from models import Condition, EqM, EqMConfig
+from plans import Plan, open_checkpoint, sampling_settings
+from test_models import clip, distance, randomized
+from tiny_data import random_checkpoint
+from tiny_videos import clips_of, frame_indices_of
+from training import FEW_STEPS, refused, run_main, sample_here
+from video.actions import NO_ACTION, find_sequences, open_actions, parse_spans
+from video.files import UnreadableError
+from video.source import open_source
+from video.writers import write_lossless
+
+NAMES = ["stay", "left", "right"]
+MIRROR = {"left": "right", "right": "left"}
+T = 6  # frames of a video
+CAUSAL = {"use_rope": True, "causal": True, "context": 3}
+TRAIN = split("""
+    --video
+    --use-rope
+    --causal
+    --temporal-patch-size 1
+    --vae none
+    --image-size 8
+    --model EqM-Ti/4
+    --depth 1
+    --hidden-size 48
+    --num-heads 2
+    --global-batch-size 2
+    --num-workers 0
+    --val-clips 2
+    --sampler euler
+    --num-sampling-steps 3
+    --num-samples 2
+    --sample-every 2
+""")
+FOUR = [*TRAIN, "--num-frames", 4, "--max-steps", 1]
+SCHEDULE = ["--frames-schedule", "2:2,4:3"]
+
+
+def config(**changes):
+    settings = {
+        "input_size": 4,
+        "patch_size": 2,
+        "temporal_patch_size": 1,
+        "in_channels": 2,
+        "hidden_size": 48,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 3,
+        "num_frames": 5,
+        "actions": ",".join(NAMES),
+    }
+    return EqMConfig(**settings | changes)
+
+
+def write_world(root, count=4, mirror=MIRROR):
+    """Videos whose frame k is gray 4 k, with random actions. Returns root."""
+    root.mkdir()
+    content = {"names": NAMES} | ({"mirror": mirror} if mirror else {})
+    (root / "actions.json").write_text(json.dumps(content))
+    for index in range(count):
+        frames = np.repeat(np.arange(T, dtype=np.uint8) * 4, 8 * 8 * 3).reshape(T, 8, 8, 3)
+        write_lossless(root / f"{index}.mkv", frames, fps=25)
+        actions = np.random.default_rng(index).integers(len(NAMES), size=T)
+        np.save(root / f"{index}.actions.npy", actions)
+    return root
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of videos with actions; tests only read it."""
+    return write_world(tmp_path_factory.mktemp("actions") / "world")
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """The results folder of a causal training run with actions, in two phases."""
+    folder = tmp_path_factory.mktemp("run")
+    run_main(train, *TRAIN, *SCHEDULE, "--data-path", world, "--results-dir", folder)
+    return folder
+
+
+def checkpoint_of(run):
+    (path,) = run.glob("*/checkpoints/latest.pt")
+    return path
+
+
+def recorded(world, video):
+    return np.load(world / video.path.replace(".mkv", ".actions.npy"))
+
+
+# Files and clips ----------------------------------------------------------------------------------
+
+
+def with_actions(root):
+    source = open_source(root, 8)
+    source.actions = open_actions(root, source.videos())
+    return source
+
+
+def test_clips_carry_the_actions_between_their_frames_mirrored_with_them(world):
+    clips = clips_of(with_actions(world), 3, seed=5)
+    flips = 0
+    for index in range(24):
+        sample = clips[index]
+        video, frames, _ = clips.draw(index)
+        assert frame_indices_of(sample["clip"]) == frames
+        label, first, *others = sample["y"]
+        assert (label, first) == (0, NO_ACTION)
+        expected = recorded(world, video)[frames[1:]].tolist()
+        flipped = clips._random_int("flip", 2, index) == 1
+        flips += flipped
+        assert others == [[0, 2, 1][action] if flipped else action for action in expected]
+    assert 0 < flips < 24
+
+
+def test_a_cache_carries_the_actions_and_drops_them_when_they_are_gone(world, tmp_path):
+    root = write_world(tmp_path / "world")
+    cache = tmp_path / "cache"
+    flags = ["--data-path", root, "--out", cache, "--vae", "none", "--image-size", 8]
+    run_main(cache_latents, *flags)
+    videos = clips_of(with_actions(root), 3)
+    cached = clips_of(with_actions(cache), 3)
+    for index in range(8):
+        assert videos[index]["y"] == cached[index]["y"]
+    for path in root.glob("*actions*"):
+        path.unlink()
+    run_main(cache_latents, *flags)
+    assert with_actions(cache).actions is None and not [*cache.rglob("*actions*")]
+
+
+def test_actions_that_are_gone_while_training_make_a_corrupt_video(tmp_path):
+    source = with_actions(write_world(tmp_path / "world"))
+    (tmp_path / "world/1.actions.npy").unlink()
+    (video,) = [video for video in source.videos() if video.path == "1.mkv"]
+    with pytest.raises(UnreadableError, match="1.actions.npy"):
+        source.actions.of_clip(video, [0, 1], flipped=False)
+
+
+def save(path, values):
+    np.save(path, np.array(values))
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+
+
+DAMAGES = {
+    "missing": (lambda root: os.remove(root / "2.actions.npy"), "no .*2.actions.npy"),
+    "length": (
+        lambda root: save(root / "2.actions.npy", [0] * 5),
+        r"got int64 \[5\], expected \[6",
+    ),
+    "unknown": (lambda root: save(root / "2.actions.npy", [0] * 5 + [3]), "unknown action 3"),
+    "kind": (lambda root: save(root / "2.actions.npy", [0.0] * T), "got float64"),
+    "cut": (lambda root: os.truncate(root / "2.actions.npy", 150), "2.actions.npy"),
+    "no names": (lambda root: os.remove(root / "actions.json"), "but no actions.json"),
+    "none": (lambda root: write_json(root / "actions.json", {"names": ["none"]}), "'none'"),
+    "comma": (lambda root: write_json(root / "actions.json", {"names": ["a,b"]}), "'a,b'"),
+    "twice": (lambda root: write_json(root / "actions.json", {"names": ["a", "a"]}), "differ"),
+    "mirror": (
+        lambda root: write_json(
+            root / "actions.json", {"names": NAMES, "mirror": {"left": "right"}}
+        ),
+        "the same backward",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_wrong_files_of_actions_are_refused_in_one_line(damage, tmp_path, capsys):
+    root = write_world(tmp_path / "world")
+    (act, words) = DAMAGES[damage]
+    act(root)
+    line = refused(capsys, train, *FOUR, "--data-path", root, "--results-dir", tmp_path / "runs")
+    assert re.search(words, line) and f"--data-path {root}" in line
+    assert not (tmp_path / "runs").exists()
+
+
+REFUSED = {
+    "interval": (["--frame-interval", "1", "2"], "--frame-interval 1 2: "),
+    "patch": (["--temporal-patch-size", "2"], "add --temporal-patch-size 1"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_flags_that_skip_or_join_frames_are_refused(kind, world, tmp_path, capsys):
+    (flags, words) = REFUSED[kind]
+    places = ["--data-path", world, "--results-dir", tmp_path / "runs"]
+    assert words in refused(capsys, train, *FOUR, *places, *flags)
+
+
+def test_clips_are_only_mirrored_with_a_rule(tmp_path, capsys):
+    root = write_world(tmp_path / "world", mirror=None)
+    places = ["--data-path", root, "--results-dir", tmp_path / "runs", "--dry-run"]
+    assert "no mirror rule" in refused(capsys, train, *FOUR, *places)
+    run_main(train, *FOUR, *places, "--no-flip")
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+def test_a_condition_drops_class_and_actions_together_to_rows_of_their_own():
+    y = torch.tensor([[1, -1, 2], [0, 1, 0], [-1, -1, -1]])
+    condition = Condition.of(y, config())
+    assert condition.y.tolist() == [[1, 3, 2], [0, 1, 0], [3, 3, 3]]
+    assert condition.null(torch.tensor([False, True, False])).y.tolist() == [
+        [1, 3, 2],
+        [3, 3, 3],
+        [3, 3, 3],
+    ]
+    assert condition.null().is_null() and not condition.is_null()
+
+
+def test_a_model_with_equal_actions_is_the_model_of_their_sum_with_the_class():
+    model = randomized(EqM(config()))
+    usual = EqM(config(actions="")).eval()
+    state = model.state_dict()
+    table = state.pop("y_embedder.action_table.weight")
+    x = clip(5, model.config, batch=2)
+    with torch.no_grad():
+        for action in range(4):
+            weights = dict(state)
+            weights["y_embedder.embedding_table.weight"] = (
+                state["y_embedder.embedding_table.weight"] + table[action]
+            )
+            usual.load_state_dict(weights)
+            y = torch.tensor([[2, *[action] * 5], [3, *[action] * 5]])
+            assert distance(model(x, y), usual(x, y[:, 0])) < 1e-6
+
+
+@pytest.mark.parametrize("objective", ["eqm", "flow"])
+def test_the_action_of_a_frame_changes_nothing_before_it_in_a_causal_model(objective):
+    model = randomized(EqM(config(**CAUSAL, objective=objective)))
+    x = clip(5, model.config, batch=2)
+    clean = clip(5, model.config, batch=2, seed=2)
+    told = {"gamma": torch.rand(2, 5)} if objective == "flow" else {}
+    y = torch.tensor([[0, 3, 1, 2, 0, 1], [3, 3, 0, 1, 1, 2]])
+    other = y.clone()
+    other[:, 1 + 2] = torch.tensor([1, 2])  # the actions that lead to frame 2
+    with torch.no_grad():
+        change = model(x, other, clean=clean, **told) - model(x, y, clean=clean, **told)
+    change = change.abs().amax(dim=(0, 1, 3, 4))
+    assert (change[:2] == 0).all() and (change[2:] > 0).all()
+
+
+def test_the_cache_computes_what_the_clean_half_does():
+    model = randomized(EqM(config(**CAUSAL)))
+    x = clip(5, model.config, batch=2)
+    clean = clip(5, model.config, batch=2, seed=2)
+    y = torch.tensor([[0, 3, 1, 2, 0, 1], [3, 3, 0, 1, 1, 2]])
+    cache = Cache(model.config.depth, model.config.context_patches, tokens=4)
+    with torch.no_grad():
+        full = model(x, y, clean=clean)
+        for t in range(5):
+            patch = y[:, [0, 1 + t]]
+            assert (
+                distance(model(x[:, :, t : t + 1], patch, cache=cache), full[:, :, t : t + 1])
+                < 1e-5
+            )
+            cache.fills = True
+            model(clean[:, :, t : t + 1], patch, cache=cache)
+            cache.fills = False
+
+
+def test_actions_need_patches_of_one_frame():
+    with pytest.raises(ValueError, match="temporal_patch_size must be 1, got 2"):
+        config(temporal_patch_size=2, num_frames=4)
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_the_actions_and_its_checkpoint_names_them(run):
+    state = checkpoint.load(checkpoint_of(run))
+    assert state["config"]["model"]["actions"] == "stay,left,right"
+    table = "y_embedder.action_table.weight"
+    assert state["model"][table].shape == (4, 48)
+    moments = [values["exp_avg"] for values in state["optimizer"]["states"][0]["state"].values()]
+    (moment,) = [value for value in moments if value.shape == (4, 48)]
+    assert (moment[3] != 0).any()  # "none" is learned
+
+
+def test_a_checkpoint_continues_with_the_same_actions_only(run, world, tmp_path, capsys):
+    places = ["--ckpt", checkpoint_of(run), "--results-dir", tmp_path / "runs", "--dry-run"]
+    flags = [*TRAIN, "--num-frames", 4, "--max-steps", 9, "--data-path"]
+    run_main(train, *flags, world, *places)
+    other = write_world(tmp_path / "other")
+    for path in other.glob("*actions*"):
+        path.unlink()
+    line = refused(capsys, train, *flags, other, *places)
+    assert "has no actions, --ckpt" in line and "has the actions stay, left, right" in line
+
+
+# Sampling -----------------------------------------------------------------------------------------
+
+
+def test_spans_and_files_give_sequences(tmp_path):
+    assert parse_spans("right*2, up , none*3", ["up", "right"]) == [1, 1, 0, -1, -1, -1]
+    (tmp_path / "lines.txt").write_text("left*2\n\nstay,right\n")
+    np.save(tmp_path / "rows.npy", np.array([[0, -1], [1, 2]]))
+    words = [str(tmp_path / "lines.txt"), "right*2", str(tmp_path / "rows.npy")]
+    assert find_sequences(words, NAMES).tolist() == [[1, 1], [0, 2], [2, 2], [0, -1], [1, 2]]
+
+
+WRONG = {
+    "up*2": "no action 'up'; expected one of stay, left, right",
+    "left*": "got 'left*'; expected spans such as stay*8",
+    "": "",
+    "gone.npy": "No such file",
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_wrong_actions_are_refused_in_one_line(word, run, tmp_path, capsys):
+    places = ["--video", "--ckpt", checkpoint_of(run), "--folder", tmp_path / "samples"]
+    line = refused(capsys, sample_gd, *places, "--actions", word)
+    assert f"--actions {word}" in line and WRONG[word] in line
+
+
+def test_actions_start_after_the_given_frames_and_set_the_length(run, world, tmp_path):
+    clips, about = sample_here(
+        checkpoint_of(run),
+        tmp_path / "samples",
+        *["--given", world / "1.mkv", "--given-frames", "0-2", "--no-keep-background"],
+        *["--actions", "right*2,left", "none,stay*2"],
+    )
+    before = [NAMES[action] for action in np.load(world / "1.actions.npy")[1:3]]
+    assert clips.shape == (2, 6, 8, 8, 3)
+    assert about["actions"] == [
+        ["none", *before, "right", "right", "left"],
+        ["none", *before, "none", "stay", "stay"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """The checkpoint of a causal model with random weights."""
+    path = tmp_path_factory.mktemp("random") / "random.pt"
+    settings = CAUSAL | {"temporal_patch_size": 1, "num_frames": 4, "actions": ",".join(NAMES)}
+    return random_checkpoint(path, **settings)
+
+
+def test_actions_change_the_frames_that_they_lead_to_and_none_before(random_model, tmp_path):
+    first, _ = sample_here(random_model, tmp_path / "a", "--actions", "left*4")
+    other, about = sample_here(random_model, tmp_path / "b", "--actions", "left*2,right*2")
+    assert about["actions"][0] == ["none", "left", "left", "right", "right"]
+    assert (first[:, :3] == other[:, :3]).all() and (first[:, 3:] != other[:, 3:]).any()
+
+
+def test_a_stream_takes_an_action_per_frame_after_the_first(random_model, tmp_path):
+    clips, _ = sample_here(random_model, tmp_path / "samples", "--actions", "left,right,none")
+    words = ["--video", "--ckpt", str(random_model), "--num-frames", "1", *map(str, FEW_STEPS)]
+    args = sample_gd.parse_args(words)
+    values, plan = open_checkpoint(args.resolve(num_frames=1))
+    args = args.resolve(**values)
+    stream = Stream(plan, [0, 1], sampling_settings(args))
+    for _ in range(2):
+        for t, action in enumerate(["stay", "left", torch.tensor([2, 2]), NO_ACTION]):
+            frames, _ = stream.step(action)  # the first action does not count
+            assert (frames[:, 0].numpy() == clips[:, t]).all()
+        stream.reset()
+    with pytest.raises(ValueError, match="no action 'up'"):
+        stream.step("up")
+
+
+def test_each_window_begins_without_an_action():
+    actions = torch.tensor([[0, 1, 2, 0, 1, 2, 0]])
+    for settings, none in [({}, 3), (CAUSAL, 1)]:
+        model = EqM(config(**settings))
+        plan = Plan(
+            model,
+            vae=None,
+            classes=["A", "B", "C"],
+            conditions=torch.tensor([2]),
+            names=["C"],
+            num_frames=7,
+            time_scale=0.04,
+            window=4,
+            actions=actions,
+        )
+        assert plan.condition_at([0], frame=0).y.tolist() == [[2, 3, 1, 2, 0]]
+        assert plan.condition_at([0], frame=4).y.tolist() == [[2, none, 2, 0, 3]]
+
+
+def test_a_model_with_actions_is_sampled_without_and_says_so(run, tmp_path, capsys):
+    _, about = sample_here(checkpoint_of(run), tmp_path / "samples")
+    assert about["actions"] == [["none"] * 4] * 2
+    assert (
+        "has actions (stay, left, right); without --actions all are none" in capsys.readouterr().out
+    )
