@@ -51,8 +51,9 @@ from runtime.cli import (
 )
 from runtime.untrusted import is_text
 from vae import REPOSITORIES, load_vae
+from video.actions import names_of
 from video.clips import Clips
-from video.drawing import drawable, evenly_spaced
+from video.drawing import drawable, enlarge, evenly_spaced, stack, text_line
 from video.files import has_suffix, why_unreadable
 from video.index import CorruptDataError, CorruptVideos, find_data, find_files, log_data, name_some
 from video.samples import is_sample_folder
@@ -170,6 +171,7 @@ def main():
         source = open_videos(args)
         corrupt = describe_videos(args, source)
         refusal = too_many_corrupt(args, source.scan, corrupt)
+        args, config = with_actions(args, config, source)
         data = check_data(args, source, corrupt)
         log_data(say, args, data)
         write_clips(args, data, out)
@@ -205,6 +207,21 @@ def open_videos(args):
         for path in find_files(args.data_path, images=False):
             say(f"skipped: {path}: {why_unreadable(os.path.join(args.data_path, path))}")
         raise
+
+
+def with_actions(args, config, source):
+    """(args, config) of a model with the actions of the videos; unchanged if they have none.
+
+    The source then knows them, too. Raises UserError.
+    """
+    changes = {"temporal_patch_size": 1, "no_flip": True}
+    flags = cli.Flags(vars(args) | changes, args.typed)
+    fitted = replace(config, temporal_patch_size=1)
+    fitted = preflight.fit_actions(flags, fitted, Start(Progress()), source)
+    if source.actions is None:
+        return args, config
+    say(f"actions: {', '.join(source.actions.names)}")
+    return flags, fitted
 
 
 def describe_videos(args, source):
@@ -319,14 +336,30 @@ def write_clips(args, data, out):
     names = []
     for row, sample in enumerate(samples):
         folder, file = os.path.split(sample["video"])
-        folder = drawable(folder, f"class {sample['y']}")
+        folder = drawable(folder, f"class {np.ravel(sample['y'])[0]}")
         names.append(os.path.join(folder, drawable(file, f"video {row}")))
     videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
+    if data.source.actions is not None:
+        actions = names_of([sample["y"][1:] for sample in samples], data.source.actions.names)
+        videos = add_actions(videos, actions)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_sheet(out, videos, names)
     count = plural(len(shown), "training clip")
     paths = ", ".join(sample["video"] for sample in samples)
     say(f"{out}: {count} as the model sees them, from the top: {paths}")
+
+
+def add_actions(videos, actions):
+    """Videos (N, T, H, W, 3), enlarged, with the action that led to each frame below it."""
+    videos = enlarge(videos)
+    N, T = videos.shape[:2]
+    lines = {name: text_line(name) for name in set(sum(actions, []))}
+    width = max(videos.shape[3], *(line.shape[1] for line in lines.values()))
+    margin = np.full((0, width + width % 2, 3), 255, np.uint8)
+    frames = []
+    for row, column in np.ndindex(N, T):
+        frames.append(stack(videos[row, column], lines[actions[row][column]], margin))
+    return np.stack(frames).reshape(N, T, *frames[0].shape)
 
 
 # What a step costs --------------------------------------------------------------------------------
@@ -348,7 +381,8 @@ def measure(config, num_frames, most_clips, device):
         kept.clear()
         x = torch.randn(count, config.in_channels, num_frames, size, size, device=device)
         began = time.monotonic()
-        y = torch.zeros(count, dtype=torch.int64, device=device)
+        size_of_y = (count, 1 + num_frames) if config.actions else (count,)
+        y = torch.zeros(size_of_y, dtype=torch.int64, device=device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model(x, y)
             loss = (output.float() - x).square().mean()
@@ -452,6 +486,9 @@ def suggest_command(args, vae, source, corrupt, device):
             f"note: class {name_some(sided)}: a mirrored clip may show another class, hence "
             "--no-flip"
         )
+    has_rule = source.actions is None or source.actions.mirrored is not None
+    if not has_rule:
+        say("note: actions.json has no mirror rule, hence --no-flip")
     if flags.vae != "none":
         say(
             f"note: --vae {flags.vae} encodes the clips of each step; EqM/cache_latents.py encodes "
@@ -465,7 +502,11 @@ def suggest_command(args, vae, source, corrupt, device):
     )
     hours = in_words(seconds * batch * flags.max_steps / 3600 / processes)
     say(f"to train on these videos on this machine, for about {hours}, paste this command:")
-    words = [*launcher(processes, num_gpus), shown_path(TRAIN), *train_words(flags, bool(sided))]
+    words = [
+        *launcher(processes, num_gpus),
+        shown_path(TRAIN),
+        *train_words(flags, no_flip=sided or not has_rule),
+    ]
     say(shlex.join(words))
 
 
@@ -519,7 +560,7 @@ def with_num_frames(flags, vae, source, corrupt):
     return None
 
 
-def train_words(flags, is_sided):
+def train_words(flags, no_flip):
     """The flags of train.py as words of its command line."""
     words = ["--video", "--num-frames", flags.num_frames, "--use-rope", "--model", flags.model]
     words += ["--position-table", "space", "--rope-speed", "0.5"]  # as train_progressive.sh
@@ -528,6 +569,8 @@ def train_words(flags, is_sided):
     if is_text(name):
         words += ["--results-dir", f"results/{name}"]
     words += ["--vae", flags.vae, "--image-size", flags.image_size]
+    if flags.temporal_patch_size:
+        words += ["--temporal-patch-size", flags.temporal_patch_size]
     words += ["--global-batch-size", flags.global_batch_size, "--max-steps", flags.max_steps]
     if flags.max_steps <= 10_000:  # train.py would make its first samples there
         words += ["--val-every", max(100, flags.max_steps // 4)]
@@ -535,7 +578,7 @@ def train_words(flags, is_sided):
         words += ["--sample-every", max(100, flags.max_steps // 2)]
     for typed in sorted(flags.typed & {"frame_interval", "val_fraction", "max_bad_fraction"}):
         words += cli.flag_text(flags, typed).split()
-    if is_sided:
+    if no_flip:
         words.append("--no-flip")
     return [str(word) for word in words]
 

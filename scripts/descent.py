@@ -54,6 +54,8 @@ def obstacles(state, config):
         yield f"has an energy (ebm {config.ebm}), whose gradient has no JavaScript"
     if config.causal:
         yield "is causal, and the page shows all frames of a clip at once"
+    if config.actions:
+        yield "has actions, one per frame, and the page shows all frames at once"
     if not config.learns.has_equilibria:
         yield f"learned objective {config.objective}, whose field has no equilibria"
     size = sum(value.numel() for value in tensors) / 1e6

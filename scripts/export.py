@@ -190,6 +190,9 @@ def facts(state, dtype, vae):
     names = ", ".join(classes[:SHOWN])
     names += ", ..." if len(classes) > SHOWN else ""
     yield "classes", f"{len(classes)}: {names}"
+    actions = models.EqMConfig(**state["config"]["model"]).action_names
+    if actions:
+        yield "actions", f"{len(actions)}, one per frame: {', '.join(actions)}"
     yield "data", os.path.basename(str(training.get("data_path") or "")) or "not recorded"
     if training["video"]:
         patch = state["config"]["model"]["temporal_patch_size"]

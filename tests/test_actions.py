@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import cache_latents
+import check
 import checkpoint
+import export
 import sample_gd
 import train
 from causal import Cache
@@ -20,8 +22,9 @@ from plans import Plan, open_checkpoint, sampling_settings
 from test_models import clip, distance, randomized
 from tiny_data import random_checkpoint
 from tiny_videos import clips_of, frame_indices_of
-from training import FEW_STEPS, refused, run_main, sample_here
+from training import FEW_STEPS, record_calls, refused, run_main, sample_here
 from video.actions import NO_ACTION, find_sequences, open_actions, parse_spans
+from video.drawing import FONT_SIZE
 from video.files import UnreadableError
 from video.source import open_source
 from video.writers import write_lossless
@@ -405,3 +408,33 @@ def test_a_model_with_actions_is_sampled_without_and_says_so(run, tmp_path, caps
     assert (
         "has actions (stay, left, right); without --actions all are none" in capsys.readouterr().out
     )
+
+
+# Scripts ------------------------------------------------------------------------------------------
+
+
+def test_the_card_of_an_export_names_the_actions(random_model, tmp_path):
+    run_main(export, random_model, tmp_path / "shared")
+    card = (tmp_path / "shared/README.md").read_text()
+    assert "| actions | 3, one per frame: stay, left, right |" in card
+    _, about = sample_here(tmp_path / "shared", tmp_path / "samples", "--actions", "left*2")
+    assert about["actions"][0] == ["none", "left", "left"]
+
+
+def test_check_shows_the_actions_below_the_frames(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sheets = record_calls(monkeypatch, check, "write_sheet", lambda out, videos, names: videos)
+    texts = record_calls(monkeypatch, check, "add_actions", lambda videos, actions: actions)
+    flags = "--num-frames 4 --image-size 8 --vae none --model EqM-Ti/4 --global-batch-size 2"
+    run_main(check, world, *split(flags), "--max-steps", 10)
+    text = capsys.readouterr().out
+    assert "actions: stay, left, right" in text and "--temporal-patch-size 1" in text
+    possible = []
+    for index in range(4):
+        names = [NAMES[action] for action in np.load(world / f"{index}.actions.npy")]
+        possible += [["none", *names[start : start + 3]] for start in (1, 2, 3)]
+    assert len(texts[0]) == 3 and all(row in possible for row in texts[0])
+    (frames,) = {
+        (videos.shape[2], videos[:, :, 128:].min(), *videos[0, 0, 129, 0]) for videos in sheets
+    }
+    assert frames == (128 + 2 * FONT_SIZE, 0, 255, 255, 255)  # black text on white below a frame
