@@ -130,37 +130,51 @@ class _Stream:
     def __init__(self, stream):
         self._stream = stream
 
-    def reset(self, clips=None, classes=None):
+    def reset(self, clips=None, classes=None, actions=None):
         """Begin again, with nothing, or continue clips uint8 (N, T, H, W, 3) of whole temporal
         patches.
 
-        classes: of the clips, as in `step`. The same frames follow if all is the same.
+        classes: of the clips, as in `step`. actions: a list of T `actions` of `step`, default:
+        none. The same frames follow if all is the same.
         """
         with _imports():
+            conditions = []
             if clips is not None:
                 clips = clips.permute(0, 4, 1, 2, 3)
-            self._stream.reset(clips, self._condition(classes))
+                frames = range(0, clips.shape[2], self._stream.plan.window)
+                actions = actions or [None] * len(frames)
+                for frame, action in zip(frames, actions, strict=True):
+                    conditions.append(self._condition(frame, classes, action))
+            self._stream.reset(clips, conditions)
 
-    def step(self, classes=None):
+    def step(self, classes=None, actions=None):
         """Sample the next frames, one temporal patch: uint8 (N, pt, H, W, 3), on the CPU.
 
         classes: names or indices, used in turn; default: one of each. "none" means no class.
+        actions: likewise, of a model with actions; default: none.
         """
         with _imports():
-            return self._stream.step(self._condition(classes)).cpu()
+            frame = self._stream.num_patches * self._stream.plan.window
+            return self._stream.step(self._condition(frame, classes, actions)).cpu()
 
-    def _condition(self, classes):
+    def _condition(self, frame, classes, actions):
         import torch
 
-        from models import Condition
         from plans import label_of
+        from video.actions import numbers_of
 
         plan = self._stream.plan
-        labels = plan.conditions
+        indices = self._stream.indices
+        order = torch.arange(len(indices))
+        labels = None
         if classes is not None:
             chosen = [label_of(str(name), plan.classes) for name in classes]
-            labels = labels.new_tensor(chosen)[torch.arange(len(labels)) % len(chosen)]
-        return Condition.of(labels, plan.model.config)
+            labels = torch.tensor(chosen)[order % len(chosen)]
+        numbers = None
+        if actions is not None:
+            chosen = numbers_of(actions, plan.model.config.action_names)
+            numbers = chosen[order % len(chosen)]
+        return plan.condition_at(indices, frame, action=numbers, labels=labels)
 
 
 @contextlib.contextmanager

@@ -233,7 +233,7 @@ class Stream:
 
     def reset(self, clips=None, condition=None):
         """Begin again, with nothing, or with clips uint8 (n, 3, T, H, W) of whole temporal patches
-        and their Condition.
+        and their Condition, or a list of what `step` takes for each patch.
 
         The same noise follows the same number of patches.
         """
@@ -243,8 +243,10 @@ class Stream:
         self.cache = Cache(config.depth, config.context_patches, tokens)
         self.num_patches = 0  # that were sampled or shown
         if clips is not None:
-            for clip in clips.split(patch, dim=2):
-                self.show(clip, condition)
+            parts = clips.split(patch, dim=2)
+            conditions = condition if isinstance(condition, list) else [condition] * len(parts)
+            for part, condition_of_part in zip(parts, conditions, strict=True):
+                self.show(part, condition_of_part)
 
     @torch.no_grad()
     def step(self, condition):
@@ -253,10 +255,7 @@ class Stream:
         condition: a Condition, or an action as in `Plan.condition_at`. Returns its frames, uint8
         (n, pt, H, W, 3).
         """
-        if not isinstance(condition, Condition):
-            frame = self.num_patches * self.plan.window
-            condition = self.plan.condition_at(self.indices, frame, condition)
-        condition = condition.to(self.device)
+        condition = self.to_condition(condition)
         latents, self.evaluations, _ = self.sample_latents(
             self.noise_of(window=self.num_patches), condition=condition, cache=self.cache
         )
@@ -267,11 +266,18 @@ class Stream:
     def show(self, clips, condition):
         """Let the videos continue with a temporal patch of clips uint8 (n, 3, pt, H, W).
 
-        Returns its frames, uint8 (n, pt, H, W, 3), as the VAE decodes them.
+        condition: as in `step`. Returns its frames as the VAE decodes them, uint8 (n, pt, H, W, 3).
         """
         latents = self.plan.vae.encode(clips.to(self.device))
-        self.remember(latents, condition.to(self.device))
+        self.remember(latents, self.to_condition(condition))
         return self.plan.vae.decode(latents)
+
+    def to_condition(self, condition):
+        """The Condition of the next patch, on the device. condition: as in `step`."""
+        if not isinstance(condition, Condition):
+            frame = self.num_patches * self.plan.window
+            condition = self.plan.condition_at(self.indices, frame, action=condition)
+        return condition.to(self.device)
 
     def remember(self, latents, condition):
         """Add a clean patch to the cache. With guidance, the cache holds it without condition and

@@ -231,17 +231,18 @@ class Plan:
         """The seconds per frame of the samples `indices`, (n,)."""
         return torch.tensor([self.time_scales[index] for index in indices])
 
-    def condition_at(self, indices, frame, action=None):
+    def condition_at(self, indices, frame, action=None, labels=None):
         """The Condition of the samples `indices` in the window from a frame on.
 
         action: what they do, in place of the plan's actions: its name, its number or (n,) numbers.
-        The first frame of a clip has none, as it leads from a frame that nobody sees.
+        The first frame of a clip has none, as it leads from a frame that nobody sees. labels:
+        their classes (n,), in place of the plan's.
         """
         config = self.model.config
         y = self.conditions
         if self.spans is not None:
             y = self.spans[:, frame // config.temporal_patch_size]
-        y = y[indices]
+        y = y[indices] if labels is None else labels
         if config.actions:
             actions = torch.full((len(indices), self.window), NO_ACTION)
             planned = self.actions[indices, frame : frame + self.window]

@@ -22,7 +22,7 @@ from plans import Plan, open_checkpoint, sampling_settings
 from test_models import clip, distance, randomized
 from tiny_data import random_checkpoint
 from tiny_videos import clips_of, frame_indices_of
-from training import FEW_STEPS, record_calls, refused, run_main, sample_here
+from training import FEW_STEPS, ROOT, record_calls, refused, run_main, sample_here
 from video.actions import NO_ACTION, find_sequences, open_actions, parse_spans
 from video.drawing import FONT_SIZE
 from video.files import UnreadableError
@@ -376,11 +376,30 @@ def test_a_stream_takes_an_action_per_frame_after_the_first(random_model, tmp_pa
     stream = Stream(plan, [0, 1], sampling_settings(args))
     for _ in range(2):
         for t, action in enumerate(["stay", "left", torch.tensor([2, 2]), NO_ACTION]):
-            frames, _ = stream.step(action)  # the first action does not count
+            frames = stream.step(action)  # the first action does not count
             assert (frames[:, 0].numpy() == clips[:, t]).all()
         stream.reset()
     with pytest.raises(ValueError, match="no action 'up'"):
         stream.step("up")
+
+
+def test_a_program_plays_by_actions(random_model):
+    sampler = torch.hub.load(str(ROOT), "model", source="local", ckpt=random_model)
+    few = {"num_sampling_steps": 4, "stepsize": 0.05}
+    stream = sampler.stream(num_samples=2, **few)
+    whole = sampler(num_samples=2, actions=["left,right", "stay*2"], **few)
+    steps = [
+        stream.step(),
+        stream.step(actions=["left", 0]),
+        stream.step(actions=["right", "stay"]),
+    ]
+    assert torch.equal(torch.cat(steps, dim=1), whole)
+    shown = whole[:, :2]
+    after = []
+    for action in ("left", "right"):
+        stream.reset(shown, actions=[None, [action, "stay"]])
+        after.append(stream.step(actions=["stay"]))
+    assert torch.equal(after[0][1], after[1][1]) and not torch.equal(after[0][0], after[1][0])
 
 
 def test_each_window_begins_without_an_action():

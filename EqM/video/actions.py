@@ -243,11 +243,13 @@ def number_of(name, names):
     return names.index(name)
 
 
-def numbers_of(action, names):
-    """The numbers of an action that is a name or already numbers, a tensor. Raises ValueError."""
-    if isinstance(action, str):
-        action = number_of(action, names)
-    numbers = torch.as_tensor(action)
+def numbers_of(actions, names):
+    """The numbers (n,) of actions: one or several, by name or by number. Raises ValueError."""
+    if isinstance(actions, str):
+        actions = [actions]
+    if isinstance(actions, list):
+        actions = [number_of(one, names) if isinstance(one, str) else one for one in actions]
+    numbers = torch.as_tensor(actions).reshape(-1)
     check_numbers(numbers, names)
     return numbers
 
