@@ -276,7 +276,7 @@ class Stream:
         """The Condition of the next patch, on the device. condition: as in `step`."""
         if not isinstance(condition, Condition):
             frame = self.num_patches * self.plan.window
-            condition = self.plan.condition_at(self.indices, frame, action=condition)
+            condition = self.plan.condition_at(self.indices, frame, condition)
         return condition.to(self.device)
 
     def remember(self, latents, condition):

@@ -559,7 +559,7 @@ def choose_actions(args, config, asked, usual):
     """The actions of each sample, (num_samples, T) int64: --actions in turn, after the given frames
     or the first one. None for a model without actions.
 
-    asked: T of other flags, or None; usual: T without any. Raises UserError.
+    asked: T of other flags, at most as long, or None; usual: T without any. Raises UserError.
     """
     names = config.action_names
     if not names:
@@ -580,15 +580,15 @@ def choose_actions(args, config, asked, usual):
     sequences = find_sequences(args.actions, names)
     first = max(1, len(given))
     length = first + sequences.shape[1]
-    if asked not in (None, length):
+    if asked is not None and asked > length:
         raise UserError(
             f"--actions: {plural(sequences.shape[1], 'action')} after {plural(first, 'frame')} "
-            f"make {length} frames, other flags ask for {asked}; change the actions, or remove "
+            f"make {length} frames, other flags ask for {asked}; add actions, or remove "
             "--num-frames"
         )
     actions = torch.full((args.num_samples, length), NO_ACTION)
     actions[:, first:] = sequences[torch.arange(args.num_samples) % len(sequences)]
-    return actions
+    return actions[:, :asked]
 
 
 def check_causal(args, config):

@@ -106,7 +106,7 @@ def parse_args(words=None):
         metavar="A",
         help=(
             'what is done after the given frames, or after the first, such as "right*8,up*4", or a '
-            "file, .npy or text; several are used in turn; default: none"
+            "file, .npy or text; several are used in turn; --num-frames may be less; default: none"
         ),
     )
     add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, help="number of samples")

@@ -360,6 +360,17 @@ def random_model(tmp_path_factory):
     return random_checkpoint(path, **settings)
 
 
+def test_frames_may_be_fewer_than_actions_but_not_more(random_model, tmp_path, capsys):
+    flags = ["--actions", "left*3", "--num-frames"]
+    _, about = sample_here(random_model, tmp_path / "samples", *flags, 2)
+    assert about["actions"][0] == ["none", "left"]
+    places = ["--video", "--ckpt", random_model, "--folder", tmp_path / "samples"]
+    line = refused(capsys, sample_gd, *places, *flags, 5)
+    assert "--actions: 3 actions after 1 frame make 4 frames, other flags ask for 5" in line
+    given = ["--given", tmp_path / "samples", "--given-frames", "1", "--actions", "left"]
+    assert "expected --given-frames from 0 on" in refused(capsys, sample_gd, *places, *given)
+
+
 def test_actions_change_the_frames_that_they_lead_to_and_none_before(random_model, tmp_path):
     first, _ = sample_here(random_model, tmp_path / "a", "--actions", "left*4")
     other, about = sample_here(random_model, tmp_path / "b", "--actions", "left*2,right*2")

@@ -37,7 +37,7 @@ FLAGS = 130  # of a function that only declares flags
 LOOP = 230  # of main() in a script with a visible loop
 TRAIN = 600  # of train.py
 # A condition is opaque: only the models, the data, what is on the disk and the flags know that it
-# is a class.
+# is a class, and actions.
 KNOW_CLASSES = {
     "models",
     "published",
@@ -49,6 +49,8 @@ KNOW_CLASSES = {
     "sample_gd",
 }
 KNOW_CLASSES |= {"scoring", "evaluate"}
+# not datasets, classmethods, fractions, or the action of a flag
+WORDS = r"label|(?<!data)class(?!method)|(?<![a-z])action(s|_)"
 NAME_CLASSES = {  # what the others name without knowing it
     "train": {
         "classes",
@@ -167,7 +169,7 @@ def test_few_modules_know_that_a_condition_is_a_class():
     for module, tree in MODULES.items():
         if room_of(module) not in KNOW_CLASSES:
             names = identifiers(tree) - NAME_CLASSES.get(module, set())
-            names = {name for name in names if re.search("label|(?<!data)class(?!method)", name)}
+            names = {name for name in names if re.search(WORDS, name)}
             assert not names, f"{module} knows of {', '.join(sorted(names))}"
 
 
