@@ -367,6 +367,7 @@ def test_frames_may_be_fewer_than_actions_but_not_more(random_model, tmp_path, c
     places = ["--video", "--ckpt", random_model, "--folder", tmp_path / "samples"]
     line = refused(capsys, sample_gd, *places, *flags, 5)
     assert "--actions: 3 actions after 1 frame make 4 frames, other flags ask for 5" in line
+    places[-1] = tmp_path / "other"
     given = ["--given", tmp_path / "samples", "--given-frames", "1", "--actions", "left"]
     assert "expected --given-frames from 0 on" in refused(capsys, sample_gd, *places, *given)
 

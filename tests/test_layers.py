@@ -49,8 +49,8 @@ KNOW_CLASSES = {
     "sample_gd",
 }
 KNOW_CLASSES |= {"scoring", "evaluate"}
-# not datasets, classmethods, fractions, or the action of a flag
-WORDS = r"label|(?<!data)class(?!method)|(?<![a-z])action(s|_)"
+# not datasets, classmethods, fractions, or the actions of argparse
+WORDS = r"label|(?<!data)class(?!method)|(?<![a-z_])action(s|_)"
 NAME_CLASSES = {  # what the others name without knowing it
     "train": {
         "classes",
