@@ -71,7 +71,7 @@ def check_run(args):
     if rank() == 0:
         data = open_all_data(args, start, source, lengths)
         config = fit_classes(args, config, start, data.scan.classes)
-        config = fit_actions(args, config, start, data.source)
+        config = fit_actions(args, config, start, (data.real or data).source)
         phases = phases or [only_phase(args, start, data)]
     return args, start, vae, config, data, phases
 
@@ -498,6 +498,11 @@ def fit_actions(args, config, start, source):
         )
     if not names:
         return config
+    if args.pairs:
+        raise UserError(
+            f"--pairs: {describe_actions(names)} of --real-data {args.real_data} do not apply to "
+            "samples; remove one of the two"
+        )
     has = f"{prefix} has actions, which belong to frames"
     if config.temporal_patch_size != 1:
         raise UserError(

@@ -214,7 +214,7 @@ def with_actions(args, config, source):
 
     The source then knows them, too. Raises UserError.
     """
-    changes = {"temporal_patch_size": 1, "no_flip": True}
+    changes = {"temporal_patch_size": 1, "no_flip": True, "pairs": None}
     flags = cli.Flags(vars(args) | changes, args.typed)
     fitted = replace(config, temporal_patch_size=1)
     fitted = preflight.fit_actions(flags, fitted, Start(Progress()), source)

@@ -114,7 +114,7 @@ def check_samples(here, about, labels):
             "expected one window, whose noise is all that they were made from; sample again with "
             f"--window {source['num_frames']}, or fewer frames"
         )
-    for name in ("given", "init"):
+    for name in ("given", "init", "actions"):
         if about["flags"].get(name) is not None:
             raise UserError(
                 f"{here}: samples with --{name}; expected samples that were made from noise alone; "
