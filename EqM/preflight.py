@@ -605,9 +605,7 @@ def check_plan(args, plan):
             f"--report-energy: {args.ckpt} was trained without an energy (--ebm); remove it"
         )
     if args.save_latents and plan.vae.name == "none":
-        raise UserError(
-            f"--save-latents: {args.ckpt} works on pixels, which samples.npz has; remove it"
-        )
+        say(f"note: --save-latents: {args.ckpt} works on pixels, which samples.npz has")
     for name in ("init", "report_energy", "save_latents"):
         if getattr(args, name) and len(plan.window_starts) > 1:
             raise UserError(

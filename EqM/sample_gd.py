@@ -276,7 +276,7 @@ def sample_run(args, plan, clips, device):
         init_gamma=args.init_gamma,
         keep_background=args.keep_background,
         energy=args.report_energy,
-        keep_latents=args.save_latents,
+        keep_latents=args.save_latents and plan.vae.name != "none",
     )
     rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
     parts = in_order(batches, rounds * len(plan.window_starts))

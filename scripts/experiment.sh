@@ -1,4 +1,4 @@
-# What quickstart.sh, sprites.sh and weizmann.sh share: they train, sample and score a model on any machine.
+# What few.sh, quickstart.sh, sprites.sh and weizmann.sh share: they train, sample and score a model on any machine.
 source scripts/common.sh
 
 suit() { # set GPUS and PRECISION to what suits this machine, unless they are set, and MIXED to the flag
@@ -21,7 +21,8 @@ steps() { # NAME=PER_HOUR...: set the variable NAME to the steps of HOURS, at le
 }
 
 begin() { # NAMES of variables that determine the results: refuse to continue results/$EXP with others; set up the rest
-  SETTINGS="HOURS=$HOURS$(for name in "$@"; do [[ -z ${!name} ]] || printf ' %s=%q' "$name" "${!name}"; done)"
+  SETTINGS=$(for name in "$@"; do [[ -z ${!name} ]] || printf ' %s=%q' "$name" "${!name}"; done)
+  SETTINGS=${SETTINGS# }
   if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
     complain "EXP=$EXP: made with $(<"results/$EXP/settings"), got $SETTINGS; set another EXP"
   fi

@@ -24,7 +24,7 @@ must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
 must "unknown; expected eqm, flow or blind" "eqm|flow|blind" OBJECTIVE
 [[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
 steps VAE_STEPS=2700 STEPS_1=750 STEPS_2=5500 WEAK=2500 # the checkpoint of step WEAK guides the samples
-begin DATA SEED OBJECTIVE VAE VAE_STEPS STEPS_1 STEPS_2 WEAK SAMPLES PREDICTIONS
+begin HOURS DATA SEED OBJECTIVE VAE VAE_STEPS STEPS_1 STEPS_2 WEAK SAMPLES PREDICTIONS
 complete "$DATA" || python datasets/prepare_sprites.py --source="$SOURCE" --out="$DATA"
 mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
 [[ -n $VAE ]] || train_vae --latent-channels 8

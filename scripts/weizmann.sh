@@ -19,7 +19,7 @@ HOURS=${HOURS:-2} EXP=${EXP:-weizmann} SOURCE=${SOURCE:-datasets/mocogan} DATA=$
 HOLD_OUT=${HOLD_OUT:-7 8} SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}
 counts SAMPLES LONG REAL CLASSIFIER_STEPS
 steps VAE_STEPS=5000 STEPS_1=2400 STEPS_2=4800 STEPS_3=8000
-begin DATA HOLD_OUT VAE_STEPS STEPS_1 STEPS_2 STEPS_3 SAMPLES LONG REAL CLASSIFIER_STEPS
+begin HOURS DATA HOLD_OUT VAE_STEPS STEPS_1 STEPS_2 STEPS_3 SAMPLES LONG REAL CLASSIFIER_STEPS
 complete "$DATA" || python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
 MORE=$DATA-more # seven copies of each training video in other colors and places, for training only
 complete "$MORE" || python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7

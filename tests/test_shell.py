@@ -91,6 +91,9 @@ HOURS=two weizmann.sh => HOURS=two: not a number
 HOURS=two sprites.sh => HOURS=two: not a number
 SEED=a sprites.sh => SEED=a: not a seed
 VAE=none sprites.sh => VAE=none: no such folder; unset VAE
+few.sh please => please; --help
+CKPT=none.pt few.sh => CKPT=none.pt: not found; expected a checkpoint
+EVALUATIONS=few CKPT=scripts few.sh => EVALUATIONS=few: not counts
 GPUS=0 quickstart.sh => GPUS=0:
 STEPS_1='1 2' quickstart.sh => STEPS_1=1\ 2:
 STEPS_1=$'1\n' quickstart.sh => STEPS_1=$'1\n':
