@@ -19,6 +19,7 @@ import control
 import coverage
 import disturb
 import experiments
+import few
 import given_frames
 import lab
 import objectives
@@ -253,6 +254,15 @@ def all_runs():
     yield objectives.few_run(args, 0)
     for name, number in itertools.product(control.TUNED, range(8)):
         yield control.tuning_run(args, name, number, 100)
+    configurations = range(len(few.CONFIGURATIONS))
+    for name, number in itertools.product(few.TUNED, configurations):
+        yield few.tuning_run(a_study(tune=True), name, 100, number)
+    about = [
+        {"arm": name, "configuration": number, "values": {}}
+        for name, number in itertools.product(few.TUNED, configurations)
+    ]
+    for name in (*few.TEACHERS, *few.ARMS):
+        yield few.model_run(a_study(tune=False), name, 0, about)
     for data_set, flags in itertools.product(positions.DATA_SETS, shapes.POSITIONS.values()):
         args = a_study(data_set=data_set, data_path="DIR", latents=None)
         yield positions.make_run(args, {"seed": 0}, flags)

@@ -1,0 +1,524 @@
+"""Do students sample in two to four evaluations what their teacher samples in 15 guided ones?
+
+    python scripts/studies/few.py --tune       configurations of two arms, on another seed
+    python scripts/studies/few.py              5 seeds of all arms
+
+A student trains on samples of a teacher, each with its own noise (docs/few-steps.md). The teachers
+follow the recommended curriculum of study.py, and also learn to complete given frames and to heal
+regions. The other arms change one thing each: see ARMS. The arms "pairs" and "independent noise"
+are tuned with the same configurations; the others take those of "pairs". The endpoints are fixed:
+clips whose direction and shape are both right, by 1, 2 and 4 evaluations of the student without
+guidance, minus 15 guided ones of its teacher.
+
+A teacher takes about 8 minutes of two cores with its samples, a student 5. The script writes few.md
+and .json in results/studies/few, with --tune few_tuning.md and .json. Models, samples and scores
+are in its folder runs (see lab.py).
+"""
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lab
+
+# isort: split
+import numpy as np
+import torch
+
+import checkpoint
+import disturb
+from make_moving_shapes import COLORS
+from runtime.cli import UserError, one_line_errors, wrong_input
+from runtime.rng import normal
+from shapes import (
+    BOTH_RIGHT,
+    GUIDANCE,
+    PATH_LENGTH,
+    USUAL,
+    config_of,
+    data_of,
+    make_task,
+    shapes_run,
+    size_of,
+)
+from shapes_tracker import look, track
+from vae import VAE
+from video.clips import Clips
+from video.samples import class_names, read_samples
+from video.source import open_source
+
+RECIPE = lab.ROOT / "scripts/recipes/few.txt"
+BATCH = 12  # clips per step, as in the recipe
+SKILLS = "--forcing 0.5 --forcing-regions 0.1"  # of teachers, and of real clips among pairs
+FRAMES = (16, 24, 32)
+COUNTS = (1, 2, 4, 8, USUAL)  # evaluations
+GIVEN_COUNTS = (4, USUAL)
+MAIN = 4  # evaluations of a student
+CELLS = 3  # recall: rows and columns of start positions
+PAIRS = "pairs"  # the samples of a model that students train on
+CHEAP = "pairs by 8 Euler steps"
+TRACKED = "pairs that the tracker accepts"
+PAIRS_SEED = 1000  # plus the seed of the run: other noise than that of scored samples
+REAL_SHARE = 0.3  # of the clips
+PASSES = {PAIRS: 2 * USUAL, TRACKED: 2 * USUAL, CHEAP: 2 * 8}  # of the network, for a sample
+
+
+@dataclass(frozen=True)
+class Teacher:
+    flags: str  # of train.py
+    way: float | str  # path length of the descent, or solver
+
+
+@dataclass(frozen=True)
+class Arm:
+    flags: str = ""  # of train.py, in addition to the recipe
+    teacher: str = "teacher"
+    pairs: str = PAIRS  # the samples that it trains on
+    has_real: bool = False
+    tuned_as: str = "pairs"
+
+
+TEACHERS = {
+    "teacher": Teacher(f"{SKILLS} --gamma-shift 1", PATH_LENGTH),
+    "told teacher": Teacher("--forcing 0.5 --objective told-w --gamma-shift 1", "heun"),
+}
+ARMS = {
+    "pairs": Arm(),
+    "independent noise": Arm("--pairs independent", tuned_as="independent noise"),
+    "real clips": Arm(f"{SKILLS} --frame-interval 1 2", has_real=True),
+    "accepted pairs": Arm(pairs=TRACKED),
+    "no pure noise": Arm("--pure-noise 0"),
+    "cheap pairs": Arm(pairs=CHEAP),
+    "second round": Arm(teacher="pairs"),
+    "told": Arm(teacher="told teacher"),
+}
+TUNED = [name for name, arm in ARMS.items() if arm.tuned_as == name]
+TUNING_SEEDS = (100,)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is tuned. learning_rate: a factor of both rates of the recipe."""
+
+    learning_rate: float
+    gamma_shift: float
+
+    def training_flags(self):
+        return (
+            f"--lr {0.001 * self.learning_rate:g} --muon-lr {0.005 * self.learning_rate:g} "
+            f"--gamma-shift {self.gamma_shift:g}"
+        )
+
+
+CONFIGURATIONS = [
+    Configuration(rate, shift) for rate, shift in itertools.product((0.5, 1, 2), (1, 3))
+]
+
+
+@dataclass(frozen=True)
+class Size:
+    pairs: int = 1152
+    steps: int = 600  # of a student
+
+
+def student_size(args):
+    return Size(pairs=12, steps=2) if args.miniature else Size()
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def task_of(frames, count):
+    return f"{frames} frames, {count} evaluations"
+
+
+def given_task(count):
+    return f"8 of 16 given, {count} evaluations"
+
+
+@dataclass(eq=False)
+class Model(lab.Run):
+    """A teacher. Its row also has what this script measures: healing and recall."""
+
+    guidance: float = GUIDANCE
+    num_clips: int = 0  # of the values that this script measures
+
+    def row(self):
+        row = super().row()
+        values = row["values"]
+        task = task_of(16, MAIN)
+        usual = task_of(16, USUAL)
+        if usual in values:  # not in tuning
+            _, test = self.data
+            values[task]["recall"] = recall(self.path(task).parent, test, self.num_clips)
+            values[disturb.LEFT] = heal(self, self.path(usual).parent)
+        return row
+
+
+@dataclass(eq=False)
+class Student(Model):
+    """A run that needs the samples of another one, its teacher."""
+
+    teacher: Model | None = None
+    pairs: str = PAIRS
+    cost: float = 0.0  # FLOPs of pairs and training over those of the teacher's training
+
+    def make_data(self):
+        super().make_data()
+        with lab.file_lock(self.teacher.folder / "lock"):
+            if self.teacher.checkpoint() is None or not self.teacher.is_sampled:
+                self.teacher.run()
+            accepted = self.teacher.path(TRACKED).parent
+            if self.pairs == TRACKED and not self.teacher.path(TRACKED).exists():
+                select_right(self.teacher.path(PAIRS).parent, accepted)
+
+    def train(self):
+        if "--ckpt" not in self.training:  # the teacher has it now
+            self.training += ["--ckpt", self.teacher.checkpoint()]
+        return super().train()
+
+    def row(self):
+        row = super().row()
+        row["values"][""]["cost"] = self.cost
+        return row
+
+
+def scored_tasks(args, way, guidance):
+    """{name: (flags of sample_gd.py, metrics)} of any arm; `way` is for USUAL evaluations."""
+    size = size_of(args)
+    _, test = data_of(args)
+    tasks = {}
+    for frames, count in itertools.product(FRAMES, COUNTS):
+        is_short = frames == 16 and count in (MAIN, USUAL)
+        tasks[task_of(frames, count)] = make_task(
+            way if count == USUAL else "euler",
+            size.clips,
+            evaluations=count,
+            frames=frames,
+            guidance=guidance,
+            more=f"--window {frames}",
+            metrics=("motion", "nearest") if is_short else ("motion",),
+        )
+    given = f"--given {test} --given-split all --given-frames 0-7 --no-keep-background"
+    for count in GIVEN_COUNTS:
+        tasks[given_task(count)] = make_task(
+            way if count == USUAL else "euler",
+            size.clips,
+            evaluations=count,
+            guidance=guidance,
+            more=given,
+            metrics=("prediction",),
+        )
+    return tasks
+
+
+def add_pairs(args, run, seed, ways):
+    """Let a run make samples to train on. ways: {task: (way, evaluations)}."""
+    for task, (way, evaluations) in ways.items():
+        words, _ = make_task(
+            way, student_size(args).pairs, evaluations=evaluations, guidance=run.guidance
+        )
+        more = f"--seed {PAIRS_SEED + seed} --precision {lab.PRECISION} --batch-size 32"
+        run.tasks[task] = (words + more.split(), ())
+
+
+def teacher_run(args, name, seed):
+    teacher = TEACHERS[name]
+    run = shapes_run(
+        args,
+        table=table_of(args),
+        about={"arm": name, "seed": seed},
+        tasks={} if args.tune else scored_tasks(args, teacher.way, GUIDANCE),
+        flags=teacher.flags,
+    )
+    run = Model(**vars(run), num_clips=size_of(args).clips)
+    add_pairs(args, run, seed, {PAIRS: (teacher.way, USUAL), CHEAP: ("euler", 8)})
+    return run
+
+
+def table_of(args):
+    return "few_tuning" if args.tune else "few"
+
+
+def model_run(args, name, seed, tuning):
+    """The run of a teacher, or of an arm with what tuning chose. tuning: its rows."""
+    if name in TEACHERS:
+        return teacher_run(args, name, seed)
+    number = choose(tuning, ARMS[name].tuned_as)
+    student = student_run(
+        args,
+        name,
+        number=number,
+        about={"arm": name, "seed": seed},
+        tasks=scored_tasks(args, "euler", 1),
+        teacher=model_run(args, ARMS[name].teacher, seed, tuning),
+    )
+    if name == "pairs":  # the teacher of the second round
+        add_pairs(args, student, seed, {PAIRS: ("euler", 8)})
+    return student
+
+
+def tuning_run(args, name, seed, number):
+    """The run of an arm with one of CONFIGURATIONS."""
+    tasks = scored_tasks(args, "euler", 1)
+    return student_run(
+        args,
+        name,
+        number=number,
+        about={"arm": name, "seed": seed, "configuration": number},
+        tasks={task: tasks[task] for task in (task_of(16, 2), task_of(16, MAIN))},
+        teacher=teacher_run(args, ARMS[name].teacher, seed),
+    )
+
+
+def student_run(args, name, number, about, tasks, teacher):
+    """The run of an arm with one of CONFIGURATIONS and the run of its teacher."""
+    arm = ARMS[name]
+    seed = about["seed"]
+    run = shapes_run(args, table=table_of(args), about=about, tasks=tasks)
+    videos, _ = run.data
+    steps = student_size(args).steps
+    real = []
+    if arm.has_real:
+        # as many pairs as the other arms, and real clips besides
+        steps = round(steps / (1 - REAL_SHARE))
+        real = ["--real-data", videos, "--pairs-share", 1 - REAL_SHARE]
+    last_step = teacher.last_step + steps
+    training = [f"@{RECIPE}", "--video", "--num-frames", 16, "--pairs", "--no-flip"]
+    training += ["--data-path", teacher.path(arm.pairs).parent, "--max-steps", last_step]
+    training += ["--global-seed", seed, "--precision", lab.PRECISION, "--val-every", steps, *real]
+    training += CONFIGURATIONS[number].training_flags().split() + arm.flags.split()
+    of_clip = config_of(size_of(args)).training_flops(16)
+    flops = steps * BATCH * of_clip
+    # a training step takes about three times a pass of the network
+    of_pairs = student_size(args).pairs * PASSES[arm.pairs] * of_clip / 3
+    more = {"settings": asdict(CONFIGURATIONS[number]), "flops": flops}
+    return Student(
+        **vars(run) | {"training": training, "last_step": last_step, "more": more},
+        guidance=1.0,
+        num_clips=size_of(args).clips,
+        teacher=teacher,
+        pairs=arm.pairs,
+        cost=(flops + of_pairs) / teacher.more["flops"],
+    )
+
+
+# What this script measures itself -----------------------------------------------------------------
+
+
+def is_right(clip, name):
+    """Whether a clip moves and looks as its class, such as "CircleLeft", says."""
+    shown = track(clip)
+    return name == f"{shown.shape}{shown.direction}"
+
+
+def select_right(folder, out):
+    """Write the samples of a folder that are right to another folder, with their indices."""
+    about, clips, labels = read_samples(f"{folder}", folder)
+    names = class_names(about["classes"], labels)
+    rows = [row for row, clip in enumerate(clips) if is_right(clip, names[row])]
+    if len(rows) < 2:
+        raise UserError(f"{folder}: the tracker accepts {len(rows)} of its samples, expected some")
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "samples.npz", arr_0=clips[rows], labels=labels[rows])
+    (out / "samples.json").write_text(json.dumps(about | {"indices": rows}))
+
+
+@torch.no_grad()
+def heal(run, folder):
+    """{"both_accuracy": share of right clips} after noise replaced the left half of every frame and
+    the model descended again. folder: the clips, which are samples of the model.
+    """
+    model, config, _ = checkpoint.load_model(run.checkpoint())
+    if not model.config.learns.has_equilibria:
+        return {}
+    about, clips, labels = read_samples(f"{folder}", folder)
+    names = class_names(about["classes"], labels)
+    right = 0
+    for first in range(0, len(clips), disturb.BATCH):
+        rows = range(first, min(first + disturb.BATCH, len(clips)))
+        pixels = torch.from_numpy(np.array(clips[rows.start : rows.stop]))
+        x = VAE("none").encode(pixels.permute(0, 4, 1, 2, 3))  # (B, C, T, H, W)
+        noise = normal(0, "disturb", 0, rows, x.shape[1:])
+        mask = disturb.regions(x.shape, first)[disturb.LEFT]
+        x = disturb.descend(
+            model,
+            torch.where(mask, noise, x),
+            labels=torch.from_numpy(np.array(labels[rows.start : rows.stop])),
+            evaluations=disturb.AGAIN,
+            training={
+                "cfg_scale": run.guidance,
+                "stepsize": PATH_LENGTH / USUAL,
+                "mu": config["training"]["mu"],
+            },
+        )
+        healed = VAE("none").decode(x).numpy()
+        right += sum(is_right(clip, names[row]) for row, clip in zip(rows, healed, strict=True))
+    return {"both_accuracy": right / len(clips)}
+
+
+def places_of(clips):
+    """Counter of the (color, row, column) where the object of a clip is at first.
+
+    Clips without one object do not count.
+    """
+    places = Counter()
+    colors = {name: np.array(color) for name, color in COLORS.items()}
+    for clip in clips:
+        try:
+            centers, _, _, color = look(clip)
+        except ValueError:
+            continue
+        nearest = min(colors, key=lambda name: np.linalg.norm(colors[name] - color))
+        column, row = (centers[0] * CELLS // clip.shape[1]).astype(int).tolist()
+        places[nearest, row, column] += 1
+    return places
+
+
+def overlap(places, real):
+    """The share of the real clips that other clips cover: sum over places of the smaller share.
+
+    places, real: (Counter, number of clips).
+    """
+    (counts, total), (real_counts, real_total) = places, real
+    return sum(min(counts[key] / total, real_counts[key] / real_total) for key in real_counts)
+
+
+def recall(folder, test, num_clips):
+    """How much of the colors and start positions of real clips the samples in a folder cover."""
+    _, clips, _ = read_samples(f"{folder}", folder)
+    size = clips.shape[2]
+    source = open_source(str(test), size)
+    stream = Clips(
+        source,
+        source.videos(),
+        source.scan.classes,
+        clips.shape[1],
+        flip=False,
+        stream="recall",
+    )
+    real = [stream[index]["clip"].permute(1, 2, 3, 0).numpy() for index in range(num_clips)]
+    return overlap((places_of(clips), len(clips)), (places_of(real), len(real)))
+
+
+# Tuning -------------------------------------------------------------------------------------------
+
+
+def tuned_mean(rows, name, number):
+    """The share of right clips (%) with MAIN evaluations, the mean over the tuning seeds; None if a
+    run is missing.
+    """
+    of_arm = lab.rows_with({"arm": name, "configuration": number}, rows)
+    values = [BOTH_RIGHT.of(task_of(16, MAIN)).number(row) or 0.0 for row in of_arm]
+    return sum(values) / len(values) if len(values) == len(TUNING_SEEDS) else None
+
+
+def choose(rows, name):
+    """The number of the configuration of an arm that did best.
+
+    Raises UserError if a run is missing.
+    """
+    means = {number: tuned_mean(rows, name, number) for number in range(len(CONFIGURATIONS))}
+    if None in means.values():
+        raise UserError(f"--arms: the tuning of {name} is not complete; run with --tune first")
+    return max(means, key=means.get)
+
+
+def tuning_markdown(rows):
+    lines = lab.heading(
+        "Tuning of students",
+        "`scripts/studies/few.py --tune` wrote this table. Cells: directions and shapes both right "
+        f"(%) with {MAIN} evaluations, of {len(TUNING_SEEDS)} seed.",
+    )
+    cells = []
+    for name, (number, configuration) in itertools.product(TUNED, enumerate(CONFIGURATIONS)):
+        mean = tuned_mean(rows, name, number)
+        settings = [f"{value:g}" for value in asdict(configuration).values()]
+        cells.append([name, *settings, "-" if mean is None else f"{mean:.1f}"])
+    return lines + lab.table(["arm", "learning rate x", "training shift", "both right (%)"], cells)
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+OTHERS = (
+    lab.Column("PSNR gain, 8 of 16 given (dB)", "psnr_gain", 1, task=given_task(MAIN)),
+    lab.Column("left half heals (%)", "both_accuracy", task=disturb.LEFT),
+    lab.Column("recall (%)", "recall", task=task_of(16, MAIN)),
+    lab.Column("RMSE to the nearest training clip", "rmse", 1, 2, task=task_of(16, MAIN)),
+    lab.Column("FLOPs / the teacher's training", "cost", 1, 2),
+)
+
+
+def markdown(rows):
+    lines = lab.heading(
+        "Students",
+        "`scripts/studies/few.py` wrote these tables. Cells: directions and shapes both right (%), "
+        "the mean over seeds, and the range. Teachers are guided, so each of their evaluations "
+        "takes two passes of the network. Students are not.",
+    )
+    arms = {name: {"arm": name} for name in (*TEACHERS, *ARMS)}
+    for frames in FRAMES:
+        columns = []
+        for count in COUNTS:
+            columns.append(lab.Column(f"{count}", "both_accuracy", task=task_of(frames, count)))
+        lines += [f"## {frames} frames, by evaluations", "", *lab.arm_table(rows, arms, columns)]
+    lines += [f"## Other endpoints, {MAIN} evaluations", "", *lab.arm_table(rows, arms, OTHERS)]
+    usual = {
+        frames: lab.by_seed(rows, arms["teacher"], right_at(frames, USUAL)) for frames in FRAMES
+    }
+    cases = []
+    for frames, count, name in itertools.product(FRAMES, (1, 2, MAIN), ARMS):
+        if frames == 16 or count == MAIN:
+            values = {name: lab.by_seed(rows, arms[name], right_at(frames, count))}
+            values["teacher"] = usual[frames]
+            what = f"{task_of(frames, count)} of the student, {USUAL} guided ones of the teacher"
+            cases.append((values, (name, "teacher"), what, 2))
+    return [*lines, "## Differences from the teacher", "", *lab.compare(cases)]
+
+
+def right_at(frames, count):
+    return BOTH_RIGHT.of(task_of(frames, count))
+
+
+def parse_args():
+    parser = lab.study_parser(__doc__, "few", seeds=[*range(5)])
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="try all configurations on the tuning seed, instead of the main runs",
+    )
+    parser.add_argument(
+        "--arms",
+        choices=ARMS,
+        nargs="+",
+        default=[*ARMS],
+        metavar="ARM",
+        help=f"of {', '.join(ARMS)}; default: all",
+    )
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    if args.tune:
+        numbers = range(len(CONFIGURATIONS))
+        tuned = [name for name in TUNED if name in args.arms]
+        runs = []
+        for seed, number, name in itertools.product(TUNING_SEEDS, numbers, tuned):
+            runs.append(tuning_run(args, name, seed, number))
+        lab.run_study(args, runs, tuning_markdown)
+        return
+    tuning = lab.read_rows(Path(args.out, "few_tuning.json"))
+    teachers = dict.fromkeys(ARMS[name].teacher for name in args.arms)
+    runs = []
+    for seed, name in itertools.product(args.seeds, dict.fromkeys((*teachers, *args.arms))):
+        with wrong_input():
+            runs.append(model_run(args, name, seed, tuning))
+    lab.run_study(args, runs, markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The study of students: its selection and recall in closed form, the choice by tuning, its tables,
+and a miniature.
+"""
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import few
+from make_moving_shapes import main as make_shapes
+from runtime.cli import UserError
+from sample_folders import SOURCE, write_samples
+from test_studies import SEED, commands, run_miniature  # noqa: F401
+from training import refused
+from video.pairs import OF_TEACHER, Pairs
+
+
+def tuning_rows(best):
+    """Rows of the tuning in which a configuration does best."""
+    rows = []
+    for name, number in itertools.product(few.TUNED, range(len(few.CONFIGURATIONS))):
+        right = 0.9 if number == best else 0.5
+        values = {few.task_of(16, few.MAIN): {"both_accuracy": right}}
+        rows.append({"arm": name, "configuration": number, "seed": 100, "values": values})
+    return rows
+
+
+def main_rows():
+    """Rows of 5 seeds: the student of pairs loses 1 point, that of other noise 10."""
+    rows = []
+    lost = {"teacher": 0.0, "pairs": 0.01, "independent noise": 0.1}
+    for seed, (name, points) in itertools.product(range(5), lost.items()):
+        right = 0.95 - points + 0.001 * (seed % 3) * (name != "teacher")
+        values = {}
+        for frames, count in itertools.product(few.FRAMES, few.COUNTS):
+            values[few.task_of(frames, count)] = {"both_accuracy": right}
+        rows.append({"arm": name, "seed": seed, "values": {"": {"cost": 0.9}} | values})
+    return rows
+
+
+def test_the_control_is_tuned_as_much_as_the_pairs_on_another_seed():
+    assert few.TUNED == ["pairs", "independent noise"]
+    assert len(set(few.CONFIGURATIONS)) == 6
+    assert {arm.tuned_as for arm in few.ARMS.values()} == set(few.TUNED)
+    assert min(few.TUNING_SEEDS) >= 5
+    assert few.choose(tuning_rows(best=4), "pairs") == 4
+    with pytest.raises(UserError, match="the tuning of pairs is not complete"):
+        few.choose(tuning_rows(best=4)[1:], "pairs")
+
+
+def test_main_runs_need_the_tuning(tmp_path, capsys):
+    message = refused(capsys, few, "--arms", "cheap pairs", "--out", tmp_path)
+    assert "the tuning of pairs is not complete; run with --tune first" in message
+
+
+def test_the_tables_compare_students_with_15_guided_evaluations_of_the_teacher():
+    text = "\n".join(few.markdown(main_rows()))
+    compared = text.split("## Differences from the teacher")[1]
+    assert compared.count("pairs minus teacher is -0.9") == 5  # 16 frames: 1, 2, 4; others: 4
+    assert compared.count("independent noise minus teacher is -9.9") == 5
+    assert "4 evaluations of the student, 15 guided ones of the teacher" in compared
+    assert "second round minus teacher: not run yet." in compared
+    assert "| pairs | 94.1 (94.0 to 94.2) |" in text
+    assert text.count("| teacher | 95.0 (95.0 to 95.0) |") == 3
+    assert "| pairs | 2 | 3 | 90.0 |" in "\n".join(few.tuning_markdown(tuning_rows(best=5)))
+
+
+def test_recall_is_the_share_of_the_real_places_that_are_covered():
+    real = Counter(a=2, b=1, c=1), 4
+    assert few.overlap(real, real) == 1
+    assert few.overlap((Counter(a=4), 4), real) == 0.5  # only the place of half the real clips
+    assert few.overlap((Counter(a=1, b=1, c=1), 4), real) == 0.75  # one clip shows nothing
+    assert few.overlap((Counter(), 4), real) == 0
+
+
+def real_clips(tmp_path, count):
+    """Clips of 16 frames of Moving Shapes, (N, T, H, W, 3), and their classes."""
+    make_shapes(["--out", str(tmp_path / "shapes"), "--videos-per-class", "2", "--size", "16"])
+    source = few.open_source(str(tmp_path / "shapes"), 16)
+    videos = source.videos()
+    stream = few.Clips(source, videos, source.scan.classes, 16, flip=False, stream="recall")
+    items = [stream[index] for index in range(count)]
+    clips = np.stack([item["clip"].permute(1, 2, 3, 0).numpy() for item in items])
+    return clips, [item["y"] for item in items], source.scan.classes
+
+
+def test_selected_pairs_keep_the_noise_of_their_samples_and_real_clips_cover_themselves(tmp_path):
+    clips, labels, classes = real_clips(tmp_path, 12)
+    labels[3] = (labels[3] + 1) % 12  # another direction
+    clips[7] = 0
+    source = SOURCE | dict.fromkeys(("checkpoint", "weak_sha256", "method", "num_steps", "vae"))
+    source |= {"seed": 1000, "window": 16, "num_frames": 16, "image_size": 16}
+    folder = write_samples(tmp_path / "s", clips, labels, classes, source=source)
+    few.select_right(folder, tmp_path / "right")
+    pairs = Pairs(tmp_path / "right").pairs
+    rows = [row for row in range(12) if row not in (3, 7)]
+    assert list(pairs.values()) == [(1000, row) for row in rows]
+    covered = few.recall(folder, tmp_path / "shapes", 12)
+    assert covered == pytest.approx(11 / 12)  # all but the black clip
+
+
+def test_a_miniature_of_the_study_trains_tunes_and_measures_students(
+    commands,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    for name, value in {
+        "FRAMES": (16,),
+        "COUNTS": (2, few.MAIN, few.USUAL),
+        "GIVEN_COUNTS": (few.MAIN,),
+        "CONFIGURATIONS": few.CONFIGURATIONS[:1],
+        "is_right": lambda clip, name: name.endswith("Left"),
+    }.items():
+        monkeypatch.setattr(few, name, value)
+    monkeypatch.setattr(few.disturb, "AGAIN", 2)
+    run_miniature(few, tmp_path, "--tune", "--arms", "pairs")
+    commands.clear()
+    run_miniature(few, tmp_path, "--arms", "accepted pairs", *SEED)
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "few.json").read_text())}
+    assert rows.keys() == {"teacher", "accepted pairs"}
+    values = rows["accepted pairs"]["values"]
+    assert values[few.task_of(16, few.MAIN)].keys() > {"both_accuracy", "recall", "rmse"}
+    assert values[few.disturb.LEFT].keys() == {"both_accuracy"}
+    assert values[""]["cost"] > 0
+    (ckpt,) = tmp_path.glob("runs/accepted-pairs-0*/*/checkpoints/latest.pt")
+    state = torch.load(ckpt, weights_only=True)
+    (teacher,) = tmp_path.glob("runs/teacher-0*/pairs/samples.json")
+    assert state["config"]["training"]["teacher"] == {
+        name: json.loads(teacher.read_text())["source"][name] for name in OF_TEACHER
+    }
+    commands.clear()
+    run_miniature(few, tmp_path, "--arms", "accepted pairs", *SEED)
+    assert not commands
