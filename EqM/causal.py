@@ -10,7 +10,10 @@ evaluated alone. Rotary positions depend only on distances, so time may be count
 kept patch. As that one changes, keys are kept unrotated.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def visible_patches(num_patches, context, device=None):
@@ -24,18 +27,48 @@ def visible_patches(num_patches, context, device=None):
     return (age >= 0) & (age <= context), (age > 0) & (age <= context)
 
 
-def attention_masks(num_patches, tokens, context, device=None):
-    """The masks of [clean | noisy]: (N, N) for the clean half, which sees no noisy token, and
-    (N, 2 N) for the noisy half, bool, true where a token sees another.
+class Masks(NamedTuple):
+    """Which tokens of [clean | noisy] see each other; N in each half."""
 
-    tokens: of a patch; N = num_patches * tokens.
-    """
+    clean: torch.Tensor  # (N, N) bool: of the clean half, which sees no noisy token
+    noisy: torch.Tensor  # (N, 2 N) bool: of the noisy half
+    blocks: BlockMask | None  # both, (2 N, 2 N), for FlexAttention
+
+
+def attention_masks(num_patches, tokens, context, device=None, for_flex=False):
+    """The Masks of a clip. tokens: of a patch; for_flex: also for FlexAttention."""
     clean, noisy = visible_patches(num_patches, context, device)
     itself = torch.eye(num_patches, dtype=torch.bool, device=device)
-    masks = clean, torch.cat([noisy, itself], dim=1)
-    return tuple(
-        mask.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1) for mask in masks
+    clean, noisy = (
+        mask.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1)
+        for mask in (clean, torch.cat([noisy, itself], dim=1))
     )
+    blocks = None
+    if for_flex:
+        blocks = create_block_mask(
+            mask_function(num_patches, tokens, context),
+            B=None,
+            H=None,
+            Q_LEN=2 * len(clean),
+            KV_LEN=2 * len(clean),
+            device=device,
+        )
+    return Masks(clean, noisy, blocks)
+
+
+def mask_function(num_patches, tokens, context):
+    """The mask_mod of FlexAttention for [clean | noisy]: whether a token sees another, by their
+    numbers.
+    """
+    N = num_patches * tokens
+
+    def sees(batch, head, token, seen):
+        age = token % N // tokens - seen % N // tokens  # in patches
+        sees_earlier = (seen < N) & (age > 0) & (age <= context)
+        sees_itself = (age == 0) & ((token < N) == (seen < N))
+        return sees_earlier | sees_itself
+
+    return sees
 
 
 def count_pairs(num_patches, context):

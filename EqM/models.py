@@ -9,6 +9,7 @@ gradient of a scalar energy (EqM-E). Parameters have the names of the published 
 
 import logging
 import math
+import re
 import warnings
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -37,6 +39,8 @@ POSITION_TABLES = ("none", "space")
 GRAD_CHECKPOINTS = "full", "selective"
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 PLAIN_TOKENS = 512  # see attend
+# where compiled causal models use FlexAttention; it has no backward pass on CPUs
+FLEX_DEVICES = ["cuda"]
 FEATURES = 256  # sinusoidal features of a number, see NumberEmbedder
 # a hundred times EqM-XL; more is a typing error
 LARGEST_COUNT = 2**20
@@ -430,7 +434,7 @@ class Attention(nn.Module):
     def forward(self, x, rotary=None, masks=None, cache=None):
         """Attend from tokens x (B, N, D).
 
-        masks: of `attention_masks`, if x is [clean | noisy]. cache: a BlockCache, whose tokens come
+        masks: the Masks, if x is [clean | noisy]. cache: a BlockCache, whose tokens come
         before those of x; rotary has the angles of both.
         """
         q, k, v = rearrange(
@@ -446,10 +450,12 @@ class Attention(nn.Module):
             k = apply_rotary(k, *rotary)
         if masks is None:
             x = attend(q, k, v)  # (B, h, N, d)
+        elif masks.blocks is not None and torch.compiler.is_compiling():
+            x = flex_attention(q, k, v, block_mask=masks.blocks)
         else:
             N = N // 2
-            clean = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N], masks[0])
-            noisy = attend(q[:, :, N:], k, v, masks[1])
+            clean = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N], masks.clean)
+            noisy = attend(q[:, :, N:], k, v, masks.noisy)
             x = torch.cat([clean, noisy], dim=2)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
@@ -481,7 +487,7 @@ def keep_expensive(context, operation, *args, **_):
         keep = outer <= 3 * inner
     else:
         # each kind of device has its own kernels
-        keep = "scaled_dot_product" in operation.name()
+        keep = re.search("scaled_dot_product|flex_attention", operation.name()) is not None
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -664,7 +670,7 @@ class EqM(nn.Module):
                     (tokens, (0, 1)),
                     (condition, levels),
                     *((angles, (0, 2)) for angles in rotary or ()),
-                    *((mask, (0, 1)) for mask in masks or ()),
+                    *((mask, (0, 1)) for mask in (masks or ())[:2]),
                 )
                 for part, axes in sizes:
                     torch._dynamo.maybe_mark_dynamic(part, axes)
@@ -690,8 +696,13 @@ class EqM(nn.Module):
         key = (*grid, device)
         if key not in self.masks:
             (time, height, width) = grid
-            context = self.config.context_patches
-            self.masks[key] = attention_masks(time, height * width, context, device)
+            self.masks[key] = attention_masks(
+                num_patches=time,
+                tokens=height * width,
+                context=self.config.context_patches,
+                device=device,
+                for_flex=self.is_compiled and device.type in FLEX_DEVICES,
+            )
         return self.masks[key]
 
     def embed_condition(self, y, time_scale, gamma, clean_patches):

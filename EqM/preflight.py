@@ -323,7 +323,7 @@ def make_config(args, vae, start, lengths):
         for num_frames in (*lengths, *args.val_frames):
             config.check_num_frames(num_frames)
     except ValueError as error:
-        typed = args.typed & {*names, "context", "image_size", "val_frames"}
+        typed = args.typed & {*names, "causal", "context", "image_size", "val_frames"}
         flags = " ".join(flag_text(args, name) for name in sorted(typed))
         length = f"{frames_flag(args)} {args.num_frames}"
         raise UserError(f"{flags} {length} model {name_in_error}: {error}".strip()) from error

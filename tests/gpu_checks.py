@@ -245,6 +245,18 @@ def test_other_training(flags, plain, run, check):
     check(flags, loss / plain.rows()[-1]["train_loss"], 1.1)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="FlexAttention has no backward pass on a CPU")
+def test_flex_attention(run, check):
+    """The last training loss of compiled causal models, which use FlexAttention, against one that
+    is not compiled: relative difference.
+    """
+    flags = ["--causal", "--num-frames", "8", "--precision", "fp32"]
+    usual = run("causal", *flags)
+    for more in ("--compile", "--compile --grad-checkpoint selective"):
+        compiled = run(f"causal {more}", *flags, *more.split())
+        check(f"--causal {more}", distance(compiled, usual, "train_loss"), 1e-3)
+
+
 def test_ranks(plain, all_ranks, run, check):
     """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses,
     gradient norms.

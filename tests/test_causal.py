@@ -1,6 +1,8 @@
 """Causal models: what a patch sees, the cache, streams, and the flags that don't fit."""
 
 import gc
+import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from torch import nn
 
 import sample_gd
 import train
-from causal import Cache, attention_masks, count_pairs, visible_patches
+from causal import Cache, attention_masks, count_pairs, mask_function, visible_patches
 from generation import Stream
 from models import EqM, EqMConfig, attend
 from plans import Plan, sampling_settings
@@ -19,7 +21,7 @@ from preflight import resolve_sampling
 from runtime.rng import normal
 from test_models import clip, counted_flops, distance, randomized
 from tiny_data import random_checkpoint
-from training import FEW_STEPS, TINY, refused, run_main, sample_here
+from training import ANY_LENGTH, FEW_STEPS, TINY, refused, run_main, sample_here
 from video.files import probe
 from video.writers import write_mp4
 
@@ -61,8 +63,11 @@ def test_a_patch_sees_the_clean_patches_before_it_and_itself(context):
             is_near = patch - seen <= context
             assert clean[patch, seen] == (seen <= patch and is_near)
             assert noisy[patch, seen] == (seen < patch and is_near)
-    masks = attention_masks(5, 3, context)
-    assert sum(int(mask.sum()) for mask in masks) == count_pairs(5, context) * 3**2
+    clean, noisy, _ = attention_masks(5, 3, context)
+    assert clean.sum() + noisy.sum() == count_pairs(5, context) * 3**2
+    token = torch.arange(30)
+    of_flex = mask_function(5, 3, context)(0, 0, token[:, None], token)
+    assert torch.equal(of_flex, torch.cat([torch.cat([clean, clean & False], dim=1), noisy]))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ def test_every_kind_of_attention_follows_the_mask(dtype, training):
         torch.randn(shape, generator=generator).to(getattr(torch, dtype)).requires_grad_(training)
         for _ in range(3)
     )
-    mask = attention_masks(6, 2, context=2)[0]
+    mask = attention_masks(6, 2, context=2).clean
     with torch.set_grad_enabled(training):
         got = attend(q, k, v, mask)
     for token in range(12):
@@ -100,6 +105,7 @@ def test_a_later_frame_changes_nothing_before_it(changes):
         change = (model(x, y, clean=clean, **told) - f).abs().amax(dim=(0, 1, 3, 4))
     assert (change[:4] == 0).all() and (change[6:8] == 0).all()
     assert (change[4:6] > 0).all() and change[8] > 0
+    assert len(model.masks) == 1  # they are made once
 
 
 # The cache ----------------------------------------------------------------------------------------
@@ -260,6 +266,48 @@ def test_a_stream_of_a_gaussian_process_is_the_process():
         assert (stream.evaluations == 297).all()
 
 
+def test_a_stream_follows_the_guided_field_of_a_pass_over_all_frames():
+    model = network()
+    plan = plan_of(model, count=1, num_frames=8)
+    few = {"method": "gd", "num_steps": 2, "step_size": 0.1, "guidance": 3.0}
+    stream = Stream(plan, [0], SETTINGS | few)
+    clean = torch.zeros(1, 2, 8, 4, 4)
+    for t in range(4):
+        frames = slice(2 * t, 2 * t + 2)
+        noise = normal(0, "sample", t, [0], (2, 2, 4, 4))
+        x = clean.clone()
+        x[:, :, frames] = noise
+        with torch.no_grad():
+            f, f_null = (model(x, torch.tensor([y]), clean=clean)[:, :, frames] for y in (0, 3))
+        latents = stream.step(plan.condition_at([0], frame=2 * t))
+        assert distance(latents, noise + 0.1 * (f_null + 3 * (f - f_null))) < 1e-5
+        clean[:, :, frames] = latents
+
+
+def test_samples_of_a_stream_stop_without_a_change_to_the_others():
+    model = network()
+    plan = plan_of(model, count=4, num_frames=8)
+    x = normal(0, "sample", 0, range(4), (2, 2, 4, 4))
+    with torch.no_grad():
+        f, f_null = (model(x, torch.full((4,), y), clean=x) for y in (0, 3))
+    few = {"method": "gd", "num_steps": 4, "step_size": 0.1}
+    for guidance in (1.0, 2.0):
+        sizes = (f_null + guidance * (f - f_null)).square().flatten(1).mean(dim=1).sqrt()
+        few["stop_below"] = sizes.mean().item()  # some of the samples stop at once
+        settings = SETTINGS | few | {"guidance": guidance}
+        streams = [Stream(plan, [index], settings) for index in range(4)]
+        together = Stream(plan, [0, 1, 2, 3], settings)
+        evaluations = []
+        for t in range(3):
+            latents = together.step(plan.condition_at([0, 1, 2, 3], frame=2 * t))
+            evaluations += together.evaluations.tolist()
+            for index, stream in enumerate(streams):
+                alone = stream.step(plan.condition_at([index], frame=2 * t))
+                assert distance(latents[index], alone[0]) < 1e-5
+                assert stream.evaluations == together.evaluations[index]
+        assert len(set(evaluations)) > 1
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A causal model with random weights, whose patches have 4 frames."""
@@ -348,6 +396,9 @@ def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
     ("flags", "expected"),
     [
         (["--window", 8], "--window 8: does not apply to a causal model"),
+        (["--overlap", 4], "--overlap 4: does not apply to a causal model"),
+        (["--init", "VIDEO"], "v.mp4: does not apply to a causal model"),
+        (["--report-energy"], "--report-energy: does not apply to a causal model"),
         (["--rope-scale", "linear"], "--rope-scale linear: does not apply to a causal model"),
         (["--classes", "0*6"], "--classes 0*6: expected spans such as"),
         (["--classes", "0*8", "1*4"], "--classes: spans of 4 and 8 frames"),
@@ -355,6 +406,8 @@ def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
     ],
 )
 def test_flags_that_a_causal_model_does_not_have(checkpoint, tmp_path, capsys, flags, expected):
+    write_mp4(tmp_path / "v.mp4", np.zeros((8, 16, 16, 3), np.uint8), 25)
+    flags = [tmp_path / "v.mp4" if flag == "VIDEO" else flag for flag in flags]
     ckpt = ["--video", "--ckpt", checkpoint, "--folder", tmp_path / "samples"]
     assert expected in refused(capsys, sample_gd, *ckpt, *flags)
 
@@ -384,6 +437,7 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
     ("flags", "expected"),
     [
         (["--causal", "--forcing", 0.5], "--forcing 0.5: a causal model always learns"),
+        (["--causal", "--forcing-regions", 0.5], "--forcing-regions 0.5: a causal model always"),
         (["--causal", "--ebm", "dot"], "causal needs use_rope, and no ebm"),
         (["--causal", "--context", 3], "context must be at least a temporal patch of 4 frames"),
         (["--context", 8], "--context 8: needs --causal"),
@@ -393,3 +447,43 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
 def test_flags_that_do_not_fit_a_causal_training(shapes, tmp_path, capsys, flags, expected):
     folder = ["--data-path", shapes, "--results-dir", tmp_path]
     assert expected in refused(capsys, train, *TINY, *folder, *flags)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "fixed positions cannot be converted"),
+        ({"use_rope": True, "ebm": "dot"}, "causal needs use_rope, and no ebm"),
+    ],
+)
+def test_causal_phases_start_from_no_other_positions_and_no_energy(
+    shapes, tmp_path, capsys, settings, expected
+):
+    shape = {"hidden_size": 96, "num_frames": 4, "num_classes": 12}
+    ckpt = random_checkpoint(tmp_path / "c.pt", **shape, **settings)
+    flags = ["--data-path", shapes, "--results-dir", tmp_path, "--max-steps", 20, "--ckpt", ckpt]
+    line = refused(capsys, train, *TINY, *flags, "--causal")
+    assert expected in line and "--c" in line
+
+
+def test_causal_needs_rotary_positions(shapes, tmp_path, capsys):
+    base = [flag for flag in TINY if flag != "--use-rope"]
+    flags = ["--data-path", shapes, "--results-dir", tmp_path, "--causal"]
+    assert "--causal: needs videos with rotary positions" in refused(capsys, train, *base, *flags)
+
+
+def test_lengths_may_grow_and_mix_from_an_image_model(shapes, tmp_path):
+    image = random_checkpoint(tmp_path / "image.pt", hidden_size=96, num_classes=12)
+    base = ["--data-path", shapes, "--results-dir", tmp_path, *ANY_LENGTH, "--sample-every", 0]
+    schedule = ["--frames-schedule", "2:2:4,6:6:4", "--mix", 0.5, "--temporal-patch-size", 2]
+    more = ["--new-classes", "--log-every", 1, "--context-noise", 0.2]
+    run_main(train, *base, *schedule, *more, "--inflate", image, "--causal")
+    (folder,) = tmp_path.glob("000-*")
+    assert folder.name == "000-EqM-Ti-4-f2-6-rope-causal"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    state = torch.load(folder / "checkpoints/latest.pt", weights_only=True)
+    config = EqMConfig(**state["config"]["model"])
+    assert (config.causal, config.context) == (True, 6)
+    flops = {config.training_flops(frames) * 4 for frames in (2, 6)}
+    totals = [row["flops"] for row in rows if "flops" in row]
+    assert {b - a for a, b in itertools.pairwise(totals[2:])} <= flops

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config
+from torch.utils.checkpoint import CheckpointPolicy
 
+import models
 from runtime import distributed
 from test_models import clip, distance, labels, loss_and_gradients, tiny
 from training import Training, run_here
@@ -107,6 +109,24 @@ def test_a_compiled_flow_model_takes_one_level_per_clip_or_per_temporal_patch(no
     for num_frames in (12, 16, 64):
         compiled(clip(num_frames, batch=2), labels(2), gamma=torch.zeros(2, num_frames))
     assert counters["stats"]["unique_graphs"] == 2  # one for a level, one for several
+
+
+def test_compiled_causal_models_can_use_flex_attention(no_code, monkeypatch):
+    """On a GPU they do. On a CPU it has no backward pass, so this compares outputs."""
+    monkeypatch.setattr(models, "FLEX_DEVICES", ["cpu"])
+    model, compiled = (tiny(causal=True, context=8, depth=1) for _ in range(2))
+    compiled.compile_blocks()
+    x = clip(12, batch=2)
+    with torch.no_grad():
+        f = model(x, labels(2), clean=x.flip(2))
+        same = compiled(x, labels(2), clean=x.flip(2))
+        (masks,) = compiled.masks.values()
+        assert masks.blocks is not None and counters["stats"]["unique_graphs"] == 1
+        assert distance(same, f) < 1e-5
+        with torch.compiler.set_stance("force_eager"):  # as in validation
+            assert torch.equal(compiled(x, labels(2), clean=x.flip(2)), f)
+    flex = torch.ops.higher_order.flex_attention
+    assert models.keep_expensive(None, flex) == CheckpointPolicy.MUST_SAVE
 
 
 def test_the_compiler_can_ask_whether_tf32_is_allowed():

@@ -56,6 +56,27 @@ def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tm
     assert replace(first, results=tmp_path / "machine-0/results").saved()["step"] == 4
 
 
+def test_causal_runs_learn_the_same_compiled_recomputed_and_sharded(shapes, tmp_path):
+    flags = split("--causal --num-frames 8 --precision fp32 --val-every 3 --sample-every 0")
+    plain = Training(shapes, tmp_path / "plain", 6, flags=[*flags, "--log-every", 1])
+    plain.run()
+    for number, (launcher, more) in enumerate(
+        [
+            (PYTHON, "--compile"),
+            (PYTHON, "--compile --grad-checkpoint selective"),
+            (TORCHRUN, "--grad-checkpoint --shard"),
+            (TORCHRUN, "--compile --shard"),
+        ]
+    ):
+        other = replace(plain, results=tmp_path / f"{number}", launcher=launcher)
+        other.run(*more.split(), timeout=600)
+        for row, same in zip(plain.rows(), other.rows(), strict=True):
+            names = ("train_loss", "grad_norm", "val_loss")
+            assert [same.get(name) for name in names] == pytest.approx(
+                [row.get(name) for name in names], rel=1e-3
+            )
+
+
 def test_a_run_continues_with_other_ranks_sharded_or_not_up_to_rounding(shapes, tmp_path, capsys):
     whole = Training(shapes, tmp_path / "whole", STEPS, flags=OFTEN)
     run_here(whole)
