@@ -1,4 +1,4 @@
-# What few.sh, quickstart.sh, sprites.sh and weizmann.sh share: they train, sample and score a model on any machine.
+# What quickstart.sh, sprites.sh, weizmann.sh, few.sh and world.sh share: they train, sample and score a model on any machine.
 source scripts/common.sh
 
 suit() { # set GPUS and PRECISION to what suits this machine, unless they are set, and MIXED to the flag

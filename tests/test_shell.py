@@ -11,6 +11,8 @@ import sys
 import pytest
 
 import cache_latents
+import evaluate
+import sample_gd
 import train
 from process import end, spawn, write_commands
 from test_odd_names import ODD
@@ -77,6 +79,7 @@ PYTHON=false setup.sh => older than 3.11
 quickstart.sh please => please; --help
 weizmann.sh please => please; --help
 sprites.sh please => please; --help
+world.sh please => please; --help
 faults.sh many => many; a number first
 train_slurm.sh => sbatch scripts/train_slurm.sh
 CKPT=x sample.sh => no torch found: run 'bash scripts/setup.sh' first
@@ -98,6 +101,9 @@ GPUS=0 quickstart.sh => GPUS=0:
 STEPS_1='1 2' quickstart.sh => STEPS_1=1\ 2:
 STEPS_1=$'1\n' quickstart.sh => STEPS_1=$'1\n':
 VIDEOS=0 quickstart.sh => VIDEOS=0:
+EVALUATIONS=four world.sh => EVALUATIONS=four: not counts
+SCHEDULE=2:500 world.sh => SCHEDULE=2:500: not phases
+CLIPS=0 world.sh => CLIPS=0:
 FRAMES='a[$(touch hacked)]' quickstart.sh => FRAMES=
 SCHEDULE='4:a[$(touch hacked)]:8' train_progressive.sh => SCHEDULE=; FRAMES:LAST_STEP:CLIPS
 SCHEDULE='4:9:8 8:10:8 4:11:8' train_progressive.sh => two phases have the same frames
@@ -323,6 +329,25 @@ def test_quickstart_trains_its_recipe_in_one_run_or_in_phases(recorded, tmp_path
     lengths = ["--num-frames=4", "--num-frames=8", "--num-frames=16"]
     for call, length in zip(phases, lengths, strict=True):
         assert {length, "@scripts/recipes/quickstart.txt", "--forcing=0.3", "--mix"} <= set(call)
+
+
+def test_world_compares_numbers_of_evaluations_on_the_same_walks(recorded, tmp_path):
+    (tmp_path / "scripts/setup.sh").write_text("")
+    settings = {"GPUS": "1", "PRECISION": "fp32", "EVALUATIONS": "2 4", "CLIPS": "3", "DATA": ODD}
+    done, (*_, making, training, two, score_two, four, score_four) = recorded(
+        "world.sh", **settings
+    )
+    assert done.returncode == 0, done.stderr
+    assert making == ["datasets/make_world.py", f"--out={ODD}"]
+    assert {"@scripts/recipes/world.txt", f"--data-path={ODD}"} <= set(training)
+    for samples, scores, evaluations in ((two, score_two, 2), (four, score_four, 4)):
+        args = sample_gd.parse_args(samples[1:])
+        assert args.num_sampling_steps == evaluations + 1
+        assert args.actions == [f"{ODD}/walks.npy"] and args.given == ODD
+        assert (args.num_samples, args.samples_per_clip, args.given_frames) == (6, 2, (0,))
+        args = evaluate.parse_args(scores[1:])
+        assert args.metric == "world" and args.samples == [f"samples/world-{evaluations}"]
+        assert args.out == f"samples/world-{evaluations}.json"
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(recorded, tmp_path):
