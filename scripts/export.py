@@ -208,6 +208,9 @@ def facts(state, dtype, vae):
     sampler = descent.sampler_settings(training)
     settings = [f"{name} {value}" for name, value in sampler.items() if value is not None]
     yield "sampler", ", ".join(settings)
+    teacher = training.get("teacher")
+    if teacher:
+        yield "student of", f"{teacher['checkpoint']}, guidance {teacher['guidance']:g}"
     if math.isfinite(state["best_loss"]):
         yield "validation loss", f"{state['best_loss']:.4f}, the lowest of the last phase"
 

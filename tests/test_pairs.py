@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import export
 import sample_gd
 import train
 import transport
@@ -283,6 +284,8 @@ def test_a_student_begins_with_averaged_weights_and_records_its_teacher(places, 
     assert recorded["start_sha256"] == about["weights_sha256"]  # not of the raw weights
     assert recorded["teacher"]["guidance"] == about["guidance"]
     assert recorded["pairs"] == "own"
+    card = dict(export.facts(state, "fp32", None))
+    assert card["student of"] == f"{places / 'pixels.pt'}, guidance 4"
     assert state["phase"]["ema_start"] == teacher["step"] == 10
     # clips of --frame-interval 1 2, which pairs don't have
     data = state["config"]["data"]
