@@ -295,7 +295,9 @@ class Stream:
             told["gamma"] = torch.ones(len(y), device=self.device)
         self.cache.rows = slice(None)
         self.cache.fills = True
-        with distributed.autocast(self.device, self.precision):
+        # a compiled graph that fills a cache would serve one pass per patch
+        eager = torch.compiler.set_stance("force_eager")
+        with distributed.autocast(self.device, self.precision), eager:
             model(latents, y, time_scale, cache=self.cache, **told)
         self.cache.fills = False
         self.num_patches += 1

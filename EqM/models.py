@@ -725,9 +725,11 @@ class EqM(nn.Module):
     def compile_blocks(self):
         """Compile the blocks with torch.compile.
 
-        One graph serves all blocks, batch sizes and numbers of tokens.
+        One graph serves all blocks, batch sizes and numbers of tokens, unless the model is causal.
         """
         self.is_compiled = True
+        if self.config.causal:  # a graph for each length of clips and caches, not only 8
+            torch._dynamo.config.recompile_limit = 64
         # otherwise DDP splits the graphs of blocks at its buckets
         torch._dynamo.config.optimize_ddp = False
         # It warns that selective checkpointing must not have operations in place: a Block has none.

@@ -14,7 +14,9 @@ from torch._inductor import config
 from torch.utils.checkpoint import CheckpointPolicy
 
 import models
+from generation import Stream
 from runtime import distributed
+from test_causal import SETTINGS, plan_of
 from test_models import clip, distance, labels, loss_and_gradients, tiny
 from training import Training, run_here
 
@@ -127,6 +129,20 @@ def test_compiled_causal_models_can_use_flex_attention(no_code, monkeypatch):
             assert torch.equal(compiled(x, labels(2), clean=x.flip(2)), f)
     flex = torch.ops.higher_order.flex_attention
     assert models.keep_expensive(None, flex) == CheckpointPolicy.MUST_SAVE
+
+
+def test_a_compiled_causal_model_streams_the_same_videos(no_code):
+    model, compiled = (tiny(causal=True, context=8, depth=1) for _ in range(2))
+    compiled.compile_blocks()
+    settings = SETTINGS | {"guidance": 2.0, "method": "gd", "num_steps": 3, "step_size": 0.1}
+    plans = [plan_of(network, count=2, num_frames=24) for network in (model, compiled)]
+    streams = [Stream(plan, [0, 1], settings) for plan in plans]
+    for frame in range(0, 24, 4):
+        condition = plans[0].condition_at([0, 1], frame)
+        latents, same = (stream.step(condition) for stream in streams)
+        assert distance(same, latents) < 1e-5
+    # no cache, one patch, more patches, and the most, which a full cache keeps in a slice
+    assert counters["stats"]["unique_graphs"] <= 4
 
 
 def test_the_compiler_can_ask_whether_tf32_is_allowed():
