@@ -1,4 +1,5 @@
-// The field of a video model of EqM/models.py, and the descent along it. It runs in a worker of descent.html.
+// The field of a video model of EqM/models.py, and the descent along it. It runs in a worker of descent.html, and with
+// world.js in one of world.html.
 //
 // Clips are (C, T, H, W), matrices have a row per token, all of them float32 in one memory. A weight is packed:
 // 8 outputs form a panel, which holds 8 adjacent values for each input. The kernel (descent.wat, or the fallback
@@ -139,8 +140,9 @@ function positionTable(model) {
   return table;
 }
 
-// As RotaryEmbedding3D of EqM/rope.py: cos and sin of the angles, each (N, d / 2), rounded to float32 where it rounds.
-function rotaryAngles(model, [T, H, W], timeScale) {
+// As RotaryEmbedding3D of EqM/rope.py: cos and sin of the angles, each (N, d / 2), of temporal patches from `begin` on.
+// Only differences of angles count, which must be exact after any number of patches. So angles have double precision.
+function rotaryAngles(model, [T, H, W], timeScale, begin) {
   const d = model.hidden_size / model.num_heads;
   const third = 2 * Math.floor(d / 6);
   const split = model.rope_split ? model.rope_split.split(",").map(Number) : [third, third, third];
@@ -157,10 +159,9 @@ function rotaryAngles(model, [T, H, W], timeScale) {
       const frequency = f32(model.rope_theta ** -f32(exponent / count));
       const ownSpeed = j < moving ? [0, speed, -speed][j % 3] : 0;
       for (let n = 0; n < T * H * W; n++) {
-        const time = f32(Math.floor(n / W / H) * unit);
+        const time = (begin + Math.floor(n / W / H)) * unit;
         const index = axis === 1 ? Math.floor(n / W) % H : n % W;
-        const place = axis ? f32(index + f32(ownSpeed * time)) : time;
-        const angle = f32(place * frequency);
+        const angle = (axis ? index + ownSpeed * time : time) * frequency;
         const at = n * d / 2 + first + j;
         cos[at] = Math.cos(angle);
         sin[at] = Math.sin(angle);
@@ -208,6 +209,16 @@ class Network {
     return place;
   }
 
+  // Memory for the keys and values of so many tokens in a head
+  keysAndValues(tokens) {
+    const d = this.model.hidden_size / this.model.num_heads;
+    return {
+      keys: this.memory.take(up(tokens, 8) * d),
+      values: this.memory.take(up(d, 8) * tokens),
+      tokens,
+    };
+  }
+
   // to = from W + b for the layer `name`, of so many rows, inputs and outputs
   linear(name, from, inputs, to, outputs, rows) {
     const weight = this.weights[`${name}.weight`];
@@ -221,8 +232,8 @@ class Network {
     return [Math.ceil(numFrames / this.model.temporal_patch_size), side, side];
   }
 
-  // Take memory for clips of N tokens. Its places stay valid until N changes.
-  prepare(N) {
+  // Take memory for clips of N tokens, which see `seen` tokens. Its places stay valid until N changes.
+  prepare(N, seen) {
     if (this.N === N) return this.places;
     const D = this.model.hidden_size;
     const d = D / this.model.num_heads;
@@ -234,11 +245,9 @@ class Network {
       branch: rows * width,
       wide: rows * up(Math.max(4 * D, this.values), 8),
       q: rows * d,
-      k: up(N, 8) * d,
-      v: up(d, 8) * N,
-      scores: rows * up(N, 8),
+      scores: rows * up(seen, 8),
       head: rows * up(d, 8),
-      none: up(Math.max(N, d), 8),
+      none: up(Math.max(seen, d), 8),
       features: 4 * FEATURES,
       condition: 4 * width,
       hidden: 4 * width,
@@ -248,6 +257,7 @@ class Network {
     this.N = undefined;  // the memory may be exhausted
     this.places = {};
     for (const [name, count] of Object.entries(sizes)) this.places[name] = this.memory.take(count);
+    this.places.clip = this.keysAndValues(N);  // of one head after another
     this.N = N;
     return this.places;
   }
@@ -257,27 +267,31 @@ class Network {
     return pt * p * p * C;
   }
 
-  check(x, label, T) {
+  check(x, label, action, T) {
     const {in_channels: C, input_size: S, num_classes: classes} = this.model;
+    const actions = this.model.actions ? this.model.actions.split(",").length : 0;
     if (!(Number.isInteger(T) && T > 0)) throw new Error(`numFrames ${T}; expected an integer from 1 on`);
     if (x.length !== C * T * S * S)
       throw new Error(`x has ${x.length} values; expected ${C} x ${T} x ${S} x ${S}`);
-    const isClass = Number.isInteger(label) && label >= 0 && label < classes;
-    if (label !== null && !isClass)
-      throw new Error(`label ${label}; expected null or an integer from 0 to ${classes - 1}`);
+    for (const [name, value, count] of [["label", label, classes], ["action", action, actions]]) {
+      const isKnown = Number.isInteger(value) && value >= 0 && value < count;
+      if (value !== null && !isKnown)
+        throw new Error(`${name} ${value}; expected null or an integer from 0 to ${count - 1}`);
+    }
   }
 
-  // The field (C, T, H, W) at a clip x of this shape; label null: no class; timeScale: seconds per frame.
-  field(x, {label = null, numFrames: T, timeScale}) {
-    this.check(x, label, T);
-    const {in_channels: C, hidden_size: D, num_classes: classes} = this.model;
+  // The field (C, T, H, W) at a clip x of this shape; label, action null: none; timeScale: seconds per frame. cache: the
+  // Cache of a causal model, where x is the next temporal patch.
+  field(x, {label = null, action = null, numFrames: T, timeScale, cache = null}) {
+    this.check(x, label, action, T);
+    const {in_channels: C, hidden_size: D} = this.model;
     const grid = this.grid(T);
     const N = grid[0] * grid[1] * grid[2];
-    const P = this.prepare(N);
+    const P = this.prepare(N, cache ? cache.tokens : N);
     this.embedPatches(x, T, P);
-    this.embedCondition(label ?? classes, timeScale, P);
-    const rotary = this.model.use_rope ? this.rotary(grid, timeScale) : null;
-    for (let block = 0; block < this.model.depth; block++) this.block(`blocks.${block}`, rotary, N, P);
+    this.embedCondition(label, action, timeScale, P);
+    const rotary = this.model.use_rope ? this.rotary(grid, timeScale, cache ? cache.count : 0) : null;
+    for (let block = 0; block < this.model.depth; block++) this.block(block, rotary, N, P, cache);
     this.linear("final_layer.adaLN_modulation.1", P.condition, D, P.modulation, 2 * D, 1);
     this.modulate(P.tokens, P.modulation, P.modulation + D, N, P.normed);
     this.linear("final_layer.linear", P.normed, D, P.wide, this.values, N);
@@ -320,8 +334,8 @@ class Network {
       for (let i = 0; i < D; i++) data[P.tokens + n * width + i] += this.table[n % rows * D + i];
   }
 
-  embedCondition(label, timeScale, P) {
-    const D = this.model.hidden_size;
+  embedCondition(label, action, timeScale, P) {
+    const {hidden_size: D, num_classes: classes, actions} = this.model;
     const data = this.memory.floats;
     const half = FEATURES / 2;
     const number = f32(Math.log2(f32(REFERENCE_FPS * f32(timeScale))));
@@ -333,23 +347,28 @@ class Network {
     this.linear("t_embedder.mlp.0", P.features, FEATURES, P.hidden, D, 1);
     for (let i = 0; i < D; i++) data[P.hidden + i] = silu(data[P.hidden + i]);
     this.linear("t_embedder.mlp.2", P.hidden, D, P.condition, D, 1);
-    const row = this.weights["y_embedder.embedding_table.weight"] + label * D;
-    for (let i = 0; i < D; i++) data[P.condition + i] = silu(data[P.condition + i] + data[row + i]);
+    const rows = [this.weights["y_embedder.embedding_table.weight"] + (label ?? classes) * D];
+    if (actions) rows.push(this.weights["y_embedder.action_table.weight"] + (action ?? actions.split(",").length) * D);
+    for (let i = 0; i < D; i++) {
+      const sum = rows.reduce((value, row) => value + data[row + i], data[P.condition + i]);
+      data[P.condition + i] = silu(sum);
+    }
   }
 
-  rotary(grid, timeScale) {
-    const key = `${grid} ${timeScale}`;
-    if (this.rotaryKey !== key) this.rotaryParts = rotaryAngles(this.model, grid, timeScale);
+  rotary(grid, timeScale, begin) {
+    const key = `${grid} ${timeScale} ${begin}`;
+    if (this.rotaryKey !== key) this.rotaryParts = rotaryAngles(this.model, grid, timeScale, begin);
     this.rotaryKey = key;
     return this.rotaryParts;
   }
 
-  block(name, rotary, N, P) {
+  block(index, rotary, N, P, cache) {
+    const name = `blocks.${index}`;
     const D = this.model.hidden_size;
     const shift = P.modulation;
     this.linear(`${name}.adaLN_modulation.1`, P.condition, D, P.modulation, 6 * D, 1);
     this.modulate(P.tokens, shift, shift + D, N, P.normed);
-    this.attention(`${name}.attn`, rotary, N, P);
+    this.attention(index, rotary, N, P, cache);
     this.addGated(shift + 2 * D, N, P);
     this.modulate(P.tokens, shift + 3 * D, shift + 4 * D, N, P.normed);
     this.linear(`${name}.mlp.fc1`, P.normed, D, P.wide, 4 * D, N);
@@ -387,15 +406,20 @@ class Network {
       }
   }
 
-  attention(name, rotary, N, P) {
+  attention(index, rotary, N, P, cache) {
+    const name = `blocks.${index}.attn`;
     const {hidden_size: D, num_heads: heads} = this.model;
     this.linear(`${name}.qkv`, P.normed, D, P.wide, 3 * D, N);
-    for (let head = 0; head < heads; head++) this.attentionHead(name, head, rotary, N, P);
+    for (let head = 0; head < heads; head++) {
+      const seen = cache ? cache.heads[index * heads + head] : P.clip;
+      this.attentionHead(name, head, rotary, N, P, seen, cache ? cache.first : 0, cache ? cache.end : N);
+    }
     this.linear(`${name}.proj`, P.normed, D, P.branch, D, N);
   }
 
-  // From queries, keys and values in `wide` to the head's columns of `normed`.
-  attentionHead(name, head, rotary, N, P) {
+  // From queries, keys and values in `wide` to the head's columns of `normed`. Keys and values become tokens `first` to
+  // first + N of the seen ones; tokens before `end` count.
+  attentionHead(name, head, rotary, N, P, seen, first, end) {
     const D = this.model.hidden_size;
     const d = D / this.model.num_heads;
     const {matmul, softmax} = this.kernel;
@@ -403,7 +427,7 @@ class Network {
     const stride = up(3 * D, 8);
     const width = up(D, 8);
     const headWidth = up(d, 8);
-    const columns = up(N, 8);
+    const columns = up(seen.tokens, 8);
     const rows = up(N, 4);
     const q = P.wide + head * d;
     const k = q + D;
@@ -413,12 +437,12 @@ class Network {
       this.turn(k + n * stride, d, `${name}.k_norm.weight`, rotary, n);
       for (let i = 0; i < d; i++) data[P.q + n * d + i] = data[q + n * stride + i] / Math.sqrt(d);
     }
-    pack(data, k, stride, 1, N, d, data, P.k);
-    pack(data, v, 1, stride, d, N, data, P.v);
-    matmul(P.q, d, P.k, P.scores, columns, rows, d, columns, P.none);
-    for (let n = 0; n < N; n++) data.fill(-1e30, P.scores + n * columns + N, P.scores + (n + 1) * columns);
+    pack(data, k, stride, 1, N, d, data, seen.keys, {row: first});
+    pack(data, v, 1, stride, d, N, data, seen.values, {column: first, depth: seen.tokens});
+    matmul(P.q, d, seen.keys, P.scores, columns, rows, d, up(end, 8), P.none);
+    for (let n = 0; n < N; n++) data.fill(-1e30, P.scores + n * columns + end, P.scores + (n + 1) * columns);
     softmax(P.scores, N, columns);
-    matmul(P.scores, columns, P.v, P.head, headWidth, rows, N, headWidth, P.none);
+    matmul(P.scores, columns, seen.values, P.head, headWidth, rows, seen.tokens, headWidth, P.none);
     for (let n = 0; n < N; n++)
       for (let i = 0; i < d; i++) data[P.normed + n * width + head * d + i] = data[P.head + n * headWidth + i];
   }
@@ -445,15 +469,38 @@ class Network {
   }
 }
 
-// Write the matrix whose element (n, k) is values[place + n * rowStride + k * stride] as panels to out[to ...].
-function pack(values, place, rowStride, stride, N, K, out, to) {
-  let at = to;
-  for (let first = 0; first < N; first += 8)
-    for (let k = 0; k < K; k++)
-      for (let n = first; n < first + 8; n++) {
-        out[at] = n < N ? values[place + n * rowStride + k * stride] : 0;
-        at += 1;
-      }
+// Rotated keys and values of the newest clean patches of a causal model, of all blocks (EqM/causal.py), in a ring with a
+// place for each patch of the context and one for the patch that comes next. Rotations count from the first patch, not
+// from the oldest one that is kept: attention sees only differences. So what is kept never moves.
+class Cache {
+  constructor(network) {
+    const {depth, num_heads: heads, context, temporal_patch_size: pt} = network.model;
+    const [, height, width] = network.grid(pt);
+    this.patch = height * width;  // tokens
+    this.places = Math.floor(context / pt) + 1;
+    this.tokens = this.places * this.patch;
+    this.heads = Array.from({length: depth * heads}, () => network.keysAndValues(this.tokens));
+    this.count = 0;  // patches that were made; the next one replaces the oldest
+    network.end = network.memory.top;  // which `prepare` leaves alone
+    network.N = undefined;
+  }
+
+  get first() {  // token of the next patch
+    return this.count % this.places * this.patch;
+  }
+
+  get end() {  // after the last token that counts
+    return Math.min(this.count + 1, this.places) * this.patch;
+  }
+}
+
+// Write the matrix whose element (n, k) is values[place + n * rowStride + k * stride] into panels at out[to ...], which
+// hold a matrix of `depth` columns. There, it begins at (row, column).
+function pack(values, place, rowStride, stride, N, K, out, to, {row = 0, column = 0, depth = K} = {}) {
+  for (let n = 0; n < N; n++) {
+    const panel = to + ((row + n >> 3) * depth + column) * 8 + (row + n & 7);
+    for (let k = 0; k < K; k++) out[panel + 8 * k] = values[place + n * rowStride + k * stride];
+  }
 }
 
 function fromHalf(bits) {
@@ -467,12 +514,12 @@ function fromHalf(bits) {
 
 // The descent (EqM/samplers.py) ------------------------------------------------------------------------
 
-// f_null + guidance (f_label - f_null), as `guided`
-function guidedField(network, x, {guidance = 1, ...settings}) {
+// f_null + guidance (f_label - f_null), as `guided`. caches: of a causal model, with the condition and without it
+function guidedField(network, x, {guidance = 1, caches: [cache, cacheOfNone] = [], ...settings}) {
   if (!Number.isFinite(guidance)) throw new Error(`guidance ${guidance}; expected a number`);
-  const f = network.field(x, settings);
-  if (guidance === 1 || settings.label == null) return f;
-  const none = network.field(x, {...settings, label: null});
+  const f = network.field(x, {...settings, cache});
+  if (guidance === 1 || (settings.label == null && !cache)) return f;
+  const none = network.field(x, {...settings, label: null, action: null, cache: cacheOfNone});
   for (let i = 0; i < f.length; i++) f[i] = none[i] + guidance * f32(f[i] - none[i]);
   return f;
 }

@@ -1,7 +1,8 @@
-"""Make one HTML file in which a model's field rolls clips downhill. It needs no file or network.
+"""Make one HTML file that runs a model in a browser. It needs no other file and no network.
 
-export.py --html calls `make_page`. The template is descent.html, the network descent.js, and its
-kernel descent.wasm, translated from descent.wat.
+export.py --html calls `make_page`. In the page of descent.html, the field rolls clips downhill. In
+that of world.html, a causal model draws frames as the visitor steers. Both share page.css, page.js,
+the network descent.js and its kernel descent.wasm, translated from descent.wat.
 """
 
 import base64
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import plans
 from models import model_name
-from runtime.cli import UserError
+from runtime.cli import UserError, plural
 from samplers import DESCENTS
 from vae import REPOSITORIES
 
@@ -22,6 +23,10 @@ refuse_to_run(__name__, "scripts/export.py --html")
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 NETWORK = Path(__file__).with_suffix(".js")
+WORLD_TEMPLATE = Path(__file__).with_name("world.html")
+WORLD = Path(__file__).with_name("world.js")
+STYLE = Path(__file__).with_name("page.css")
+SCRIPT = Path(__file__).with_name("page.js")
 KERNEL = Path(__file__).with_suffix(".wasm")
 MOST_WEIGHTS = 20  # millions; a file of 55 MB
 MOST_GFLOPS = 20  # of one guided evaluation: about 2 s of one core
@@ -52,9 +57,7 @@ def obstacles(state, config):
         yield f"has {config.in_channels} channels; expected 1 or 3 (pixels)"
     if config.ebm != "none":
         yield f"has an energy (ebm {config.ebm}), whose gradient has no JavaScript"
-    if config.causal:
-        yield "is causal, and the page shows all frames of a clip at once"
-    if config.actions:
+    if config.actions and not config.causal:
         yield "has actions, one per frame, and the page shows all frames at once"
     if not config.learns.has_equilibria:
         yield f"learned objective {config.objective}, whose field has no equilibria"
@@ -70,8 +73,11 @@ def obstacles(state, config):
         yield f"has weights up to {highest:.3g}; expected at most {LARGEST} (fp16)"
 
 
-def make_page(name, state, config):
-    """Return the HTML of a model that `check_runnable` allows. Weights become float16."""
+def make_page(name, state, config, starts=()):
+    """Return the HTML of a model that `check_runnable` allows. Weights become float16.
+
+    starts: of a causal model, see `world_parts`.
+    """
     data = state["config"]["data"]
     training = state["config"]["training"]
     tensors = state["ema"]
@@ -87,30 +93,63 @@ def make_page(name, state, config):
         "model": asdict(config),
         "classes": data["classes"],
         "timeScale": data["time_scale"],
-        "sampler": slider_values(training),
-        "frames": clip_lengths(config, training),
-        "healsRegions": bool(training.get("forcing_regions")),
         "shapes": shapes,
         "letters": len(letters),
         "kernel": base64.b64encode(KERNEL.read_bytes()).decode(),
     }
     model = model_name(**facts["model"])
-    is_video = facts["frames"]["most"] > 1
+    parts = {
+        "parameters": f"{size / 1e6:.1f} million" if size >= 1e5 else f"{size:,}",
+        "about": escape(f"{name}: {model}, step {state['step']}, {config.input_size} px."),
+        "style": STYLE.read_text(),
+        "script": SCRIPT.read_text(),
+        "weights": letters,
+    }
+    if config.causal:
+        template = WORLD_TEMPLATE
+        parts |= world_parts(facts, training, config, starts)
+    else:
+        template = TEMPLATE
+        parts |= descent_parts(facts, training, config)
+    parts["facts"] = json.dumps(facts).replace("<", r"\u003c")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template.read_text("utf-8"))
+
+
+def descent_parts(facts, training, config):
+    """Return the parts of descent.html, {name: text}, and add its own facts."""
+    frames = clip_lengths(config, training)
+    facts["sampler"] = slider_values(training)
+    facts["frames"] = frames
+    facts["healsRegions"] = bool(training.get("forcing_regions"))
+    is_video = frames["most"] > 1
     what = "a video generator" if is_video else "an image generator"
     headline = f"{what.capitalize()} in one file"
     if facts["healsRegions"]:
         headline = f"Break this {'video' if is_video else 'image'}. It heals."
-    parts = {
-        "headline": headline,
-        "what": what,
-        "parameters": f"{size / 1e6:.1f} million" if size >= 1e5 else f"{size:,}",
-        "about": escape(f"{name}: {model}, step {state['step']}, {config.input_size} px."),
-        "engine": NETWORK.read_text(),
-        "weights": letters,
-        "facts": json.dumps(facts).replace("<", r"\u003c"),
+    return {"headline": headline, "what": what, "engine": NETWORK.read_text()}
+
+
+def world_parts(facts, training, config, starts):
+    """Return the parts of world.html, {name: text}, and add its own facts.
+
+    starts: what the worlds begin with, in turn: {"pixels": uint8 (patches, C, pt, H, W), "actions":
+    of the patches, "label"}. Without any, they begin with noise.
+    """
+    facts["actions"] = config.action_names
+    facts["shift"] = training.get("gamma_shift", 1.0)
+    facts["guidance"] = 1.0 if config.actions else sampler_settings(training)["cfg_scale"]
+    facts["starts"] = []
+    for start in starts:
+        pixels = base64.b64encode(start["pixels"].tobytes()).decode()
+        facts["starts"].append(start | {"pixels": pixels})
+    facts["controls"] = "the arrow keys or a gamepad" if config.actions else "the number keys"
+    steering = "w a s d walk, numbers act, " if config.actions else "numbers choose a class, "
+    return {
+        "headline": "A world in one file" if config.actions else "A film that you steer",
+        "context": plural(config.context_patches * config.temporal_patch_size, "frame"),
+        "keys": steering,
+        "engine": NETWORK.read_text() + WORLD.read_text(),
     }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
 def clip_lengths(config, training):
@@ -127,7 +166,12 @@ def clip_lengths(config, training):
 
 
 def guided_gflops(config, num_frames):
-    """Return the GFLOP of one evaluation with guidance: the field with a class and without."""
+    """Return the GFLOP of one evaluation with guidance: the field with a class and without.
+
+    That of a causal model has one temporal patch, which sees the whole context.
+    """
+    if config.causal:
+        return 2 * config.pass_flops(1, config.context_patches + 1, clean=0) / 1e9
     return 2 * config.flops(num_frames) / 1e9
 
 
