@@ -132,15 +132,15 @@ def descent_parts(facts, training, config):
 def world_parts(facts, training, config, starts):
     """Return the parts of world.html, {name: text}, and add its own facts.
 
-    starts: what the worlds begin with, in turn: {"pixels": uint8 (patches, C, pt, H, W), "actions":
-    of the patches, "label"}. Without any, they begin with noise.
+    starts: what the worlds begin with, in turn: {"pixels": uint8 (C, pt, H, W), "label": of the
+    class or None}. Without any, they begin with noise.
     """
     facts["actions"] = config.action_names
     facts["shift"] = training.get("gamma_shift", 1.0)
     facts["guidance"] = 1.0 if config.actions else sampler_settings(training)["cfg_scale"]
     facts["starts"] = []
     for start in starts:
-        pixels = base64.b64encode(start["pixels"].tobytes()).decode()
+        pixels = base64.b64encode(start["pixels"].numpy().tobytes()).decode()
         facts["starts"].append(start | {"pixels": pixels})
     facts["controls"] = "the arrow keys or a gamepad" if config.actions else "the number keys"
     steering = "w a s d walk, numbers act, " if config.actions else "numbers choose a class, "

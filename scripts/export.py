@@ -3,10 +3,12 @@
     python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported \
         --dtype fp16 --scores motion.json
     python scripts/export.py results/demo --html descent.html
+    python scripts/export.py CAUSAL --html world.html --given first.png
 
 Pass the folder to sample_gd.py and train.py as --ckpt. An fp32 export gives the same samples as its
 checkpoint, bit for bit. A VAE that was a folder is copied to `vae/`, so you can move the export to
-another machine. --html writes a page that rolls clips downhill in a browser (docs/descent.md).
+another machine. --html writes a page for a browser: it rolls clips downhill (docs/descent.md), or
+draws frames as you steer, if the model is causal (docs/long-videos.md).
 """
 
 import engine  # noqa: F401
@@ -24,6 +26,7 @@ from runtime.cli import (
     ArgumentParser,
     UserError,
     check_writable,
+    flag_text,
     one_line,
     one_line_errors,
     say,
@@ -32,6 +35,7 @@ from runtime.cli import (
 )
 from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
+from video.inputs import find_clips
 
 SHOWN = 20  # classes that the card names
 CARD = """# {name}
@@ -72,6 +76,15 @@ def parse_args():
     )
     add("--html", metavar="FILE.html", help="page to write, which samples the model in a browser")
     add(
+        "--given",
+        nargs="+",
+        metavar="FILE",
+        help=(
+            "videos or pictures whose first frames start the worlds on the page of a causal model; "
+            "default: noise"
+        ),
+    )
+    add(
         "--dtype",
         choices=published.DTYPES,
         default="fp32",
@@ -105,6 +118,7 @@ def main():
         config = checkpoint.config_of(flag, state, args.model, ebm=args.ebm)
         if args.html:
             descent.check_runnable(flag, state, config)
+        starts = open_starts(args, flag, state["config"]["data"], config)
         vae = load_vae_folder(args.vae, flag, state["config"]["data"])
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
         scores = "".join(score_table(args.ckpt, sha256, path) for path in args.scores)
@@ -121,7 +135,7 @@ def main():
         path = Path(args.ckpt).resolve()
         is_of_run = path.parent.name == "checkpoints"
         name = path.parent.parent.name if is_of_run else path.name
-        page = descent.make_page(name, state, config).encode("utf-8", "replace")
+        page = descent.make_page(name, state, config, starts).encode("utf-8", "replace")
         with writing(args.html):
             Path(args.html).parent.mkdir(parents=True, exist_ok=True)
             write_file(args.html, page)
@@ -146,6 +160,28 @@ def check_places(args):
                 f"--html {args.html or repr('')}: not a file; expected the name of an HTML file"
             )
         check_writable("--html", Path(args.html).parent)
+
+
+def open_starts(args, flag, data, config):
+    """What the worlds of a page begin with: the first temporal patch of each clip of --given.
+
+    Raises UserError.
+    """
+    if args.given and not (args.html and config.causal):
+        raise UserError(
+            f"{flag_text(args, 'given')}: applies to the page of a causal model; expected --html, "
+            f"and {flag} to be causal; remove the flag"
+        )
+    starts = []
+    for path in args.given or ():
+        for clip in find_clips("--given", path, ("video", "image")):
+            frames = range(config.temporal_patch_size)
+            pixels = clip.read(frames, data["time_scale"], config.input_size)
+            label = None
+            if clip.class_name in data["classes"]:
+                label = data["classes"].index(clip.class_name)
+            starts.append({"pixels": pixels, "label": label})
+    return starts
 
 
 def make_card(state, dtype, vae, scores):

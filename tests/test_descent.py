@@ -59,7 +59,7 @@ MODELS = {
 }
 
 
-def write_page(path, **changes):
+def write_page(path, starts=(), **changes):
     """Write the page of a tiny model with weights of float16. Returns (path, model)."""
     model = tiny(**changes)
     for weight in model.parameters():
@@ -69,7 +69,7 @@ def write_page(path, **changes):
     data = {"classes": classes, "time_scale": TIME_SCALE, "vae": "none"}
     training = {"num_frames": config.num_frames, "video": config.num_frames > 1}
     state = {"ema": model.state_dict(), "step": 3, "config": {"data": data, "training": training}}
-    path.write_text(descent.make_page("tiny & small", state, config))
+    path.write_text(descent.make_page("tiny & small", state, config, starts))
     return path, model
 
 

@@ -1,15 +1,26 @@
 """The page that plays a causal model: its frames against torch, its controls and its map."""
 
+import io
 import json
+import re
+from pathlib import Path
 
+import axe_core_python
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import export
+import world_rules
+from browser import press
 from causal import Cache
 from models import Condition
 from samplers import guided, sample
 from test_descent import STILL, TIME_SCALE, write_page
-from test_models import distance
+from tiny_data import random_checkpoint
+from tiny_videos import picture, save
+from training import refused, run_main
 
 READY = "!$('app').className && world"
 CAUSAL = {"causal": True, "temporal_patch_size": 1}
@@ -112,3 +123,195 @@ def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
         frames = torch.cat(frames, dim=2)
         assert expected.std() > 0.1
         assert (frames - expected).abs().max() < 1e-4
+
+
+# The page -----------------------------------------------------------------------------------------
+
+ACTIONS = "stay,left,right,up,down"
+# what the page asks its worker for, in words
+LISTEN = """
+window.wanted = [];
+const answer = ask;
+ask = (task, input) => {
+  if (task === "make") wanted.push(input.action === null ? "none" : facts.actions[input.action]);
+  return answer(task, input);
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("world") / "world.html"
+    start = {"pixels": torch.full((3, 1, 20, 20), 255, dtype=torch.uint8), "label": 0}
+    shape = {"input_size": 20, "patch_size": 4, "num_classes": 1}
+    return write_page(path, [start], **CAUSAL, **shape, context=4, actions=ACTIONS)[0]
+
+
+@pytest.fixture
+def page(browser, file):
+    """A world that stands still, with its start in the first frame."""
+    browser.open(file, f"{READY} && world.frames === 1", **STILL)
+    browser.ask(LISTEN)
+    return browser
+
+
+def test_keys_fingers_the_picture_and_a_gamepad_make_a_frame_each(page):
+    def made(*expected):
+        page.wait(f"wanted.length >= {len(expected)} && !playing && world.frames > {len(expected)}")
+        assert page.ask("wanted") == list(expected)
+        page.ask("wanted = []; world.frames = 1")
+
+    for key in ("ArrowLeft", "w", "3", "1"):
+        press(page, key)
+        page.wait("!playing")
+    made("left", "up", "right", "stay")
+    for selector, x, y in (("#pad :nth-child(5)", 0.5, 0.5), ("#screen", 0.9, 0.5)):
+        box = page.ask(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
+        mouse = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+        for kind in ("mousePressed", "mouseReleased"):
+            page.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **mouse)
+        page.wait("!playing")
+    made("down", "right")
+    page.ask(
+        "window.still = {axes: [0, 0], buttons: []}; navigator.getGamepads = () => [null, pad]"
+    )
+    page.ask("window.cross = Array.from({length: 16}, (_, i) => ({pressed: i === 14}))")
+    page.ask("window.pad = still; ongamepadconnected(); ongamepadconnected()")
+    for pad, name in (("axes: [0, -0.9]", "up"), ("buttons: cross", "left")):
+        page.ask(f"window.pad = {{...still, {pad}}}")
+        page.wait(f"wanted.includes('{name}')")
+        page.ask("window.pad = still")
+        page.wait("held === null && !playing")
+    assert page.ask("[...new Set(wanted)]") == ["up", "left"]  # one that stays repeats
+    page.ask("window.pad = null; wanted = []; world.frames = 1")
+    page.ask("$('letters').click()")
+    press(page, "w")
+    press(page, "n")
+    press(page, "ArrowDown")
+    made("down")
+
+
+def test_a_key_repeats_while_it_is_down_and_the_dream_stays(page):
+    press_down = {"key": "ArrowUp", "type": "keyDown"}
+    page.call("Input.dispatchKeyEvent", **press_down)
+    page.wait("wanted.length >= 3")
+    page.call("Input.dispatchKeyEvent", **press_down | {"type": "keyUp"})
+    page.wait("!playing")
+    assert set(page.ask("wanted")) == {"up"}
+    page.ask("wanted = []")
+    press(page, " ")
+    page.wait("wanted.length >= 3")
+    press(page, "ArrowUp")
+    page.wait("wanted.includes('up')")
+    page.wait("wanted.at(-1) === 'stay'")
+    assert re.fullmatch(
+        r"frame \d+ · [\d.]+ frames per second · \d+ ms to draw one · \d+ ms from key to frame",
+        page.ask("$('count').textContent"),
+    )
+    page.ask("world.dreamed = LONGEST")
+    page.wait("!playing && !dreaming")
+    assert "frames without a key: enough" in page.ask("$('line').textContent")
+
+
+def test_a_new_world_begins_with_the_start_again_and_the_same_steps_make_the_same_frames(page):
+    frames = []
+    for _ in range(2):
+        press(page, "ArrowLeft")
+        page.wait("world.frames === 2 && !playing")
+        images = page.ask("world.recent.map(image => [...image.data])")
+        assert set(images[0]) == {255}
+        frames.append(images[1])
+        page.ask("begin(0)")
+        page.wait("world.frames === 1 && !playing")
+    assert frames[0] == frames[1] != images[0]
+
+
+def test_a_gif_has_the_last_64_frames(page):
+    page.ask(
+        "for (let i = 0; i < 70; i++) showFrame(imageOf(new Float32Array(1200).fill(i / 70), 0, 1))"
+    )
+    gif = Image.open(io.BytesIO(bytes(page.ask("[...eqm.gif()]"))))
+    assert gif.n_frames == 64
+    first = round((6 / 70 + 1) * 127.5)
+    assert abs(int(np.array(gif.convert("RGB"))[0, 0, 0]) - first) <= 1
+    press(page, "g")
+    assert "Saved world-0-71.gif" in page.ask("$('line').textContent")
+
+
+def test_the_map_follows_blocked_and_free_moves_and_marks_the_tile_that_changed(page):
+    """Against the true positions in a real world, in which one tile changes while it is hidden."""
+    tiles = np.random.default_rng(0).choice([0, 0, 0, 1, 2], size=(20, 20))
+    tiles[10, 4:16] = world_rules.GRASS
+    tiles[9:12, 16] = world_rules.TREE
+    walk = ["right"] * 9 + ["left"] * 9
+    maps = np.repeat(tiles[None], len(walk) + 1, axis=0)
+    maps[10:, 9, 8] = world_rules.WATER if tiles[9, 8] != world_rules.WATER else world_rules.TREE
+    position = np.array([[10, 8]])
+    kind = np.array([world_rules.AGENT + 2])
+    frames = []
+    positions = []
+    for number, name in enumerate([None, *walk]):
+        if name:
+            action = np.array([world_rules.ACTIONS.index(name)])
+            position, kind = world_rules.step(maps[:1], np.array([0]), position, kind, action)
+        view = world_rules.views(maps[number][None], position[None], kind[None])
+        frames.append(world_rules.draw(view)[0, 0])
+        positions.append(position[0].tolist())
+    assert positions[9] == [10, 15] and positions[-1] == [10, 6]  # two of the moves were blocked
+    page.ask("clearMap(); world.recent = []")
+    for name, frame in zip([None, *walk], frames, strict=True):
+        pixels = np.dstack([frame, np.full((20, 20, 1), 255, np.uint8)]).flatten().tolist()
+        choice = "null" if name is None else world_rules.ACTIONS.index(name)
+        page.ask(f"showFrame(new ImageData(Uint8ClampedArray.from({pixels}), 20), {choice})")
+    state = page.ask("eqm.state()")
+    assert (state["tile"], state["place"]) == (4, [-2, 0])
+    assert page.ask("[...cells].filter(([, cell]) => cell.isForgotten).map(([key]) => key)") == [
+        "0,-1"
+    ]
+    assert state["forgotten"] == 1
+    assert state["returned"] > 20
+    assert "tiles that came back, 1 were different" in page.ask("$('memory').textContent")
+
+
+def test_controls_are_large_and_pass_the_rules_of_axe(page):
+    page.ask(Path(axe_core_python.__file__).with_name("axe.min.js").read_text() + ";0")
+    page.ask("document.querySelector('details').open = true")
+    press(page, "ArrowLeft")
+    for scheme in ("light", "dark"):
+        for width in (400, 900):
+            page.screen(width, 800, **STILL, **{"prefers-color-scheme": scheme})
+            assert page.ask("document.documentElement.scrollWidth") == width
+            least = 44 if width == 400 else 36
+            sizes = "[...document.querySelectorAll('button')].map(one => one.offsetHeight)"
+            assert min(page.ask(sizes)) >= least
+            problems = (
+                "axe.run().then(all => all.violations.map(one => [one.id, one.nodes[0].html]))"
+            )
+            assert page.ask(problems) == []
+
+
+def test_a_model_with_classes_is_steered_by_class_from_noise_and_dreams_on(browser, tmp_path):
+    path, _ = write_page(tmp_path / "page.html", **CAUSAL | {"temporal_patch_size": 2}, context=4)
+    browser.open(path, f"{READY} && dreaming")
+    assert browser.ask("document.title") == "A film that you steer"
+    assert browser.ask("$('atlas').hidden")
+    press(browser, "3")
+    browser.wait("last === 2 && !presses.length")
+    count = browser.ask("world.frames")
+    browser.wait(f"world.frames >= {count + 4}")
+    assert browser.ask("[...$('pad').children].findIndex(one => one.ariaPressed === 'true')") == 2
+
+
+def test_export_stores_starts_and_refuses_them_for_other_models(tmp_path, capsys):
+    causal = {"use_rope": True, "num_frames": 8, "causal": True, "context": 8}
+    ckpt = random_checkpoint(tmp_path / "causal.pt", **causal, temporal_patch_size=1)
+    first = tmp_path / "first.png"
+    save(first, picture(16, 16))
+    page = tmp_path / "page.html"
+    run_main(export, ckpt, "--html", page, "--given", first)
+    facts = json.loads(re.search('id="facts">(.*?)</script>', page.read_text())[1])
+    assert [start["label"] for start in facts["starts"]] == [None]
+    assert (facts["actions"], facts["shift"]) == ([], 1.0)
+    plain = random_checkpoint(tmp_path / "plain.pt", use_rope=True, num_frames=8)
+    message = refused(capsys, export, plain, "--html", page, "--given", first)
+    assert f"--given {first}: applies to the page of a causal model" in message
