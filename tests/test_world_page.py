@@ -270,7 +270,7 @@ def test_the_map_follows_blocked_and_free_moves_and_marks_the_tile_that_changed(
     ]
     assert state["forgotten"] == 1
     assert state["returned"] > 20
-    assert "tiles that came back, 1 were different" in page.ask("$('memory').textContent")
+    assert "tiles came back, 1 of them different." in page.ask("$('memory').textContent")
 
 
 def test_controls_are_large_and_pass_the_rules_of_axe(page):
