@@ -83,7 +83,8 @@ def open_given(args, plan, clips, indices):
     """Return the ClipReader of --given, and set the classes and frame rates of the plan's samples.
 
     Raises UserError. The class of a sample is the folder of its clip if the model has this class,
-    else from --classes, else none. With --classes none, no sample has a class.
+    else from --classes, else none, or with actions the only one. With --classes none, no sample has
+    a class.
     """
     num_clips = math.ceil(len(plan.conditions) / args.samples_per_clip)
     clips = clips[:num_clips]
@@ -105,14 +106,18 @@ def open_given(args, plan, clips, indices):
         plan.time_scales = [clip.seconds for clip in clip_of_sample]
     if args.classes != ["none"]:
         labels_by_name = {name: label for label, name in enumerate(plan.classes)}
-        labels = plan.conditions.tolist() if args.classes else [NO_LABEL] * len(plan.conditions)
+        labels = [NO_LABEL] * len(plan.conditions)
+        # In training, clips without a class have no actions either
+        is_known = plan.actions is not None and len(plan.classes) == 1
+        if args.classes or is_known:
+            labels = plan.conditions.tolist()
         unknown = []
         for sample, clip in enumerate(clip_of_sample):
             if clip.class_name in labels_by_name:
                 labels[sample] = labels_by_name[clip.class_name]
             elif clip.class_name is not None:
                 unknown.append(clip.class_name)
-        if unknown and not args.classes:
+        if unknown and not (args.classes or is_known):
             say(
                 f"note: the model has no class {unknown[0]}, the folder of a given clip: no "
                 "label; --classes names one"

@@ -346,6 +346,7 @@ def test_actions_start_after_the_given_frames_and_set_the_length(run, world, tmp
     )
     before = [NAMES[action] for action in np.load(world / "1.actions.npy")[1:3]]
     assert clips.shape == (2, 6, 8, 8, 3)
+    assert about["given"][0]["class"] == "all"  # the only class, whatever the folder's name
     assert about["actions"] == [
         ["none", *before, "right", "right", "left"],
         ["none", *before, "none", "stay", "stay"],
