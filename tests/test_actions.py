@@ -353,6 +353,27 @@ def test_actions_start_after_the_given_frames_and_set_the_length(run, world, tmp
     ]
 
 
+def test_given_frames_have_no_actions_without_a_file_and_never_those_of_another_world(
+    run, tmp_path, capsys
+):
+    root = write_world(tmp_path / "world")
+    flags = ["--given", root / "1.mkv", "--given-frames", "0-2", "--actions", "left"]
+    write_json(root / "actions.json", {"names": ["up", "down", "stay"]})
+    places = ["--video", "--ckpt", checkpoint_of(run), "--folder", tmp_path / "samples"]
+    line = refused(capsys, sample_gd, *places, *flags, late=True)
+    assert "they are up, down, stay, expected stay, left, right" in line
+    os.remove(root / "1.actions.npy")
+    _, about = sample_here(checkpoint_of(run), tmp_path / "samples", *flags)
+    assert about["actions"][0] == ["none", "none", "none", "left"]
+
+
+def test_a_model_without_actions_takes_none(tmp_path, capsys):
+    path = random_checkpoint(tmp_path / "plain.pt", use_rope=True, num_frames=4)
+    places = ["--video", "--ckpt", path, "--folder", tmp_path / "samples"]
+    line = refused(capsys, sample_gd, *places, "--actions", "left*2")
+    assert "--actions left*2: " in line and "was trained without actions; remove it" in line
+
+
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory):
     """The checkpoint of a causal model with random weights."""
