@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A world to play in, on a machine without a GPU: episodes with actions, a causal model of them, roll-outs on held-out
-# maps from one true frame, and their scores. Run it again to continue.
+# maps from one true frame, their scores, and a page to play in a browser. Run it again to continue.
 #
-#   EXP=world                 results go to results/$EXP, samples and scores to samples/$EXP-4 and so on
+#   EXP=world                 results and the page go to results/$EXP, samples and scores to samples/$EXP-4 and so on
 #   DATA=datasets/world       the data set, made if it is missing
 #   SCHEDULE="2:500:32 4:900:16 8:1250:8 16:1500:4"   frames, last step and clips per step of each phase
 #   EVALUATIONS="4"           of the network for each frame; several are compared
@@ -30,4 +30,6 @@ for evaluations in $EVALUATIONS; do
     --samples-per-clip 2 --batch-size 64 --global-seed "$SEED"
   score "$folder.json" --metric world --samples="$folder"
 done
-echo "$SECONDS s; see samples/$EXP-${EVALUATIONS%% *}/sheet.png and the GIFs beside it"
+page=results/$EXP/world.html
+there "$page" || python scripts/export.py "$BEST" --html "$page"
+echo "$SECONDS s; see samples/$EXP-${EVALUATIONS%% *}/sheet.png and the GIFs beside it, and play $page"

@@ -334,9 +334,11 @@ def test_quickstart_trains_its_recipe_in_one_run_or_in_phases(recorded, tmp_path
 def test_world_compares_numbers_of_evaluations_on_the_same_walks(recorded, tmp_path):
     (tmp_path / "scripts/setup.sh").write_text("")
     settings = {"GPUS": "1", "PRECISION": "fp32", "EVALUATIONS": "2 4", "CLIPS": "3", "DATA": ODD}
-    done, (*_, making, training, two, score_two, four, score_four) = recorded(
+    done, (*_, making, training, two, score_two, four, score_four, page) = recorded(
         "world.sh", **settings
     )
+    assert page[0] == "scripts/export.py"
+    assert page[-2:] == ["--html", "results/world/world.html"]
     assert done.returncode == 0, done.stderr
     assert making == ["datasets/make_world.py", f"--out={ODD}"]
     assert {"@scripts/recipes/world.txt", f"--data-path={ODD}"} <= set(training)
