@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ import schedule
 import seeds
 import shapes
 import sprites
+import streaming
 import study
 import train
 from runtime.cli import UserError
@@ -453,6 +455,52 @@ def test_samples_of_positions_are_scored_together(commands, tmp_path, monkeypatc
     rows = json.loads((tmp_path / "bouncing.json").read_text())
     assert [row["positions"] for row in rows] == ["fixed", "moving"]
     assert "): moving minus fixed is " in (tmp_path / "bouncing.md").read_text()
+
+
+def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeypatch):
+    few = {way: choices[:1] for way, choices in streaming.TUNED.items()}
+    monkeypatch.setattr(streaming, "TUNED", few)
+    run_miniature(streaming, tmp_path, "--tune")
+    run_miniature(streaming, tmp_path, *SEED)
+    for name, seed in {"streaming_tuning": streaming.TUNING_SEED, "streaming": 0}.items():
+        rows = json.loads((tmp_path / f"{name}.json").read_text())
+        assert {(row["data"], row["way"], row["seed"]) for row in rows} == {
+            *itertools.product(("bouncing", "moving"), few, [seed])
+        }
+        assert "| causal, patch 2, shift 6, context 16 | " in (tmp_path / f"{name}.md").read_text()
+        (streamed,) = lab.rows_with({"data": "moving", "way": "causal"}, rows)
+        assert 0 <= streamed["values"][streaming.SPANS]["spans_right"] <= 1
+
+
+@pytest.mark.parametrize("data", streaming.COLUMNS)
+def test_all_settings_of_streaming_have_equal_compute(data):
+    size = shapes.FULL
+    usual = shapes.config_of(size)
+    clips = shapes.TOKENS // math.prod(usual.grid(16))
+    compute = streaming.COMPUTE[data] * size.steps * clips * usual.training_flops(16)
+    for settings in itertools.chain(*streaming.TUNED.values()):
+        _, flops = streaming.plan(size, data, settings)
+        assert flops == pytest.approx(compute, rel=0.002)
+
+
+def test_spans_are_right_if_the_object_moves_as_their_class_says(tmp_path, monkeypatch):
+    """An object that moves right for a span and then down, and one that only moves right."""
+    turned = drawn([(4 + 0.5 * t, 5) for t in range(8)] + [(8, 5 + 0.5 * t) for t in range(8)])
+    straight = drawn([(4 + 0.5 * t, 5) for t in range(16)])
+    about = {"classes": ["CircleRight", "CircleDown"], "spans": [[0, 0, 1, 1]] * 2}
+    read = lambda here, folder: (about, np.stack([turned, straight]), None)  # noqa: E731
+    monkeypatch.setattr(streaming, "read_samples", read)
+    assert streaming.spans_right(tmp_path) == 3 / 4
+
+
+def drawn(centers):
+    """A red disc with these centers (x, y), uint8 (T, 16, 16, 3)."""
+    y, x = np.mgrid[:16, :16]
+    frames = np.zeros((len(centers), 16, 16, 3), np.uint8)
+    for frame, (left, top) in zip(frames, centers, strict=True):
+        distance = np.hypot(x - left, y - top)
+        frame[..., 0] = 255 * np.clip(3.4 - distance, 0, 1)
+    return frames
 
 
 def test_a_row_without_a_new_task_is_replaced(tmp_path):

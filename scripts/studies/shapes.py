@@ -145,6 +145,18 @@ def make_task(
     return f"{flags}{sampling(way, evaluations)} {more}".split(), metrics
 
 
+def train_words(size, seed, phases, more):
+    """Flags of train.py, as words, but for the data. phases: of `phase_flags`; more: flags that
+    override others, as text.
+    """
+    # The last --precision counts: a CPU without fast bf16 follows the same recipe in fp32
+    return (
+        f"--video {BASE} --depth {size.depth} --hidden-size {size.width} --num-heads 4 "
+        f"--global-seed {seed} {phases} --val-frames 16 --val-clips {size.val_clips} "
+        f"--precision {lab.PRECISION} {more}"
+    ).split()
+
+
 def data_of(args):
     """The `data` of a lab.Run: training videos, and test videos for `Size.clips` clips."""
     size = size_of(args)
@@ -169,12 +181,7 @@ def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
     _, last_step, _ = phases[-1]
     data = data_of(args)
     videos, test = data
-    # The last --precision counts: a CPU without fast bf16 follows the same recipe in fp32
-    training = (
-        f"--video {BASE} --depth {size.depth} --hidden-size {size.width} --num-heads 4 "
-        f"--global-seed {seed} {phase_flags(phases, arm.mix)} {arm.flags} --val-frames 16 "
-        f"--val-clips {size.val_clips} --precision {lab.PRECISION} {flags}"
-    ).split()
+    training = train_words(size, seed, phase_flags(phases, arm.mix), f"{arm.flags} {flags}")
     training += ["--data-path", videos]
     common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
     real = ["--num-real", size.fewer]

@@ -1,0 +1,288 @@
+"""Make long videos patch by patch, or in windows? Causal models against bidirectional ones.
+
+    python scripts/studies/streaming.py --tune     all settings, with a seed that does not count
+    python scripts/studies/streaming.py            the main runs: both ways, three seeds
+
+Both ways train with the same data, seeds and compute, counted as `EqMConfig.flops` does: a causal
+model passes each clip twice, so it takes fewer steps. Bidirectional models train on clips of which
+three of four are forced, and continue windows of 16 frames by 8; causal ones stream. Of each way,
+the settings count that did best in tuning. The endpoints are fixed:
+
+- bouncing shapes, 256 frames: videos that turn at the borders only, and show one object to the end,
+- moving shapes, 16 frames: directions and shapes both right,
+- moving shapes, 24 spans of 8 frames, each with a direction of its own: spans that move as asked
+  (causal models only, as windows can't change the class).
+
+A run takes about 6 minutes of one core. The script writes streaming.md and .json in
+results/studies/streaming, with --tune streaming_tuning.md and .json. Models, samples and scores are
+in its folder runs (see lab.py).
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import lab
+import shapes
+from lab import Column
+from runtime.cli import UserError, one_line_errors, wrong_input
+from shapes_tracker import track
+from video.samples import read_samples
+
+LONG = "256 frames"
+SHORT = "16 frames"
+SPANS = "24 spans"
+NUM_SPANS = 24
+SPAN = 8  # frames
+TURNS = ("Right", "Down", "Left", "Up")  # a square, so that the object stays in the frame
+EVALUATIONS = 15  # per window or temporal patch
+TUNING_SEED = 100
+COLUMNS = {
+    "bouncing": (
+        Column("turns at the borders only (%)", "turns_right", task=LONG),
+        Column("one object to the end (%)", "one_object", task=LONG),
+    ),
+    "moving": (
+        Column("directions and shapes both right (%)", "both_accuracy", task=SHORT),
+        Column("spans that move as asked (%)", "spans_right", task=SPANS),
+    ),
+}
+COMPUTE = {"bouncing": 1.6, "moving": 1}  # relative to the recipe of study.py
+MADE = {  # flags of make_moving_shapes.py
+    "bouncing": ("--bounce", "--seconds", 16),
+    "moving": ("--seconds", 1.4),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained. A causal one has a context, in frames."""
+
+    gamma_shift: float
+    patch: int = 4  # frames
+    context: int = 0
+    context_noise: float = 0
+
+    @property
+    def way(self):
+        return "causal" if self.context else "windows"
+
+    @property
+    def name(self):
+        """The settings in words, for rows and tables."""
+        text = f"{self.way}, patch {self.patch}, shift {self.gamma_shift:g}"
+        if self.context:
+            text += f", context {self.context}"
+        if self.context_noise:
+            text += f", context noise {self.context_noise:g}"
+        return text
+
+    def training_flags(self):
+        flags = f"--gamma-shift {self.gamma_shift:g} --temporal-patch-size {self.patch}"
+        if not self.context:
+            return f"{flags} --forcing 0.75"
+        return f"{flags} --causal --context {self.context} --context-noise {self.context_noise:g}"
+
+    def frames(self):
+        """The lengths of training clips, of equal compute each."""
+        lengths = (2, 4, 8, 16) if self.context else (8, 16)
+        return [frames for frames in lengths if frames >= self.patch]
+
+
+STREAM = Settings(gamma_shift=6, patch=2, context=16)
+TUNED = {  # one setting at a time, of both ways
+    "windows": [
+        Settings(gamma_shift=1),
+        Settings(gamma_shift=3),
+        Settings(gamma_shift=6),
+        Settings(gamma_shift=3, patch=2),
+    ],
+    "causal": [
+        STREAM,
+        replace(STREAM, gamma_shift=1),
+        replace(STREAM, gamma_shift=3),
+        replace(STREAM, patch=1),
+        replace(STREAM, patch=4),
+        replace(STREAM, context=4),
+        replace(STREAM, context=8),
+        replace(STREAM, context_noise=0.2),
+    ],
+}
+
+
+class StreamingRun(lab.Run):
+    def values(self, task):
+        """The metrics of a task. Those of spans are not in evaluate.py."""
+        values = super().values(task)
+        if task == SPANS:
+            values["spans_right"] = spans_right(self.path(task).parent)
+        return values
+
+
+def spans_right(folder):
+    """The share of all spans in a sample folder whose object moves straight, as its class says."""
+    about, videos, _ = read_samples(folder, folder)
+    hits = []
+    for video, labels in zip(videos, about["spans"], strict=True):
+        patch = len(video) // len(labels)
+        for start in range(0, len(video), SPAN):
+            asked = about["classes"][labels[start // patch]]
+            direction = track(video[start : start + SPAN]).direction
+            hits.append(direction is not None and asked.endswith(direction))
+    return sum(hits) / len(hits)
+
+
+def span_words(count):
+    """Words of --classes: for each shape so many spans, in turning directions."""
+    words = []
+    for shape in ("Circle", "Square", "Triangle"):
+        directions = itertools.islice(itertools.cycle(TURNS), count)
+        words.append(",".join(f"{shape}{direction}*{SPAN}" for direction in directions))
+    return " ".join(words)
+
+
+def tasks_of(args, data, settings):
+    """{name: (flags of sample_gd.py, metrics)} of a model."""
+    size = shapes.size_of(args)
+    make_task = partial(shapes.make_task, "euler", evaluations=EVALUATIONS)
+    if data == "bouncing":
+        long = "" if settings.context else "--window 16 --overlap 8"
+        frames = 24 if args.miniature else 256
+        return {LONG: make_task(count=size.fewer, frames=frames, more=long)}
+    tasks = {SHORT: make_task(count=size.clips)}
+    if settings.context:
+        words = span_words(4 if args.miniature else NUM_SPANS)
+        frames = words.count("*") // 3 * SPAN
+        task = make_task(
+            count=size.fewer,
+            frames=frames,
+            more=f"--classes {words}",
+            metrics=(),
+        )
+        tasks[SPANS] = task
+    return tasks
+
+
+def plan(size, data, settings):
+    """What `shapes.plan` returns, of the compute that a bidirectional model has in the recipe."""
+    usual = shapes.config_of(size)
+    config = replace(
+        usual,
+        temporal_patch_size=settings.patch,
+        use_rope=True,
+        causal=bool(settings.context),
+        context=settings.context or None,
+    )
+    last = settings.frames()[-1]
+
+    def flops_per_step(config):
+        clips = shapes.TOKENS // math.prod(config.grid(last))
+        return clips * config.training_flops(last)
+
+    steps = COMPUTE[data] * size.steps * flops_per_step(usual) / flops_per_step(config)
+    shares = [(frames, 1 / len(settings.frames())) for frames in settings.frames()]
+    return shapes.plan(config, shares, mix=0, steps=round(steps))
+
+
+def make_run(args, data, settings, seed):
+    """The lab.Run of a model of bouncing or of moving shapes."""
+    size = shapes.size_of(args)
+    phases, flops = plan(size, data, settings)
+    _, last_step, _ = phases[-1]
+    folder = Path(args.out, f"runs/{data}-shapes")
+    made = MADE[data]
+    videos = lab.data_sets(folder, size.videos, max(2, size.clips // 12), flags=made)
+    _, test = videos
+    flags = f"{shapes.MOVING}{shapes.INTERVALS} {settings.training_flags()}"
+    training = shapes.train_words(size, seed, shapes.phase_flags(phases, mix=0), flags)
+    common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
+    tasks = {}
+    for name, (words, metrics) in tasks_of(args, data, settings).items():
+        tasks[name] = (words + common, metrics)
+    table = "streaming_tuning" if args.tune else "streaming"
+    return StreamingRun(
+        out=Path(args.out, f"{table}.json"),
+        about={"data": data, "settings": settings.name, "way": settings.way, "seed": seed}
+        | ({"size": "miniature"} if args.miniature else {}),
+        data=videos,
+        training=[*training, "--data-path", folder],
+        last_step=last_step,
+        tasks=tasks,
+        metrics={"motion": ["--data-path", test, "--split", "all", "--num-real", size.fewer]},
+        more={"flops": flops},
+    )
+
+
+def choose(rows, data, way):
+    """The Settings of a way that did best in tuning, by the first column of the data.
+
+    Raises UserError if runs are missing.
+    """
+    column, *_ = COLUMNS[data]
+    shares = {}
+    for settings in TUNED[way]:
+        about = {"data": data, "settings": settings.name}
+        values = lab.by_seed(rows, about, column)
+        if not values:
+            raise UserError(f"{data}, {settings.name}: not tuned yet; run with --tune first")
+        shares[settings] = values[TUNING_SEED]
+    return max(shares, key=shares.get)
+
+
+def runs_of(args):
+    """All runs, those with extra seeds last."""
+    if args.tune:
+        cases = itertools.product(COLUMNS, itertools.chain.from_iterable(TUNED.values()))
+        return [make_run(args, data, settings, TUNING_SEED) for data, settings in cases]
+    tuning = lab.read_rows(Path(args.out, "streaming_tuning.json"))
+    runs = []
+    for seed, data, way in itertools.product(args.seeds, COLUMNS, TUNED):
+        with wrong_input():
+            settings = choose(tuning, data, way)
+        runs.append(make_run(args, data, settings, seed))
+    return runs
+
+
+def markdown(rows):
+    """Lines of both tables."""
+    lines = lab.heading(
+        "Patch by patch, or in windows?",
+        "`scripts/studies/streaming.py` wrote these tables. All models have the same compute. A "
+        f"window or a temporal patch takes {EVALUATIONS} Euler steps, with guidance "
+        f"{shapes.GUIDANCE:g}. Cells: the mean over seeds, and the range.",
+    )
+    for data, columns in COLUMNS.items():
+        of_data = lab.rows_with({"data": data}, rows)
+        names = dict.fromkeys(row["settings"] for row in of_data)
+        arms = {name: {"settings": name} for name in names}
+        lines += [f"## {data.capitalize()} shapes", "", *lab.arm_table(of_data, arms, columns)]
+        ways = {way: {"way": way} for way in TUNED}
+        compared = []
+        for column in columns:
+            values = lab.by_arm(of_data, ways, column)
+            if all(len(of_way) > 1 for of_way in values.values()):
+                compared.append((values, ("causal", "windows"), column.title, 1))
+        lines += [*lab.compare(compared), ""]
+    return lines
+
+
+def parse_args():
+    parser = lab.study_parser(__doc__, "streaming", seeds=[0, 1, 2])
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="try all settings with one seed, instead of the main runs",
+    )
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    lab.run_study(args, runs_of(args), markdown)
+
+
+if __name__ == "__main__":
+    main()
