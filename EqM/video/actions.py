@@ -93,7 +93,7 @@ def open_actions(root, videos):
     path = Path(root, ACTIONS_FILE)
     if not path.exists():
         stray = actions_path(root, videos[0])
-        if stray.exists():
+        if os.path.exists(stray):  # not if the name is too long for a file
             raise UserError(
                 f"{prefix}: has {stray.relative_to(root)} but no {ACTIONS_FILE}, which names the "
                 "actions; add it, or remove the actions of all videos"
@@ -152,7 +152,7 @@ def copy_actions(root, videos, out, path_of):
         copy = Path(out, path_of(video)).with_suffix(SUFFIX)
         pairs.append((actions_path(root, video), copy))
     for source, copy in pairs:
-        if source.exists():
+        if os.path.exists(source):
             shutil.copyfile(source, copy)  # not its mode: a later call must overwrite it
         else:
             copy.unlink(missing_ok=True)
@@ -165,7 +165,7 @@ def find_actions(path, num_frames, names):
     """
     path = Path(os.path.abspath(path))
     file = path.with_suffix(SUFFIX)
-    if not file.exists():
+    if not os.path.exists(file):
         return None
     for folder in (path.parent, path.parent.parent):
         if (folder / ACTIONS_FILE).exists():
