@@ -103,7 +103,7 @@ def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
 
 MAIN_ROWS = lab.read_rows(ROOT / "results/studies/objectives/objectives.json")
 TABLES = {  # in results/
-    "old/given_frames": given_frames.markdown,
+    "studies/objectives/given_frames": given_frames.markdown,
     "old/seeds": seeds.markdown,
     "studies/objectives/disturb": disturb.markdown,
     "studies/objectives/few": partial(objectives.few_markdown, MAIN_ROWS),
