@@ -105,6 +105,7 @@ MAIN_ROWS = lab.read_rows(ROOT / "results/studies/objectives/objectives.json")
 TABLES = {  # in results/
     "studies/objectives/given_frames": given_frames.markdown,
     "old/seeds": seeds.markdown,
+    "old/sprites-2h": sprites.markdown,
     "studies/objectives/disturb": disturb.markdown,
     "studies/objectives/few": partial(objectives.few_markdown, MAIN_ROWS),
     "studies/objectives/given_frames_objectives": given_frames.markdown,
