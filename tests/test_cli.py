@@ -1,6 +1,7 @@
 """Flags, and messages of one line."""
 
 import argparse
+import os
 import pickle
 import re
 import shutil
@@ -250,3 +251,22 @@ def test_a_script_outside_the_environment_names_setup_sh_in_one_line(script):
 def test_ctrl_c_during_imports_is_one_line(traceback, lines):
     process = python("import uncaught; raise KeyboardInterrupt", EQM_TRACEBACK=traceback)
     assert len(end(process, -signal.SIGINT).splitlines()) == lines
+
+
+def test_a_second_loader_process_that_ends_does_not_hide_the_error(monkeypatch, capsys):
+    def worker_failed(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def fail(*args, fail=cli.fail, **settings):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        fail(*args, **settings)
+
+    before = signal.signal(signal.SIGCHLD, worker_failed)
+    monkeypatch.setattr(cli, "fail", fail)
+    try:
+        with pytest.raises(SystemExit) as ended, cli.one_line_errors():
+            worker_failed()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert ended.value.code == 1
+    assert "a loader process has ended" in capsys.readouterr().err

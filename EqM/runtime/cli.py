@@ -425,6 +425,8 @@ def one_line_errors(*others):
         is_full = getattr(error, "errno", None) in FULL and error.filename
         fail(why_unwritable(error.filename, error) if is_full else error, status, wait)
     except RuntimeError as error:
+        # If another loader process ends now, torch's handler would raise again
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         text = f"{type(error).__name__} {error}"
         (first, *_) = str(error).split("\n")
         meanings = [
