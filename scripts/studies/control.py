@@ -276,20 +276,7 @@ def compare(values, compared):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, "objectives", seeds=[*range(16)])
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="try all configurations on the tuning seeds, instead of the main runs",
-    )
-    parser.add_argument(
-        "--arms",
-        choices=ARMS,
-        nargs="+",
-        default=[*ARMS],
-        metavar="ARM",
-        help=f"of {', '.join(ARMS)}; default: all",
-    )
+    parser = lab.study_parser(__doc__, "objectives", seeds=[*range(16)], tunes=True, arms=ARMS)
     return parser.parse_args()
 
 

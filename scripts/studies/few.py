@@ -382,7 +382,8 @@ def overlap(places, real):
 
     places, real: (Counter, number of clips).
     """
-    (counts, total), (real_counts, real_total) = places, real
+    counts, total = places
+    real_counts, real_total = real
     return sum(min(counts[key] / total, real_counts[key] / real_total) for key in real_counts)
 
 
@@ -483,20 +484,7 @@ def right_at(frames, count):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, "few", seeds=[*range(5)])
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="try all configurations on the tuning seed, instead of the main runs",
-    )
-    parser.add_argument(
-        "--arms",
-        choices=ARMS,
-        nargs="+",
-        default=[*ARMS],
-        metavar="ARM",
-        help=f"of {', '.join(ARMS)}; default: all",
-    )
+    parser = lab.study_parser(__doc__, "few", seeds=[*range(5)], tunes=True, arms=ARMS)
     return parser.parse_args()
 
 

@@ -82,10 +82,11 @@ def out_parser(doc, study, what):
     return parser
 
 
-def study_parser(doc, study, seeds, trains=True):
+def study_parser(doc, study, seeds, trains=True, tunes=False, arms=()):
     """A parser with the flags that all studies share.
 
-    seeds: the default of --seeds; trains: add --compile.
+    seeds: the default of --seeds; trains: add --compile; tunes: add --tune; arms: the choices of
+    --arms.
     """
     parser = out_parser(doc, study, "the tables and the runs")
     add = parser.add_argument
@@ -103,6 +104,17 @@ def study_parser(doc, study, seeds, trains=True):
         default=math.inf,
         help="start no run that would end after this many minutes; default: no limit",
     )
+    if tunes:
+        add("--tune", action="store_true", help="try all settings, instead of the main runs")
+    if arms:
+        add(
+            "--arms",
+            choices=arms,
+            nargs="+",
+            default=[*arms],
+            metavar="ARM",
+            help=f"of {', '.join(arms)}; default: all",
+        )
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--list", action="store_true", help="only print how many runs are done")
     instead("--report", action="store_true", help="only write the tables, from the rows")

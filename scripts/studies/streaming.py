@@ -269,12 +269,7 @@ def markdown(rows):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, "streaming", seeds=[0, 1, 2])
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="try all settings with one seed, instead of the main runs",
-    )
+    parser = lab.study_parser(__doc__, "streaming", seeds=[0, 1, 2], tunes=True)
     return parser.parse_args()
 
 
