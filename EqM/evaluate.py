@@ -61,6 +61,7 @@ CHOOSES = {
     "world": {"split", "num_real"},
     "census": {"split"},
 }
+CONTINUED = "prediction", "world"  # metrics of samples that continue real clips
 
 
 class RealClips(NamedTuple):
@@ -232,7 +233,7 @@ def find_real(args, samples, detector):
     share = args.val_fraction
     count = args.num_real or NUM_REAL.get(metric)
     num_frames = samples.num_frames
-    if metric in ("prediction", "world"):
+    if metric in CONTINUED:
         continued = samples.about["real"]
         split = continued["split"]
         share = continued["val_fraction"]
@@ -250,7 +251,7 @@ def find_real(args, samples, detector):
         images=images,
     )
     if count and len(clips.videos) < count:
-        advice = "" if metric in ("prediction", "world") else "; a lower --num-real is faster"
+        advice = "" if metric in CONTINUED else "; a lower --num-real is faster"
         say(
             f"note: --split {split}: {plural(count, 'clip')} from only "
             f"{plural(len(clips.videos), 'video')}{advice}"
@@ -295,7 +296,7 @@ def check_real(args, samples, clips, training, real):
             args=args,
         )
     continued = samples.about.get("real", real)
-    if real["videos_sha256"] != continued["videos_sha256"] and metric in ("prediction", "world"):
+    if real["videos_sha256"] != continued["videos_sha256"] and metric in CONTINUED:
         raise UserError(
             f"{place}: not the videos that {samples.place} continues; pass the folder of those"
         )

@@ -104,7 +104,8 @@ def test_videos_show_exactly_what_a_walk_on_the_map_sees(made):
                 agent = AGENT + action
                 dy, dx = STEPS[ACTIONS[action]]
                 if tiles[y + dy, x + dx] == GRASS:
-                    y, x = y + dy, x + dx
+                    y += dy
+                    x += dx
             for row in range(5):
                 for column in range(5):
                     kind = tiles[y + row - 2, x + column - 2]
@@ -233,7 +234,8 @@ def test_memory_equals_a_naive_version():
             if t:
                 dy, dx = STEPS[ACTIONS[actions[clip, t]]]
                 if tiles[clip, t - 1, 2 + dy, 2 + dx] == GRASS:
-                    y, x = y + dy, x + dx
+                    y += dy
+                    x += dx
             for row in range(5):
                 for column in range(5):
                     place = (y + row, x + column)

@@ -130,10 +130,10 @@ def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
 ACTIONS = "stay,left,right,up,down"
 # what the page asks its worker for, in words
 LISTEN = """
-window.wanted = [];
+window.requested = [];
 const answer = ask;
 ask = (task, input) => {
-  if (task === "make") wanted.push(input.action === null ? "none" : facts.actions[input.action]);
+  if (task === "make") requested.push(input.action === null ? "none" : facts.actions[input.action]);
   return answer(task, input);
 };
 """
@@ -157,9 +157,11 @@ def page(browser, file):
 
 def test_keys_fingers_the_picture_and_a_gamepad_make_a_frame_each(page):
     def made(*expected):
-        page.wait(f"wanted.length >= {len(expected)} && !playing && world.frames > {len(expected)}")
-        assert page.ask("wanted") == list(expected)
-        page.ask("wanted = []; world.frames = 1")
+        page.wait(
+            f"requested.length >= {len(expected)} && !playing && world.frames > {len(expected)}"
+        )
+        assert page.ask("requested") == list(expected)
+        page.ask("requested = []; world.frames = 1")
 
     for key in ("ArrowLeft", "w", "3", "1"):
         press(page, key)
@@ -179,11 +181,11 @@ def test_keys_fingers_the_picture_and_a_gamepad_make_a_frame_each(page):
     page.ask("window.pad = still; ongamepadconnected(); ongamepadconnected()")
     for pad, name in (("axes: [0, -0.9]", "up"), ("buttons: cross", "left")):
         page.ask(f"window.pad = {{...still, {pad}}}")
-        page.wait(f"wanted.includes('{name}')")
+        page.wait(f"requested.includes('{name}')")
         page.ask("window.pad = still")
         page.wait("held === null && !playing")
-    assert page.ask("[...new Set(wanted)]") == ["up", "left"]  # one that stays repeats
-    page.ask("window.pad = null; wanted = []; world.frames = 1")
+    assert page.ask("[...new Set(requested)]") == ["up", "left"]  # one that stays repeats
+    page.ask("window.pad = null; requested = []; world.frames = 1")
     page.ask("$('letters').click()")
     press(page, "w")
     press(page, "n")
@@ -194,16 +196,16 @@ def test_keys_fingers_the_picture_and_a_gamepad_make_a_frame_each(page):
 def test_a_key_repeats_while_it_is_down_and_the_dream_stays(page):
     press_down = {"key": "ArrowUp", "type": "keyDown"}
     page.call("Input.dispatchKeyEvent", **press_down)
-    page.wait("wanted.length >= 3")
+    page.wait("requested.length >= 3")
     page.call("Input.dispatchKeyEvent", **press_down | {"type": "keyUp"})
     page.wait("!playing")
-    assert set(page.ask("wanted")) == {"up"}
-    page.ask("wanted = []")
+    assert set(page.ask("requested")) == {"up"}
+    page.ask("requested = []")
     press(page, " ")
-    page.wait("wanted.length >= 3")
+    page.wait("requested.length >= 3")
     press(page, "ArrowUp")
-    page.wait("wanted.includes('up')")
-    page.wait("wanted.at(-1) === 'stay'")
+    page.wait("requested.includes('up')")
+    page.wait("requested.at(-1) === 'stay'")
     assert re.fullmatch(
         r"frame \d+ · [\d.]+ frames per second · \d+ ms to draw one · \d+ ms from key to frame",
         page.ask("$('count').textContent"),
