@@ -71,7 +71,7 @@ def check_run(args):
     if rank() == 0:
         data = open_all_data(args, start, source, lengths)
         config = fit_classes(args, config, start, data.scan.classes)
-        config = fit_actions(args, config, start, (data.real or data).source)
+        config = fit_actions(args, config, start, data.files.source)
         phases = phases or [only_phase(args, start, data)]
     return args, start, vae, config, data, phases
 
@@ -98,7 +98,7 @@ def share_run(checked):
     if args.new_classes and not start.resumes:
         start.state = with_new_classes(start.state, data.scan.classes, config.num_classes)
     if args.cache_frames:
-        distributed.call_and_wait((data.real or data).source.fill)
+        distributed.call_and_wait(data.files.source.fill)
     return args, start, vae, config, data, phases
 
 

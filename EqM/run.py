@@ -156,7 +156,7 @@ def make_run_config(args, config, phase, data, vae):
     if args.frames_schedule:
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
     # Real clips may have several frame intervals; pairs have one
-    videos = (data.real or data).train[phase.num_frames]
+    videos = data.files.train[phase.num_frames]
 
     def time_scale(interval):  # median seconds between two frames of a clip
         return statistics.median_low(

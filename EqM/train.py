@@ -184,7 +184,7 @@ def main():
         args,
         name=run_name(args),
         run_config=run_config,
-        source=(data.real or data).source,
+        source=data.files.source,
         wandb=args.wandb,
         together=args.shard,
     )
@@ -204,7 +204,7 @@ def main():
         last_step=last_step,
         device=device,
     )
-    run.report_corrupt((data.real or data).scan.unreadable, progress.step)
+    run.report_corrupt(data.files.scan.unreadable, progress.step)
 
     def remove_old():
         runs.keep_last(run.folder, args.keep_last, {phase.last_step for phase in phases})

@@ -331,6 +331,11 @@ class Data:
     def scan(self):
         return self.source.scan
 
+    @property
+    def files(self):
+        """The Data of the video files: of --real-data if there is any, else this."""
+        return self.real or self
+
     def spare(self, num_frames):
         """The training videos that replace validation videos if none of those can be read."""
         shortest = min(self.train)
