@@ -1,6 +1,7 @@
 """Make long videos patch by patch, or in windows? Causal models against bidirectional ones.
 
     python scripts/studies/streaming.py --tune     all settings, with a seed that does not count
+                                                   and fewer, cheaper samples
     python scripts/studies/streaming.py            the main runs: both ways, three seeds
 
 Both ways train with the same data, seeds and compute, counted as `EqMConfig.flops` does: a causal
@@ -38,6 +39,7 @@ NUM_SPANS = 24
 SPAN = 8  # frames
 TURNS = ("Right", "Down", "Left", "Up")  # a square, so that the object stays in the frame
 EVALUATIONS = 15  # per window or temporal patch
+TUNING_EVALUATIONS = 8
 TUNING_SEED = 100
 COLUMNS = {
     "bouncing": (
@@ -91,25 +93,33 @@ class Settings:
         return [frames for frames in lengths if frames >= self.patch]
 
 
+WINDOWS = Settings(gamma_shift=3)
 STREAM = Settings(gamma_shift=6, patch=2, context=16)
-TUNED = {  # one setting at a time, of both ways
-    "windows": [
-        Settings(gamma_shift=1),
-        Settings(gamma_shift=3),
-        Settings(gamma_shift=6),
-        Settings(gamma_shift=3, patch=2),
-    ],
-    "causal": [
-        STREAM,
-        replace(STREAM, gamma_shift=1),
-        replace(STREAM, gamma_shift=3),
-        replace(STREAM, patch=1),
-        replace(STREAM, patch=4),
-        replace(STREAM, context=4),
-        replace(STREAM, context=8),
-        replace(STREAM, context_noise=0.2),
-    ],
+TUNED = {  # {data: {way: settings}}, of which each differs in one from the first
+    "bouncing": {
+        "causal": [
+            STREAM,
+            replace(STREAM, patch=4),
+            replace(STREAM, gamma_shift=3),
+            replace(STREAM, gamma_shift=1),
+            replace(STREAM, context=8),
+            replace(STREAM, context=4),
+            replace(STREAM, context_noise=0.2),
+            replace(STREAM, patch=1),
+        ],
+        "windows": [
+            WINDOWS,
+            replace(WINDOWS, gamma_shift=1),
+            replace(WINDOWS, gamma_shift=6),
+            replace(WINDOWS, patch=2),
+        ],
+    },
+    "moving": {
+        "causal": [STREAM, replace(STREAM, patch=4), replace(STREAM, gamma_shift=3)],
+        "windows": [WINDOWS, replace(WINDOWS, gamma_shift=1), replace(WINDOWS, patch=2)],
+    },
 }
+WAYS = ("causal", "windows")
 
 
 class StreamingRun(lab.Run):
@@ -146,13 +156,15 @@ def span_words(count):
 def tasks_of(args, data, settings):
     """{name: (flags of sample_gd.py, metrics)} of a model."""
     size = shapes.size_of(args)
-    make_task = partial(shapes.make_task, "euler", evaluations=EVALUATIONS)
+    evaluations = TUNING_EVALUATIONS if args.tune else EVALUATIONS
+    make_task = partial(shapes.make_task, "euler", evaluations=evaluations)
     if data == "bouncing":
         long = "" if settings.context else "--window 16 --overlap 8"
         frames = 24 if args.miniature else 256
-        return {LONG: make_task(count=size.fewer, frames=frames, more=long)}
+        count = size.fewer // 2 if args.tune else size.fewer
+        return {LONG: make_task(count=count, frames=frames, more=long)}
     tasks = {SHORT: make_task(count=size.clips)}
-    if settings.context:
+    if settings.context and not args.tune:
         words = span_words(4 if args.miniature else NUM_SPANS)
         frames = words.count("*") // 3 * SPAN
         task = make_task(
@@ -222,7 +234,7 @@ def choose(rows, data, way):
     """
     column, *_ = COLUMNS[data]
     shares = {}
-    for settings in TUNED[way]:
+    for settings in TUNED[data][way]:
         about = {"data": data, "settings": settings.name}
         values = lab.by_seed(rows, about, column)
         if not values:
@@ -234,11 +246,14 @@ def choose(rows, data, way):
 def runs_of(args):
     """All runs, those with extra seeds last."""
     if args.tune:
-        cases = itertools.product(COLUMNS, itertools.chain.from_iterable(TUNED.values()))
-        return [make_run(args, data, settings, TUNING_SEED) for data, settings in cases]
+        runs = []
+        for data, way in itertools.product(COLUMNS, WAYS):
+            for settings in TUNED[data][way]:
+                runs.append(make_run(args, data, settings, TUNING_SEED))
+        return runs
     tuning = lab.read_rows(Path(args.out, "streaming_tuning.json"))
     runs = []
-    for seed, data, way in itertools.product(args.seeds, COLUMNS, TUNED):
+    for seed, data, way in itertools.product(args.seeds, COLUMNS, WAYS):
         with wrong_input():
             settings = choose(tuning, data, way)
         runs.append(make_run(args, data, settings, seed))
@@ -250,20 +265,20 @@ def markdown(rows):
     lines = lab.heading(
         "Patch by patch, or in windows?",
         "`scripts/studies/streaming.py` wrote these tables. All models have the same compute. A "
-        f"window or a temporal patch takes {EVALUATIONS} Euler steps, with guidance "
-        f"{shapes.GUIDANCE:g}. Cells: the mean over seeds, and the range.",
+        f"window or a temporal patch takes {EVALUATIONS} Euler steps ({TUNING_EVALUATIONS} in "
+        f"tuning), with guidance {shapes.GUIDANCE:g}. Cells: the mean over seeds, and the range.",
     )
     for data, columns in COLUMNS.items():
         of_data = lab.rows_with({"data": data}, rows)
         names = dict.fromkeys(row["settings"] for row in of_data)
         arms = {name: {"settings": name} for name in names}
         lines += [f"## {data.capitalize()} shapes", "", *lab.arm_table(of_data, arms, columns)]
-        ways = {way: {"way": way} for way in TUNED}
+        ways = {way: {"way": way} for way in WAYS}
         compared = []
         for column in columns:
             values = lab.by_arm(of_data, ways, column)
             if all(len(of_way) > 1 for of_way in values.values()):
-                compared.append((values, ("causal", "windows"), column.title, 1))
+                compared.append((values, WAYS, column.title, 1))
         lines += [*lab.compare(compared), ""]
     return lines
 
