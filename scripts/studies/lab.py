@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import runpy
 import signal
 import statistics
@@ -169,6 +170,12 @@ def folder_name(parts):
     return re.sub("[ ,/]+", "-", "-".join(map(str, parts)))
 
 
+def cpu_seconds_of_children():
+    """The CPU seconds of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def run_script(path, flags, environment, log):
     """Run a script of the repository in this process, which a study forked for it."""
     distributed.die_with_parent(signal.SIGTERM)
@@ -234,12 +241,16 @@ class Run:
         return folders
 
     def values(self, task):
-        """{name: number} of all metrics of a task, and the number of evaluations."""
+        """{name: number} of all metrics of a task, the evaluations and CPU seconds of sampling."""
         samples = json.loads(self.path(task).read_text())
         values = {}
         for metric in self.tasks[task][1]:
             values |= json.loads(self.path(task, f"{metric}.json").read_text())["values"]
-        return values | {"evaluations": samples["mean_evaluations"]}
+        values["evaluations"] = samples["mean_evaluations"]
+        cost = self.path(task, "cost.json")
+        if cost.exists():
+            values |= json.loads(cost.read_text())
+        return values
 
     def row(self):
         values = {"": {"val_loss": self.validations()[-1]["val_loss"]}}
@@ -299,6 +310,18 @@ class Run:
             )
         return self.checkpoint()
 
+    def sample(self, ckpt, task):
+        """Make the samples of a task, and note the CPU seconds if it was not interrupted."""
+        folder = self.path(task).parent
+        is_new = not folder.exists()
+        flags, _ = self.tasks[task]
+        words = ["--ckpt", ckpt, "--folder", folder, "--video", "--no-previews"]
+        began = cpu_seconds_of_children()
+        self.script("EqM/sample_gd.py", *words, *flags)
+        if is_new:
+            cost = {"cpu_seconds": cpu_seconds_of_children() - began}
+            write_file(folder / "cost.json", json.dumps(cost).encode())
+
     def run(self):
         """Make the data, train, sample and score, skipping what is done. Raises UserError."""
         self.make_data()
@@ -311,11 +334,9 @@ class Run:
             lost = {"values": {"": {"val_loss": math.inf}} | dict.fromkeys(self.tasks, {})}
             add_rows(self.out, [self.about | self.more | lost], replaces=self.about)
             return
-        for task, (flags, _) in self.tasks.items():
-            folder = self.path(task).parent
+        for task in self.tasks:
             if not self.path(task).exists():
-                words = ["--ckpt", ckpt, "--folder", folder, "--video", "--no-previews"]
-                self.script("EqM/sample_gd.py", *words, *flags)
+                self.sample(ckpt, task)
         self.more["seconds"] = time.monotonic() - began  # since the last interruption
         if not self.is_scored_last:
             finish([self])

@@ -53,6 +53,7 @@ class Size:
     videos: int = 60  # per class
     clips: int = 288  # samples of a primary endpoint
     fewer: int = 96  # other samples, and real clips that they are compared with
+    few: int = 48  # long samples
     val_clips: int = 64
 
 
@@ -64,6 +65,7 @@ MINIATURE = Size(
     videos=2,
     clips=4,
     fewer=4,
+    few=4,
     val_clips=2,
 )
 
