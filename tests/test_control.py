@@ -1,10 +1,13 @@
 """The study of the cause: what was fixed before the runs, the choice by tuning, and its tables."""
 
 import itertools
+import json
+from argparse import Namespace
 
 import pytest
 
 import control
+import lab
 from runtime.cli import UserError
 from shapes import PATH_LENGTH
 from training import refused
@@ -51,15 +54,39 @@ def test_tuning_chooses_the_configuration_and_the_way_that_did_best():
     rows = tuning_rows("eqm", best=5, way="heun")
     assert control.choose(rows, "eqm") == (5, "heun")
     # Heun's method takes an odd number of evaluations
-    assert control.choose_way(rows, "eqm", 5, control.count_task(4)) in (PATH_LENGTH, "euler")
+    assert control.choose_way(rows, "eqm", 5, 4) in (PATH_LENGTH, "euler")
     with pytest.raises(UserError, match="--arms flow: its tuning is not complete"):
         control.choose(rows, "flow")
     with pytest.raises(UserError, match="--arms eqm: its tuning is not complete"):
         control.choose(rows[1:], "eqm")
+    usual = control.tuning_task(control.frames_task(16), "heun")
+    few = [row | {"values": {usual: row["values"][usual]}} for row in rows]
+    with pytest.raises(UserError, match="--arms eqm: its tuning is not complete"):
+        control.choose_way(few, "eqm", 5, 4)
     for row in rows[10:12]:  # those of the best one diverged
         row["values"] = dict.fromkeys(row["values"], {})
     number, _ = control.choose(rows, "eqm")
     assert number != 5
+
+
+def test_other_numbers_of_evaluations_are_measured_for_the_best_configuration(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "control_tuning.json"
+    path.write_text(json.dumps(tuning_rows("eqm", best=5, way="heun")))
+    asked = []
+    monkeypatch.setattr(lab, "run_study", lambda args, runs, markdown: asked.append(runs))
+    args = Namespace(out=tmp_path, miniature=False, compile=False, arms=["eqm", "flow"])
+    control.tune(args)
+    everything, best = asked
+    assert len(everything) == 2 * 8 * 2
+    assert {*everything[0].tasks} == {
+        f"{frames} frames, 15 evaluations, {way}"
+        for frames, way in itertools.product((16, 32), ("ngd", "euler", "heun"))
+    }
+    assert [(run.about["configuration"], run.about["seed"]) for run in best] == [(5, 100), (5, 101)]
+    assert "16 frames, 4 evaluations, ngd" in best[0].tasks
+    assert "16 frames, 4 evaluations, heun" not in best[0].tasks
 
 
 def test_main_runs_need_the_tuning(tmp_path, capsys):

@@ -9,7 +9,7 @@ configurations. The co-primary endpoints are fixed: clips whose direction and sh
 at 16 and at 32 frames, with 15 evaluations; told-w against eqm, and flow against eqm, by Holm over
 the four. Two arms are equal if the 95% interval lies within EQUAL points.
 
-A run takes about 5 minutes of two cores. The script writes control.md and .json in
+A run takes about 8 minutes of one core. The script writes control.md and .json in
 results/studies/objectives, with --tune control_tuning.md and .json. Models, samples and scores are
 in its folder runs (see lab.py).
 """
@@ -139,15 +139,18 @@ def make_run(args, name, number, seed, tasks, table):
     )
 
 
-def tuning_run(args, name, number, seed):
-    """The run that measures all ways to sample an arm with a configuration."""
+def tuning_run(args, name, number, seed, counts=()):
+    """The run that measures all ways to sample an arm with a configuration.
+
+    counts: other numbers of evaluations than the usual one, which are measured, too.
+    """
     clips = size_of(args).fewer
     tasks = {}
     for way in ARMS[name].ways:
         usual = partial(way_task, number, way, clips)
         for frames in PRIMARY_FRAMES:
             tasks[tuning_task(frames_task(frames), way)] = usual(frames=frames)
-        for count in COUNTS:
+        for count in counts:
             if takes(way, count):
                 tasks[tuning_task(count_task(count), way)] = usual(evaluations=count)
     return make_run(
@@ -173,9 +176,8 @@ def main_run(args, name, seed, tuning):
         "16 frames, no guidance": usual(size.fewer, guidance=1),
     }
     for count in COUNTS:
-        task = count_task(count)
-        best = choose_way(tuning, tuned_as, number=number, task=task)
-        tasks[task] = way_task(number, best, count=size.fewer, evaluations=count)
+        best = choose_way(tuning, tuned_as, number, count)
+        tasks[count_task(count)] = way_task(number, best, count=size.fewer, evaluations=count)
     return make_run(
         args,
         name,
@@ -187,7 +189,7 @@ def main_run(args, name, seed, tuning):
 
 
 def tuned_mean(rows, case, tasks):
-    """The share of right clips (%), the mean over tuning seeds and tasks; None if a run is missing.
+    """The share of right clips (%), the mean over tuning seeds and tasks; None if one is missing.
 
     case: (arm, number of the configuration, way). No clip of a model that diverged is right.
     """
@@ -195,8 +197,11 @@ def tuned_mean(rows, case, tasks):
     of_arm = lab.rows_with({"objective": name, "configuration": number}, rows)
     values = []
     for task, row in itertools.product(tasks, of_arm):
-        values.append(BOTH_RIGHT.of(tuning_task(task, way)).number(row) or 0.0)
-    return sum(values) / len(values) if len(of_arm) == len(TUNING_SEEDS) else None
+        task = tuning_task(task, way)
+        if task in row["values"]:
+            values.append(BOTH_RIGHT.of(task).number(row) or 0.0)
+    is_complete = len(values) == len(TUNING_SEEDS) * len(tasks)
+    return sum(values) / len(values) if is_complete else None
 
 
 def choose(rows, name):
@@ -207,16 +212,25 @@ def choose(rows, name):
     means = {}
     for number, way in itertools.product(range(len(CONFIGURATIONS)), ARMS[name].ways):
         means[number, way] = tuned_mean(rows, (name, number, way), PRIMARY_TASKS)
+    return best_of(means, name)
+
+
+def choose_way(rows, name, number, count):
+    """The way that did best on the tuning seeds with so many evaluations and a configuration.
+
+    Raises UserError if it was not measured.
+    """
+    means = {}
+    for way in ARMS[name].ways:
+        if takes(way, count):
+            means[way] = tuned_mean(rows, (name, number, way), [count_task(count)])
+    return best_of(means, name)
+
+
+def best_of(means, name):
     if None in means.values():
         raise UserError(f"--arms {name}: its tuning is not complete; run with --tune first")
     return max(means, key=means.get)
-
-
-def choose_way(rows, name, number, task):
-    """The way that did best on the tuning seeds in a task, with the chosen configuration."""
-    cases = [(name, number, way) for way in ARMS[name].ways]
-    *_, best = max(cases, key=lambda case: tuned_mean(rows, case, [task]))
-    return best
 
 
 def tuning_markdown(rows):
@@ -275,6 +289,25 @@ def compare(values, compared):
     return lab.compare([(values.get(task, {}), pair, task, 2) for task, pair in compared])
 
 
+def tune(args):
+    """Measure all configurations; then, of the best one, the ways for other numbers of
+    evaluations.
+    """
+    names = [name for name in TUNED if name in args.arms]
+    runs = []
+    for number, seed, name in itertools.product(range(8), TUNING_SEEDS, names):
+        runs.append(tuning_run(args, name, number, seed))
+    lab.run_study(args, runs, tuning_markdown)
+    rows = runs[0].rows()
+    runs = []
+    for name, seed in itertools.product(names, TUNING_SEEDS):
+        if best := best_so_far(rows, name):
+            number, _ = best
+            runs.append(tuning_run(args, name, number, seed, COUNTS))
+    if runs:
+        lab.run_study(args, runs, tuning_markdown)
+
+
 def parse_args():
     parser = lab.study_parser(__doc__, "objectives", seeds=[*range(16)], tunes=True, arms=ARMS)
     return parser.parse_args()
@@ -283,26 +316,17 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    runs = []
     if args.tune:
-        for number, seed, name in itertools.product(range(8), TUNING_SEEDS, TUNED):
-            if name in args.arms:
-                runs.append(
-                    tuning_run(
-                        args,
-                        name,
-                        number=number,
-                        seed=seed,
-                    )
-                )
-    else:
-        tuning = lab.read_rows(Path(args.out, "control_tuning.json"))
-        for seed, name in itertools.product(args.seeds, args.arms):
-            if seed < ARMS[name].seeds:
-                with wrong_input():
-                    run = main_run(args, name, seed=seed, tuning=tuning)
-                runs.append(run)
-    lab.run_study(args, runs, tuning_markdown if args.tune else markdown)
+        tune(args)
+        return
+    tuning = lab.read_rows(Path(args.out, "control_tuning.json"))
+    runs = []
+    for seed, name in itertools.product(args.seeds, args.arms):
+        if seed < ARMS[name].seeds:
+            with wrong_input():
+                run = main_run(args, name, seed=seed, tuning=tuning)
+            runs.append(run)
+    lab.run_study(args, runs, markdown)
 
 
 if __name__ == "__main__":

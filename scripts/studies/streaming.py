@@ -180,7 +180,7 @@ def tasks_of(args, data, settings):
 
 
 def plan(size, compute, settings):
-    """What `shapes.plan` returns. compute: relative to that of a bidirectional model in the recipe."""
+    """What `shapes.plan` returns. compute: relative to a bidirectional model of the recipe."""
     usual = shapes.config_of(size)
     config = replace(
         usual,
