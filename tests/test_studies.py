@@ -470,7 +470,7 @@ def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeyp
         assert {(row["data"], row["way"], row["seed"]) for row in rows} == {
             *itertools.product(few, streaming.WAYS, [seed])
         }
-        assert "| causal, patch 2, shift 6, context 16 | " in (tmp_path / f"{name}.md").read_text()
+        assert "| causal, patch 4, shift 3, context 16" in (tmp_path / f"{name}.md").read_text()
     (streamed,) = lab.rows_with({"data": "moving", "way": "causal"}, rows)  # of the main runs
     assert 0 <= streamed["values"][streaming.SPANS]["spans_right"] <= 1
 
@@ -483,7 +483,7 @@ def test_all_settings_of_streaming_have_equal_compute(data):
     compute = streaming.COMPUTE[data]
     expected = compute * size.steps * clips * usual.training_flops(16)
     for settings in itertools.chain(*streaming.TUNED[data].values()):
-        _, flops = streaming.plan(size, compute, settings)
+        _, flops = streaming.plan(size, data, compute, settings)
         assert flops == pytest.approx(expected, rel=0.002)
 
 

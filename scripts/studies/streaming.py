@@ -7,7 +7,7 @@
 Both ways train with the same data, seeds and compute, counted as `EqMConfig.flops` does: a causal
 model passes each clip twice, so it takes fewer steps. Bidirectional models train on clips of which
 three of four are forced, and continue windows of 16 frames by 8; causal ones stream. Of each way,
-the settings count that did best in tuning. The endpoints are fixed:
+the settings and the guidance count that did best in tuning. The endpoints are fixed:
 
 - bouncing shapes, 256 frames: videos that turn at the borders only, and show one object to the end;
   CPU seconds per frame,
@@ -41,6 +41,7 @@ SPAN = 8  # frames
 TURNS = ("Right", "Down", "Left", "Up")  # a square, so that the object stays in the frame
 EVALUATIONS = 15  # per window or temporal patch
 TUNING_EVALUATIONS = 8
+GUIDANCES = (1, shapes.GUIDANCE)  # of which tuning chooses
 TUNING_SEED = 100
 FRAMES_OF_ALL = 256 * shapes.FULL.few  # of LONG
 COLUMNS = {
@@ -57,6 +58,10 @@ COLUMNS = {
     ),
 }
 COMPUTE = {"bouncing": 1.6, "moving": 1}  # relative to the recipe of study.py; in tuning, 1
+PHASES = {  # (num_frames, share of the compute)
+    "bouncing": ((8, 1 / 3), (16, 2 / 3)),
+    "moving": shapes.CURRICULUM,
+}
 MADE = {  # flags of make_moving_shapes.py
     "bouncing": ("--bounce", "--seconds", 16),
     "moving": ("--seconds", 1.4),
@@ -92,23 +97,19 @@ class Settings:
             return f"{flags} --forcing 0.75"
         return f"{flags} --causal --context {self.context} --context-noise {self.context_noise:g}"
 
-    def frames(self):
-        """The lengths of training clips, of equal compute each."""
-        lengths = (2, 4, 8, 16) if self.context else (8, 16)
-        return [frames for frames in lengths if frames >= self.patch]
-
 
 WINDOWS = Settings(gamma_shift=3)
-STREAM = Settings(gamma_shift=6, patch=2, context=16)
+STREAM = Settings(gamma_shift=3, context=16)
 TUNED = {  # {data: {way: settings}}, of which each differs in one from the first
     "bouncing": {
         "causal": [
             STREAM,
-            replace(STREAM, patch=4),
-            replace(STREAM, gamma_shift=3),
+            replace(STREAM, gamma_shift=6),
+            replace(STREAM, gamma_shift=1),
+            replace(STREAM, context_noise=0.2),
             replace(STREAM, context=8),
             replace(STREAM, context=4),
-            replace(STREAM, context_noise=0.2),
+            replace(STREAM, patch=2),
             replace(STREAM, patch=1),
         ],
         "windows": [
@@ -118,8 +119,8 @@ TUNED = {  # {data: {way: settings}}, of which each differs in one from the firs
         ],
     },
     "moving": {
-        "causal": [STREAM, replace(STREAM, patch=4), replace(STREAM, gamma_shift=3)],
-        "windows": [WINDOWS, replace(WINDOWS, gamma_shift=1), replace(WINDOWS, gamma_shift=6)],
+        "causal": [STREAM, replace(STREAM, gamma_shift=6), replace(STREAM, gamma_shift=1)],
+        "windows": [WINDOWS, replace(WINDOWS, gamma_shift=6), replace(WINDOWS, gamma_shift=1)],
     },
 }
 WAYS = ("causal", "windows")
@@ -156,17 +157,30 @@ def span_words(count):
     return " ".join(words)
 
 
-def tasks_of(args, data, settings):
+def with_guidance(text, guidance):
+    return f"{text}, guidance {guidance:g}"
+
+
+def tuning_tasks(args, data, settings):
+    """{name: (flags of sample_gd.py, metrics)} of a model, with each guidance."""
+    tasks = {}
+    for guidance in GUIDANCES:
+        usual = main_tasks(args, data, settings, guidance, TUNING_EVALUATIONS)
+        name, *_ = usual  # that of the first column
+        tasks[with_guidance(name, guidance)] = usual[name]
+    return tasks
+
+
+def main_tasks(args, data, settings, guidance, evaluations=EVALUATIONS):
     """{name: (flags of sample_gd.py, metrics)} of a model."""
     size = shapes.size_of(args)
-    evaluations = TUNING_EVALUATIONS if args.tune else EVALUATIONS
-    make_task = partial(shapes.make_task, "euler", evaluations=evaluations)
+    make_task = partial(shapes.make_task, "euler", evaluations=evaluations, guidance=guidance)
     if data == "bouncing":
         long = "" if settings.context else "--window 16 --overlap 8"
         frames = 24 if args.miniature else 256
         return {LONG: make_task(count=size.few, frames=frames, more=long)}
     tasks = {SHORT: make_task(count=size.clips)}
-    if settings.context and not args.tune:
+    if settings.context:
         words = span_words(4 if args.miniature else NUM_SPANS)
         frames = words.count("*") // 3 * SPAN
         task = make_task(
@@ -179,7 +193,7 @@ def tasks_of(args, data, settings):
     return tasks
 
 
-def plan(size, compute, settings):
+def plan(size, data, compute, settings):
     """What `shapes.plan` returns. compute: relative to a bidirectional model of the recipe."""
     usual = shapes.config_of(size)
     config = replace(
@@ -189,21 +203,49 @@ def plan(size, compute, settings):
         causal=bool(settings.context),
         context=settings.context or None,
     )
-    last = settings.frames()[-1]
+    last, _ = PHASES[data][-1]
 
     def flops_per_step(config):
         clips = shapes.TOKENS // math.prod(config.grid(last))
         return clips * config.training_flops(last)
 
     steps = compute * size.steps * flops_per_step(usual) / flops_per_step(config)
-    shares = [(frames, 1 / len(settings.frames())) for frames in settings.frames()]
-    return shapes.plan(config, shares, mix=0, steps=round(steps))
+    return shapes.plan(config, PHASES[data], mix=0, steps=round(steps))
 
 
-def make_run(args, data, settings, seed):
-    """The lab.Run of a model of bouncing or of moving shapes."""
+def tuning_run(args, data, settings):
+    tasks = tuning_tasks(args, data, settings)
+    return make_run(
+        args,
+        data,
+        settings,
+        name=settings.name,
+        seed=TUNING_SEED,
+        compute=1,
+        tasks=tasks,
+        table="streaming_tuning",
+    )
+
+
+def main_run(args, data, way, seed, tuning):
+    """The run of a way with what tuning chose. tuning: the rows of the tuning runs."""
+    settings, guidance = choose(tuning, data, way)
+    return make_run(
+        args,
+        data,
+        settings,
+        name=with_guidance(settings.name, guidance),
+        seed=seed,
+        compute=COMPUTE[data],
+        tasks=main_tasks(args, data, settings, guidance),
+        table="streaming",
+    )
+
+
+def make_run(args, data, settings, name, seed, compute, tasks, table):
+    """The lab.Run of a model of bouncing or of moving shapes. name: that of its settings in rows."""
     size = shapes.size_of(args)
-    phases, flops = plan(size, 1 if args.tune else COMPUTE[data], settings)
+    phases, flops = plan(size, data, compute, settings)
     _, last_step, _ = phases[-1]
     folder = Path(args.out, f"runs/{data}-shapes")
     made = MADE[data]
@@ -212,36 +254,32 @@ def make_run(args, data, settings, seed):
     flags = f"{shapes.MOVING}{shapes.INTERVALS} {settings.training_flags()}"
     training = shapes.train_words(size, seed, shapes.phase_flags(phases, mix=0), flags)
     common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
-    tasks = {}
-    for name, (words, metrics) in tasks_of(args, data, settings).items():
-        tasks[name] = (words + common, metrics)
-    table = "streaming_tuning" if args.tune else "streaming"
     return StreamingRun(
         out=Path(args.out, f"{table}.json"),
-        about={"data": data, "settings": settings.name, "way": settings.way, "seed": seed}
+        about={"data": data, "settings": name, "way": settings.way, "seed": seed}
         | ({"size": "miniature"} if args.miniature else {}),
         data=videos,
         training=[*training, "--data-path", folder],
         last_step=last_step,
-        tasks=tasks,
+        tasks={task: (words + common, metrics) for task, (words, metrics) in tasks.items()},
         metrics={"motion": ["--data-path", test, "--split", "all", "--num-real", size.fewer]},
         more={"flops": flops},
     )
 
 
 def choose(rows, data, way):
-    """The Settings of a way that did best in tuning, by the first column of the data.
+    """(Settings, guidance) of a way that did best in tuning, by the first column of the data.
 
     Raises UserError if runs are missing.
     """
     column, *_ = COLUMNS[data]
     shares = {}
-    for settings in TUNED[data][way]:
+    for settings, guidance in itertools.product(TUNED[data][way], GUIDANCES):
         about = {"data": data, "settings": settings.name}
-        values = lab.by_seed(rows, about, column)
+        values = lab.by_seed(rows, about, column.of(with_guidance(column.task, guidance)))
         if not values:
             raise UserError(f"{data}, {settings.name}: not tuned yet; run with --tune first")
-        shares[settings] = values[TUNING_SEED]
+        shares[settings, guidance] = values[TUNING_SEED]
     return max(shares, key=shares.get)
 
 
@@ -251,30 +289,50 @@ def runs_of(args):
         runs = []
         for data, way in itertools.product(COLUMNS, WAYS):
             for settings in TUNED[data][way]:
-                runs.append(make_run(args, data, settings, TUNING_SEED))
+                runs.append(tuning_run(args, data, settings))
         return runs
     tuning = lab.read_rows(Path(args.out, "streaming_tuning.json"))
     runs = []
     for seed, data, way in itertools.product(args.seeds, COLUMNS, WAYS):
         with wrong_input():
-            settings = choose(tuning, data, way)
-        runs.append(make_run(args, data, settings, seed))
+            runs.append(main_run(args, data, way, seed, tuning))
     return runs
+
+
+def tuning_markdown(rows):
+    lines = lab.heading(
+        "Patch by patch, or in windows: tuning",
+        "`scripts/studies/streaming.py --tune` wrote these tables: one seed, "
+        f"{TUNING_EVALUATIONS} Euler steps per window or temporal patch.",
+    )
+    for data, columns in COLUMNS.items():
+        tuned = []
+        for guidance, column in itertools.product(GUIDANCES, columns):
+            title = with_guidance(column.title, guidance)
+            column = replace(column, title=title, task=with_guidance(column.task, guidance))
+            if any(column.number(row) is not None for row in rows):
+                tuned.append(column)
+        lines += [f"## {data.capitalize()} shapes", "", *settings_table(rows, data, tuned)]
+    return lines
+
+
+def settings_table(rows, data, columns):
+    of_data = lab.rows_with({"data": data}, rows)
+    names = dict.fromkeys(row["settings"] for row in of_data)
+    return lab.arm_table(of_data, {name: {"settings": name} for name in names}, columns)
 
 
 def markdown(rows):
     """Lines of both tables."""
     lines = lab.heading(
         "Patch by patch, or in windows?",
-        "`scripts/studies/streaming.py` wrote these tables. All models have the same compute. A "
-        f"window or a temporal patch takes {EVALUATIONS} Euler steps ({TUNING_EVALUATIONS} in "
-        f"tuning), with guidance {shapes.GUIDANCE:g}. Cells: the mean over seeds, and the range.",
+        "`scripts/studies/streaming.py` wrote these tables. All models of a table have the same "
+        f"compute. A window or a temporal patch takes {EVALUATIONS} Euler steps. Cells: the mean "
+        "over seeds, and the range.",
     )
     for data, columns in COLUMNS.items():
         of_data = lab.rows_with({"data": data}, rows)
-        names = dict.fromkeys(row["settings"] for row in of_data)
-        arms = {name: {"settings": name} for name in names}
-        lines += [f"## {data.capitalize()} shapes", "", *lab.arm_table(of_data, arms, columns)]
+        lines += [f"## {data.capitalize()} shapes", "", *settings_table(rows, data, columns)]
         ways = {way: {"way": way} for way in WAYS}
         compared = []
         for column in columns:
@@ -293,7 +351,7 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    lab.run_study(args, runs_of(args), markdown)
+    lab.run_study(args, runs_of(args), tuning_markdown if args.tune else markdown)
 
 
 if __name__ == "__main__":
