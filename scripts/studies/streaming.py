@@ -243,7 +243,7 @@ def main_run(args, data, way, seed, tuning):
 
 
 def make_run(args, data, settings, name, seed, compute, tasks, table):
-    """The lab.Run of a model of bouncing or of moving shapes. name: that of its settings in rows."""
+    """The lab.Run of a model of bouncing or of moving shapes. name: of its settings, in rows."""
     size = shapes.size_of(args)
     phases, flops = plan(size, data, compute, settings)
     _, last_step, _ = phases[-1]
