@@ -7,7 +7,8 @@
 Both ways train with the same data, seeds and compute, counted as `EqMConfig.flops` does: a causal
 model passes each clip twice, so it takes fewer steps. Bidirectional models train on clips of which
 three of four are forced, and continue windows of 16 frames by 8; causal ones stream. Of each way,
-the settings and the guidance count that did best in tuning. The endpoints are fixed:
+the settings and the guidance count that did best in tuning, by turns of bouncing shapes. The
+endpoints are fixed:
 
 - bouncing shapes, 256 frames: videos that turn at the borders only, and show one object to the end;
   CPU seconds per frame,
@@ -58,10 +59,7 @@ COLUMNS = {
     ),
 }
 COMPUTE = {"bouncing": 1.6, "moving": 1}  # relative to the recipe of study.py; in tuning, 1
-PHASES = {  # (num_frames, share of the compute)
-    "bouncing": ((8, 1 / 3), (16, 2 / 3)),
-    "moving": shapes.CURRICULUM,
-}
+FORCED = ((8, 1 / 3), (16, 2 / 3))  # (num_frames, share of the compute), of bouncing shapes
 MADE = {  # flags of make_moving_shapes.py
     "bouncing": ("--bounce", "--seconds", 16),
     "moving": ("--seconds", 1.4),
@@ -76,6 +74,7 @@ class Settings:
     patch: int = 4  # frames
     context: int = 0
     context_noise: float = 0
+    mix: float = 0  # --mix of train.py
 
     @property
     def way(self):
@@ -89,7 +88,16 @@ class Settings:
             text += f", context {self.context}"
         if self.context_noise:
             text += f", context noise {self.context_noise:g}"
+        if self.mix:
+            text += f", mix {self.mix:g}"
         return text
+
+    def phases(self, data):
+        """(num_frames, share of the compute) of each phase.
+
+        Causal models need short clips, too, to learn how a video begins.
+        """
+        return FORCED if data == "bouncing" and not self.context else shapes.CURRICULUM
 
     def training_flags(self):
         flags = f"--gamma-shift {self.gamma_shift:g} --temporal-patch-size {self.patch}"
@@ -100,30 +108,24 @@ class Settings:
 
 WINDOWS = Settings(gamma_shift=3)
 STREAM = Settings(gamma_shift=3, context=16)
-TUNED = {  # {data: {way: settings}}, of which each differs in one from the first
-    "bouncing": {
-        "causal": [
-            STREAM,
-            replace(STREAM, gamma_shift=6),
-            replace(STREAM, gamma_shift=1),
-            replace(STREAM, context_noise=0.2),
-            replace(STREAM, context=8),
-            replace(STREAM, context=4),
-            replace(STREAM, patch=2),
-            replace(STREAM, patch=1),
-        ],
-        "windows": [
-            WINDOWS,
-            replace(WINDOWS, gamma_shift=1),
-            replace(WINDOWS, gamma_shift=6),
-        ],
-    },
-    "moving": {
-        "causal": [STREAM, replace(STREAM, gamma_shift=6), replace(STREAM, gamma_shift=1)],
-        "windows": [WINDOWS, replace(WINDOWS, gamma_shift=6), replace(WINDOWS, gamma_shift=1)],
-    },
+TUNED = {  # each differs in one setting from the first
+    "causal": [
+        STREAM,
+        replace(STREAM, gamma_shift=6),
+        replace(STREAM, gamma_shift=1),
+        replace(STREAM, context=8),
+        replace(STREAM, context=4),
+        replace(STREAM, context_noise=0.2),
+        replace(STREAM, mix=0.3),
+        replace(STREAM, patch=2),
+        replace(STREAM, patch=1),
+    ],
+    "windows": [
+        WINDOWS,
+        replace(WINDOWS, gamma_shift=6),
+        replace(WINDOWS, gamma_shift=1),
+    ],
 }
-WAYS = ("causal", "windows")
 
 
 class StreamingRun(lab.Run):
@@ -161,13 +163,12 @@ def with_guidance(text, guidance):
     return f"{text}, guidance {guidance:g}"
 
 
-def tuning_tasks(args, data, settings):
+def tuning_tasks(args, settings):
     """{name: (flags of sample_gd.py, metrics)} of a model, with each guidance."""
     tasks = {}
     for guidance in GUIDANCES:
-        usual = main_tasks(args, data, settings, guidance, TUNING_EVALUATIONS)
-        name, *_ = usual  # that of the first column
-        tasks[with_guidance(name, guidance)] = usual[name]
+        usual = main_tasks(args, "bouncing", settings, guidance, TUNING_EVALUATIONS)
+        tasks[with_guidance(LONG, guidance)] = usual[LONG]
     return tasks
 
 
@@ -203,21 +204,22 @@ def plan(size, data, compute, settings):
         causal=bool(settings.context),
         context=settings.context or None,
     )
-    last, _ = PHASES[data][-1]
+    shares = settings.phases(data)
+    last, _ = shares[-1]
 
     def flops_per_step(config):
         clips = shapes.TOKENS // math.prod(config.grid(last))
         return clips * config.training_flops(last)
 
     steps = compute * size.steps * flops_per_step(usual) / flops_per_step(config)
-    return shapes.plan(config, PHASES[data], mix=0, steps=round(steps))
+    return shapes.plan(config, shares, mix=settings.mix, steps=round(steps))
 
 
-def tuning_run(args, data, settings):
-    tasks = tuning_tasks(args, data, settings)
+def tuning_run(args, settings):
+    tasks = tuning_tasks(args, settings)
     return make_run(
         args,
-        data,
+        "bouncing",
         settings,
         name=settings.name,
         seed=TUNING_SEED,
@@ -229,7 +231,7 @@ def tuning_run(args, data, settings):
 
 def main_run(args, data, way, seed, tuning):
     """The run of a way with what tuning chose. tuning: the rows of the tuning runs."""
-    settings, guidance = choose(tuning, data, way)
+    settings, guidance = choose(tuning, way)
     return make_run(
         args,
         data,
@@ -252,7 +254,7 @@ def make_run(args, data, settings, name, seed, compute, tasks, table):
     videos = lab.data_sets(folder, size.videos, max(2, size.clips // 12), flags=made)
     _, test = videos
     flags = f"{shapes.MOVING}{shapes.INTERVALS} {settings.training_flags()}"
-    training = shapes.train_words(size, seed, shapes.phase_flags(phases, mix=0), flags)
+    training = shapes.train_words(size, seed, shapes.phase_flags(phases, settings.mix), flags)
     common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
     return StreamingRun(
         out=Path(args.out, f"{table}.json"),
@@ -267,18 +269,18 @@ def make_run(args, data, settings, name, seed, compute, tasks, table):
     )
 
 
-def choose(rows, data, way):
-    """(Settings, guidance) of a way that did best in tuning, by the first column of the data.
+def choose(rows, way):
+    """(Settings, guidance) of a way that did best in tuning, by the first column.
 
     Raises UserError if runs are missing.
     """
-    column, *_ = COLUMNS[data]
+    column, *_ = COLUMNS["bouncing"]
     shares = {}
-    for settings, guidance in itertools.product(TUNED[data][way], GUIDANCES):
-        about = {"data": data, "settings": settings.name}
-        values = lab.by_seed(rows, about, column.of(with_guidance(column.task, guidance)))
+    for settings, guidance in itertools.product(TUNED[way], GUIDANCES):
+        about = {"settings": settings.name}
+        values = lab.by_seed(rows, about, column.of(with_guidance(LONG, guidance)))
         if not values:
-            raise UserError(f"{data}, {settings.name}: not tuned yet; run with --tune first")
+            raise UserError(f"{settings.name}: not tuned yet; run with --tune first")
         shares[settings, guidance] = values[TUNING_SEED]
     return max(shares, key=shares.get)
 
@@ -286,14 +288,10 @@ def choose(rows, data, way):
 def runs_of(args):
     """All runs, those with extra seeds last."""
     if args.tune:
-        runs = []
-        for data, way in itertools.product(COLUMNS, WAYS):
-            for settings in TUNED[data][way]:
-                runs.append(tuning_run(args, data, settings))
-        return runs
+        return [tuning_run(args, settings) for settings in itertools.chain(*TUNED.values())]
     tuning = lab.read_rows(Path(args.out, "streaming_tuning.json"))
     runs = []
-    for seed, data, way in itertools.product(args.seeds, COLUMNS, WAYS):
+    for seed, data, way in itertools.product(args.seeds, COLUMNS, TUNED):
         with wrong_input():
             runs.append(main_run(args, data, way, seed, tuning))
     return runs
@@ -302,24 +300,19 @@ def runs_of(args):
 def tuning_markdown(rows):
     lines = lab.heading(
         "Patch by patch, or in windows: tuning",
-        "`scripts/studies/streaming.py --tune` wrote these tables: one seed, "
+        "`scripts/studies/streaming.py --tune` wrote this table: bouncing shapes, one seed, "
         f"{TUNING_EVALUATIONS} Euler steps per window or temporal patch.",
     )
-    for data, columns in COLUMNS.items():
-        tuned = []
-        for guidance, column in itertools.product(GUIDANCES, columns):
-            title = with_guidance(column.title, guidance)
-            column = replace(column, title=title, task=with_guidance(column.task, guidance))
-            if any(column.number(row) is not None for row in rows):
-                tuned.append(column)
-        lines += [f"## {data.capitalize()} shapes", "", *settings_table(rows, data, tuned)]
-    return lines
+    columns = []
+    for guidance, column in itertools.product(GUIDANCES, COLUMNS["bouncing"]):
+        title = with_guidance(column.title, guidance)
+        columns.append(replace(column, title=title, task=with_guidance(LONG, guidance)))
+    return lines + settings_table(rows, columns)
 
 
-def settings_table(rows, data, columns):
-    of_data = lab.rows_with({"data": data}, rows)
-    names = dict.fromkeys(row["settings"] for row in of_data)
-    return lab.arm_table(of_data, {name: {"settings": name} for name in names}, columns)
+def settings_table(rows, columns):
+    names = dict.fromkeys(row["settings"] for row in rows)
+    return lab.arm_table(rows, {name: {"settings": name} for name in names}, columns)
 
 
 def markdown(rows):
@@ -332,13 +325,13 @@ def markdown(rows):
     )
     for data, columns in COLUMNS.items():
         of_data = lab.rows_with({"data": data}, rows)
-        lines += [f"## {data.capitalize()} shapes", "", *settings_table(rows, data, columns)]
-        ways = {way: {"way": way} for way in WAYS}
+        lines += [f"## {data.capitalize()} shapes", "", *settings_table(of_data, columns)]
+        ways = {way: {"way": way} for way in TUNED}
         compared = []
         for column in columns:
             values = lab.by_arm(of_data, ways, column)
             if all(len(of_way) > 1 for of_way in values.values()):
-                compared.append((values, WAYS, column.title, column.digits))
+                compared.append((values, (*TUNED,), column.title, column.digits))
         lines += [*lab.compare(compared), ""]
     return lines
 
