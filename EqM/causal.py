@@ -1,4 +1,4 @@
-"""Causal attention over temporal patches: a mask for training, a cache for sampling.
+"""Causal attention over temporal patches: masks for training, a cache for sampling.
 
 In training, the tokens of a clip are [clean | noisy], with the same positions. Clean patch t sees
 the clean patches up to t. Noisy patch t sees the clean patches before t, and itself. So each noisy
@@ -10,55 +10,65 @@ evaluated alone. Rotary positions depend only on distances, so time may be count
 kept patch. As that one changes, keys are kept unrotated.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+# of a Part, if patches are smaller: fewer at a time are slower, more compute more hidden pairs
+LEAST_TOKENS = 128
 
-def visible_patches(num_patches, context, device=None):
-    """(clean, noisy): which clean patch each clean and each noisy patch sees, both bool
-    (num_patches, num_patches), a row per patch that sees.
 
-    context: the number of earlier patches that a patch sees.
-    """
-    patch = torch.arange(num_patches, device=device)
-    age = patch[:, None] - patch  # of the seen patch
-    return (age >= 0) & (age <= context), (age > 0) & (age <= context)
+class Part(NamedTuple):
+    """Neighboring patches in one half of [clean | noisy], and what they see together."""
+
+    tokens: slice
+    seen: list  # slices of tokens
+    mask: torch.Tensor | None  # bool (tokens, seen tokens); None: all see all
+
+    def seen_of(self, tokens):
+        """The seen ones of tokens (B, h, 2 N, d)."""
+        parts = [tokens[:, :, seen] for seen in self.seen]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class Masks(NamedTuple):
-    """Which tokens of [clean | noisy] see each other; N in each half."""
+    """Which tokens of [clean | noisy] see each other."""
 
-    clean: torch.Tensor  # (N, N) bool: of the clean half, which sees no noisy token
-    noisy: torch.Tensor  # (N, 2 N) bool: of the noisy half
-    blocks: BlockMask | None  # both, (2 N, 2 N), for FlexAttention
+    parts: list  # Parts, which leave out most pairs of tokens that do not see each other
+    blocks: BlockMask | None  # for FlexAttention
 
 
 def attention_masks(num_patches, tokens, context, device=None, for_flex=False):
     """The Masks of a clip. tokens: of a patch; for_flex: also for FlexAttention."""
-    clean, noisy = visible_patches(num_patches, context, device)
-    itself = torch.eye(num_patches, dtype=torch.bool, device=device)
-    clean, noisy = (
-        mask.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1)
-        for mask in (clean, torch.cat([noisy, itself], dim=1))
-    )
+    sees = mask_function(num_patches, tokens, context)
+    N = num_patches * tokens
+    number = torch.arange(2 * N, device=device)
+    step = tokens * math.ceil(LEAST_TOKENS / tokens)
+    parts = []
+    for half, first in itertools.product((0, N), range(0, N, step)):
+        last = min(first + step, N)
+        here = slice(half + first, half + last)
+        oldest = max(0, first - context * tokens)
+        seen = [slice(oldest, last)]
+        if half:  # a noisy patch does not see itself among the clean ones
+            seen = [slice(oldest, last - tokens), here]
+        seen = [part for part in seen if part.start < part.stop]
+        mask = None
+        if last - first > tokens:
+            mask = sees(0, 0, number[here, None], torch.cat([number[part] for part in seen]))
+        parts.append(Part(here, seen, mask))
     blocks = None
     if for_flex:
-        blocks = create_block_mask(
-            mask_function(num_patches, tokens, context),
-            B=None,
-            H=None,
-            Q_LEN=2 * len(clean),
-            KV_LEN=2 * len(clean),
-            device=device,
-        )
-    return Masks(clean, noisy, blocks)
+        blocks = create_block_mask(sees, B=None, H=None, Q_LEN=2 * N, KV_LEN=2 * N, device=device)
+    return Masks(parts, blocks)
 
 
 def mask_function(num_patches, tokens, context):
-    """The mask_mod of FlexAttention for [clean | noisy]: whether a token sees another, by their
-    numbers.
+    """Whether a token of [clean | noisy] sees another, by their numbers: a mask_mod of
+    FlexAttention.
     """
     N = num_patches * tokens
 
@@ -73,8 +83,8 @@ def mask_function(num_patches, tokens, context):
 
 def count_pairs(num_patches, context):
     """The number of pairs of patches that see each other in [clean | noisy]."""
-    clean, noisy = visible_patches(num_patches, context)
-    return int(clean.sum() + noisy.sum()) + num_patches
+    patch = torch.arange(2 * num_patches)
+    return int(mask_function(num_patches, 1, context)(0, 0, patch[:, None], patch).sum())
 
 
 class Cache:

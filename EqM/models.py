@@ -455,10 +455,12 @@ class Attention(nn.Module):
         elif masks.blocks is not None and torch.compiler.is_compiling():
             x = flex_attention(q, k, v, block_mask=masks.blocks)
         else:
-            N = N // 2
-            clean = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N], masks.clean)
-            noisy = attend(q[:, :, N:], k, v, masks.noisy)
-            x = torch.cat([clean, noisy], dim=2)
+            parts = []
+            for part in masks.parts:
+                seen_k = part.seen_of(k)
+                seen_v = part.seen_of(v)
+                parts.append(attend(q[:, :, part.tokens], seen_k, seen_v, part.mask))
+            x = torch.cat(parts, dim=2)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
@@ -672,7 +674,6 @@ class EqM(nn.Module):
                     (tokens, (0, 1)),
                     (condition, levels),
                     *((angles, (0, 2)) for angles in rotary or ()),
-                    *((mask, (0, 1)) for mask in (masks or ())[:2]),
                 )
                 for part, axes in sizes:
                     torch._dynamo.maybe_mark_dynamic(part, axes)

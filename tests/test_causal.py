@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import causal
 import sample_gd
 import train
-from causal import Cache, attention_masks, count_pairs, mask_function, visible_patches
+from causal import Cache, attention_masks, count_pairs, mask_function
 from generation import Stream
 from models import EqM, EqMConfig, attend
 from plans import Plan, sampling_settings
@@ -56,18 +57,31 @@ def cache_of(config):
 
 
 @pytest.mark.parametrize("context", [1, 2, 9])
-def test_a_patch_sees_the_clean_patches_before_it_and_itself(context):
-    clean, noisy = visible_patches(5, context)
-    for patch in range(5):
-        for seen in range(5):
-            is_near = patch - seen <= context
-            assert clean[patch, seen] == (seen <= patch and is_near)
-            assert noisy[patch, seen] == (seen < patch and is_near)
-    clean, noisy, _ = attention_masks(5, 3, context)
-    assert clean.sum() + noisy.sum() == count_pairs(5, context) * 3**2
+@pytest.mark.parametrize("together", [1, 4, 9])
+def test_a_patch_sees_the_clean_patches_before_it_and_itself(context, together, monkeypatch):
+    """Whether it attends by FlexAttention, or in parts of some patches."""
     token = torch.arange(30)
     of_flex = mask_function(5, 3, context)(0, 0, token[:, None], token)
-    assert torch.equal(of_flex, torch.cat([torch.cat([clean, clean & False], dim=1), noisy]))
+    for patch, seen in itertools.product(range(5), range(5)):
+        is_near = patch - seen <= context
+        of_clean = of_flex[3 * patch : 3 * patch + 3]
+        of_noisy = of_flex[15 + 3 * patch : 18 + 3 * patch]
+        assert (of_clean[:, 3 * seen : 3 * seen + 3] == (seen <= patch and is_near)).all()
+        assert not of_clean[:, 15:].any()
+        assert (of_noisy[:, 3 * seen : 3 * seen + 3] == (seen < patch and is_near)).all()
+        assert (of_noisy[:, 15 + 3 * seen : 18 + 3 * seen] == (seen == patch)).all()
+    assert of_flex.sum() == count_pairs(5, context) * 3**2
+    monkeypatch.setattr(causal, "LEAST_TOKENS", 3 * together)
+    parts, _ = attention_masks(5, 3, context)
+    assert len(parts) == 2 * math.ceil(5 / together)
+    in_parts = torch.zeros(30, 30, dtype=torch.bool)
+    for part in parts:
+        columns = torch.cat([token[seen] for seen in part.seen])
+        mask = torch.ones(1, 1) if part.mask is None else part.mask
+        in_parts[token[part.tokens, None], columns] = mask.bool()
+    assert torch.equal(in_parts, of_flex)
+    if together == 1:
+        assert all(part.mask is None for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +94,8 @@ def test_every_kind_of_attention_follows_the_mask(dtype, training):
         torch.randn(shape, generator=generator).to(getattr(torch, dtype)).requires_grad_(training)
         for _ in range(3)
     )
-    mask = attention_masks(6, 2, context=2).clean
+    token = torch.arange(12)
+    mask = mask_function(6, 2, context=2)(0, 0, token[:, None], token)
     with torch.set_grad_enabled(training):
         got = attend(q, k, v, mask)
     for token in range(12):
@@ -168,7 +183,8 @@ def test_a_patch_with_a_cache_equals_a_pass_over_all_frames(num_patches, changes
 
 
 @pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
-def test_flops_equal_the_count_of_torch_without_the_pairs_that_the_mask_hides(changes):
+def test_flops_equal_the_count_of_torch(changes, monkeypatch):
+    monkeypatch.setattr(causal, "LEAST_TOKENS", 1)  # no Part has pairs that the mask hides
     model = network(**changes)
     config = model.config
     x = clip(9, config, batch=2)
@@ -177,14 +193,9 @@ def test_flops_equal_the_count_of_torch_without_the_pairs_that_the_mask_hides(ch
     for kind, error in ((None, 0.02), ("selective", 0.02), ("full", 0.1)):
         model.grad_checkpoint = kind
         counted = counted_flops(lambda: model(x, y, clean=x, **told))
-        tokens = 5 * 4
-        hidden = 3 * tokens**2 - count_pairs(5, 2) * 4**2  # two calls of attention
-        hidden *= 2 * 2 * 48 * config.depth
-        assert counted == 2 * (config.flops(9) + hidden)
+        assert counted == 2 * config.flops(9)
         trained = counted_flops(lambda: model(x, y, clean=x, **told).square().mean().backward())
-        passes = 4 if kind == "full" else 3
-        expected = 2 * (config.training_flops(9, kind) + passes * hidden)
-        assert trained == pytest.approx(expected, rel=error)
+        assert trained == pytest.approx(2 * config.training_flops(9, kind), rel=error)
 
 
 @pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
@@ -337,7 +348,7 @@ def test_a_video_begins_with_the_shorter_one_and_continues_given_frames(
 def test_samples_are_the_steps_of_a_stream_bit_for_bit(checkpoint, tmp_path):
     more = ["--num-samples", 3, "--num-frames", 10, "--cfg-scale", 2, "--seed", 4]
     clips, _ = sample_here(checkpoint, tmp_path / "s", *more)
-    words = ["--video", "--ckpt", checkpoint, *FEW_STEPS, *more]
+    words = ["--video", "--ckpt", checkpoint, "--folder", tmp_path / "t", *FEW_STEPS, *more]
     ((args, plan),) = resolve_sampling(sample_gd.parse_args(list(map(str, words))))
     indices = [0, 1, 2]
     stream = Stream(plan, indices, sampling_settings(args), seed=4)
