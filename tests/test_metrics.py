@@ -78,6 +78,8 @@ def test_after_a_resume_no_step_is_logged_twice_and_a_torn_line_is_gone(tmp_path
     path.touch()  # as a run that was killed before its first line
     log(tmp_path, *[(step, {"loss": 1}) for step in range(1, 8)], resume_step=0)
     path.write_text(path.read_text() + '{"step": 4, "note": null}\n{"step": 8, "lo')
+    (events,) = tmp_path.glob("events.out.*")
+    events.rename(tmp_path / "events.out.tfevents.1.first")  # it began in an earlier second
     log(tmp_path, (5, {"loss": 2}), (6, {"loss": 2}), resume_step=4)
     lines = path.read_text().splitlines()
     assert lines[4] == '{"step": 4, "note": null}'
