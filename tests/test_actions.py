@@ -338,12 +338,9 @@ def test_wrong_actions_are_refused_in_one_line(word, run, tmp_path, capsys):
 
 
 def test_actions_start_after_the_given_frames_and_set_the_length(run, world, tmp_path):
-    clips, about = sample_here(
-        checkpoint_of(run),
-        tmp_path / "samples",
-        *["--given", world / "1.mkv", "--given-frames", "0-2", "--no-keep-background"],
-        *["--actions", "right*2,left", "none,stay*2"],
-    )
+    given = ["--given", world / "1.mkv", "--given-frames", "0-2", "--no-keep-background"]
+    actions = ["--actions", "right*2,left", "none,stay*2"]
+    clips, about = sample_here(checkpoint_of(run), tmp_path / "samples", *given, *actions)
     before = [NAMES[action] for action in np.load(world / "1.actions.npy")[1:3]]
     assert clips.shape == (2, 6, 8, 8, 3)
     assert about["given"][0]["class"] == "all"  # the only class, whatever the folder's name

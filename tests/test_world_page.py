@@ -93,8 +93,8 @@ def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
     config = model.config
     pt = config.temporal_patch_size
     count = 1 + (config.context + 64) // pt
-    shape = (config.in_channels, pt, config.input_size, config.input_size)
-    noises = torch.randn(count, 1, *shape, generator=torch.Generator().manual_seed(3))
+    shape = (count, 1, config.in_channels, pt, config.input_size, config.input_size)
+    noises = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     conditions = []
     words = []  # of the page
     for number in range(count):
@@ -102,7 +102,8 @@ def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
         y = [label]
         if config.actions:
             y.append(number % 4 - 1)  # "none" first
-        conditions.append(Condition.of(torch.tensor([y] if config.actions else y), config))
+        rows = torch.tensor([y] if config.actions else y)
+        conditions.append(Condition.of(rows, config))
         known = [None if value < 0 else value for value in y]
         words.append(dict(zip(("label", "action"), known, strict=False)))
     first = noises[0].clamp(-1, 1)
@@ -119,7 +120,7 @@ def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
         frames = []
         for noise, condition in zip(noises[1:], words[1:], strict=True):
             made = ask(browser, "make", x=noise, **condition, **steps)
-            frames.append(torch.tensor(made).view(1, *shape))
+            frames.append(torch.tensor(made).view_as(noise))
         frames = torch.cat(frames, dim=2)
         assert expected.std() > 0.1
         assert (frames - expected).abs().max() < 1e-4
