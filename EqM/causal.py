@@ -7,7 +7,7 @@ many earlier patches a patch sees.
 
 In sampling, the keys and values of the clean patches are kept instead, and each new patch is
 evaluated alone. Rotary positions depend only on distances, so time may be counted from the oldest
-kept patch. As that one changes, keys are kept unrotated.
+kept patch. As that one changes, keys are also kept unrotated, and rotated again for each new patch.
 """
 
 import itertools
@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from rope import apply_rotary
 
 # of a Part, if patches are smaller: fewer at a time are slower, more compute more hidden pairs
 LEAST_TOKENS = 128
@@ -108,6 +110,11 @@ class Cache:
         keys = self.blocks[0].keys
         return 0 if keys is None else keys.shape[2] // self.tokens
 
+    def rotate(self, angles):
+        """Rotate the kept keys by the (cos, sin) of their positions."""
+        for block in self.blocks:
+            block.rotated = apply_rotary(block.keys, *angles)
+
 
 class BlockCache:
     """The part of a Cache that belongs to one block."""
@@ -115,16 +122,20 @@ class BlockCache:
     def __init__(self, cache):
         self.cache = cache
         self.keys = None  # (B, h, n, d), before the rotation
+        self.rotated = None
         self.values = None
 
-    def extend(self, keys, values):
-        """Return the kept keys and values, with those of the new patch (B, h, tokens, d) at the
-        end. Keeps them, if the cache fills.
+    def extend(self, keys, values, unrotated):
+        """Return the kept rotated keys and values, with those of the new patch (B, h, tokens, d) at
+        the end. Keeps those of the new patch, too, if the cache fills.
         """
         if self.keys is not None:
-            keys = torch.cat([self.keys[self.cache.rows].to(keys), keys], dim=2)
-            values = torch.cat([self.values[self.cache.rows].to(values), values], dim=2)
+            rows = self.cache.rows
+            keys = torch.cat([self.rotated[rows].to(keys), keys], dim=2)
+            values = torch.cat([self.values[rows].to(values), values], dim=2)
         if self.cache.fills:
-            self.keys = keys[:, :, -self.cache.most_tokens :]
+            if self.keys is not None:
+                unrotated = torch.cat([self.keys, unrotated], dim=2)
+            self.keys = unrotated[:, :, -self.cache.most_tokens :]
             self.values = values[:, :, -self.cache.most_tokens :]
         return keys, values

@@ -30,7 +30,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from inflate import inflate
-from models import SHAPE, EqM, EqMConfig, model_name
+from models import SHAPE, EqM, EqMConfig, model_name, shapes_of
 from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
@@ -420,8 +420,7 @@ def config_of(flag, state, model=None, video=None, **asked):
         raise UserError(
             f"{flag}: damaged: the settings of its model are invalid ({error})"
         ) from error
-    with torch.device("meta"):  # shapes only, without memory
-        expected = {name: value.shape for name, value in EqM(config).state_dict().items()}
+    expected = shapes_of(config)
     for part in ("model", "ema"):
         shapes = {name: value.shape for name, value in state[part].items()}
         for name in expected | shapes:

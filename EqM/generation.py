@@ -296,8 +296,7 @@ class Stream:
         self.cache.rows = slice(None)
         self.cache.fills = True
         # a compiled graph that fills a cache would serve one pass per patch
-        eager = torch.compiler.set_stance("force_eager")
-        with distributed.autocast(self.device, self.precision), eager:
+        with distributed.autocast(self.device, self.precision), model.without_graphs():
             model(latents, y, time_scale, cache=self.cache, **told)
         self.cache.fills = False
         self.num_patches += 1

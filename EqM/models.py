@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -363,6 +364,22 @@ class NumberEmbedder(nn.Module):
         return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
+class SkipNormalInit(TorchFunctionMode):
+    """Leaves tensors as they are that modules fill with normally distributed values."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
+
+
+def shapes_of(config):
+    """Return {name: shape} of the weights of a network, without memory for it."""
+    # to compute normal values or positions there, torch 2.13 would load its compiler, for seconds
+    with torch.device("meta"), SkipNormalInit():
+        network = EqM(config)
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
 class ClassEmbedder(nn.Module):
     """Embed the condition y of each sample.
 
@@ -437,19 +454,19 @@ class Attention(nn.Module):
         """Attend from tokens x (B, N, D).
 
         masks: the Masks, if x is [clean | noisy]. cache: a BlockCache, whose tokens come
-        before those of x; rotary has the angles of both.
+        before those of x.
         """
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
         q = self.q_norm(q)
         k = self.k_norm(k)
-        N = q.shape[2]
-        if cache is not None:
-            k, v = cache.extend(k, v)
+        unrotated = k
         if rotary is not None:
-            q = apply_rotary(q, *(angles[:, :, -N:] for angles in rotary))
+            q = apply_rotary(q, *rotary)
             k = apply_rotary(k, *rotary)
+        if cache is not None:
+            k, v = cache.extend(k, v, unrotated)
         if masks is None:
             x = attend(q, k, v)  # (B, h, N, d)
         elif masks.blocks is not None and torch.compiler.is_compiling():
@@ -656,6 +673,7 @@ class EqM(nn.Module):
         rotary = None
         if config.use_rope:
             rotary = self.rope((kept + grid[0], *grid[1:]), time_scale)
+            rotary = tuple(angles[:, :, -N:] for angles in rotary)
         masks = None
         if clean is not None:
             rotary = tuple(angles.repeat(1, 1, 2, 1) for angles in rotary)
@@ -686,6 +704,8 @@ class EqM(nn.Module):
                 part = cache.blocks[index] if cache is not None else None
                 selective = recompute == "selective"
                 tokens = block(tokens, condition, rotary, masks, selective=selective, cache=part)
+        if cache is not None and cache.fills:
+            cache.rotate(self.rope((cache.num_patches, *grid[1:]), time_scale))
         tokens = tokens[:, -N:]
         f = self.final_layer(tokens, condition[:, -grid[0] :])
         (t, h, w) = grid
@@ -740,6 +760,11 @@ class EqM(nn.Module):
         for block in self.blocks:
             block.compile()
 
+    def without_graphs(self):
+        """A context in which compiled blocks run as if they were not compiled."""
+        # loads the compiler, which takes seconds
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
+
 
 def fill_patches(x, frames):
     """Repeat the last frame of x (B, C, T, H, W) until T is a multiple of `frames`."""
@@ -763,11 +788,12 @@ def position_table(config):
     if is_flat:
         sizes = sizes[1:]
         half = D // 4
-    axes = [torch.arange(size, dtype=torch.float64) for size in sizes]
+    count = partial(torch.arange, dtype=torch.float64, device="cpu")  # also in `shapes_of`
+    axes = [count(size) for size in sizes]
     positions = torch.cartesian_prod(*axes)  # (N, axes)
     if is_flat:
         positions = positions.flip(1)
-    frequencies = 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    frequencies = 10_000.0 ** -(count(half) / half)
     angles = positions[:, :, None] * frequencies
     table = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
     padding = D - table.shape[1]

@@ -82,7 +82,7 @@ def measure(ema, model, vae, batch, precision, device, given):
     loss_given = torch.full_like(gamma, -1)  # no loss is negative
     with distributed.autocast(device, precision):
         # a compiled graph of these shapes would serve nothing else
-        with torch.compiler.set_stance("force_eager"):
+        with ema.without_graphs():
             raw, _, _ = losses(model, gamma=gamma)
         loss, _, _ = losses(ema, gamma=gamma)
         if given and config.temporal_patch_size < T:

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,6 +249,7 @@ class FirstOrder(nn.Module):
         super().__init__()
         self.config = EqMConfig(**vars(CONFIG) | FLOW)
         self.share = share
+        self.without_graphs = nullcontext
 
     def forward(self, x, y, time_scale, cache, gamma):
         if cache.fills:
