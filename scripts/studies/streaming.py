@@ -16,9 +16,9 @@ endpoints are fixed:
 - moving shapes, 24 spans of 8 frames, each with a direction of its own: spans that move as asked
   (causal models only, as windows can't change the class).
 
-A run takes about 6 minutes of one core. The script writes streaming.md and .json in
-results/studies/streaming, with --tune streaming_tuning.md and .json. Models, samples and scores are
-in its folder runs (see lab.py).
+A run takes about 10 minutes of one core, a main run of bouncing shapes 20. The script writes
+streaming.md and .json in results/studies/streaming, with --tune streaming_tuning.md and .json.
+Models, samples and scores are in its folder runs (see lab.py).
 """
 
 import itertools
@@ -56,7 +56,7 @@ COLUMNS = {
         Column("spans that move as asked (%)", "spans_right", task=SPANS),
     ),
 }
-COMPUTE = {"bouncing": 1.6, "moving": 1}  # relative to the recipe of study.py; in tuning, 1
+COMPUTE = {"bouncing": 4, "moving": 1}  # relative to the recipe of study.py; in tuning, 1
 FORCED = ((8, 1 / 3), (16, 2 / 3))  # (num_frames, share of the compute), of bouncing shapes
 MADE = {  # flags of make_moving_shapes.py
     "bouncing": ("--bounce", "--seconds", 16),
