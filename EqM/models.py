@@ -374,7 +374,7 @@ class SkipNormalInit(TorchFunctionMode):
 
 def shapes_of(config):
     """Return {name: shape} of the weights of a network, without memory for it."""
-    # to compute normal values or positions there, torch 2.13 would load its compiler, for seconds
+    # to draw normal values for a meta tensor, torch 2.13 loads its compiler, which takes seconds
     with torch.device("meta"), SkipNormalInit():
         network = EqM(config)
     return {name: value.shape for name, value in network.state_dict().items()}
@@ -788,7 +788,7 @@ def position_table(config):
     if is_flat:
         sizes = sizes[1:]
         half = D // 4
-    count = partial(torch.arange, dtype=torch.float64, device="cpu")  # also in `shapes_of`
+    count = partial(torch.arange, dtype=torch.float64, device="cpu")  # as `shapes_of` needs
     axes = [count(size) for size in sizes]
     positions = torch.cartesian_prod(*axes)  # (N, axes)
     if is_flat:
