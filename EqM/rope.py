@@ -52,12 +52,12 @@ class RotaryEmbedding3D(nn.Module):
         # 2306.15595). What moves with time slows down as well.
         self.stretch = 1.0
 
-    def forward(self, grid, time_scale):
+    def forward(self, grid, time_scale, first=0):
         """Return cos and sin of the angles, both (B, 1, N, head_dim / 2) float32.
 
         grid: number of patches in (time, height, width), (T, H, W); N = T * H * W, width fastest.
         time_scale: (B,) seconds per frame. The position in time is patch index * 25 * time_scale;
-        positions in height and width are patch indices.
+        positions in height and width are patch indices. first: index of the first patch in time.
         """
         # Computed anew in each call: model.to(bfloat16) would convert a buffer, and bfloat16 lacks
         # integers above 256.
@@ -65,7 +65,8 @@ class RotaryEmbedding3D(nn.Module):
         (T, H, W) = grid
         device = time_scale.device
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
-        time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
+        per_patch = REFERENCE_FPS / self.stretch * time_scale.float()
+        time = (first + time) * per_patch[:, None]  # (B, T)
         # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
         time = time[:, :, None, None, None]
         angles = [time * self.pairs(0, device)[0]]  # (B, T, 1, 1, n/2)

@@ -134,9 +134,9 @@ class ExactPositions(nn.Module):
         super().__init__()
         self.rope = rope
 
-    def forward(self, grid, time_scale):
+    def forward(self, grid, time_scale, first=0):
         position = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))
-        time = position[:, 0] * 25 * time_scale.item()
+        time = (first + position[:, 0]) * 25 * time_scale.item()
         angles = [time[:, None] * self.rope.pairs(0, "cpu")[0].double()]
         for axis in (1, 2):
             frequencies, speeds = self.rope.pairs(axis, "cpu")

@@ -76,7 +76,7 @@ def test_other_numbers_of_evaluations_are_measured_for_the_best_configuration(
     path.write_text(json.dumps(tuning_rows("eqm", best=5, way="heun")))
     asked = []
     monkeypatch.setattr(lab, "run_study", lambda args, runs, markdown: asked.append(runs))
-    args = Namespace(out=tmp_path, miniature=False, compile=False, arms=["eqm", "flow"])
+    args = Namespace(out=tmp_path, miniature=False, compile=False, arms=["eqm", "flow"], minutes=9)
     control.tune(args)
     everything, best = asked
     assert len(everything) == 2 * 8 * 2

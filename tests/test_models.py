@@ -5,6 +5,7 @@ FLOPs.
 import dataclasses
 import math
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -99,8 +100,8 @@ def without_positions(model, monkeypatch):
     if model.config.use_rope:
         rotary = model.rope.forward
 
-        def unrotated(*args):
-            cos, sin = rotary(*args)
+        def unrotated(*args, **settings):
+            cos, sin = rotary(*args, **settings)
             return torch.ones_like(cos), torch.zeros_like(sin)
 
         monkeypatch.setattr(model.rope, "forward", unrotated)
@@ -292,6 +293,16 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(
     for result, expected in zip(results, exact, strict=True):
         assert result.dtype == dtype
         assert distance(result, expected.to(dtype)) < most
+
+
+@pytest.mark.parametrize(("num_keys", "calls"), [(2, 0), (3, 1)])
+def test_few_tokens_that_see_many_do_not_keep_all_weights(num_keys, calls, monkeypatch):
+    q = torch.randn(1, 1, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    k = torch.randn(1, 1, num_keys * PLAIN_TOKENS, 8, dtype=torch.bfloat16)
+    kernel = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    attend(q, k, k)
+    assert kernel.call_count == calls
 
 
 # Initialization, names, sizes ---------------------------------------------------------------------

@@ -16,6 +16,8 @@ in its folder runs (see lab.py).
 
 import itertools
 import random
+import time
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -293,6 +295,7 @@ def tune(args):
     """Measure all configurations; then, of the best one, the ways for other numbers of
     evaluations.
     """
+    began = time.monotonic()
     names = [name for name in TUNED if name in args.arms]
     runs = []
     for number, seed, name in itertools.product(range(8), TUNING_SEEDS, names):
@@ -305,7 +308,8 @@ def tune(args):
             number, _ = best
             runs.append(tuning_run(args, name, number, seed, COUNTS))
     if runs:
-        lab.run_study(args, runs, tuning_markdown)
+        minutes = args.minutes - (time.monotonic() - began) / 60
+        lab.run_study(Namespace(**vars(args) | {"minutes": minutes}), runs, tuning_markdown)
 
 
 def parse_args():
