@@ -473,6 +473,25 @@ def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeyp
     assert 0 <= streamed["values"][streaming.SPANS]["spans_right"] <= 1
 
 
+def test_streams_take_the_settings_with_the_best_mean_of_both_shares(monkeypatch):
+    """The best turns alone, or the best objects alone, don't decide."""
+    settings = streaming.TUNED["causal"][:2]
+    monkeypatch.setattr(streaming, "TUNED", {"causal": settings})
+    turns = (0.25, 0.40), (0.30, 0.35)  # of both settings, with both guidances
+    objects = (0.70, 0.50), (0.85, 0.90)
+    rows = []
+    for choice, *shares in zip(settings, turns, objects, strict=True):
+        values = {}
+        for guidance, turns_right, one_object in zip(streaming.GUIDANCES, *shares, strict=True):
+            task = streaming.with_guidance(streaming.LONG, guidance)
+            values[task] = {"turns_right": turns_right, "one_object": one_object}
+        about = {"settings": choice.name, "seed": streaming.TUNING_SEED}
+        rows.append({**about, "values": values})
+    assert streaming.choose(rows, "causal") == (settings[1], streaming.GUIDANCES[1])
+    with pytest.raises(UserError, match="not tuned yet"):
+        streaming.choose(rows[1:], "causal")
+
+
 @pytest.mark.parametrize("data", streaming.COLUMNS)
 def test_all_settings_of_streaming_have_equal_compute(data):
     size = shapes.FULL
