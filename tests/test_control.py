@@ -2,13 +2,17 @@
 
 import itertools
 import json
+import statistics
 from argparse import Namespace
 
 import pytest
 
 import control
 import lab
+import sample_gd
+import train
 from runtime.cli import UserError
+from scoring import plots
 from shapes import PATH_LENGTH
 from training import refused
 
@@ -31,10 +35,14 @@ def main_rows():
     """Rows of the main runs: flow is 10 points below eqm, told-w equals it."""
     rows = []
     rights = {"eqm": 0.9, "flow": 0.8, "told-w": 0.9}
+    gains = {"eqm-forced": 13.0, "flow-forced": 10.0}
     for seed, (name, right) in itertools.product(range(16), rights.items()):
         wiggle = 0.002 * (seed % 3) * (name != "eqm")
         tasks = map(control.frames_task, control.PRIMARY_FRAMES)
         values = {task: {"both_accuracy": right + wiggle, "rmse_ratio": 1.0} for task in tasks}
+        rows.append({"objective": name, "configuration": 0, "seed": seed, "values": values})
+    for seed, (name, gain) in itertools.product(range(3), gains.items()):
+        values = {task: {"psnr_gain": gain + 0.1 * seed} for task in control.GIVEN}
         rows.append({"objective": name, "configuration": 0, "seed": seed, "values": values})
     return rows
 
@@ -89,6 +97,41 @@ def test_other_numbers_of_evaluations_are_measured_for_the_best_configuration(
     assert "16 frames, 4 evaluations, heun" not in best[0].tasks
 
 
+def test_scripts_take_the_flags_of_the_main_runs(monkeypatch):
+    args = Namespace(out="out", miniature=False, compile=False)
+    tuning = []
+    for name in control.TUNED:
+        tuning += tuning_rows(name, best=5, way="euler")
+    for name, arm in control.ARMS.items():
+        run = control.main_run(args, name, 0, tuning)
+        assert ({*run.tasks} == {*control.GIVEN}) == arm.is_forced
+        assert ("--forcing" in run.training) == arm.is_forced
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, run.training)])
+        train.parse_args()
+        for flags, metrics in run.tasks.values():
+            monkeypatch.setattr("sys.argv", ["sample_gd.py", "--ckpt", "FILE", *map(str, flags)])
+            sample_gd.parse_args()
+            assert run.metrics.keys() >= {*metrics}
+
+
+def test_the_figure_has_an_interval_for_each_arm_and_length(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    control.draw(main_rows(), tmp_path / "control.png")
+    (axes,) = figures[0].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["eqm", "flow", "told-w"]
+    flow = axes.containers[1]
+    frames, shares = flow.lines[0].get_data()
+    assert [round(x) for x in frames] == [16, 32]  # 24 were not measured
+    wiggle = [0.2 * (seed % 3) for seed in range(16)]
+    assert [*shares] == pytest.approx([80 + sum(wiggle) / 16] * 2)
+    (bars,) = flow.lines[2]
+    low, high = bars.get_segments()[0][:, 1]
+    error = statistics.stdev(wiggle) / 4
+    assert high - low == pytest.approx(2 * 2.131 * error, rel=1e-3)  # t of 15 degrees of freedom
+    plots.plt.close(figures[0])
+
+
 def test_main_runs_need_the_tuning(tmp_path, capsys):
     message = refused(capsys, control, "--arms", "flow", "--out", tmp_path)
     assert "--arms flow: its tuning is not complete; run with --tune first" in message
@@ -107,3 +150,4 @@ def test_the_tables_show_all_that_was_tuned_and_compare_what_was_fixed():
     )
     assert "within 3 points at 16 frames and 8 points at 32 frames" in primary
     assert "blind-w minus eqm: not run yet." in secondary
+    assert "(dB): flow-forced minus eqm-forced is -3.00" in secondary

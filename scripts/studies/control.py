@@ -9,13 +9,14 @@ configurations. The co-primary endpoints are fixed: clips whose direction and sh
 at 16 and at 32 frames, with 15 evaluations; told-w against eqm, and flow against eqm, by Holm over
 the four. Two arms are equal if the 95% interval lies within EQUAL points.
 
-A run takes about 8 minutes of one core. The script writes control.md and .json in
+A run takes about 8 minutes of one core. The script writes control.md, .json and .png in
 results/studies/objectives, with --tune control_tuning.md and .json. Models, samples and scores are
-in its folder runs (see lab.py).
+in its folder runs (see lab.py). control_sprites.py repeats three of the arms on Sprites.
 """
 
 import itertools
 import random
+import statistics
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
@@ -25,7 +26,8 @@ from pathlib import Path
 import lab
 from runtime.cli import UserError, one_line_errors, wrong_input
 from samplers import SOLVERS
-from shapes import BOTH_RIGHT, PATH_LENGTH, USUAL, make_task, shapes_run, size_of
+from scoring.stats import half95
+from shapes import BOTH_RIGHT, PATH_LENGTH, USUAL, data_of, make_task, shapes_run, size_of
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ class Arm:
     seeds: int = 3
     ways: tuple = SOLVERS  # of sampling
     tuned_as: str = ""  # the arm whose configuration it takes; "" = its own
+    is_forced: bool = False  # trained with given frames, and only measured with these
 
 
+FORCED = "--forcing 0.75"
 LOGIT_NORMAL = "--gamma-draw logit-normal"
 ARMS = {
     "eqm": Arm("--objective eqm", seeds=16, ways=(PATH_LENGTH, *SOLVERS)),
@@ -81,18 +85,28 @@ ARMS = {
     "told-4": Arm("--objective told-4", tuned_as="flow"),
     "flow-logit-normal": Arm(f"--objective flow {LOGIT_NORMAL}", tuned_as="flow"),
     "told-w-logit-normal": Arm(f"--objective told-w {LOGIT_NORMAL}", tuned_as="told-w"),
+    "eqm-forced": Arm(f"--objective eqm {FORCED}", tuned_as="eqm", is_forced=True),
+    "flow-forced": Arm(f"--objective flow {FORCED}", tuned_as="flow", is_forced=True),
+    "told-w-forced": Arm(f"--objective told-w {FORCED}", tuned_as="told-w", is_forced=True),
 }
 TUNED = [name for name, arm in ARMS.items() if not arm.tuned_as]
 CONFIGURATIONS = draw_configurations(8)
 TUNING_SEEDS = (100, 101)
 PRIMARY_FRAMES = (16, 32)
+LENGTHS = (16, 24, 32)  # of the figure
 COUNTS = (2, 4, 8, 30)  # other numbers of evaluations
 PRIMARY = (("told-w", "eqm"), ("flow", "eqm"))
-SECONDARY = (("blind-w", "eqm"), ("told-c", "eqm"), ("blind", "eqm"))
+SECONDARY = (*PRIMARY, ("blind-w", "eqm"), ("told-c", "eqm"), ("blind", "eqm"))
+FORCED_PAIRS = (("told-w-forced", "eqm-forced"), ("flow-forced", "eqm-forced"))
+GIVEN = {  # task: flags of sample_gd.py
+    "8 of 16 frames given": "--given-frames 0-7",
+    "4 + 4 of 16 frames given": "--given-frames 0-3,12-15",
+}
 EQUAL = {16: 3, 32: 8}  # points
 RMSE_RATIO = lab.Column(
     "RMSE to the nearest training clip / of held-out clips", "rmse_ratio", factor=1, digits=2
 )
+PSNR_GAIN = lab.Column("PSNR gain over repeating the last given frame (dB)", "psnr_gain", factor=1)
 
 
 def frames_task(frames):
@@ -120,12 +134,13 @@ def takes(way, evaluations):
     return way != "heun" or evaluations % 2 == 1
 
 
-def way_task(number, way, count, **settings):
+def way_task(number, way, count, more="", **settings):
     """The task of a way to sample with a configuration: (flags of sample_gd.py, metrics)."""
     configuration = CONFIGURATIONS[number]
-    shift = f"--solver-shift {configuration.solver_shift:g}" if way in SOLVERS else ""
+    if way in SOLVERS:
+        more += f" --solver-shift {configuration.solver_shift:g}"
     settings = {"guidance": configuration.guidance} | settings
-    return make_task(way, count, more=shift, **settings)
+    return make_task(way, count, more=more, **settings)
 
 
 def make_run(args, name, number, seed, tasks, table):
@@ -167,19 +182,13 @@ def tuning_run(args, name, number, seed, counts=()):
 
 def main_run(args, name, seed, tuning):
     """The run of an arm with what tuning chose. tuning: the rows of the tuning runs."""
-    size = size_of(args)
     tuned_as = ARMS[name].tuned_as or name
     number, way = choose(tuning, tuned_as)
-    usual = partial(way_task, number, way)
-    tasks = {
-        frames_task(16): usual(size.clips, metrics=("motion", "nearest")),
-        frames_task(32): usual(size.clips, frames=32),
-        frames_task(24): usual(size.fewer, frames=24),
-        "16 frames, no guidance": usual(size.fewer, guidance=1),
-    }
-    for count in COUNTS:
-        best = choose_way(tuning, tuned_as, number, count)
-        tasks[count_task(count)] = way_task(number, best, count=size.fewer, evaluations=count)
+    if ARMS[name].is_forced:
+        tasks = given_tasks(args, number, way)
+    else:
+        ways = {count: choose_way(tuning, tuned_as, number, count) for count in COUNTS}
+        tasks = main_tasks(args, number, way, ways)
     return make_run(
         args,
         name,
@@ -188,6 +197,32 @@ def main_run(args, name, seed, tuning):
         tasks=tasks,
         table="control",
     )
+
+
+def main_tasks(args, number, way, ways):
+    """{name: (flags of sample_gd.py, metrics)} of an arm. ways: {number of evaluations: way}."""
+    size = size_of(args)
+    usual = partial(way_task, number, way)
+    tasks = {
+        frames_task(16): usual(size.clips, metrics=("motion", "nearest")),
+        frames_task(32): usual(size.clips, frames=32),
+        frames_task(24): usual(size.fewer, frames=24),
+        "16 frames, no guidance": usual(size.fewer, guidance=1),
+    }
+    for count, best in ways.items():
+        tasks[count_task(count)] = way_task(number, best, count=size.fewer, evaluations=count)
+    return tasks
+
+
+def given_tasks(args, number, way):
+    """What main_tasks returns, of an arm that is forced: a clip per test video."""
+    _, test = data_of(args)
+    tasks = {}
+    for task, flags in GIVEN.items():
+        flags += f" --given {test} --given-split all --no-keep-background"
+        count = size_of(args).clips
+        tasks[task] = way_task(number, way, count, more=flags, metrics=("prediction",))
+    return tasks
 
 
 def tuned_mean(rows, case, tasks):
@@ -272,23 +307,51 @@ def markdown(rows):
         f"(%), the mean over seeds, and the range. {USUAL} evaluations unless said otherwise.",
     )
     abouts = {name: {"objective": name} for name in ARMS}
-    tasks = lab.tasks_of(rows)
-    values = {task: lab.by_arm(rows, abouts, BOTH_RIGHT.of(task)) for task in tasks}
-    lines += lab.seed_table(ARMS, dict.fromkeys(tasks, 1), values)
-    ratios = lab.by_arm(rows, abouts, RMSE_RATIO.of(frames_task(16)))
-    lines += lab.seed_table(ARMS, {RMSE_RATIO.title: 2}, {RMSE_RATIO.title: ratios})
+    forced = [name for name, arm in ARMS.items() if arm.is_forced]
+    others = [name for name in ARMS if name not in forced]
+    columns = {task: BOTH_RIGHT.of(task) for task in lab.tasks_of(rows) if task not in GIVEN}
+    columns[RMSE_RATIO.title] = RMSE_RATIO.of(frames_task(16))
+    gains = {f"{task}: {PSNR_GAIN.title}": PSNR_GAIN.of(task) for task in GIVEN}
+    values = {}
+    for title, column in (columns | gains).items():
+        values[title] = lab.by_arm(rows, abouts, column)
+    for names, shown in ((others, columns), (forced, gains)):
+        digits = {title: column.digits for title, column in shown.items()}
+        lines += lab.seed_table(names, digits, values)
     primary = [*itertools.product(PRIMARY_TASKS, PRIMARY)]
-    secondary = [*itertools.product(tasks, (*PRIMARY, *SECONDARY))]
+    secondary = [*itertools.product(columns, SECONDARY)]
     secondary = [compared for compared in secondary if compared not in primary]
+    secondary += itertools.product(gains, FORCED_PAIRS)
     bounds = " and ".join(f"{points} points at {frames} frames" for frames, points in EQUAL.items())
     equal = f"Two arms are equal if the interval lies within {bounds}."
-    lines += ["", "## Co-primary endpoints", "", *compare(values, primary), "", equal, ""]
+    lines += ["## Co-primary endpoints", "", *compare(values, primary), "", equal, ""]
     return [*lines, "## Secondary", "", *compare(values, secondary)]
 
 
 def compare(values, compared):
-    """Lines about (task, pair of arms), by Holm over all of them."""
-    return lab.compare([(values.get(task, {}), pair, task, 2) for task, pair in compared])
+    """Lines about (title of a column, pair of arms), by Holm over all of them."""
+    return lab.compare([(values.get(title, {}), pair, title, 2) for title, pair in compared])
+
+
+def draw(rows, path):
+    """The figure: clips of each length that are right, with 95% intervals over seeds."""
+    from scoring import plots  # matplotlib loads slowly
+
+    figure, axes = plots.plt.subplots()
+    styles = zip(TUNED, plots.COLORS, plots.MARKERS, strict=False)
+    for index, (name, color, marker) in enumerate(styles):
+        points = []
+        for frames in LENGTHS:
+            column = BOTH_RIGHT.of(frames_task(frames))
+            shares = [*lab.by_seed(rows, {"objective": name}, column).values()]
+            if len(shares) > 1:
+                beside = frames + 0.3 * (index - (len(TUNED) - 1) / 2)  # intervals don't overlap
+                points.append((beside, statistics.mean(shares), half95(shares)))
+        if points:
+            axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, label=name)
+    axes.set(xlabel="frames", ylabel="both right (%)", xticks=LENGTHS)
+    axes.legend()
+    plots.save_figure(figure, path)
 
 
 def tune(args):
@@ -331,6 +394,9 @@ def main():
                 run = main_run(args, name, seed=seed, tuning=tuning)
             runs.append(run)
     lab.run_study(args, runs, markdown)
+    rows = runs[0].rows()
+    if rows and not args.list:
+        draw(rows, Path(args.out, "control.png"))
 
 
 if __name__ == "__main__":
