@@ -8,6 +8,7 @@ from argparse import Namespace
 import pytest
 
 import control
+import control_sprites
 import lab
 import sample_gd
 import train
@@ -151,3 +152,63 @@ def test_the_tables_show_all_that_was_tuned_and_compare_what_was_fixed():
     assert "within 3 points at 16 frames and 8 points at 32 frames" in primary
     assert "blind-w minus eqm: not run yet." in secondary
     assert "(dB): flow-forced minus eqm-forced is -3.00" in secondary
+
+
+# On Sprites ---------------------------------------------------------------------------------------
+
+
+def sprites_tuning(name, best):
+    """Rows of the tuning of an arm. best: (training shift, guidance)."""
+    rows = []
+    for shift in control_sprites.SHIFTS:
+        values = {}
+        for guidance in control_sprites.GUIDANCES:
+            valid = 0.4 if (shift, guidance) == best else 0.2
+            values[control_sprites.guidance_task(guidance)] = {"valid": valid}
+        rows.append({"objective": name, "shift": shift, "seed": 100, "values": values})
+    return rows
+
+
+def test_sprites_take_the_shift_and_the_guidance_with_most_valid_samples():
+    rows = sprites_tuning("flow", best=(1, 1.5))
+    assert control_sprites.choose(rows, "flow") == (1, 1.5)
+    assert "| flow, training shift 1 | 20.0 | 40.0 | 20.0 |" in control_sprites.tuning_markdown(
+        rows
+    )
+    rows[0]["values"] = {"": {"val_loss": float("inf")}}  # the best one diverged
+    shift, _ = control_sprites.choose(rows, "flow")
+    assert shift == 2
+    with pytest.raises(UserError, match="flow, training shift 2: not tuned yet"):
+        control_sprites.choose(rows[:1], "flow")
+
+
+def test_main_runs_on_sprites_sample_with_the_chosen_guidance():
+    args = Namespace(out="out", miniature=False, compile=False, data_path="DIR", latents="LATENTS")
+    tuning = sprites_tuning("told-w", best=(2, 1.5))
+    run = control_sprites.main_run(args, "told-w", 0, tuning)
+    assert run.out.name == "control_sprites.json"
+    assert run.about["shift"] == 2
+    sample_flags = {}
+    for task, (words, _) in run.tasks.items():
+        sample_flags[task] = words[words.index("--cfg-scale") + 1] if "--cfg-scale" in words else ""
+    assert sample_flags == {"samples": "1.5", "predictions": ""}
+    training = " ".join(map(str, run.training))
+    assert "--cfg-scale 1 " in training  # of predictions, whose flags follow the checkpoint
+    assert training.rindex("--gamma-shift 2") > training.index("--gamma-shift")
+
+
+def test_main_runs_on_sprites_need_the_tuning(tmp_path, capsys):
+    flags = ("--data-path", tmp_path, "--out", tmp_path, "--arms", "eqm")
+    message = refused(capsys, control_sprites, *flags)
+    assert "eqm, training shift 1: not tuned yet; run with --tune first" in message
+
+
+def test_the_table_of_sprites_compares_with_eqm():
+    rows = []
+    for seed, (name, valid) in itertools.product(range(3), (("eqm", 0.4), ("told-w", 0.3))):
+        values = {"samples": {"valid": valid + 0.01 * seed, "asked_class": 1, "characters": 50}}
+        rows.append({"objective": name, "seed": seed, "values": values})
+    text = "\n".join(control_sprites.markdown(rows))
+    assert "| eqm | 41.0 (40.0 to 42.0) | 100.0" in text
+    assert "- valid samples (%): told-w minus eqm is -10.00" in text
+    assert "flow minus eqm: not run yet" in text

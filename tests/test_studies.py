@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 import control
+import control_sprites
 import coverage
 import disturb
 import experiments
@@ -268,8 +269,15 @@ def all_runs():
     for name in (*few.TEACHERS, *few.ARMS):
         yield few.model_run(a_study(tune=False), name, 0, about)
     for data_set, flags in itertools.product(positions.DATA_SETS, shapes.POSITIONS.values()):
-        args = a_study(data_set=data_set, data_path="DIR", latents=None)
-        yield positions.make_run(args, {"seed": 0}, flags)
+        args = a_study(data_path="DIR", latents=None)
+        yield positions.make_run(args, positions.DATA_SETS[data_set], {"seed": 0}, flags)
+    tuned = [
+        {"objective": name, "shift": shift, "values": {}}
+        for name, shift in itertools.product(control_sprites.ARMS, control_sprites.SHIFTS)
+    ]
+    for name in control_sprites.ARMS:
+        yield control_sprites.tuning_run(args, name, shift=1)
+        yield control_sprites.main_run(args, name, 0, tuned)
 
 
 def test_scripts_take_the_flags_of_every_run(monkeypatch):
@@ -304,8 +312,12 @@ def test_all_arms_have_equal_compute_and_tokens_per_step():
 
 @pytest.mark.parametrize("data_set", positions.DATA_SETS)
 def test_all_positions_have_equal_compute(data_set):
-    args = a_study(data_set=data_set, data_path="videos", latents="latents", compile=True)
-    runs = [positions.make_run(args, {"seed": 0}, "", has_phases) for has_phases in (False, True)]
+    args = a_study(data_path="videos", latents="latents", compile=True)
+    data_set = positions.DATA_SETS[data_set]
+    runs = []
+    for has_phases in (False, True):
+        run = positions.make_run(args, data_set, {"seed": 0}, "", has_phases=has_phases)
+        runs.append(run)
     assert all("--compile" in run.training for run in runs)
     first, second = (run.more["flops"] for run in runs)
     assert first == pytest.approx(second, rel=1e-3)

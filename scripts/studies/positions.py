@@ -58,6 +58,7 @@ def recipe(name):
 class DataSet:
     """What the runs on a data set share."""
 
+    name: str  # of the json file, and of the folder in runs/
     title: str
     config: EqMConfig
     flags: str  # of train.py
@@ -73,6 +74,7 @@ class DataSet:
 
 DATA_SETS = {
     "sprites": DataSet(
+        name="sprites",
         title="Sprites",
         config=model_config("EqM-S/4", **SIZE, in_channels=8, temporal_patch_size=1, num_classes=9),
         flags=f"{recipe('sprites')} --cfg-scale 1",
@@ -95,6 +97,7 @@ DATA_SETS = {
         compared=(1, 2, 3),
     ),
     "bouncing": DataSet(
+        name="bouncing",
         title="Bouncing shapes",
         config=config_of(FULL),
         flags=f"{BASE} --precision {lab.PRECISION} --depth 4 --hidden-size 128 --num-heads 4 "
@@ -127,12 +130,11 @@ DATA_SETS = {
 }
 
 
-def make_run(args, about, flags, has_phases=True):
-    """The lab.Run of a model of args.data_set, with more flags of train.py.
+def make_run(args, data_set, about, flags, has_phases=True):
+    """The lab.Run of a model of a DataSet, with more flags of train.py.
 
     has_phases: if not, it trains on the last number of frames only, at equal compute.
     """
-    data_set = DATA_SETS[args.data_set]
     videos = Path(args.data_path or Path(args.out, "runs/bouncing-shapes"))
     data = {}
     scored = videos
@@ -179,7 +181,7 @@ def make_run(args, about, flags, has_phases=True):
     if args.miniature and "classifier" in metrics:
         metrics["classifier"] += ["--classifier-steps", 1]
     return lab.Run(
-        out=Path(args.out, f"{args.data_set}.json"),
+        out=Path(args.out, f"{data_set.name}.json"),
         about=about,
         data=data,
         training=training,
@@ -187,7 +189,7 @@ def make_run(args, about, flags, has_phases=True):
         tasks=tasks,
         metrics=metrics,
         more={"flops": flops},
-        place=f"runs/{args.data_set}",
+        place=f"runs/{data_set.name}",
         is_scored_last=True,  # it takes ten minutes to prepare a census
     )
 
@@ -215,21 +217,23 @@ def markdown(name, rows):
 
 def parse_args():
     parser = lab.study_parser(__doc__, "positions", seeds=[0, 1, 2])
-    add = parser.add_argument
-    add("data_set", choices=DATA_SETS, help="what to train on")
-    add(
-        "--data-path",
-        metavar="DIR",
-        help="the videos; default: bouncing shapes, which the script makes",
-    )
-    add("--latents", metavar="DIR", help="their latent cache; default: train on pixels")
+    parser.add_argument("data_set", choices=DATA_SETS, help="what to train on")
+    add_data_flags(parser, "the videos; default: bouncing shapes, which the script makes")
     return parser.parse_args()
+
+
+def add_data_flags(parser, about, is_required=False):
+    """Add --data-path and --latents. about: the help of --data-path."""
+    add = parser.add_argument
+    add("--data-path", required=is_required, metavar="DIR", help=about)
+    add("--latents", metavar="DIR", help="their latent cache; default: train on pixels")
 
 
 @one_line_errors()
 def main():
     args = parse_args()
-    if not (args.data_path or DATA_SETS[args.data_set].made):
+    data_set = DATA_SETS[args.data_set]
+    if not (args.data_path or data_set.made):
         fail(f"--data-path: expected the videos of {args.data_set}")
     runs = []
     for seed, (positions, flags) in itertools.product(args.seeds, POSITIONS.items()):
@@ -237,6 +241,7 @@ def main():
         runs.append(
             make_run(
                 args,
+                data_set,
                 about,
                 flags=flags,
                 has_phases=positions != "fixed",
