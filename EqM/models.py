@@ -319,6 +319,19 @@ class Condition:
             mask = mask.reshape(-1, 1)
         return replace(self, y=torch.where(mask, self.null_y, self.y))
 
+    def randomized(self, config, generators):
+        """Return this condition with random actions of all frames but the first, or None if the
+        model has no actions. generators: a CPU generator per sample.
+        """
+        if not config.actions:
+            return None
+        first = self.y[:, :2]  # the class, and the action of the first frame
+        shape = (self.y.shape[1] - 2,)
+        count = len(config.action_names)
+        rows = [torch.randint(count, shape, generator=generator) for generator in generators]
+        actions = torch.stack(rows).to(self.y.device)
+        return replace(self, y=torch.cat([first, actions], dim=1))
+
     def is_null(self):
         """Return whether no sample has a condition."""
         return bool((self.y == self.null_y).all())

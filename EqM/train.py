@@ -281,8 +281,10 @@ def main():
                     # A signal may interrupt what is above: a resumed run does it again.
                     if "val_loss" in row:
                         note = ""
+                        if "val_action_psnr" in row:
+                            note = f"; actions bring {row['val_action_psnr']:.1f} dB"
                         if not math.isfinite(row["val_loss"]):
-                            note = "; not finite: best.pt stays as it is"
+                            note += "; not finite: best.pt stays as it is"
                         log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
                         if row["val_loss"] < progress.best_loss:
                             progress.best_loss = row["val_loss"]

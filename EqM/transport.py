@@ -127,6 +127,14 @@ class Objective:
         errors = _mean_of_noisy(squares, gamma[:, first:])
         return errors, _mean_of_noisy(zero_squares, gamma).mean(), features
 
+    def data_errors(self, errors, gamma):
+        """Return the mean squared errors (B,) of x, as a network predicts it at x_gamma, from its
+        `errors` of the target, if gamma (B,) is at most DECAY_START.
+        """
+        if self.is_weighted:
+            errors = errors * MEAN_SQUARED_DECAY / FIELD_SCALE**2
+        return errors * ((1 - gamma) / self.factor(gamma)).square()
+
     def zero_loss(self, mean_square):
         """Return the expected loss of a zero prediction for uniform gamma: E[c^2] (1 + E[x^2]).
 

@@ -1,6 +1,7 @@
 """Actions of frames: files, clips, models, training, sampling."""
 
 import json
+import math
 import os
 import re
 from shlex import split
@@ -15,15 +16,20 @@ import checkpoint
 import export
 import sample_gd
 import train
+import validation
 from causal import Cache
 from generation import Stream
 from models import Condition, EqM, EqMConfig
 from plans import Plan, open_checkpoint, sampling_settings
+from runtime.rng import generator
 from test_models import clip, distance, randomized
 from tiny_data import random_checkpoint
 from tiny_videos import clips_of, frame_indices_of
 from training import FEW_STEPS, ROOT, record_calls, refused, run_main, sample_here
+from vae import VAE
+from validation import GOLDEN_RATIO
 from video.actions import NO_ACTION, find_sequences, open_actions, parse_spans
+from video.clips import collate
 from video.drawing import FONT_SIZE
 from video.files import UnreadableError
 from video.source import open_source
@@ -298,6 +304,9 @@ def test_a_run_learns_the_actions_and_its_checkpoint_names_them(run):
     moments = [values["exp_avg"] for values in state["optimizer"]["states"][0]["state"].values()]
     (moment,) = [value for value in moments if value.shape == (4, 48)]
     assert (moment[3] != 0).any()  # "none" is learned
+    (metrics,) = run.glob("*/metrics.jsonl")
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert last["val_x_error"] > 0 and "val_action_psnr" in last
 
 
 def test_a_checkpoint_continues_with_the_same_actions_only(run, world, tmp_path, capsys):
@@ -309,6 +318,70 @@ def test_a_checkpoint_continues_with_the_same_actions_only(run, world, tmp_path,
         path.unlink()
     line = refused(capsys, train, *flags, other, *places)
     assert "has no actions, --ckpt" in line and "has the actions stay, left, right" in line
+
+
+def validated(model, batch):
+    """What validation measures of a model on one batch."""
+    with torch.no_grad():
+        columns = validation.measure(
+            model,
+            model,
+            VAE("none"),
+            batch,
+            precision="fp32",
+            device=torch.device("cpu"),
+            given=False,
+        )
+    rows = torch.stack([column.double() for column in columns], dim=1)
+    return validation.summarize(rows, 4, model.config.learns)
+
+
+@pytest.mark.parametrize("flags", [CAUSAL, {"use_rope": True}], ids=["causal", "bidirectional"])
+def test_validation_tells_what_a_model_predicts_from_noise_and_actions(flags, world, monkeypatch):
+    model = randomized(EqM(config(in_channels=3, input_size=8, num_classes=1, **flags)))
+    clips = clips_of(with_actions(world), 4, flip=False, stream="validation")
+    batch = collate([clips[index] for index in range(5)])
+    stay = torch.zeros(5, 3, dtype=torch.int64)
+    actions_of = iter(stay)  # in place of random ones
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: next(actions_of))
+    metrics = validated(model, batch)
+
+    x = batch["clips"].float() / 127.5 - 1
+    errors = []
+    for actions in (batch["y"][:, 2:], stay):
+        for index, gamma in enumerate(0.15 * (torch.arange(5) * GOLDEN_RATIO % 1).float()):
+            clip = x[index : index + 1]
+            noise = torch.empty_like(clip)
+            noise.normal_(generator=generator(0, "noise", "validation", index))
+            x_gamma = gamma * clip + (1 - gamma) * noise
+            y = torch.tensor([[0, len(NAMES), *actions[index]]])
+            clean = {"clean": clip} if model.config.causal else {}
+            with torch.no_grad():
+                f = model(x_gamma, y, batch["time_scales"][:1], **clean)
+            predicted = x_gamma + (1 - gamma) * f / 4
+            errors.append((predicted - clip)[:, :, 1:].square().mean().item())
+    of_true, of_stay = sum(errors[:5]) / 5, sum(errors[5:]) / 5
+    assert metrics["val_x_error"] == pytest.approx(of_true, rel=1e-4)
+    expected = 10 * math.log10(of_stay / of_true)
+    assert metrics["val_action_psnr"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_model_that_ignores_actions_gains_nothing_by_them(world):
+    model = randomized(EqM(config(in_channels=3, input_size=8, num_classes=1, **CAUSAL)))
+    model.y_embedder.action_table.weight.data[:] = 1.0
+    clips = clips_of(with_actions(world), 4, flip=False, stream="validation")
+    metrics = validated(model, collate([clips[index] for index in range(5)]))
+    assert metrics["val_action_psnr"] == 0 < metrics["val_x_error"]
+
+
+def test_a_random_condition_has_any_actions_but_none_and_keeps_the_first_and_the_class():
+    condition = Condition.of(torch.full((40, 7), -1), config())
+    y = condition.randomized(config(), [generator(0, "test", row) for row in range(40)]).y
+    assert y[:, :2].equal(condition.y[:, :2])
+    assert y[:, 2:].unique().tolist() == [0, 1, 2]
+    last = Condition.of(torch.full((1, 7), -1), config())
+    assert last.randomized(config(), [generator(0, "test", 39)]).y.equal(y[39:])
+    assert last.randomized(config(actions=""), []) is None
 
 
 # Sampling -----------------------------------------------------------------------------------------

@@ -147,6 +147,22 @@ def test_clean_frames_count_only_where_the_target_is_known(objective):
 
 
 @EVERY_OBJECTIVE
+def test_errors_of_the_target_near_noise_tell_those_of_the_data(objective):
+    x = normal(4, 2, 3, 4, 4)
+    noise = normal(4, 2, 3, 4, 4, seed=1)
+    gamma = torch.tensor([0.0, 0.05, 0.5, 0.8])
+    target = objective.target(x, noise, gamma)
+    wrong = target + normal(4, 2, 3, 4, 4, seed=2)
+    errors, _, _ = objective.losses(lambda *_, **__: wrong, x, noise, gamma, None, None)
+    expected = []
+    for f, clean, start, level in zip(wrong, x, noise, gamma, strict=True):
+        x_gamma = level * clean + (1 - level) * start
+        predicted = x_gamma + (1 - level) * objective.velocity(f, level)
+        expected.append((predicted - clean).square().mean())
+    torch.testing.assert_close(objective.data_errors(errors, gamma), torch.stack(expected))
+
+
+@EVERY_OBJECTIVE
 def test_predicting_zero_has_the_expected_loss(objective):
     x = 2 * normal(20_000, 1, 1, 4, 4)
     noise = normal(20_000, 1, 1, 4, 4, seed=1)

@@ -123,8 +123,8 @@ def test_the_loss_with_given_frames_is_of_those_after_a_clean_first_half(models,
 def test_validation_tells_the_gammas_apart():
     rows = []
     for index in range(10):
-        # frames, index, gamma, EMA, raw, E[x^2], with given frames: none
-        rows.append([4, index, index / 10, index, 7, 0.5, -1])
+        # frames, index, gamma, EMA, raw, E[x^2]; with given frames, with actions: none
+        rows.append([4, index, index / 10, index, 7, 0.5, -1, -1, -1])
     metrics = summarize(torch.tensor(rows, dtype=torch.float64), 4, OBJECTIVES["eqm"])
     assert metrics.pop("val_loss") == 4.5
     assert metrics.pop("val_loss_raw") == 7
