@@ -360,7 +360,8 @@ def test_validation_tells_what_a_model_predicts_from_noise_and_actions(flags, wo
                 f = model(x_gamma, y, batch["time_scales"][:1], **clean)
             predicted = x_gamma + (1 - gamma) * f / 4
             errors.append((predicted - clip)[:, :, 1:].square().mean().item())
-    of_true, of_stay = sum(errors[:5]) / 5, sum(errors[5:]) / 5
+    of_true = sum(errors[:5]) / 5
+    of_stay = sum(errors[5:]) / 5
     assert metrics["val_x_error"] == pytest.approx(of_true, rel=1e-4)
     expected = 10 * math.log10(of_stay / of_true)
     assert metrics["val_action_psnr"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
