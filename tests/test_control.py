@@ -198,8 +198,9 @@ def test_main_runs_on_sprites_sample_with_the_chosen_guidance():
 
 
 def test_main_runs_on_sprites_need_the_tuning(tmp_path, capsys):
-    places = ("--data-path", tmp_path, "--out", tmp_path)
-    message = refused(capsys, control_sprites, *places, "--arms", "eqm")
+    data = ("--data-path", tmp_path)
+    out = ("--out", tmp_path)
+    message = refused(capsys, control_sprites, *data, *out, "--arms", "eqm")
     assert "eqm, training shift 1: not tuned yet; run with --tune first" in message
 
 
