@@ -198,9 +198,8 @@ def test_main_runs_on_sprites_sample_with_the_chosen_guidance():
 
 
 def test_main_runs_on_sprites_need_the_tuning(tmp_path, capsys):
-    data = ("--data-path", tmp_path)
-    out = ("--out", tmp_path)
-    message = refused(capsys, control_sprites, *data, *out, "--arms", "eqm")
+    flags = f"--data-path {tmp_path} --out {tmp_path} --arms eqm".split()
+    message = refused(capsys, control_sprites, *flags)
     assert "eqm, training shift 1: not tuned yet; run with --tune first" in message
 
 
