@@ -2,15 +2,15 @@
 
 In training, the tokens of a clip are [clean | noisy], with the same positions. Clean patch t sees
 the clean patches up to t. Noisy patch t sees the clean patches before t, and itself. So each noisy
-patch is a case of what sampling does: continue clean frames by one patch. The context bounds how
-many earlier patches a patch sees.
+patch is a case of what sampling does: continue clean frames by one patch. Nothing would see the
+last patch if it was clean, so it is only among the noisy ones. The context bounds how many earlier
+patches a patch sees.
 
 In sampling, the keys and values of the clean patches are kept instead, and each new patch is
 evaluated alone. Rotary positions depend only on distances, so time may be counted from the oldest
 kept patch. As that one changes, keys are also kept unrotated, and rotated again for each new patch.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     mask: torch.Tensor | None  # bool (tokens, seen tokens); None: all see all
 
     def seen_of(self, tokens):
-        """The seen ones of tokens (B, h, 2 N, d)."""
+        """The seen ones of tokens (B, h, N, d)."""
         parts = [tokens[:, :, seen] for seen in self.seen]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -47,15 +47,18 @@ def attention_masks(num_patches, tokens, context, device=None, for_flex=False):
     """The Masks of a clip. tokens: of a patch; for_flex: also for FlexAttention."""
     sees = mask_function(num_patches, tokens, context)
     N = num_patches * tokens
-    number = torch.arange(2 * N, device=device)
+    clean = clean_patches_of(num_patches) * tokens
+    number = torch.arange(clean + N, device=device)
     step = tokens * math.ceil(LEAST_TOKENS / tokens)
     parts = []
-    for half, first in itertools.product((0, N), range(0, N, step)):
-        last = min(first + step, N)
-        here = slice(half + first, half + last)
+    starts = [(0, first) for first in range(0, clean, step)]
+    starts += [(1, first) for first in range(0, N, step)]
+    for is_noisy, first in starts:
+        last = min(first + step, N if is_noisy else clean)
+        here = slice(is_noisy * clean + first, is_noisy * clean + last)
         oldest = max(0, first - context * tokens)
         seen = [slice(oldest, last)]
-        if half:  # a noisy patch does not see itself among the clean ones
+        if is_noisy:  # a noisy patch does not see itself among the clean ones
             seen = [slice(oldest, last - tokens), here]
         seen = [part for part in seen if part.start < part.stop]
         mask = None
@@ -64,20 +67,29 @@ def attention_masks(num_patches, tokens, context, device=None, for_flex=False):
         parts.append(Part(here, seen, mask))
     blocks = None
     if for_flex:
-        blocks = create_block_mask(sees, B=None, H=None, Q_LEN=2 * N, KV_LEN=2 * N, device=device)
+        both = clean + N
+        blocks = create_block_mask(sees, B=None, H=None, Q_LEN=both, KV_LEN=both, device=device)
     return Masks(parts, blocks)
+
+
+def clean_patches_of(num_patches):
+    """The number of clean patches beside so many noisy ones: all that a noisy one may see."""
+    return num_patches - 1
 
 
 def mask_function(num_patches, tokens, context):
     """Whether a token of [clean | noisy] sees another, by their numbers: a mask_mod of
     FlexAttention.
     """
-    N = num_patches * tokens
+    clean = clean_patches_of(num_patches) * tokens
+
+    def patch_of(token):
+        return (token - clean * (token >= clean)) // tokens
 
     def sees(batch, head, token, seen):
-        age = token % N // tokens - seen % N // tokens  # in patches
-        sees_earlier = (seen < N) & (age > 0) & (age <= context)
-        sees_itself = (age == 0) & ((token < N) == (seen < N))
+        age = patch_of(token) - patch_of(seen)
+        sees_earlier = (seen < clean) & (age > 0) & (age <= context)
+        sees_itself = (age == 0) & ((token < clean) == (seen < clean))
         return sees_earlier | sees_itself
 
     return sees
@@ -85,7 +97,7 @@ def mask_function(num_patches, tokens, context):
 
 def count_pairs(num_patches, context):
     """The number of pairs of patches that see each other in [clean | noisy]."""
-    patch = torch.arange(2 * num_patches)
+    patch = torch.arange(clean_patches_of(num_patches) + num_patches)
     return int(mask_function(num_patches, 1, context)(0, 0, patch[:, None], patch).sum())
 
 

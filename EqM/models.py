@@ -29,7 +29,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from causal import attention_masks, count_pairs
+from causal import attention_masks, clean_patches_of, count_pairs
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
 from runtime.cli import COUNT, NON_NEGATIVE, POSITIVE, UserError, flag_text
 from transport import OBJECTIVES
@@ -230,14 +230,19 @@ class EqMConfig:
     def flops(self, num_frames):
         """Count the FLOPs of a forward pass of one clip, 2 per multiply-add.
 
-        Only matrix products and attention count. The blocks of a causal model pass each clip twice,
-        clean and noisy, and its attention counts the pairs of tokens that see each other.
+        Only matrix products and attention count. The blocks of a causal model also pass clean
+        patches, and its attention counts the pairs of tokens that see each other.
         """
         time, height, width = self.grid(num_frames)
         pairs = time**2
         if self.causal:
             pairs = count_pairs(time, self.context_patches)
-        return self.pass_flops(time, pairs, clean=time if self.causal else 0)
+        return self.pass_flops(time, pairs, clean=self.clean_patches(num_frames))
+
+    def clean_patches(self, num_frames):
+        """The number of clean temporal patches in training, beside the noisy ones of a clip."""
+        time, _, _ = self.grid(num_frames)
+        return clean_patches_of(time) if self.causal else 0
 
     def stream_flops(self, num_frames, evaluations):
         """Count the FLOPs of sampling a clip by a Stream, with so many evaluations per temporal
@@ -276,8 +281,9 @@ class EqMConfig:
         forward = self.flops(num_frames)
         if self.ebm != "none":
             return 6 * forward
-        halves = 2 if self.causal else 1
-        fc1 = 8 * halves * math.prod(self.grid(num_frames)) * self.hidden_size**2
+        time, height, width = self.grid(num_frames)
+        tokens = (time + self.clean_patches(num_frames)) * height * width
+        fc1 = 8 * tokens * self.hidden_size**2
         recomputed = {None: 0, "full": forward, "selective": self.depth * fc1}
         return 3 * forward + recomputed[grad_checkpoint]
 
@@ -678,18 +684,19 @@ class EqM(nn.Module):
         # Under autocast the embedding is bf16. The tokens are not, or each of their 2 x depth sums
         # would be rounded.
         tokens = self.x_embedder(fill_patches(x, pt)).to(x.dtype)  # (B, N, D)
-        if clean is not None:  # (B, 2 N, D)
-            tokens = torch.cat([self.x_embedder(fill_patches(clean, pt)).to(x.dtype), tokens], 1)
-        condition = self.embed_condition(
-            y, time_scale, gamma, clean_patches=0 if clean is None else grid[0]
-        )
+        clean_patches = 0 if clean is None else config.clean_patches(T)
+        if clean_patches:
+            seen = self.x_embedder(clean[:, :, : clean_patches * pt]).to(x.dtype)
+            tokens = torch.cat([seen, tokens], dim=1)
+        condition = self.embed_condition(y, time_scale, gamma, clean_patches)
         kept = cache.num_patches if cache is not None else 0
         rotary = None
         if config.use_rope:
             rotary = self.rope(grid, time_scale, first=kept)
         masks = None
         if clean is not None:
-            rotary = tuple(angles.repeat(1, 1, 2, 1) for angles in rotary)
+            seen = slice(clean_patches * grid[1] * grid[2])
+            rotary = tuple(torch.cat([angles[:, :, seen], angles], dim=2) for angles in rotary)
             masks = self.masks_of(grid, x.device)
         if config.has_table:  # a table of space alone serves every temporal patch
             tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(
@@ -748,14 +755,15 @@ class EqM(nn.Module):
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
         condition = self.t_embedder(s)[:, None] + self.y_embedder(y)
         if clean_patches and self.config.actions:
-            condition = condition.repeat(1, 2, 1)  # a clean patch has the action of its noisy one
+            # a clean patch has the action of its noisy one
+            condition = torch.cat([condition[:, :clean_patches], condition], dim=1)
         if gamma is None:
             return condition
         # (B, 1), or one per patch
         levels = gamma.float().reshape(len(y), -1)[:, :: self.config.temporal_patch_size]
         if clean_patches:  # their level is 1
-            levels = levels.expand(-1, clean_patches)
-            levels = torch.cat([torch.ones_like(levels), levels], dim=1)
+            levels = levels.expand(-1, clean_patches + 1)  # of the noisy ones
+            levels = torch.cat([torch.ones_like(levels[:, 1:]), levels], dim=1)
         return condition + self.gamma_embedder(1000 * levels)
 
     def compile_blocks(self):

@@ -90,7 +90,7 @@ class Alive(TorchDispatchMode):
 def count_step(name, flag, clips, depth, settings):
     """(bytes kept for backward, bytes at the peak) of a bf16 step, without weights and gradients.
 
-    settings: SETTINGS or CAUSAL_SETTINGS. A causal model passes each clip twice, clean and noisy.
+    settings: SETTINGS or CAUSAL_SETTINGS. A causal model also passes the clean clip.
     As on a GPU, one kernel computes attention, and autocast has addcmul compute in float32.
     """
     addcmul = torch.addcmul

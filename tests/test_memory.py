@@ -46,20 +46,21 @@ def test_a_block_keeps_its_input_and_if_selective_attention_and_all_products_but
 
 
 @pytest.mark.parametrize("flag", [None, "selective", "full"])
-def test_a_causal_block_keeps_twice_the_tokens_and_what_each_noisy_patch_sees(flag):
+def test_a_causal_block_keeps_clean_and_noisy_tokens_and_what_each_noisy_patch_sees(flag):
     blocks = []
     for settings in (memory.SETTINGS, memory.CAUSAL_SETTINGS):
         kept, _ = count(flag, settings=settings)
         kept_by_two, _ = count(flag, depth=2, settings=settings)
         blocks.append(kept_by_two - kept)
     usual, causal = blocks
-    expected = 2 * usual
+    patches = 8
+    tokens = 15 / 8  # 7 clean patches, 8 noisy ones
+    expected = tokens * usual
     if flag is None:
-        patches = 8
         seen = sum(range(2, patches + 1)) * TOKENS // patches  # clean ones and itself
         expected += 2 * 2 * seen * WIDTH  # keys and values in bf16
-        expected += 2 * 2 * TOKENS * WIDTH  # the outputs of the parts, joined
-        expected -= 2 * 18 * WIDTH**2  # weights in bf16, which serve both halves
+        expected += 2 * tokens * TOKENS * WIDTH  # the outputs of the parts, joined
+        expected -= (tokens - 1) * 2 * 18 * WIDTH**2  # weights in bf16, which serve both halves
     assert causal == pytest.approx(expected, rel=0.01 if flag is None else 0.02)
 
 

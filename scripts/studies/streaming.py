@@ -5,7 +5,7 @@
     python scripts/studies/streaming.py            the main runs: both ways, three seeds
 
 Both ways train with the same data, seeds and compute, counted as `EqMConfig.flops` does: a causal
-model passes each clip twice, so it takes fewer steps. Bidirectional models train on clips of which
+model also passes the clean clip, so it takes fewer steps. Bidirectional models train on clips of which
 three of four are forced, and continue windows of 16 frames by 8; causal ones stream. Of each way,
 the settings and the guidance count that did best in tuning, by the mean of both shares of bouncing
 shapes. The endpoints are fixed:
