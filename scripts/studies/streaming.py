@@ -12,7 +12,8 @@ shapes. The endpoints are fixed:
 
 - bouncing shapes, 256 frames: videos that turn at the borders only, and show one object to the end;
   CPU milliseconds per frame,
-- moving shapes, 16 frames: directions and shapes both right,
+- moving shapes, 16 frames: directions and shapes both right, also with the guidance that was not
+  chosen,
 - moving shapes, 24 spans of 8 frames, each with a direction of its own: spans that move as asked
   (causal models only, as windows can't change the class).
 
@@ -37,6 +38,7 @@ from video.samples import read_samples
 
 LONG = "256 frames"
 SHORT = "16 frames"
+SHORT_OTHER = "16 frames, other guidance"
 SPANS = "24 spans"
 NUM_SPANS = 24
 SPAN = 8  # frames
@@ -54,6 +56,7 @@ COLUMNS = {
     ),
     "moving": (
         Column("directions and shapes both right (%)", "both_accuracy", task=SHORT),
+        Column("with the other guidance (%)", "both_accuracy", task=SHORT_OTHER),
         Column("spans that move as asked (%)", "spans_right", task=SPANS),
     ),
 }
@@ -180,6 +183,8 @@ def main_tasks(args, data, settings, guidance, evaluations=EVALUATIONS):
         frames = 24 if args.miniature else 256
         return {LONG: make_task(count=size.few, frames=frames, more=long)}
     tasks = {SHORT: make_task(count=size.clips)}
+    others = [one for one in GUIDANCES if one != guidance]
+    tasks[SHORT_OTHER] = make_task(count=size.clips, guidance=others[0])
     if settings.context:
         words = span_words(4 if args.miniature else NUM_SPANS)
         frames = words.count("*") // 3 * SPAN
