@@ -5,10 +5,10 @@
     python scripts/studies/streaming.py            the main runs: both ways, three seeds
 
 Both ways train with the same data, seeds and compute, counted as `EqMConfig.flops` does: a causal
-model also passes the clean clip, so it takes fewer steps. Bidirectional models train on clips of which
-three of four are forced, and continue windows of 16 frames by 8; causal ones stream. Of each way,
-the settings and the guidance count that did best in tuning, by the mean of both shares of bouncing
-shapes. The endpoints are fixed:
+model also passes the clean clip, so it takes fewer steps. Bidirectional models train on clips of
+which three of four are forced, and continue windows of 16 frames by 8; causal ones stream. Of each
+way, the settings and the guidance count that did best in tuning, by the mean of both shares of
+bouncing shapes. The endpoints are fixed:
 
 - bouncing shapes, 256 frames: videos that turn at the borders only, and show one object to the end;
   CPU milliseconds per frame,
