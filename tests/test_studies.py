@@ -35,6 +35,7 @@ import sprites
 import streaming
 import study
 import train
+import worlds
 from runtime.cli import UserError
 from schedule import Phase
 from shapes import FULL, MINIATURE
@@ -272,6 +273,12 @@ def all_runs():
         args = a_study(data_path="DIR", latents=None)
         yield positions.make_run(args, positions.DATA_SETS[data_set], {"seed": 0}, flags)
     tuned = [
+        {"arm": name, "settings": settings.name, "values": {}}
+        for name, settings in itertools.product(worlds.OBJECTIVES, worlds.TUNED)
+    ]
+    for name in worlds.ARMS:
+        yield worlds.main_run(a_study(), name, 0, tuned)
+    tuned = [
         {"objective": name, "shift": shift, "values": {}}
         for name, shift in itertools.product(control_sprites.ARMS, control_sprites.SHIFTS)
     ]
@@ -483,6 +490,42 @@ def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeyp
         assert "| causal, patch 4, shift 3, context 16" in (tmp_path / f"{name}.md").read_text()
     (streamed,) = lab.rows_with({"data": "moving", "way": "causal"}, rows)  # of the main runs
     assert 0 <= streamed["values"][streaming.SPANS]["spans_right"] <= 1
+
+
+def test_worlds_are_tuned_and_compared(commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(worlds, "TUNED", worlds.TUNED[:1])
+    arms = ["eqm", "eqm, context 32"]
+    run_miniature(worlds, tmp_path, "--tune", "--arms", "eqm")
+    run_miniature(worlds, tmp_path, *SEED, "--arms", *arms)
+    rows = json.loads((tmp_path / "worlds.json").read_text())
+    assert [row["arm"] for row in rows] == arms
+    for row in rows:
+        assert 0 <= row["values"]["256 frames, 2 evaluations"]["sharp"] <= 1
+    trainings = [words for words in commands if words[0] == "EqM/train.py"]
+    schedules = [words[words.index("--frames-schedule") + 1] for words in trainings]
+    assert schedules[-2:] == ["2:2:2,4:4:2", "2:2:2,4:3:2,8:4:1"]
+    assert "eqm, context 32 minus eqm is" in (tmp_path / "worlds.md").read_text()
+
+
+def test_all_worlds_have_about_equal_compute():
+    flops = []
+    for arm in worlds.ARMS.values():
+        phases = worlds.phases_of(a_study(), arm)
+        flops.append(worlds.count_flops(phases, arm.context))
+    assert max(flops) == pytest.approx(min(flops), rel=0.05)
+
+
+def test_worlds_take_the_settings_with_the_best_mean():
+    rows = []
+    for settings in worlds.TUNED[1:]:
+        values = dict.fromkeys(worlds.MEASURES, 0.9 - 0.1 * (settings != worlds.TUNED[2]))
+        task = worlds.task_name(worlds.SHORT, worlds.USUAL)
+        rows.append({"arm": "flow", "settings": settings.name, "values": {task: values}})
+    with pytest.raises(UserError, match="--arms flow: not tuned completely"):
+        worlds.choose(rows, "flow")
+    lost = {"": {"val_loss": math.inf}}
+    rows.append({"arm": "flow", "settings": worlds.TUNED[0].name, "values": lost})
+    assert worlds.choose(rows, "flow") == worlds.TUNED[2]
 
 
 def test_streams_take_the_settings_with_the_best_mean_of_both_shares(monkeypatch):

@@ -194,7 +194,8 @@ class Run:
 
     out: Path  # the json file of the rows
     about: dict  # what tells this row from others
-    data: dict = field(default_factory=dict)  # {folder: flags of make_moving_shapes.py}
+    data: dict = field(default_factory=dict)  # {folder: flags of `maker`}
+    maker: str = "datasets/make_moving_shapes.py"
     training: list = field(default_factory=list)  # flags of train.py
     last_step: int = 0
     # {name: (flags of sample_gd.py, metrics of evaluate.py)}
@@ -293,7 +294,7 @@ class Run:
     def make_data(self):
         for folder, flags in self.data.items():
             with file_lock(self.folder.parent / "lock"):
-                self.script("datasets/make_moving_shapes.py", "--out", folder, *flags)
+                self.script(self.maker, "--out", folder, *flags)
 
     def train(self):
         """Train or resume to the last step. Returns the path of latest.pt. Raises UserError."""

@@ -1,0 +1,313 @@
+"""World models: which objective learns one, and what helps against drift?
+
+    python scripts/studies/worlds.py --tune     4 settings of each objective, with a seed that does
+                                                not count
+    python scripts/studies/worlds.py            the main runs: objectives and ideas, three seeds
+
+All models follow the recipe and the phases of world.sh, at equal compute. Each objective has the
+training shift and the learning rate that did best in tuning, which are also those of the ideas: of
+eqm, some noise in the context, and a longer context. The endpoints are fixed: samples that continue
+a true frame of a held-out map by 64 others, and by 256, are scored by evaluate.py --metric world.
+Tuning decides by the mean of moved, blocked, determined and sharp, with 4 evaluations per frame.
+
+A run takes about 10 minutes of one core. The script writes worlds.md and .json in
+results/studies/worlds, with --tune worlds_tuning.md and .json. Models, samples and scores are in
+its folder runs (see lab.py).
+"""
+
+import itertools
+import shlex
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lab
+from lab import Column
+from models import model_config
+from runtime.cli import UserError, one_line_errors, wrong_input
+from schedule import Phase, parse_schedule
+
+RECIPE = lab.ROOT / "scripts/recipes/world.txt"
+TINY_MODEL = "--depth 1 --hidden-size 96"  # with --miniature
+OBJECTIVES = ("eqm", "flow", "told-w")
+CONTEXT = 16  # of the recipe
+EVALUATIONS = (1, 2, 4, 8)  # of a frame
+USUAL = 4
+TUNING_SEED = 100
+SHORT = 64  # generated frames
+LONG = 256
+LONG_EVALUATIONS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is tuned."""
+
+    gamma_shift: float  # of training, and of the steps in sampling
+    muon_lr: float
+
+    @property
+    def name(self):
+        return f"shift {self.gamma_shift:g}, muon-lr {self.muon_lr:g}"
+
+
+TUNED = [
+    Settings(gamma_shift=shift, muon_lr=rate)
+    for shift, rate in itertools.product((6, 3), (0.02, 0.01))
+]
+
+
+@dataclass(frozen=True)
+class Arm:
+    objective: str
+    flags: str = ""  # of train.py
+    context: int = CONTEXT
+
+
+ARMS = {name: Arm(name) for name in OBJECTIVES}
+ARMS |= {
+    "eqm, context noise 0.2": Arm("eqm", "--context-noise 0.2"),
+    "eqm, context 32": Arm("eqm", context=32),
+}
+PAIRS = (
+    ("flow", "eqm"),
+    ("told-w", "eqm"),
+    ("eqm, context noise 0.2", "eqm"),
+    ("eqm, context 32", "eqm"),
+)
+MEASURES = {  # of the metric: title
+    "moved": "transitions right: moved (%)",
+    "blocked": "blocked (%)",
+    "determined": "tiles that the past determines (%)",
+    "sharp": "sharp tiles (%)",
+}
+DRIFT = (
+    Column("shares of tiles, distance to real ones (%)", "shares"),
+    Column("remembered above chance (%)", "above_chance"),
+)
+
+
+def task_name(frames, evaluations):
+    return f"{frames} frames, {evaluations} evaluations"
+
+
+LONG_TASK = task_name(LONG, LONG_EVALUATIONS)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of the data and of the runs."""
+
+    episodes: int = 2000
+    held_out: int = 64
+    frames: int = 129
+    short: int = SHORT
+    long: int = LONG
+    phases: tuple = ()  # () = those of the recipe
+
+
+FULL = Size()
+MINIATURE = Size(
+    episodes=4,
+    held_out=2,
+    frames=17,
+    short=4,
+    long=6,
+    phases=(Phase(2, 2, 2), Phase(4, 4, 2)),
+)
+
+
+def size_of(args):
+    return MINIATURE if args.miniature else FULL
+
+
+def recipe_phases():
+    """The Phases of the recipe."""
+    words = shlex.split(RECIPE.read_text(), comments=True)
+    return parse_schedule(words[words.index("--frames-schedule") + 1])
+
+
+def phases_of(args, arm):
+    """The Phases of an arm. With a longer context, half of the last one has longer clips, but as
+    many tokens per step.
+    """
+    phases = size_of(args).phases or recipe_phases()
+    if arm.context == CONTEXT:
+        return phases
+    *first, last = phases
+    middle = (first[-1].last_step + last.last_step) // 2
+    longer = Phase(2 * last.num_frames, last.last_step, last.batch_size // 2)
+    return [*first, replace(last, last_step=middle), longer]
+
+
+def count_flops(phases, context):
+    """The FLOPs of all phases, without --mix."""
+    config = model_config(
+        "EqM-Ti/4",
+        depth=4,
+        hidden_size=128,
+        num_heads=4,
+        input_size=20,
+        in_channels=3,
+        temporal_patch_size=1,
+        use_rope=True,
+        causal=True,
+        context=context,
+    )
+    flops = 0
+    before = 0
+    for phase in phases:
+        steps = phase.last_step - before
+        flops += steps * phase.batch_size * config.training_flops(phase.num_frames)
+        before = phase.last_step
+    return flops
+
+
+def make_task(args, test, frames, evaluations):
+    """(flags of sample_gd.py, metrics): two walks on each held-out map from its first frame."""
+    flags = (
+        f"--num-frames {1 + frames} --num-sampling-steps {evaluations + 1} --given {test} "
+        f"--given-split val --given-frames 0 --no-keep-background --actions {test}/walks.npy "
+        f"--num-samples {2 * size_of(args).held_out} --samples-per-clip 2"
+    )
+    return flags, ("world",)
+
+
+def make_run(args, name, settings, seed, tasks, table):
+    """The lab.Run of an arm with Settings. tasks: {name: (frames, evaluations)}."""
+    size = size_of(args)
+    arm = ARMS[name]
+    phases = phases_of(args, arm)
+    folder = Path(args.out, "runs/world")
+    test = folder.with_name("world-test")
+    common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 64"
+    flags_of = {}
+    for task, (frames, evaluations) in tasks.items():
+        flags, metrics = make_task(args, test, frames=frames, evaluations=evaluations)
+        flags_of[task] = (f"{flags} {common}".split(), metrics)
+    schedule = ",".join(map(str, phases))
+    training = (
+        f"--video --frames-schedule {schedule} --objective {arm.objective} --sampler euler "
+        f"--gamma-shift {settings.gamma_shift:g} --solver-shift {settings.gamma_shift:g} "
+        f"--muon-lr {settings.muon_lr:g} --context {arm.context} {arm.flags} "
+        f"--global-seed {seed} --precision {lab.PRECISION} --data-path {folder} "
+        f"{TINY_MODEL if args.miniature else ''}"
+    )
+    making = f"--episodes {size.episodes} --held-out {size.held_out} --frames {size.frames}"
+    testing = f"--episodes 1 --held-out {size.held_out} --frames {1 + size.long} --seed 1"
+    return lab.Run(
+        out=Path(args.out, f"{table}.json"),
+        about={"arm": name, "settings": settings.name, "seed": seed}
+        | ({"size": "miniature"} if args.miniature else {}),
+        data={folder: making.split(), test: testing.split()},
+        maker="datasets/make_world.py",
+        training=[f"@{RECIPE}", *training.split(), *["--compile"] * args.compile],
+        last_step=phases[-1].last_step,
+        tasks=flags_of,
+        metrics={"world": ["--data-path", test]},
+        more={"flops": count_flops(phases, arm.context)},
+    )
+
+
+def tuning_run(args, name, settings):
+    return make_run(
+        args,
+        name,
+        settings,
+        seed=TUNING_SEED,
+        tasks={task_name(SHORT, USUAL): (size_of(args).short, USUAL)},
+        table="worlds_tuning",
+    )
+
+
+def main_run(args, name, seed, tuning):
+    """The run of an arm with what tuning chose. tuning: the rows of the tuning runs."""
+    size = size_of(args)
+    tasks = {task_name(SHORT, count): (size.short, count) for count in EVALUATIONS}
+    tasks[LONG_TASK] = (size.long, LONG_EVALUATIONS)
+    return make_run(
+        args,
+        name,
+        settings=choose(tuning, ARMS[name].objective),
+        seed=seed,
+        tasks=tasks,
+        table="worlds",
+    )
+
+
+def choose(rows, objective):
+    """The Settings of an objective that did best in tuning.
+
+    Nothing of a model that diverged is right. Raises UserError if a run is missing.
+    """
+    scores = {}
+    for settings in TUNED:
+        about = {"arm": objective, "settings": settings.name}
+        of_run = lab.rows_with(about, rows)
+        if not of_run:
+            raise UserError(f"--arms {objective}: not tuned completely; run with --tune first")
+        values = of_run[0]["values"].get(task_name(SHORT, USUAL), {})
+        scores[settings] = statistics.mean(values.get(measure) or 0.0 for measure in MEASURES)
+    return max(scores, key=scores.get)
+
+
+def columns_of(task):
+    return [Column(title, measure, task=task) for measure, title in MEASURES.items()]
+
+
+def tuning_markdown(rows):
+    lines = lab.heading(
+        "World models: tuning",
+        f"`scripts/studies/worlds.py --tune` wrote this table: one seed, {USUAL} evaluations per "
+        f"frame, {SHORT} frames.",
+    )
+    arms = {}
+    for name, settings in itertools.product(OBJECTIVES, TUNED):
+        arms[f"{name}, {settings.name}"] = {"arm": name, "settings": settings.name}
+    return lines + lab.arm_table(rows, arms, columns_of(task_name(SHORT, USUAL)))
+
+
+def markdown(rows):
+    """Lines of a table per task."""
+    lines = lab.heading(
+        "World models",
+        "`scripts/studies/worlds.py` wrote these tables. Cells: the mean over seeds (range).",
+    )
+    arms = {name: {"arm": name} for name in ARMS}
+    differences = []
+    for task in lab.tasks_of(rows):
+        columns = columns_of(task)
+        if task == LONG_TASK:
+            columns += [column.of(task) for column in DRIFT]
+        lines += [f"## {task}", "", *lab.arm_table(rows, arms, columns)]
+        for column, pair in itertools.product(columns, PAIRS):
+            values = lab.by_arm(rows, arms, column)
+            differences.append((values, pair, f"{task}, {column.title}", 2))
+    return [*lines, "## Differences", "", *lab.compare(differences)]
+
+
+def parse_args():
+    parser = lab.study_parser(__doc__, "worlds", seeds=[0, 1, 2], tunes=True, arms=ARMS)
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    if args.tune:
+        names = [name for name in args.arms if name in OBJECTIVES]
+        cases = itertools.product(TUNED, names)
+        runs = [tuning_run(args, name, settings) for settings, name in cases]
+        lab.run_study(args, runs, tuning_markdown)
+        return
+    tuning = lab.read_rows(Path(args.out, "worlds_tuning.json"))
+    runs = []
+    for seed, name in itertools.product(args.seeds, args.arms):
+        with wrong_input():
+            run = main_run(args, name, seed, tuning)
+        runs.append(run)
+    lab.run_study(args, runs, markdown)
+
+
+if __name__ == "__main__":
+    main()
