@@ -489,7 +489,7 @@ def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeyp
         assert {(row["data"], row["way"]) for row in rows} == {*itertools.product(data_sets, few)}
         assert "| causal, patch 4, shift 3, context 16" in (tmp_path / f"{name}.md").read_text()
     (streamed,) = lab.rows_with({"data": "moving", "way": "causal"}, rows)  # of the main runs
-    assert 0 <= streamed["values"][streaming.SPANS]["spans_right"] <= 1
+    assert 0 <= streamed["values"]["24 spans, guidance 2"]["spans_moved"] <= 1
 
 
 def test_worlds_are_tuned_and_compared(commands, tmp_path, monkeypatch):
@@ -560,13 +560,18 @@ def test_all_settings_of_streaming_have_equal_compute(data):
 
 
 def test_spans_are_right_if_the_object_moves_as_their_class_says(tmp_path, monkeypatch):
-    """An object that moves right for a span and then down, and one that only moves right."""
-    turned = drawn([(4 + 0.5 * t, 5) for t in range(8)] + [(8, 5 + 0.5 * t) for t in range(8)])
+    """Objects that move right and then down, right only, and right, then slowly, then down."""
+    right = [(4 + 0.5 * t, 5) for t in range(8)]
+    turned = drawn(right + [(8, 5 + 0.5 * t) for t in range(8)])
     straight = drawn([(4 + 0.5 * t, 5) for t in range(16)])
-    about = {"classes": ["CircleRight", "CircleDown"], "spans": [[0, 0, 1, 1]] * 2}
-    read = lambda here, folder: (about, np.stack([turned, straight]), None)  # noqa: E731
+    late = drawn(right + [(8 + 0.25 * min(t, 3), 5 + 0.75 * max(t - 3, 0)) for t in range(8)])
+    about = {"classes": ["CircleRight", "CircleDown"], "spans": [[0, 0, 1, 1]] * 3}
+    read = lambda here, folder: (about, np.stack([turned, straight, late]), None)  # noqa: E731
     monkeypatch.setattr(streaming, "read_samples", read)
-    assert streaming.spans_right(tmp_path) == 3 / 4
+    assert streaming.measure_spans(tmp_path) == {"spans_straight": 4 / 6, "spans_moved": 5 / 6}
+    empty = np.zeros((8, 16, 16, 3), np.uint8)
+    assert not streaming.moves_mostly(empty, "CircleRight")
+    assert not streaming.moves_mostly(straight[:8], "CircleLeft")
 
 
 def drawn(centers):
