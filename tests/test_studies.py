@@ -502,8 +502,8 @@ def test_worlds_are_tuned_and_compared(commands, tmp_path, monkeypatch):
     for row in rows:
         assert 0 <= row["values"]["256 frames, 2 evaluations"]["sharp"] <= 1
     trainings = [words for words in commands if words[0] == "EqM/train.py"]
-    schedules = [words[words.index("--frames-schedule") + 1] for words in trainings]
-    assert schedules[-2:] == ["2:2:2,4:4:2", "2:2:2,4:3:2,8:4:1"]
+    schedules = [words[words.index("--frames-schedule") + 1] for words in trainings[-2:]]
+    assert schedules == ["2:2:2,4:4:2", "2:2:2,4:3:2,8:4:1"]
     assert "eqm, context 32 minus eqm is" in (tmp_path / "worlds.md").read_text()
 
 
