@@ -118,6 +118,7 @@ TABLES = {  # in results/
     "studies/positions/sprites": partial(positions.markdown, "sprites"),
     "studies/sprites/sprites": sprites.markdown,
     "studies/statistics/coverage": coverage.markdown,
+    "studies/streaming/streaming": streaming.markdown,
     "studies/streaming/streaming_tuning": streaming.tuning_markdown,
 }
 
