@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import lab
-from runtime.cli import UserError, one_line_errors, wrong_input
+from runtime.cli import UserError, one_line_errors
 from samplers import SOLVERS
 from scoring.stats import half95
 from shapes import BOTH_RIGHT, PATH_LENGTH, USUAL, data_of, make_task, shapes_run, size_of
@@ -386,13 +386,11 @@ def main():
     if args.tune:
         tune(args)
         return
-    tuning = lab.read_rows(Path(args.out, "control_tuning.json"))
-    runs = []
+    cases = []
     for seed, name in itertools.product(args.seeds, args.arms):
         if seed < ARMS[name].seeds:
-            with wrong_input():
-                run = main_run(args, name, seed=seed, tuning=tuning)
-            runs.append(run)
+            cases.append((seed, name))
+    runs = lab.tuned_runs(args, "control_tuning", cases, main_run)
     lab.run_study(args, runs, markdown)
     rows = runs[0].rows()
     if rows and not args.list:

@@ -17,12 +17,11 @@ scores are in its folder runs (see lab.py).
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import lab
 import positions
 from lab import Column
-from runtime.cli import UserError, one_line_errors, wrong_input
+from runtime.cli import UserError, one_line_errors
 from shapes import TABLE
 
 ARMS = {  # flags of train.py
@@ -152,12 +151,8 @@ def main():
         runs = [tuning_run(args, name, shift) for name, shift in cases]
         lab.run_study(args, runs, tuning_markdown)
         return
-    tuning = lab.read_rows(Path(args.out, "control_sprites_tuning.json"))
-    runs = []
-    for seed, name in itertools.product(args.seeds, args.arms):
-        with wrong_input():
-            run = main_run(args, name, seed, tuning)
-        runs.append(run)
+    cases = itertools.product(args.seeds, args.arms)
+    runs = lab.tuned_runs(args, "control_sprites_tuning", cases, main_run)
     lab.run_study(args, runs, markdown)
 
 

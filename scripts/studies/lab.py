@@ -129,6 +129,21 @@ def writable(folder):
     return folder
 
 
+def tuned_runs(args, table, cases, main_run):
+    """The main runs of (seed, arm) in `cases`, with what tuning chose.
+
+    table: the name of the tuning's json file; main_run(args, arm, seed, rows): a Run, from these
+    rows.
+    """
+    rows = read_rows(Path(args.out, f"{table}.json"))
+    runs = []
+    for seed, name in cases:
+        with wrong_input():
+            run = main_run(args, name, seed, rows)
+        runs.append(run)
+    return runs
+
+
 def run_study(args, runs, markdown):
     """Run what is missing and write the table of all rows. markdown(rows): its lines."""
     if not runs:

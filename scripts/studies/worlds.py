@@ -24,7 +24,7 @@ from pathlib import Path
 import lab
 from lab import Column
 from models import model_config
-from runtime.cli import UserError, one_line_errors, wrong_input
+from runtime.cli import UserError, one_line_errors
 from schedule import Phase, parse_schedule
 
 RECIPE = lab.ROOT / "scripts/recipes/world.txt"
@@ -300,12 +300,8 @@ def main():
         runs = [tuning_run(args, name, settings) for settings, name in cases]
         lab.run_study(args, runs, tuning_markdown)
         return
-    tuning = lab.read_rows(Path(args.out, "worlds_tuning.json"))
-    runs = []
-    for seed, name in itertools.product(args.seeds, args.arms):
-        with wrong_input():
-            run = main_run(args, name, seed, tuning)
-        runs.append(run)
+    cases = itertools.product(args.seeds, args.arms)
+    runs = lab.tuned_runs(args, "worlds_tuning", cases, main_run)
     lab.run_study(args, runs, markdown)
 
 
