@@ -73,7 +73,7 @@ def measure(ema, model, vae, batch, precision, device, given):
     x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices)
     T = x.shape[2]
     condition = Condition.of(batch["y"], config).to(device)
-    draws = [generator(0, "condition", "validation", index) for index in indices]
+    draws = (generator(0, "condition", "validation", index) for index in indices)
     others = condition.randomized(config, draws)
     losses = partial(
         config.learns.losses,

@@ -220,8 +220,8 @@ def main_tasks(args, data, settings, guidance, evaluations=EVALUATIONS):
         frames = 24 if args.miniature else 256
         return {LONG: make_task(count=size.few, frames=frames, more=long)}
     tasks = {SHORT: make_task(count=size.clips)}
-    others = [one for one in GUIDANCES if one != guidance]
-    tasks[SHORT_OTHER] = make_task(count=size.clips, guidance=others[0])
+    (other,) = {*GUIDANCES} - {guidance}
+    tasks[SHORT_OTHER] = make_task(count=size.clips, guidance=other)
     if settings.context:
         words = span_words(4 if args.miniature else NUM_SPANS)
         frames = words.count("*") // 3 * SPAN
