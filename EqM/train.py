@@ -405,14 +405,27 @@ def training_losses(network, vae, batch, config, args, stream, device):
     condition = Condition.of(batch["y"], config).null(dropped).to(device)
     if gamma.dim() == 4 and device.type != "cpu":
         gamma = gamma.pin_memory()  # megabytes; the CPU would wait for a copy from other memory
+    time_scale = batch["time_scales"].to(device, non_blocking=True)
     with distributed.autocast(device, args.precision):
+        if config.causal:
+            clean = transport.own_context(
+                network,
+                clean,
+                share=args.own_context,
+                objective=config.learns,
+                seed=seed,
+                stream=stream,
+                indices=indices,
+                y=condition.y,
+                time_scale=time_scale,
+            )
         errors, target_square, features = config.learns.losses(
             network,
             x,
             noise,
             gamma=gamma.to(device, non_blocking=True),
             y=condition.y,
-            time_scale=batch["time_scales"].to(device, non_blocking=True),
+            time_scale=time_scale,
             return_features=args.disp,
             clean=clean,
         )

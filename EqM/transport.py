@@ -37,6 +37,9 @@ FIELD_SCALE = 4.0  # lambda
 DRAWS = ("uniform", "logit-normal")  # of gamma in training
 # share of the forced clips with one level per temporal patch; the other clips have given frames
 OWN_LEVELS = 0.5
+# the gammas of --own-context, so that each frame shows what the network makes of it
+OWN_LEAST = 0.3
+OWN_MOST = 0.9
 # E[c^2], gamma uniform: 13.867
 MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (DECAY_START + (1 - DECAY_START) / 3)
 
@@ -88,6 +91,12 @@ class Objective:
     def velocity(self, f, gamma):
         """Return dx/dgamma on the path of `interpolate`, f / `factor`. gamma: a single number."""
         return f / self.factor(gamma).item()
+
+    def data_estimate(self, x_gamma, f, gamma):
+        """Return x where f at x_gamma points to: x_gamma + (1 - gamma) f / `factor`, if gamma (B,)
+        is below 1.
+        """
+        return x_gamma + f * _broadcast((1 - gamma) / self.factor(gamma))
 
     def solver_shift(self, gamma_shift):
         """Return the shift of a solver's steps (see `shift_gamma`): that of training, or none if
@@ -369,6 +378,27 @@ def noisy_context(x, most, seed, stream, indices):
     return interpolate(x, noise, 1 - u)
 
 
+def own_context(network, clean, share, objective, seed, stream, indices, y, time_scale):
+    """Replace a share of clips (B, C, T, H, W), which a causal model continues, by what it makes of
+    them itself: its estimate of each frame from a noisy one, after the clean frames before.
+
+    So it learns to continue its own errors, as with training on its own roll-outs. The noise is
+    low enough for the frames to show the same, so the true next frame remains the right one.
+    """
+    if not share:
+        return clean
+    is_own = uniform(seed, "own context", stream, indices) < share
+    u = uniform(seed, "own context level", stream, indices)
+    gamma = (OWN_LEAST + (OWN_MOST - OWN_LEAST) * u).to(clean.device, non_blocking=True)
+    noise = normal(seed, "own context noise", stream, indices, clean.shape[1:], clean.device)
+    x_gamma = interpolate(clean, noise, gamma)
+    told = {"gamma": gamma} if objective.is_told else {}
+    with torch.no_grad():
+        f = network(x_gamma, y, time_scale, clean=clean, **told)
+    estimate = objective.data_estimate(x_gamma, f.float(), gamma)
+    return torch.where(_broadcast(is_own.to(clean.device)), estimate, clean)
+
+
 def first_given(gamma, num_frames, given):
     """Expand gamma (B,) to (B, T) and make the first `given` frames clean (gamma = 1)."""
     is_first = torch.arange(num_frames, device=gamma.device) < given
@@ -417,6 +447,13 @@ def add_flags(parser):
         help="--causal: at most this share of noise in the frames that a model continues",
     )
     add(
+        "--own-context",
+        type=SHARE,
+        default=0.0,
+        metavar="S",
+        help="--causal: the share of clips that continue what the network makes of their frames",
+    )
+    add(
         "--forcing-regions",
         type=SHARE,
         default=0.0,
@@ -441,5 +478,6 @@ def check_flags(args, clip_lengths):
             raise UserError(
                 f"{flag_text(args, name)}: does not apply to clips of one frame; remove it"
             )
-    if args.context_noise and not args.causal:
-        raise UserError(f"{flag_text(args, 'context_noise')}: needs --causal; add it")
+    for name in ("context_noise", "own_context"):
+        if getattr(args, name) and not args.causal:
+            raise UserError(f"{flag_text(args, name)}: needs --causal; add it")

@@ -457,6 +457,7 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
         (["--causal", "--context", 3], "context must be at least a temporal patch of 4 frames"),
         (["--context", 8], "--context 8: needs --causal"),
         (["--context-noise", 0.1], "--context-noise 0.1: needs --causal"),
+        (["--own-context", 0.5], "--own-context 0.5: needs --causal"),
     ],
 )
 def test_flags_that_do_not_fit_a_causal_training(shapes, tmp_path, capsys, flags, expected):

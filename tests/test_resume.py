@@ -72,7 +72,7 @@ KINDS = {  # data, flags that replace TINY's or add to them
     "causal, latents": (
         "latents",
         CACHED,
-        "--causal --temporal-patch-size 2 --context 2 --context-noise 0.2 --disp",
+        "--causal --temporal-patch-size 2 --context 2 --context-noise 0.2 --own-context 0.5 --disp",
     ),
     "images": ("images", IMAGES, ""),
 }

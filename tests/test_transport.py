@@ -273,3 +273,44 @@ def test_noise_levels_depend_only_on_seed_and_sample_index():
     alone = [draw(0.5, indices=range(index, index + 1)) for index in range(20)]
     assert torch.equal(torch.cat(alone), levels)
     assert not torch.equal(draw(0.5, indices=range(20), seed=1), levels)
+
+
+@pytest.mark.parametrize("name", ["eqm", "told-w"])
+def test_an_own_context_is_what_the_network_makes_of_noisy_frames(name):
+    objective = OBJECTIVES[name]
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(64, 3, 4, 5, 5, generator=generator)
+    u = uniform(7, "own context level", 0, range(64))
+    gamma = transport.OWN_LEAST + (transport.OWN_MOST - transport.OWN_LEAST) * u
+    broadcast = gamma.view(-1, 1, 1, 1, 1)
+    calls = []
+
+    def network(x_gamma, y, time_scale, clean, **told):
+        """It knows the noise, and believes that all values of the clip are larger by 1."""
+        assert told.keys() == ({"gamma"} if objective.is_told else set())
+        assert not torch.is_grad_enabled()
+        calls.append(told)
+        noise = (x_gamma - broadcast * clean) / (1 - broadcast)
+        return objective.target(clean + 1, noise, gamma)
+
+    def made(share):
+        return transport.own_context(
+            network,
+            clean,
+            share=share,
+            objective=objective,
+            seed=7,
+            stream=0,
+            indices=range(64),
+            y=None,
+            time_scale=None,
+        )
+
+    assert made(0.0) is clean
+    assert not calls
+    expected = clean + 1 - broadcast
+    assert_close(made(1.0), expected, atol=1e-4, rtol=0)
+    half = made(0.5)
+    is_own = (half != clean).flatten(1).any(dim=1)
+    assert 16 < is_own.sum() < 48
+    assert_close(half[is_own], expected[is_own], atol=1e-4, rtol=0)

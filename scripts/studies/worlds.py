@@ -5,10 +5,11 @@
     python scripts/studies/worlds.py            the main runs: objectives and ideas, three seeds
 
 All models follow the recipe and the phases of world.sh, at equal compute. Each objective has the
-training shift and the learning rate that did best in tuning, which are also those of the ideas: of
-eqm, some noise in the context, and a longer context. The endpoints are fixed: samples that continue
-a true frame of a held-out map by 64 others, and by 256, are scored by evaluate.py --metric world.
-Tuning decides by the mean of moved, blocked, determined and sharp, with 4 evaluations per frame.
+training shift, the learning rate and the sampling shift that did best in tuning, which are also
+those of the ideas: of eqm, some noise in the context, a longer context, and a context that the
+model makes itself. The endpoints are fixed: samples that continue a true frame of a held-out map by
+64 others, and by 256, are scored by evaluate.py --metric world. Tuning decides by the mean of
+moved, blocked, determined and sharp, with 4 evaluations per frame.
 
 A run takes about 10 minutes of one core. The script writes worlds.md and .json in
 results/studies/worlds, with --tune worlds_tuning.md and .json. Models, samples and scores are in
@@ -33,6 +34,7 @@ OBJECTIVES = ("eqm", "flow", "told-w")
 CONTEXT = 16  # of the recipe
 EVALUATIONS = (1, 2, 4, 8)  # of a frame
 USUAL = 4
+SOLVER_SHIFTS = (1, 3)  # of the steps in sampling
 TUNING_SEED = 100
 SHORT = 64  # generated frames
 LONG = 256
@@ -41,9 +43,9 @@ LONG_EVALUATIONS = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """What is tuned."""
+    """What is tuned in training."""
 
-    gamma_shift: float  # of training, and of the steps in sampling
+    gamma_shift: float
     muon_lr: float
 
     @property
@@ -62,18 +64,22 @@ class Arm:
     objective: str
     flags: str = ""  # of train.py
     context: int = CONTEXT
+    cost: float = 1.0  # of a step, relative to the recipe's
 
 
 ARMS = {name: Arm(name) for name in OBJECTIVES}
 ARMS |= {
     "eqm, context noise 0.2": Arm("eqm", "--context-noise 0.2"),
     "eqm, context 32": Arm("eqm", context=32),
+    # one more forward pass: a step has 4 in place of 3, as a backward pass counts twice
+    "eqm, own context 0.5": Arm("eqm", "--own-context 0.5", cost=4 / 3),
 }
 PAIRS = (
     ("flow", "eqm"),
     ("told-w", "eqm"),
     ("eqm, context noise 0.2", "eqm"),
     ("eqm, context 32", "eqm"),
+    ("eqm, own context 0.5", "eqm"),
 )
 MEASURES = {  # of the metric: title
     "moved": "transitions right: moved (%)",
@@ -128,10 +134,11 @@ def recipe_phases():
 
 
 def phases_of(args, arm):
-    """The Phases of an arm. With a longer context, half of the last one has longer clips, but as
-    many tokens per step.
+    """The Phases of an arm. If a step costs more, there are fewer. With a longer context, half of
+    the last phase has longer clips, but as many tokens per step.
     """
     phases = size_of(args).phases or recipe_phases()
+    phases = [replace(phase, last_step=int(phase.last_step / arm.cost)) for phase in phases]
     if arm.context == CONTEXT:
         return phases
     *first, last = phases
@@ -163,18 +170,21 @@ def count_flops(phases, context):
     return flops
 
 
-def make_task(args, test, frames, evaluations):
-    """(flags of sample_gd.py, metrics): two walks on each held-out map from its first frame."""
+def make_task(args, test, frames, evaluations, shift):
+    """(flags of sample_gd.py, metrics): a walk on each held-out map from its first frame.
+
+    shift: of the steps in sampling.
+    """
     flags = (
-        f"--num-frames {1 + frames} --num-sampling-steps {evaluations + 1} --given {test} "
-        f"--given-split val --given-frames 0 --no-keep-background --actions {test}/walks.npy "
-        f"--num-samples {2 * size_of(args).held_out} --samples-per-clip 2"
+        f"--num-frames {1 + frames} --num-sampling-steps {evaluations + 1} --solver-shift {shift} "
+        f"--given {test} --given-split val --given-frames 0 --no-keep-background "
+        f"--actions {test}/walks.npy --num-samples {size_of(args).held_out}"
     )
     return flags, ("world",)
 
 
 def make_run(args, name, settings, seed, tasks, table):
-    """The lab.Run of an arm with Settings. tasks: {name: (frames, evaluations)}."""
+    """The lab.Run of an arm with Settings. tasks: {name: (frames, evaluations, shift)}."""
     size = size_of(args)
     arm = ARMS[name]
     phases = phases_of(args, arm)
@@ -182,13 +192,19 @@ def make_run(args, name, settings, seed, tasks, table):
     test = folder.with_name("world-test")
     common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 64"
     flags_of = {}
-    for task, (frames, evaluations) in tasks.items():
-        flags, metrics = make_task(args, test, frames=frames, evaluations=evaluations)
+    for task, (frames, evaluations, shift) in tasks.items():
+        flags, metrics = make_task(
+            args,
+            test,
+            frames=frames,
+            evaluations=evaluations,
+            shift=shift,
+        )
         flags_of[task] = (f"{flags} {common}".split(), metrics)
     schedule = ",".join(map(str, phases))
     training = (
         f"--video --frames-schedule {schedule} --objective {arm.objective} --sampler euler "
-        f"--gamma-shift {settings.gamma_shift:g} --solver-shift {settings.gamma_shift:g} "
+        f"--gamma-shift {settings.gamma_shift:g} "
         f"--muon-lr {settings.muon_lr:g} --context {arm.context} {arm.flags} "
         f"--global-seed {seed} --precision {lab.PRECISION} --data-path {folder} "
         f"{TINY_MODEL if args.miniature else ''}"
@@ -205,17 +221,24 @@ def make_run(args, name, settings, seed, tasks, table):
         last_step=phases[-1].last_step,
         tasks=flags_of,
         metrics={"world": ["--data-path", test]},
-        more={"flops": count_flops(phases, arm.context)},
+        more={"flops": arm.cost * count_flops(phases, arm.context)},
     )
 
 
+def tuning_task(shift):
+    return f"{task_name(SHORT, USUAL)}, solver shift {shift}"
+
+
 def tuning_run(args, name, settings):
+    tasks = {}
+    for shift in SOLVER_SHIFTS:
+        tasks[tuning_task(shift)] = (size_of(args).short, USUAL, shift)
     return make_run(
         args,
         name,
         settings,
         seed=TUNING_SEED,
-        tasks={task_name(SHORT, USUAL): (size_of(args).short, USUAL)},
+        tasks=tasks,
         table="worlds_tuning",
     )
 
@@ -223,12 +246,13 @@ def tuning_run(args, name, settings):
 def main_run(args, name, seed, tuning):
     """The run of an arm with what tuning chose. tuning: the rows of the tuning runs."""
     size = size_of(args)
-    tasks = {task_name(SHORT, count): (size.short, count) for count in EVALUATIONS}
-    tasks[LONG_TASK] = (size.long, LONG_EVALUATIONS)
+    settings, shift = choose(tuning, ARMS[name].objective)
+    tasks = {task_name(SHORT, count): (size.short, count, shift) for count in EVALUATIONS}
+    tasks[LONG_TASK] = (size.long, LONG_EVALUATIONS, shift)
     return make_run(
         args,
         name,
-        settings=choose(tuning, ARMS[name].objective),
+        settings=settings,
         seed=seed,
         tasks=tasks,
         table="worlds",
@@ -236,7 +260,7 @@ def main_run(args, name, seed, tuning):
 
 
 def choose(rows, objective):
-    """The Settings of an objective that did best in tuning.
+    """(Settings, shift of the steps in sampling) of an objective that did best in tuning.
 
     Nothing of a model that diverged is right. Raises UserError if a run is missing.
     """
@@ -246,8 +270,10 @@ def choose(rows, objective):
         of_run = lab.rows_with(about, rows)
         if not of_run:
             raise UserError(f"--arms {objective}: not tuned completely; run with --tune first")
-        values = of_run[0]["values"].get(task_name(SHORT, USUAL), {})
-        scores[settings] = statistics.mean(values.get(measure) or 0.0 for measure in MEASURES)
+        for shift in SOLVER_SHIFTS:
+            values = of_run[0]["values"].get(tuning_task(shift), {})
+            score = statistics.mean(values.get(measure) or 0.0 for measure in MEASURES)
+            scores[settings, shift] = score
     return max(scores, key=scores.get)
 
 
@@ -258,13 +284,16 @@ def columns_of(task):
 def tuning_markdown(rows):
     lines = lab.heading(
         "World models: tuning",
-        f"`scripts/studies/worlds.py --tune` wrote this table: one seed, {USUAL} evaluations per "
+        f"`scripts/studies/worlds.py --tune` wrote these tables: one seed, {USUAL} evaluations per "
         f"frame, {SHORT} frames.",
     )
     arms = {}
     for name, settings in itertools.product(OBJECTIVES, TUNED):
         arms[f"{name}, {settings.name}"] = {"arm": name, "settings": settings.name}
-    return lines + lab.arm_table(rows, arms, columns_of(task_name(SHORT, USUAL)))
+    for shift in SOLVER_SHIFTS:
+        table = lab.arm_table(rows, arms, columns_of(tuning_task(shift)))
+        lines += [f"## Solver shift {shift}", "", *table]
+    return lines
 
 
 def markdown(rows):
