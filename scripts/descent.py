@@ -136,7 +136,8 @@ def world_parts(facts, training, config, starts):
     class or None}. Without any, they begin with noise.
     """
     facts["actions"] = config.action_names
-    facts["shift"] = training.get("solver_shift") or training.get("gamma_shift", 1.0)
+    shift = config.learns.solver_shift(training.get("gamma_shift", 1.0))
+    facts["shift"] = training.get("solver_shift") or shift  # as sample_gd.py --sampler euler
     facts["guidance"] = 1.0 if config.actions else sampler_settings(training)["cfg_scale"]
     facts["starts"] = []
     for start in starts:

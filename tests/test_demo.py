@@ -1,14 +1,17 @@
-"""The scores of the demo model are of this model, and it reaches them."""
+"""The scores of the demo models are of these models, and they reach them."""
 
 import json
+import re
 from shlex import split
 
 import checkpoint
 import evaluate
+import make_world
 import sample_gd
 from training import ROOT, run_main
 
 DEMO = ROOT / "results/demo"
+WORLD = ROOT / "results/demo-world"
 
 
 def test_the_demo_is_small_and_its_scores_are_of_this_model():
@@ -32,3 +35,32 @@ def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(shapes, tm
     flags = split("--metric motion --num-real 12 --num-workers 0")
     run_main(evaluate, *flags, "--samples", samples, "--data-path", shapes, "--out", out)
     assert json.loads(out.read_text())["values"]["direction_accuracy"] >= 10 / 12
+
+
+def test_the_world_is_small_and_its_scores_are_of_this_model():
+    assert sum(file.stat().st_size for file in WORLD.iterdir()) <= 4e6
+    sha256 = checkpoint.weights_sha256(checkpoint.load(WORLD)["ema"])
+    scores = json.loads((WORLD / "world-4.json").read_text())
+    assert scores["generated"]["source"]["weights_sha256"] == sha256
+    # the table says what was measured
+    text = (WORLD / "README.md").read_text()
+    for measure in ("moved", "blocked", "determined", "sharp", "agent", "above_chance"):
+        assert re.search(rf"\| {100 * scores['values'][measure]:.4g}%", text), measure
+
+
+def test_the_world_obeys_its_actions_on_new_maps(tmp_path):
+    data = tmp_path / "world"
+    flags = split("--episodes 1 --held-out 8 --frames 9 --seed 5")
+    run_main(make_world, "--out", data, *flags)
+    samples = tmp_path / "samples"
+    flags = split(
+        "--given-split val --given-frames 0 --no-keep-background --num-frames 9 --num-samples 8"
+    )
+    walks = ["--given", data, "--actions", data / "walks.npy"]
+    run_main(sample_gd, "--ckpt", WORLD, "--video", "--folder", samples, *walks, *flags)
+    out = tmp_path / "world.json"
+    flags = split("--metric world --num-workers 0")
+    run_main(evaluate, *flags, "--samples", samples, "--data-path", data, "--out", out)
+    values = json.loads(out.read_text())["values"]
+    for measure in ("moved", "blocked", "determined", "sharp", "agent"):
+        assert values[measure] >= 0.9, measure

@@ -174,7 +174,7 @@ def test_the_workflow_calls_our_scripts_with_flags_that_they_have(monkeypatch):
     assert workflow["permissions"] == {"contents": "read"}
     script = "".join(step.get("run", "") for step in workflow["jobs"]["build"]["steps"])
     calls = list(commands(f"```bash\n{script}```"))
-    assert len(calls) == 4
+    assert len(calls) == 5
     for names, words in calls:
         check_command(names, words, monkeypatch)
 
