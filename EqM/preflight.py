@@ -170,6 +170,12 @@ def check_sources(args, source, lengths):
                 f"{plural(source.num_frames, 'frame')}; expected the same, because pairs are whole "
                 "clips; change or remove the flag, or sample again"
             )
+    if args.causal and not source.is_causal:
+        raise UserError(
+            f"--causal: the samples in --data-path {args.data_path} were made at once, so their "
+            "noise does not fit patch by patch; expected samples of a causal model; remove one of "
+            "the two"
+        )
     if args.real_data:
         with naming_real_data(args):
             check_data_path(args.real_data, images=not is_video)
@@ -486,7 +492,9 @@ def fit_actions(args, config, start, source):
 
     Raises UserError if they don't fit the flags, or if the checkpoint has others.
     """
-    if args.video:
+    if source.has_samples:
+        source.actions = source.open_actions(config.action_names)
+    elif args.video:
         source.actions = open_actions(source.root, source.videos())
     names = source.actions.names if source.actions else []
     prefix = f"--data-path {args.data_path}"
@@ -498,7 +506,7 @@ def fit_actions(args, config, start, source):
         )
     if not names:
         return config
-    if args.pairs:
+    if args.pairs and args.real_data:
         raise UserError(
             f"--pairs: {describe_actions(names)} of --real-data {args.real_data} do not apply to "
             "samples; remove one of the two"

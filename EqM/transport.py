@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.cli import POSITIVE, SHARE, UserError, flag_text
-from runtime.rng import generator, noise_of_samples, normal, uniform
+from runtime.rng import generator, noise_of_sample, normal, uniform
 
 DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
@@ -223,15 +223,14 @@ def _broadcast(gamma):
 
 def draw_noise(seed, stream, indices, shape, device, pairs):
     """Draw the noise of training clips, (B, *shape): independent of the clip, except where `pairs`
-    has (seed, index) of the noise that the clip was sampled from, not None.
+    has the arguments of `noise_of_sample` for a clip that was sampled, not None.
 
     Independent noise depends only on (seed, stream, index).
     """
     noise = normal(seed, "noise", stream, indices, shape, device)
     for row, pair in zip(noise, pairs, strict=True):
         if pair is not None:
-            seed_of_sample, number = pair
-            row.copy_(noise_of_samples(seed_of_sample, [number], shape)[0])
+            row.copy_(noise_of_sample(*pair, shape))
     return noise
 
 
@@ -289,9 +288,8 @@ def draw_gammas(
     gamma = gammas_of(uniform(seed, "gamma", stream, indices), shift, draw)  # (B,)
     if is_sample is None:
         is_sample = torch.zeros(len(indices), dtype=torch.bool)
-    if pure_noise:
-        is_pure = uniform(seed, "pure noise", stream, indices) < pure_noise
-        gamma = gamma.masked_fill(is_sample & is_pure, 0.0)
+    is_pure = is_sample & (uniform(seed, "pure noise", stream, indices) < pure_noise)
+    gamma = gamma.masked_fill(is_pure, 0.0)
     if share == region_share == causal == 0 or num_frames <= patch:
         return gamma
     rows = []
@@ -312,6 +310,7 @@ def draw_gammas(
                 [1.0 if frame // level_frames in clean else level for frame in range(num_frames)]
             )
     levels = torch.tensor(rows)
+    levels[is_pure] = 0.0
     if region_share == 0:
         return levels
     levels = levels[:, :, None, None].repeat(1, 1, size, size)

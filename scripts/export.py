@@ -43,7 +43,7 @@ CARD = """# {name}
 Trained with {trained_with}. `config.json` holds all settings. Sampling uses the sampler below
 unless you pass other flags. Replace `FOLDER` by this folder, and `DATA` by a folder of videos or \
 images of the same
-classes.
+classes{and_actions}.
 
 | | |
 |---|---|
@@ -196,6 +196,7 @@ def make_card(state, dtype, vae, scores):
     return CARD.format(
         name=models.model_name(**model),
         trained_with=models.EqMConfig(**model).learns.title,
+        and_actions=" and actions" if model.get("actions") else "",
         about="\n".join(rows),
         sample=f"{video}--ckpt FOLDER --num-samples 16 --folder samples",
         train=f"{video}{rope}--ckpt FOLDER --data-path DATA",

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
 # A world to play in, on a machine without a GPU: episodes with actions, a causal model of them, roll-outs on held-out
-# maps from one true frame, their scores, and a page to play in a browser. Run it again to continue.
+# maps from one true frame, their scores, and a page to play in a browser. Run it again to continue; for other values, set
+# another EXP.
 #
-#   EXP=world                 results and the page go to results/$EXP, samples and scores to samples/$EXP-4 and so on
+#   EXP=world                 results and the page go to results/$EXP, samples to samples/$EXP-4, scores to samples/$EXP-4.json
 #   DATA=datasets/world       the data set, made if it is missing
 #   SCHEDULE="2:500:32 4:900:16"   frames, last step and clips per step of each phase; default: those of the recipe
 #   EVALUATIONS="4"           of the network for each frame; several are compared
-#   CLIPS=64, FRAMES=129      held-out episodes, each continued by two walks; frames of a roll-out, at most 129
-#   SEED=0                    of every random draw
+#   CLIPS=64, FRAMES=129      held-out episodes, each continued by two walks; frames of a sample with the given one, at most 129
+#   SEED=0                    of training and sampling; the data set has its own
 #   GPUS, PRECISION           processes, bf16 or fp32; default: what suits the machine
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
 no_words "$@"
 EXP=${EXP:-world} DATA=${DATA:-datasets/world} SCHEDULE=${SCHEDULE:-}
 EVALUATIONS=${EVALUATIONS:-4} CLIPS=${CLIPS:-64} FRAMES=${FRAMES:-129} SEED=${SEED:-0}
-suit
 counts CLIPS FRAMES
 must "not counts; expected one or more, as in '2 4'" '([1-9][0-9]* *)+' EVALUATIONS
 must "not phases; expected FRAMES:LAST_STEP:CLIPS, as in '2:500:32 4:900:16'" '([0-9]+:[0-9]+:[0-9]+ *)*' SCHEDULE
 must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
-bash scripts/setup.sh # after all mistakes
-activate
+begin DATA SCHEDULE CLIPS FRAMES SEED
+mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
 python datasets/make_world.py --out="$DATA"
 [[ -z $SCHEDULE ]] && PHASES=() || PHASES=(--frames-schedule="${SCHEDULE// /,}")
 train @scripts/recipes/world.txt --data-path="$DATA" "${PHASES[@]}" --global-seed "$SEED"

@@ -44,7 +44,7 @@ def test_the_world_is_small_and_its_scores_are_of_this_model():
     assert scores["generated"]["source"]["weights_sha256"] == sha256
     # the table says what was measured
     text = (WORLD / "README.md").read_text()
-    for measure in ("moved", "blocked", "determined", "sharp", "agent", "above_chance"):
+    for measure in ("moved", "blocked", "determined", "sharp", "agent", "remembered", "chance"):
         assert re.search(rf"\| {100 * scores['values'][measure]:.4g}%", text), measure
 
 

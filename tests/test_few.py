@@ -98,7 +98,7 @@ def test_selected_pairs_keep_the_noise_of_their_samples_and_real_clips_cover_the
     few.select_right(folder, tmp_path / "right")
     pairs = Pairs(tmp_path / "right").pairs
     rows = [row for row in range(12) if row not in (3, 7)]
-    assert list(pairs.values()) == [(1000, row) for row in rows]
+    assert list(pairs.values()) == [(1000, row, 16) for row in rows]
     covered = few.recall(folder, tmp_path / "shapes", 12)
     assert covered == pytest.approx(11 / 12)  # all but the black clip
 

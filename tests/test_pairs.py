@@ -128,7 +128,55 @@ def test_samples_json_tells_the_noise_that_sampling_began_with(places):
     x = vae.latents_of(batch["clips"], 0, 0, indices)
     noise = transport.draw_noise(0, 0, indices, x.shape[1:], torch.device("cpu"), batch["pairs"])
     torch.testing.assert_close(noise, x, atol=1e-5, rtol=1e-5)
-    assert sorted(batch["pairs"]) == [(SEED, number) for number in range(10)]
+    assert sorted(batch["pairs"]) == [(SEED, number, FRAMES) for number in range(10)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a causal teacher that takes actions, teacher.pt, and its samples, which are
+    their noise.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    causal = {"causal": True, "context": 2, "temporal_patch_size": 1, "actions": "stay,left"}
+    random_checkpoint(folder / "teacher.pt", num_frames=FRAMES, use_rope=True, **causal)
+    flags = ["--num-samples", 10, "--seed", SEED, "--actions", "left*3", "stay,left*2"]
+    flags += ["--num-frames", FRAMES, "--num-sampling-steps", 2, "--stepsize", 1e-12]
+    sample_here(folder / "teacher.pt", folder / "samples", *flags)
+    return folder
+
+
+def test_samples_of_a_causal_model_have_noise_of_each_patch_and_their_actions(world):
+    source = Pairs(world / "samples")
+    source.actions = source.open_actions(["stay", "left"])
+    clips = Clips(source, source.videos(), source.scan.classes, FRAMES, flip=False)
+    batch = collate([clips[index] for index in range(10)])
+    indices = batch["indices"].tolist()
+    shape = (3, FRAMES, 16, 16)
+    noise = transport.draw_noise(0, 0, indices, shape, torch.device("cpu"), batch["pairs"])
+    pixels = batch["clips"] / 127.5 - 1
+    torch.testing.assert_close(noise.clamp(-1, 1), pixels, atol=1 / 127, rtol=0)
+    actions = {tuple(y) for y in batch["y"][:, 1:].tolist()}
+    assert actions == {(-1, 1, 1, 1), (-1, 0, 1, 1)}
+
+
+def test_a_causal_student_trains_on_the_samples_of_a_causal_teacher(world, tmp_path):
+    flags = ["--data-path", world / "samples", "--ckpt", world / "teacher.pt"]
+    flags += ["--results-dir", tmp_path, "--sample-every", 0]
+    run_main(train, *STUDENT, *flags)
+    (run,) = tmp_path.glob("000-*-causal")
+    state = checkpoint.load(run / "checkpoints/best.pt")
+    assert state["config"]["model"]["actions"] == "stay,left"
+    assert state["config"]["training"]["teacher"]["num_steps"] == 2
+
+
+def test_all_patches_of_a_sample_may_be_pure_noise():
+    is_sample = torch.arange(40) < 20
+    levels = transport.draw_gammas(
+        0, 0, range(40), num_frames=4, patch=1, causal=True, is_sample=is_sample, pure_noise=0.5
+    )
+    is_pure = (levels == 0).all(dim=1)
+    assert 4 < is_pure[:20].sum() < 16
+    assert (levels[~is_pure] > 0).all() and not is_pure[20:].any()
 
 
 # The loss of a pair -------------------------------------------------------------------------------
@@ -178,7 +226,7 @@ def test_a_pair_is_interpolated_with_its_own_noise_and_keeps_its_label(places):
     is_pure = uniform(5, "pure noise", 7, indices) < 0.25
     assert 0 < is_pure.sum() < len(indices)
     total = 0.0
-    for row, (seed, number) in enumerate(batch["pairs"]):
+    for row, (seed, number, _) in enumerate(batch["pairs"]):
         assert seed == SEED
         x = torch.from_numpy(samples["arr_0"][number]).permute(3, 0, 1, 2).float() / 127.5 - 1
         (eps,) = normal(SEED, "sample", 0, [number], x.shape)
@@ -360,6 +408,17 @@ def test_samples_whose_noise_does_not_fit_are_refused(places, tmp_path, capsys, 
     assert re.search(f"--data-path .*: {expected}", line), line
 
 
+def test_samples_of_a_causal_teacher_need_its_actions_and_one_class(
+    world, places, tmp_path, capsys
+):
+    flags = ["--data-path", world / "samples", "--temporal-patch-size", 1, "--model", "EqM-Ti/4"]
+    line = refused(capsys, train, *STUDENT, "--vae", "none", *flags)
+    assert "no action 'left'; expected one of " in line
+    assert "pass the model that made the samples as --ckpt" in line
+    line = refused_samples(places, tmp_path / "s", capsys, spans=[[0, 1]])
+    assert "samples whose class changes" in line
+
+
 def test_samples_without_seed_or_class_are_refused(places, tmp_path, capsys):
     folder = altered(places, tmp_path / "s")
     content = json.loads((folder / "samples.json").read_text())
@@ -381,7 +440,7 @@ def test_samples_without_seed_or_class_are_refused(places, tmp_path, capsys):
         ("--image-size 32", "--image-size 32: --data-path .* has 16; remove"),
         ("--forcing 0.5", "--forcing 0.5: does not apply to --pairs"),
         ("--forcing-regions 0.5", "--forcing-regions 0.5: does not apply to --pairs"),
-        ("--causal", "--causal: does not apply to --pairs"),
+        ("--causal", "--causal: the samples in --data-path .* were made at once"),
         ("--pairs-share 0.5", "--pairs-share 0.5: .*; add --real-data DIR"),
         ("--cache-frames", "--cache-frames: --pairs reads samples"),
         ("--data-path {real}", "--data-path .*real: no samples.json in it"),

@@ -4,6 +4,7 @@ They do not change with the number of workers or ranks, nor with interruptions o
 """
 
 import hashlib
+import math
 
 import torch
 
@@ -40,3 +41,14 @@ def noise_of_samples(seed, indices, shape, window=0):
     on the CPU.
     """
     return normal(seed, "sample", window, indices, shape)
+
+
+def noise_of_sample(seed, index, window, shape):
+    """The noise (C, T, h, w) that sample_gd.py makes a whole sample from, in windows of so many
+    frames.
+    """
+    C, T, height, width = shape
+    parts = []
+    for number in range(math.ceil(T / window)):
+        parts.append(noise_of_samples(seed, [index], (C, window, height, width), number))
+    return torch.cat(parts, dim=2)[0, :, :T]

@@ -40,15 +40,19 @@ class Actions:
 
         The first leads from a frame that nobody sees, so it is NO_ACTION. Raises UnreadableError.
         """
-        path = actions_path(self.root, video)
-        try:
-            actions = read_actions(path, video.num_frames, self.names)
-        except (OSError, ValueError) as error:
-            raise UnreadableError(f"{path}: {error}") from error
+        actions = self.of_video(video)
         (_, *others) = actions[list(frame_indices)].tolist()
         if flipped:
             others = [self.mirrored[action] if action >= 0 else action for action in others]
         return [NO_ACTION, *others]
+
+    def of_video(self, video):
+        """The actions of all frames of a Video, int64 (T,). Raises UnreadableError."""
+        path = actions_path(self.root, video)
+        try:
+            return read_actions(path, video.num_frames, self.names)
+        except (OSError, ValueError) as error:
+            raise UnreadableError(f"{path}: {error}") from error
 
 
 def actions_path(root, video):

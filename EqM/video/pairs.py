@@ -10,12 +10,14 @@ teacher was guided, so the student needs no guidance.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 
 from runtime.cli import SHARE, UserError, flag_text, number
+from video.actions import Actions, number_of
 from video.files import Video
 from video.index import Scan
 from video.samples import LATENTS, NO_LABEL, read_samples
@@ -62,12 +64,13 @@ class Pairs(Source):
             videos.append(video)
         super().__init__(root, Scan(videos, about["classes"], unreadable=[]))
         self.made = about["source"]
+        self.actions_made = about.get("actions")  # of each sample, by name
         self.pairs = {}
         # of a selection of samples: their indices in the call that made them
         indices = about.get("indices") or range(len(videos))
         if noise == "own":
             for video, index in zip(videos, indices, strict=True):
-                self.pairs[video.path] = (self.made["seed"], index)
+                self.pairs[video.path] = (self.made["seed"], index, self.made["window"])
         self.has_latents = os.path.exists(Path(root, LATENTS))
         self.clips = None  # mapped into memory by each process that reads them
 
@@ -75,6 +78,26 @@ class Pairs(Source):
     def teacher(self):
         """What made the samples, for checkpoints."""
         return {name: self.made[name] for name in OF_TEACHER}
+
+    @property
+    def is_causal(self):
+        """Whether the samples were made one temporal patch after the other."""
+        return is_causal(self.made)
+
+    def open_actions(self, names):
+        """The actions of the samples, which have these names in a model; None if there are none.
+
+        Raises UserError.
+        """
+        if self.actions_made is None:
+            return None
+        try:
+            rows = [[number_of(name, names) for name in row] for row in self.actions_made]
+        except ValueError as error:
+            raise UserError(
+                f"--data-path {self.root}: {error}; pass the model that made the samples as --ckpt"
+            ) from error
+        return SampleActions(self.root, names, mirrored=None, rows=np.array(rows))
 
     def __getstate__(self):
         return vars(self) | {"clips": None}
@@ -94,6 +117,21 @@ class Pairs(Source):
         return clip.permute(3, 0, 1, 2).contiguous()
 
 
+@dataclass(frozen=True)
+class SampleActions(Actions):
+    """The actions of samples."""
+
+    rows: np.ndarray  # int64 (N, T)
+
+    def of_video(self, video):
+        return self.rows[row_of(video)]
+
+
+def is_causal(source):
+    """Whether `source` in a samples.json says that the samples are those of a Stream."""
+    return source.get("context") is not None
+
+
 def row_of(video):
     """The number of a sample in its samples.npz."""
     return int(PurePosixPath(video.path).stem)
@@ -108,18 +146,23 @@ def check_samples(here, about, labels):
             f"{here}: its samples.json has no {missing[0]}, so the noise of its samples is not "
             "known; expected a folder of this version of sample_gd.py; sample again"
         )
-    if source["window"] < source["num_frames"]:
+    if source["window"] < source["num_frames"] and not is_causal(source):
         raise UserError(
             f"{here}: samples of {source['num_frames']} frames in windows of {source['window']}; "
             "expected one window, whose noise is all that they were made from; sample again with "
             f"--window {source['num_frames']}, or fewer frames"
         )
-    for name in ("given", "init", "actions"):
+    for name in ("given", "init"):
         if about["flags"].get(name) is not None:
             raise UserError(
                 f"{here}: samples with --{name}; expected samples that were made from noise alone; "
                 "sample again without it"
             )
+    if "spans" in about:
+        raise UserError(
+            f"{here}: samples whose class changes; expected one class for each; sample again with "
+            "whole videos of a class"
+        )
     indices = about.get("indices")
     if indices is not None and len(indices) != len(labels):
         raise UserError(
@@ -176,11 +219,6 @@ def check_flags(args):
         )
     if not args.pairs:
         return
-    if args.causal:
-        raise UserError(
-            "--causal: does not apply to --pairs, whose noise fits a clip that was made at once; "
-            "remove one of them"
-        )
     if args.real_data:
         return
     for name in ("forcing", "forcing_regions"):

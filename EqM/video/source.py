@@ -49,7 +49,7 @@ class Source:
     actions = None  # the video.actions.Actions of the videos, if clips have them
     has_latents = False  # whether it reads latents, not pixels
     has_samples = False  # whether they are samples of a model, a teacher (pairs.py)
-    pairs = {}  # path -> (seed, index) of the noise that it was sampled from
+    pairs = {}  # path -> (seed, index, window) of the noise that it was sampled from
 
     def __init__(self, root, scan):
         self.root = root
