@@ -277,7 +277,7 @@ def all_runs():
         {"arm": name, "settings": settings.name, "values": {}}
         for name, settings in itertools.product(worlds.OBJECTIVES, worlds.TUNED)
     ]
-    for name in worlds.ARMS:
+    for name in (*worlds.ARMS, worlds.STUDENT):
         yield worlds.main_run(a_study(), name, 0, tuned)
     tuned = [
         {"objective": name, "shift": shift, "values": {}}
@@ -495,7 +495,7 @@ def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeyp
 
 def test_worlds_are_tuned_and_compared(commands, tmp_path, monkeypatch):
     monkeypatch.setattr(worlds, "TUNED", worlds.TUNED[:1])
-    arms = ["eqm", "eqm, context 32"]
+    arms = ["eqm", "eqm, context 32", worlds.STUDENT]
     run_miniature(worlds, tmp_path, "--tune", "--arms", "eqm")
     run_miniature(worlds, tmp_path, *SEED, "--arms", *arms)
     rows = json.loads((tmp_path / "worlds.json").read_text())
@@ -503,8 +503,10 @@ def test_worlds_are_tuned_and_compared(commands, tmp_path, monkeypatch):
     for row in rows:
         assert 0 <= row["values"]["256 frames, 2 evaluations"]["sharp"] <= 1
     trainings = [words for words in commands if words[0] == "EqM/train.py"]
-    schedules = [words[words.index("--frames-schedule") + 1] for words in trainings[-2:]]
+    (*trainings, student) = trainings[-3:]
+    schedules = [words[words.index("--frames-schedule") + 1] for words in trainings]
     assert schedules == ["2:2:2,4:4:2", "2:2:2,4:3:2,8:4:1"]
+    assert "--pairs" in student
     assert "eqm, context 32 minus eqm is" in (tmp_path / "worlds.md").read_text()
 
 

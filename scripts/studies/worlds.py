@@ -7,11 +7,13 @@
 All models but one follow the recipe and the phases of world.sh, at equal compute. Each objective
 has the training shift, the learning rate and the sampling shift that did best in tuning, which are
 also those of the ideas: of eqm, some noise in the context, a longer context, a context that the
-model makes itself, and more compute. The endpoints are fixed: samples that continue a true frame of
-a held-out map by 64 others, and by 256, are scored by evaluate.py --metric world. Tuning decides by
-the mean of moved, blocked, determined and sharp, with 4 evaluations per frame.
+model makes itself, more compute, and a student (docs/few-steps.md), which trains on samples of the
+eqm with its seed. Samples continue a true frame of a held-out map by 64 others, and by 256. The
+endpoints are fixed: moved, blocked, determined and sharp of evaluate.py --metric world, over 64
+frames with 4 evaluations per frame, and drift over 256 frames with 2. Tuning decides by the mean of
+the first four.
 
-A run takes about 10 minutes of one core. The script writes worlds.md and .json in
+A run takes about 12 minutes of one core. The script writes worlds.md and .json in
 results/studies/worlds, with --tune worlds_tuning.md and .json. Models, samples and scores are in
 its folder runs (see lab.py).
 """
@@ -22,6 +24,7 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import few
 import lab
 from lab import Column
 from models import model_config
@@ -34,6 +37,8 @@ OBJECTIVES = ("eqm", "flow", "told-w")
 CONTEXT = 16  # of the recipe
 EVALUATIONS = (1, 2, 4, 8)  # of a frame
 USUAL = 4
+PAIRS_EVALUATIONS = 8
+STUDENT_BATCH = 8  # clips per step
 SOLVER_SHIFTS = (1, 3)  # of the steps in sampling
 TUNING_SEED = 100
 SHORT = 64  # generated frames
@@ -77,6 +82,7 @@ ARMS |= {
     "eqm, own context 0.5": Arm("eqm", "--own-context 0.5", cost=4 / 3),
     "eqm, 4 times the compute": Arm("eqm", compute=4.0, seeds=1),
 }
+STUDENT = "eqm, student"
 PAIRS = (
     ("flow", "eqm"),
     ("told-w", "eqm"),
@@ -84,6 +90,7 @@ PAIRS = (
     ("eqm, context 32", "eqm"),
     ("eqm, own context 0.5", "eqm"),
     ("eqm, 4 times the compute", "eqm"),
+    (STUDENT, "eqm"),
 )
 MEASURES = {  # of the metric: title
     "moved": "transitions right: moved (%)",
@@ -101,6 +108,7 @@ def task_name(frames, evaluations):
     return f"{frames} frames, {evaluations} evaluations"
 
 
+MAIN_TASK = task_name(SHORT, USUAL)
 LONG_TASK = task_name(LONG, LONG_EVALUATIONS)
 
 
@@ -114,6 +122,8 @@ class Size:
     short: int = SHORT
     long: int = LONG
     phases: tuple = ()  # () = those of the recipe
+    pairs: int = 1024  # samples that a student trains on
+    steps: int = 600  # of a student
 
 
 FULL = Size()
@@ -124,6 +134,8 @@ MINIATURE = Size(
     short=4,
     long=6,
     phases=(Phase(2, 2, 2), Phase(4, 4, 2)),
+    pairs=4,
+    steps=2,
 )
 
 
@@ -152,9 +164,8 @@ def phases_of(args, arm):
     return [*first, replace(last, last_step=middle), longer]
 
 
-def count_flops(phases, context):
-    """The FLOPs of all phases, without --mix."""
-    config = model_config(
+def config_of(context):
+    return model_config(
         "EqM-Ti/4",
         depth=4,
         hidden_size=128,
@@ -166,6 +177,11 @@ def count_flops(phases, context):
         causal=True,
         context=context,
     )
+
+
+def count_flops(phases, context):
+    """The FLOPs of all phases, without --mix."""
+    config = config_of(context)
     flops = 0
     before = 0
     for phase in phases:
@@ -250,17 +266,57 @@ def tuning_run(args, name, settings):
 
 def main_run(args, name, seed, tuning):
     """The run of an arm with what tuning chose. tuning: the rows of the tuning runs."""
+    if name == STUDENT:
+        return student_run(args, seed, tuning)
     size = size_of(args)
     settings, shift = choose(tuning, ARMS[name].objective)
     tasks = {task_name(SHORT, count): (size.short, count, shift) for count in EVALUATIONS}
     tasks[LONG_TASK] = (size.long, LONG_EVALUATIONS, shift)
-    return make_run(
+    run = make_run(
         args,
         name,
         settings=settings,
         seed=seed,
         tasks=tasks,
         table="worlds",
+    )
+    if name == "eqm":  # the teacher
+        data, _ = run.data
+        flags = (
+            f"--num-frames {1 + CONTEXT} --num-samples {size.pairs} --solver-shift {shift} "
+            f"--num-sampling-steps {PAIRS_EVALUATIONS + 1} --actions {data}/walks.npy "
+            f"--seed {few.PAIRS_SEED + seed} --precision {lab.PRECISION} --batch-size 64"
+        )
+        run.tasks[few.PAIRS] = (flags.split(), ())
+    return run
+
+
+def student_run(args, seed, tuning):
+    """The run of a student of the eqm with this seed."""
+    size = size_of(args)
+    teacher = main_run(args, "eqm", seed, tuning)
+    last_step = teacher.last_step + size.steps
+    folder = teacher.path(few.PAIRS).parent
+    training = (
+        f"@{few.RECIPE} --video --num-frames {1 + CONTEXT} --pairs --no-flip --data-path {folder} "
+        f"--max-steps {last_step} --global-batch-size {STUDENT_BATCH} --global-seed {seed} "
+        f"--precision {lab.PRECISION} --val-every {size.steps}"
+    )
+    config = config_of(CONTEXT)
+    flops = size.steps * STUDENT_BATCH * config.training_flops(1 + CONTEXT)
+    flops += size.pairs * config.stream_flops(1 + CONTEXT, PAIRS_EVALUATIONS)
+    return few.Student(
+        out=teacher.out,
+        about=teacher.about | {"arm": STUDENT},
+        data=teacher.data,
+        maker=teacher.maker,
+        training=training.split(),
+        last_step=last_step,
+        tasks={task: words for task, words in teacher.tasks.items() if task != few.PAIRS},
+        metrics=teacher.metrics,
+        more={"flops": flops},
+        teacher=teacher,
+        cost=flops / teacher.more["flops"],
     )
 
 
@@ -307,21 +363,21 @@ def markdown(rows):
         "World models",
         "`scripts/studies/worlds.py` wrote these tables. Cells: the mean over seeds (range).",
     )
-    arms = {name: {"arm": name} for name in ARMS}
-    differences = []
+    arms = {name: {"arm": name} for name in (*ARMS, STUDENT)}
     for task in lab.tasks_of(rows):
-        columns = columns_of(task)
-        if task == LONG_TASK:
-            columns += [column.of(task) for column in DRIFT]
-        lines += [f"## {task}", "", *lab.arm_table(rows, arms, columns)]
-        for column, pair in itertools.product(columns, PAIRS):
-            values = lab.by_arm(rows, arms, column)
-            differences.append((values, pair, f"{task}, {column.title}", 2))
+        if task != few.PAIRS:
+            columns = columns_of(task) + [column.of(task) for column in DRIFT]
+            lines += [f"## {task}", "", *lab.arm_table(rows, arms, columns)]
+    differences = []
+    for column in columns_of(MAIN_TASK) + [column.of(LONG_TASK) for column in DRIFT]:
+        values = lab.by_arm(rows, arms, column)
+        title = f"{column.task}, {column.title}"
+        differences += [(values, pair, title, 2) for pair in PAIRS]
     return [*lines, "## Differences", "", *lab.compare(differences)]
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, "worlds", seeds=[0, 1, 2], tunes=True, arms=ARMS)
+    parser = lab.study_parser(__doc__, "worlds", seeds=[0, 1, 2], tunes=True, arms=[*ARMS, STUDENT])
     return parser.parse_args()
 
 
@@ -329,14 +385,14 @@ def parse_args():
 def main():
     args = parse_args()
     if args.tune:
-        names = [name for name in args.arms if name in OBJECTIVES]
+        names = [name for name in OBJECTIVES if name in args.arms]
         cases = itertools.product(TUNED, names)
         runs = [tuning_run(args, name, settings) for settings, name in cases]
         lab.run_study(args, runs, tuning_markdown)
         return
     cases = []
     for seed, name in itertools.product(args.seeds, args.arms):
-        if seed < ARMS[name].seeds:
+        if name == STUDENT or seed < ARMS[name].seeds:
             cases.append((seed, name))
     runs = lab.tuned_runs(args, "worlds_tuning", cases, main_run)
     lab.run_study(args, runs, markdown)
