@@ -100,7 +100,6 @@ def save(path, state):
 def run_state(config, model, ema, optimizers, scaler, progress):
     """The content of a run's checkpoint, except for its "run"."""
     phase = asdict(progress)
-    states = [optimizer.state_dict() for optimizer in optimizers]
     return {
         "version": VERSION,
         "config": config,
@@ -108,7 +107,7 @@ def run_state(config, model, ema, optimizers, scaler, progress):
         "ema": dict(ema.state_dict()),
         "optimizer": {
             "kind": config["training"]["optimizer"],
-            "states": states,
+            "states": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(),
         },
         "step": phase.pop("step"),

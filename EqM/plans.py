@@ -219,11 +219,6 @@ class Plan:
             self.actions = repeated[:, None].repeat(1, self.num_frames)
 
     @property
-    def labels(self):
-        """The class of each sample, or NO_LABEL, for files."""
-        return self.conditions
-
-    @property
     def window_starts(self):
         return window_starts(self.num_frames, self.window, self.overlap)
 
@@ -315,13 +310,15 @@ def make_plan(args, model, config, step, vae=None):
             forcing=forcing,
         )
     weak = open_weak(args, model.config, data, window)
-    set_stretch(
+    stretch = rope_stretch(
         args,
-        model,
-        weak,
+        model.config,
         trained=(trained_frames, data["time_scale"]),
         sampled=(window, time_scale),
     )
+    for network in filter(None, (model, weak)):
+        if network.config.use_rope:
+            network.rope.stretch = stretch
     conditions = choose_labels(args, data["classes"]) if spans is None else spans[:, 0]
     plan = Plan(
         model,
@@ -461,14 +458,6 @@ def open_vae(args, config, data):
             f"--image-size {args.image_size}: the checkpoint has {size}; remove the flag"
         )
     return vae
-
-
-def set_stretch(args, model, weak, trained, sampled):
-    """Have the networks squeeze time as --rope-scale asks; trained, sampled: see `rope_stretch`."""
-    stretch = rope_stretch(args, model.config, trained=trained, sampled=sampled)
-    for network in filter(None, (model, weak)):
-        if network.config.use_rope:
-            network.rope.stretch = stretch
 
 
 def rope_stretch(args, config, trained, sampled):

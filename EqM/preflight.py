@@ -158,9 +158,8 @@ def check_sources(args, source, lengths):
 
     Raises UserError.
     """
-    is_video = bool(args.video)
     if source is None:
-        check_data_path(args.data_path, images=not is_video)
+        check_data_path(args.data_path, images=not args.video)
         return
     for num_frames in (*lengths, *args.val_frames):
         if num_frames != source.num_frames:
@@ -170,7 +169,7 @@ def check_sources(args, source, lengths):
                 f"{plural(source.num_frames, 'frame')}; expected the same, because pairs are whole "
                 "clips; change or remove the flag, or sample again"
             )
-    if args.causal and not source.is_causal:
+    if args.causal and not pairs.is_causal(source.made):
         raise UserError(
             f"--causal: the samples in --data-path {args.data_path} were made at once, so their "
             "noise does not fit patch by patch; expected samples of a causal model; remove one of "
@@ -178,7 +177,7 @@ def check_sources(args, source, lengths):
         )
     if args.real_data:
         with naming_real_data(args):
-            check_data_path(args.real_data, images=not is_video)
+            check_data_path(args.real_data, images=not args.video)
 
 
 @contextmanager
@@ -563,7 +562,12 @@ def resolve_sampling(args):
 
     Raises UserError.
     """
-    check_sampling(args)
+    cli.check_devices()
+    cli.check_speed_flags(args)
+    for name in ("num_frames", "fps", "time_scale", "given"):
+        if not args.video and getattr(args, name) not in (None, [1]):
+            raise UserError(f"{flag_text(args, name)}: needs videos; add --video, or remove it")
+    given.check_flags(args)
     if args.init_gamma is None:
         args = args.resolve(init_gamma=0.0 if args.init is None else 0.5)
     lengths = list(dict.fromkeys(args.num_frames or [None]))
@@ -589,16 +593,6 @@ def resolve_sampling(args):
             f"{runs[0][1].num_frames} frames are made in one; add --window, or remove it"
         )
     return runs
-
-
-def check_sampling(args):
-    """Raise UserError for flags of sample_gd.py that contradict each other or the machine."""
-    cli.check_devices()
-    cli.check_speed_flags(args)
-    for name in ("num_frames", "fps", "time_scale", "given"):
-        if not args.video and getattr(args, name) not in (None, [1]):
-            raise UserError(f"{flag_text(args, name)}: needs videos; add --video, or remove it")
-    given.check_flags(args)
 
 
 def check_plan(args, plan):

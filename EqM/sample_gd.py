@@ -50,7 +50,7 @@ from scoring.sources import find_real
 from transport import OBJECTIVES
 from video.actions import names_of
 from video.inputs import find_clips
-from video.samples import LATENTS, UNFINISHED, is_sample_folder, written_samples
+from video.samples import LATENTS, UNFINISHED, WRITTEN, is_sample_folder
 from video.writers import write_samples
 
 # more is a typing error
@@ -324,7 +324,7 @@ def write_folder(args, plan, parts, clips):
         folder,
         videos,
         plan.num_frames,
-        labels=plan.labels,
+        labels=plan.conditions,
         fps=1 / plan.time_scale,
         names=plan.names,
         marked=marked,
@@ -379,7 +379,7 @@ def begin_folder(folder):
     if not is_old:
         return
     (folder / "samples.json").unlink(missing_ok=True)  # first, as it marks a complete folder
-    old = written_samples(folder)
+    old = [path for pattern in WRITTEN for path in folder.glob(pattern)]
     for path in folder.glob("*.json"):
         if is_of_samples(path, folder):  # scores with their pictures
             old += [path, path.with_suffix(".png"), path.with_suffix(".sheet.png")]

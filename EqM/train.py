@@ -566,7 +566,7 @@ def write_previews(run, step, plan, videos):
     mp4 = None
     with cli.writing(sheet):
         sheet.parent.mkdir(exist_ok=True)
-        write_sheet(sheet, videos, plan.names, labels=plan.labels)
+        write_sheet(sheet, videos, plan.names, labels=plan.conditions)
         if videos.shape[1] > 1:
             gif = io.BytesIO()
             mp4 = sheet.with_suffix(".mp4")

@@ -200,7 +200,6 @@ def main():
                 run.report_corrupt(run.stats.corrupt, progress.step)
                 if is_due(progress.step, args.max_steps, args.val_every):
                     values, corrupt = validate(
-                        args=args,
                         ema=ema,
                         val_loader=val_loader,
                         train_loader=train_loader,
@@ -329,7 +328,7 @@ def training_losses(network, batch, args, device):
     return autoencoder.losses_of(x, *outputs)
 
 
-def validate(args, ema, val_loader, train_loader, folder, step, device):
+def validate(ema, val_loader, train_loader, folder, step, device):
     """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos).
 
     Writes a sheet and the VAE's folder.

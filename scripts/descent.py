@@ -192,7 +192,4 @@ def slider_values(training):
 
 def sampler_settings(training):
     """Return {flag: value} of a checkpoint's sampler, from the flags of its training."""
-    settings = dict(plans.SAMPLER)
-    for name in settings:
-        settings[name] = training.get(name, settings[name])
-    return settings
+    return {name: training.get(name, value) for name, value in plans.SAMPLER.items()}

@@ -79,11 +79,6 @@ class Pairs(Source):
         """What made the samples, for checkpoints."""
         return {name: self.made[name] for name in OF_TEACHER}
 
-    @property
-    def is_causal(self):
-        """Whether the samples were made one temporal patch after the other."""
-        return is_causal(self.made)
-
     def open_actions(self, names):
         """The actions of the samples, which have these names in a model; None if there are none.
 
@@ -217,9 +212,7 @@ def check_flags(args):
             f"--pairs-share {args.pairs_share}: needs clips to mix the pairs with; add "
             "--real-data DIR, or remove it"
         )
-    if not args.pairs:
-        return
-    if args.real_data:
+    if not args.pairs or args.real_data:
         return
     for name in ("forcing", "forcing_regions"):
         if getattr(args, name):

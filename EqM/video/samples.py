@@ -61,11 +61,6 @@ def foreign_files(folder):
     return files
 
 
-def written_samples(folder):
-    """The files in a folder (a Path) that have names of samples."""
-    return [path for pattern in WRITTEN for path in folder.glob(pattern)]
-
-
 def class_name(classes, label):
     """The name of the class with a label; None for NO_LABEL."""
     return classes[label] if label != NO_LABEL else None
