@@ -273,10 +273,11 @@ class EqMConfig:
             return flops + (time + clean) * ada_ln + time * last_ada_ln
         return flops + ada_ln + last_ada_ln
 
-    def training_flops(self, num_frames, grad_checkpoint=None):
+    def training_flops(self, num_frames, grad_checkpoint=None, own_context=0.0):
         """Count the FLOPs of a training step of one clip.
 
-        Backward is twice forward, and an energy doubles both.
+        Backward is twice forward, and an energy doubles both. An own context (--own-context) takes
+        one more forward pass.
         """
         forward = self.flops(num_frames)
         if self.ebm != "none":
@@ -285,7 +286,7 @@ class EqMConfig:
         tokens = (time + self.clean_patches(num_frames)) * height * width
         fc1 = 8 * tokens * self.hidden_size**2
         recomputed = {None: 0, "full": forward, "selective": self.depth * fc1}
-        return 3 * forward + recomputed[grad_checkpoint]
+        return (3 + (own_context > 0)) * forward + recomputed[grad_checkpoint]
 
 
 @dataclass(frozen=True)

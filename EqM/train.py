@@ -21,6 +21,7 @@ import os
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -351,10 +352,9 @@ def main():
                 scaler.update()
                 # of the phase or, with --mix, of an earlier one
                 num_frames = batch["clips"].shape[-3]
-                flops = config.training_flops(num_frames)
-                with_recomputation = config.training_flops(num_frames, args.grad_checkpoint)
-                progress.count_step(phase.batch_size, with_recomputation)
-                run.stats.add(files, phase.batch_size * flops, **sums)
+                flops_of = partial(config.training_flops, num_frames, own_context=args.own_context)
+                progress.count_step(phase.batch_size, flops_of(args.grad_checkpoint))
+                run.stats.add(files, phase.batch_size * flops_of(), **sums)
                 update_ema(ema, model, ema_decay(args, progress.step - progress.ema_start))
                 bar.update()
                 if stop.resolve():  # True: a checkpoint is due; raises Interrupted

@@ -141,7 +141,7 @@ RUNS = {
     "muon, padded and forced clips": MUON,
     "energy": "--ebm dot --grad-checkpoint --sampler ngd --stop-below",
     "fixed positions, cached latents": "--vae VAE --ebm l2",
-    "causal": "--causal --num-frames 8 --context-noise 0.2 --objective flow",
+    "causal": "--causal --num-frames 8 --context-noise 0.2 --own-context 0.5 --objective flow",
     "images": "--val-clips 4",
 }
 

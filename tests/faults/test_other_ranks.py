@@ -58,7 +58,8 @@ def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tm
 
 def test_causal_runs_learn_the_same_compiled_recomputed_and_sharded(shapes, tmp_path):
     flags = split(
-        "--causal --num-frames 8 --lr 0.02 --precision fp32 --val-every 3 --sample-every 0"
+        "--causal --num-frames 8 --own-context 0.5 --lr 0.02 --precision fp32 --val-every 3 "
+        "--sample-every 0"
     )
     plain = Training(shapes, tmp_path / "plain", 6, flags=[*flags, "--log-every", 1])
     plain.run()
