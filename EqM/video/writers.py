@@ -110,6 +110,7 @@ def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growi
     growing = growing or {}
     folder = Path(folder)
     T = videos.shape[1]
+    folder.mkdir(parents=True, exist_ok=True)
     shown = evenly_spaced(T, gif_frames or T)
     for index, video in enumerate(videos, start=first):
         if T == 1:
