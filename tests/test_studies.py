@@ -120,6 +120,8 @@ TABLES = {  # in results/
     "studies/statistics/coverage": coverage.markdown,
     "studies/streaming/streaming": streaming.markdown,
     "studies/streaming/streaming_tuning": streaming.tuning_markdown,
+    "studies/worlds/worlds": worlds.markdown,
+    "studies/worlds/worlds_tuning": worlds.tuning_markdown,
 }
 
 
