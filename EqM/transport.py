@@ -387,6 +387,7 @@ def own_context(network, clean, share, objective, seed, stream, indices, y, time
     if not share:
         return clean
     is_own = uniform(seed, "own context", stream, indices) < share
+    is_own = is_own.to(clean.device, non_blocking=True)
     u = uniform(seed, "own context level", stream, indices)
     gamma = (OWN_LEAST + (OWN_MOST - OWN_LEAST) * u).to(clean.device, non_blocking=True)
     noise = normal(seed, "own context noise", stream, indices, clean.shape[1:], clean.device)
@@ -395,7 +396,7 @@ def own_context(network, clean, share, objective, seed, stream, indices, y, time
     with torch.no_grad():
         f = network(x_gamma, y, time_scale, clean=clean, **told)
     estimate = objective.data_estimate(x_gamma, f.float(), gamma)
-    return torch.where(_broadcast(is_own.to(clean.device)), estimate, clean)
+    return torch.where(_broadcast(is_own), estimate, clean)
 
 
 def first_given(gamma, num_frames, given):
