@@ -395,9 +395,6 @@ def training_losses(network, vae, batch, config, args, stream, device):
         is_sample=batch["is_sample"],
         pure_noise=args.pure_noise,
     )
-    clean = None
-    if config.causal:
-        clean = transport.noisy_context(x, args.context_noise, seed, stream, indices)
     # more for clips with clean frames, which tell part of the condition
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
@@ -406,8 +403,10 @@ def training_losses(network, vae, batch, config, args, stream, device):
     if gamma.dim() == 4 and device.type != "cpu":
         gamma = gamma.pin_memory()  # megabytes; the CPU would wait for a copy from other memory
     time_scale = batch["time_scales"].to(device, non_blocking=True)
+    clean = None
     with distributed.autocast(device, args.precision):
         if config.causal:
+            clean = transport.noisy_context(x, args.context_noise, seed, stream, indices)
             clean = transport.own_context(
                 network,
                 clean,

@@ -82,7 +82,7 @@ ARMS |= {
     "eqm, 4 times the compute": Arm("eqm", compute=4.0, seeds=1),
 }
 STUDENT = "eqm, student"
-PAIRS = (
+COMPARED = (
     ("flow", "eqm"),
     ("told-w", "eqm"),
     ("eqm, context noise 0.2", "eqm"),
@@ -225,9 +225,8 @@ def make_run(args, name, settings, seed, tasks, table):
     schedule = ",".join(map(str, phases))
     training = (
         f"--video --frames-schedule {schedule} --objective {arm.objective} --sampler euler "
-        f"--gamma-shift {settings.gamma_shift:g} "
-        f"--muon-lr {settings.muon_lr:g} --context {arm.context} {arm.flags} "
-        f"--own-context {arm.own_context:g} "
+        f"--gamma-shift {settings.gamma_shift:g} --muon-lr {settings.muon_lr:g} "
+        f"--context {arm.context} --own-context {arm.own_context:g} {arm.flags} "
         f"--global-seed {seed} --precision {lab.PRECISION} --data-path {folder} "
         f"{TINY_MODEL if args.miniature else ''}"
     )
@@ -373,7 +372,7 @@ def markdown(rows):
     for column in columns_of(MAIN_TASK) + [column.of(LONG_TASK) for column in DRIFT]:
         values = lab.by_arm(rows, arms, column)
         title = f"{column.task}, {column.title}"
-        differences += [(values, pair, title, 2) for pair in PAIRS]
+        differences += [(values, pair, title, 2) for pair in COMPARED]
     return [*lines, "## Differences", "", *lab.compare(differences)]
 
 
