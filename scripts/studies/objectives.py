@@ -1,15 +1,17 @@
-"""Compare eqm, flow and blind at equal compute on Moving Shapes: is EqM better than flow matching?
+"""Compare objectives at equal compute on Moving Shapes: is EqM better than flow matching, and why?
 
-    python scripts/studies/objectives.py          10 seeds of eqm and flow, 3 of blind
+    python scripts/studies/objectives.py          10 seeds of eqm, flow and told-w, 3 of
+                                                  blind and blind-w
     python scripts/studies/objectives.py --few    other descents of eqm with few evaluations, with
                                                   the same models
 
 All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core.
 The primary endpoint is the share of 16-frame clips whose direction and shape are both right after
 15 evaluations with guidance, the scale of which an earlier study chose for eqm. Another seed chose
-the training shift, the path and the solver (tuning.md). The script writes objectives.md and .json
-in results/studies/objectives, with --few few.md and .json. Models, samples and scores are in its
-folder runs (see lab.py).
+the training shift, the path and the solver (tuning.md). told-w and blind-w, which are flow and
+blind with EqM's weight of the loss, have the settings of these, and are only measured with 15
+evaluations and guidance. The script writes objectives.md and .json in results/studies/objectives,
+with --few few.md and .json. Models, samples and scores are in its folder runs (see lab.py).
 """
 
 import itertools
@@ -30,15 +32,17 @@ class Arm:
     way: float | str  # path length of the descent, or solver
     seeds: int = 10
     shift: float = 1  # --gamma-shift of training; solvers sample on its grid
+    counts_seeds: int = 6  # with other numbers of evaluations, and without guidance
 
 
 ARMS = {
     "eqm": Arm(PATH_LENGTH),
     "flow": Arm("heun"),
+    "told-w": Arm("heun", counts_seeds=0),
     "blind": Arm("heun", seeds=3),
+    "blind-w": Arm("heun", seeds=3, counts_seeds=0),
 }
 COUNTS = (2, 4, 8, 15, 30)  # evaluations
-COUNTS_SEEDS = 6  # with other numbers of evaluations
 LIMITS = (0.5, 1, 2)  # --stop-below of descents
 STOPS = (10, 12, 20, 30)  # evaluations of descents with steps of the usual size
 TRIED_SEEDS = 3  # with LIMITS and STOPS, and with all IDEAS
@@ -66,8 +70,10 @@ COLUMNS = (  # of MAIN
     ),
 )
 PRIMARY = ("eqm", "flow")  # this pair is compared in all tasks
+CONTROL = (("eqm", "told-w"), ("told-w", "flow"), ("eqm", "blind-w"))  # these, where measured
 COMPARISONS = (  # of MAIN, fixed in advance
     *itertools.product([PRIMARY], COLUMNS),
+    *itertools.product(CONTROL, [BOTH_RIGHT]),
     (("eqm", "blind"), BOTH_RIGHT),
 )
 
@@ -97,7 +103,7 @@ def main_run(args, name, seed):
     tasks = {MAIN: make_task(way, size.clips, metrics=("motion", "nearest"))}
     for frames in (24, 32):
         tasks[f"{frames} frames"] = usual(frames=frames)
-    for count in COUNTS if seed < COUNTS_SEEDS else ():
+    for count in COUNTS if seed < ARMS[name].counts_seeds else ():
         if count != USUAL:
             tasks[f"{count} evaluations"] = usual(count)
         tasks[f"{count} evaluations, no guidance"] = usual(count, guidance=1)
@@ -171,8 +177,8 @@ def markdown(rows):
     lines = lab.heading(
         "Objectives",
         "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds "
-        "(blind has fewer), and the range. flow and blind take Heun steps for an odd number of "
-        "evaluations, Euler steps for an even one.",
+        "(blind and blind-w have fewer), and the range. All but eqm take Heun steps for an odd "
+        "number of evaluations, Euler steps for an even one.",
     )
     columns = [column.of(MAIN) for column in COLUMNS]
     lines += [f"## {MAIN}", "", *lab.arm_table(rows, ABOUTS, columns)]
@@ -191,8 +197,9 @@ def markdown(rows):
         counts = dict.fromkeys(lab.mean_cell(seeds, 1) for seeds in spent.values() if seeds)
         right = [lab.mean_cell(both[name], 1) for name in ARMS]
         cells.append([task, *right, "; ".join(counts)])
-        if both["flow"]:
-            differences.append((both, PRIMARY, task, 2))
+        for pair in (PRIMARY, *CONTROL):
+            if all(both[name] for name in pair):
+                differences.append((both, pair, task, 2))
     lines += lab.table(["", *ARMS, "evaluations"], cells)
     return lines + lab.compare(differences)
 
@@ -210,7 +217,7 @@ def main():
     args = parse_args()
     write = markdown
     if args.few:
-        runs = [few_run(args, seed) for seed in args.seeds if seed < COUNTS_SEEDS]
+        runs = [few_run(args, seed) for seed in args.seeds if seed < ARMS["eqm"].counts_seeds]
         write = partial(few_markdown, lab.read_rows(Path(args.out, "objectives.json")))
     else:
         cases = itertools.product(args.seeds, ARMS)
