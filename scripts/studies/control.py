@@ -16,7 +16,6 @@ in its folder runs (see lab.py). control_sprites.py repeats three of the arms on
 
 import itertools
 import random
-import statistics
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
@@ -26,8 +25,16 @@ from pathlib import Path
 import lab
 from runtime.cli import UserError, one_line_errors
 from samplers import SOLVERS
-from scoring.stats import half95
-from shapes import BOTH_RIGHT, PATH_LENGTH, USUAL, data_of, make_task, shapes_run, size_of
+from shapes import (
+    BOTH_RIGHT,
+    PATH_LENGTH,
+    USUAL,
+    data_of,
+    draw_lengths,
+    make_task,
+    shapes_run,
+    size_of,
+)
 
 
 @dataclass(frozen=True)
@@ -334,24 +341,15 @@ def compare(values, compared):
 
 
 def draw(rows, path):
-    """The figure: clips of each length that are right, with 95% intervals over seeds."""
-    from scoring import plots  # matplotlib loads slowly
-
-    figure, axes = plots.plt.subplots()
-    styles = zip(TUNED, plots.COLORS, plots.MARKERS, strict=False)
-    for index, (name, color, marker) in enumerate(styles):
-        points = []
+    """Draw the clips of each length that are right, of the tuned arms."""
+    shares = {}
+    for name in TUNED:
+        shares[name] = {}
         for frames in LENGTHS:
             column = BOTH_RIGHT.of(frames_task(frames))
-            shares = [*lab.by_seed(rows, {"objective": name}, column).values()]
-            if len(shares) > 1:
-                beside = frames + 0.3 * (index - (len(TUNED) - 1) / 2)  # intervals don't overlap
-                points.append((beside, statistics.mean(shares), half95(shares)))
-        if points:
-            axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, label=name)
-    axes.set(xlabel="frames", ylabel="both right (%)", xticks=LENGTHS)
-    axes.legend()
-    plots.save_figure(figure, path)
+            by_seed = lab.by_seed(rows, {"objective": name}, column)
+            shares[name][frames] = [*by_seed.values()]
+    draw_lengths(path, shares)
 
 
 def tune(args):

@@ -10,8 +10,9 @@ The primary endpoint is the share of 16-frame clips whose direction and shape ar
 15 evaluations with guidance, the scale of which an earlier study chose for eqm. Another seed chose
 the training shift, the path and the solver (tuning.md). told-w and blind-w, which are flow and
 blind with EqM's weight of the loss, have the settings of these, and are only measured with 15
-evaluations and guidance. The script writes objectives.md and .json in results/studies/objectives,
-with --few few.md and .json. Models, samples and scores are in its folder runs (see lab.py).
+evaluations and guidance. The script writes objectives.md, .json and .png in
+results/studies/objectives, with --few few.md and .json. Models, samples and scores are in its
+folder runs (see lab.py).
 """
 
 import itertools
@@ -22,7 +23,16 @@ from pathlib import Path
 import lab
 from lab import Column
 from runtime.cli import one_line_errors
-from shapes import BOTH_RIGHT, GUIDANCE, PATH_LENGTH, USUAL, make_task, shapes_run, size_of
+from shapes import (
+    BOTH_RIGHT,
+    GUIDANCE,
+    PATH_LENGTH,
+    USUAL,
+    draw_lengths,
+    make_task,
+    shapes_run,
+    size_of,
+)
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,17 @@ def markdown(rows):
     return lines + lab.compare(differences)
 
 
+def draw(rows, path):
+    """Draw the clips of each length that are right."""
+    tasks = {16: MAIN, 24: "24 frames", 32: "32 frames"}
+    shares = {}
+    for name, about in ABOUTS.items():
+        shares[name] = {}
+        for frames, task in tasks.items():
+            shares[name][frames] = [*lab.by_seed(rows, about, BOTH_RIGHT.of(task)).values()]
+    draw_lengths(path, shares)
+
+
 def parse_args():
     parser = lab.study_parser(__doc__, "objectives", seeds=[*range(10)])
     parser.add_argument(
@@ -223,6 +244,8 @@ def main():
         cases = itertools.product(args.seeds, ARMS)
         runs = [main_run(args, name, seed) for seed, name in cases if seed < ARMS[name].seeds]
     lab.run_study(args, runs, write)
+    if not args.few and not args.list:
+        draw(runs[0].rows(), Path(args.out, "objectives.png"))
 
 
 if __name__ == "__main__":

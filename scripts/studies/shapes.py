@@ -1,12 +1,14 @@
 """Models of Moving Shapes for all studies: their sizes, recipes of equal compute, and samples."""
 
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import lab
 from models import model_config
 from samplers import SOLVERS
+from scoring.stats import half95
 
 lab.refuse_to_run(__name__, "scripts/studies/study.py")
 
@@ -203,3 +205,27 @@ def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
         },
         more={"flops": flops} | (more or {}),
     )
+
+
+def draw_lengths(path, shares):
+    """Draw the clips of each length that are right, with 95% intervals over seeds.
+
+    shares: {name of an arm: {number of frames: [share of each seed (%)]}}. A single seed has no
+    interval and is left out.
+    """
+    from scoring import plots  # matplotlib loads slowly
+
+    figure, axes = plots.plt.subplots()
+    styles = zip(shares.items(), plots.COLORS, plots.MARKERS, strict=False)
+    for index, ((name, of_arm), color, marker) in enumerate(styles):
+        points = []
+        for frames, values in of_arm.items():
+            if len(values) > 1:
+                beside = frames + 0.3 * (index - (len(shares) - 1) / 2)  # intervals don't overlap
+                points.append((beside, statistics.mean(values), half95(values)))
+        if points:
+            axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, label=name)
+    lengths = sorted({frames for of_arm in shares.values() for frames in of_arm})
+    axes.set(xlabel="frames", ylabel="both right (%)", xticks=lengths)
+    axes.legend()
+    plots.save_figure(figure, path)
