@@ -80,8 +80,9 @@ COLUMNS = (  # of MAIN
     ),
 )
 PRIMARY = ("eqm", "flow")  # this pair is compared in all tasks
-CONTROL = (("eqm", "told-w"), ("told-w", "flow"), ("eqm", "blind-w"))  # these, where measured
-COMPARISONS = (  # of MAIN, fixed in advance
+# these, where measured; added when the others had been compared
+CONTROL = (("eqm", "told-w"), ("told-w", "flow"), ("eqm", "blind-w"), ("blind-w", "blind"))
+COMPARISONS = (  # of MAIN; but for CONTROL, fixed in advance
     *itertools.product([PRIMARY], COLUMNS),
     *itertools.product(CONTROL, [BOTH_RIGHT]),
     (("eqm", "blind"), BOTH_RIGHT),

@@ -215,14 +215,15 @@ def draw_lengths(path, shares):
     """
     from scoring import plots  # matplotlib loads slowly
 
+    assert len(shares) <= len(plots.COLORS)
     figure, axes = plots.plt.subplots()
     styles = zip(shares.items(), plots.COLORS, plots.MARKERS, strict=False)
     for index, ((name, of_arm), color, marker) in enumerate(styles):
         points = []
         for frames, values in of_arm.items():
             if len(values) > 1:
-                beside = frames + 0.3 * (index - (len(shares) - 1) / 2)  # intervals don't overlap
-                points.append((beside, statistics.mean(values), half95(values)))
+                x = frames + 0.3 * (index - (len(shares) - 1) / 2)  # intervals don't overlap
+                points.append((x, statistics.mean(values), half95(values)))
         if points:
             axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, label=name)
     lengths = sorted({frames for of_arm in shares.values() for frames in of_arm})
