@@ -342,14 +342,9 @@ def compare(values, compared):
 
 def draw(rows, path):
     """Draw the clips of each length that are right, of the tuned arms."""
-    shares = {}
-    for name in TUNED:
-        shares[name] = {}
-        for frames in LENGTHS:
-            column = BOTH_RIGHT.of(frames_task(frames))
-            by_seed = lab.by_seed(rows, {"objective": name}, column)
-            shares[name][frames] = [*by_seed.values()]
-    draw_lengths(path, shares)
+    abouts = {name: {"objective": name} for name in TUNED}
+    tasks = {frames: frames_task(frames) for frames in LENGTHS}
+    draw_lengths(path, rows, abouts, tasks)
 
 
 def tune(args):

@@ -215,17 +215,6 @@ def markdown(rows):
     return lines + lab.compare(differences)
 
 
-def draw(rows, path):
-    """Draw the clips of each length that are right."""
-    tasks = {16: MAIN, 24: "24 frames", 32: "32 frames"}
-    shares = {}
-    for name, about in ABOUTS.items():
-        shares[name] = {}
-        for frames, task in tasks.items():
-            shares[name][frames] = [*lab.by_seed(rows, about, BOTH_RIGHT.of(task)).values()]
-    draw_lengths(path, shares)
-
-
 def parse_args():
     parser = lab.study_parser(__doc__, "objectives", seeds=[*range(10)])
     parser.add_argument(
@@ -246,7 +235,8 @@ def main():
         runs = [main_run(args, name, seed) for seed, name in cases if seed < ARMS[name].seeds]
     lab.run_study(args, runs, write)
     if not args.few and not args.list:
-        draw(runs[0].rows(), Path(args.out, "objectives.png"))
+        tasks = {16: MAIN, 24: "24 frames", 32: "32 frames"}
+        draw_lengths(Path(args.out, "objectives.png"), runs[0].rows(), ABOUTS, tasks)
 
 
 if __name__ == "__main__":

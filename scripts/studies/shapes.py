@@ -207,26 +207,26 @@ def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
     )
 
 
-def draw_lengths(path, shares):
+def draw_lengths(path, rows, abouts, tasks):
     """Draw the clips of each length that are right, with 95% intervals over seeds.
 
-    shares: {name of an arm: {number of frames: [share of each seed (%)]}}. A single seed has no
-    interval and is left out.
+    abouts: {name of an arm: fields of its rows}; tasks: {number of frames: name of the task}. What
+    has a single seed has no interval, and is not drawn.
     """
     from scoring import plots  # matplotlib loads slowly
 
-    assert len(shares) <= len(plots.COLORS)
+    assert len(abouts) <= len(plots.COLORS)
     figure, axes = plots.plt.subplots()
-    styles = zip(shares.items(), plots.COLORS, plots.MARKERS, strict=False)
-    for index, ((name, of_arm), color, marker) in enumerate(styles):
+    styles = zip(abouts.items(), plots.COLORS, plots.MARKERS, strict=False)
+    for index, ((name, about), color, marker) in enumerate(styles):
         points = []
-        for frames, values in of_arm.items():
-            if len(values) > 1:
-                x = frames + 0.3 * (index - (len(shares) - 1) / 2)  # intervals don't overlap
-                points.append((x, statistics.mean(values), half95(values)))
+        for frames, task in tasks.items():
+            shares = [*lab.by_seed(rows, about, BOTH_RIGHT.of(task)).values()]
+            if len(shares) > 1:
+                x = frames + 0.3 * (index - (len(abouts) - 1) / 2)  # intervals don't overlap
+                points.append((x, statistics.mean(shares), half95(shares)))
         if points:
             axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, label=name)
-    lengths = sorted({frames for of_arm in shares.values() for frames in of_arm})
-    axes.set(xlabel="frames", ylabel="both right (%)", xticks=lengths)
+    axes.set(xlabel="frames", ylabel="both right (%)", xticks=[*tasks])
     axes.legend()
     plots.save_figure(figure, path)
