@@ -1,18 +1,18 @@
 """Compare objectives at equal compute on Moving Shapes: is EqM better than flow matching, and why?
 
     python scripts/studies/objectives.py          10 seeds of eqm, flow and told-w, 3 of
-                                                  blind and blind-w
+                                                  blind, blind-w and told-c
     python scripts/studies/objectives.py --few    other descents of eqm with few evaluations, with
                                                   the same models
 
 All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core.
 The primary endpoint is the share of 16-frame clips whose direction and shape are both right after
 15 evaluations with guidance, the scale of which an earlier study chose for eqm. Another seed chose
-the training shift, the path and the solver (tuning.md). told-w and blind-w, which are flow and
-blind with EqM's weight of the loss, have the settings of these, and are only measured with 15
-evaluations and guidance. The script writes objectives.md, .json and .png in
-results/studies/objectives, with --few few.md and .json. Models, samples and scores are in its
-folder runs (see lab.py).
+the training shift, the path and the solver (tuning.md). The arms of the control are told-w and
+blind-w, which are flow and blind with EqM's weight of the loss, and told-c, which is eqm told
+gamma. They have the settings of flow, and are only measured with 15 evaluations and guidance. The
+script writes objectives.md, .json and .png in results/studies/objectives, with --few few.md and
+.json. Models, samples and scores are in its folder runs (see lab.py).
 """
 
 import itertools
@@ -51,6 +51,7 @@ ARMS = {
     "told-w": Arm("heun", counts_seeds=0),
     "blind": Arm("heun", seeds=3),
     "blind-w": Arm("heun", seeds=3, counts_seeds=0),
+    "told-c": Arm("heun", seeds=3, counts_seeds=0),
 }
 COUNTS = (2, 4, 8, 15, 30)  # evaluations
 LIMITS = (0.5, 1, 2)  # --stop-below of descents
@@ -81,7 +82,13 @@ COLUMNS = (  # of MAIN
 )
 PRIMARY = ("eqm", "flow")  # this pair is compared in all tasks
 # these, where measured; added when the others had been compared
-CONTROL = (("eqm", "told-w"), ("told-w", "flow"), ("eqm", "blind-w"), ("blind-w", "blind"))
+CONTROL = (
+    ("eqm", "told-w"),
+    ("told-w", "flow"),
+    ("eqm", "blind-w"),
+    ("blind-w", "blind"),
+    ("eqm", "told-c"),
+)
 COMPARISONS = (  # of MAIN; but for CONTROL, fixed in advance
     *itertools.product([PRIMARY], COLUMNS),
     *itertools.product(CONTROL, [BOTH_RIGHT]),
@@ -188,8 +195,8 @@ def markdown(rows):
     lines = lab.heading(
         "Objectives",
         "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds "
-        "(blind and blind-w have fewer), and the range. All but eqm take Heun steps for an odd "
-        "number of evaluations, Euler steps for an even one.",
+        "(blind, blind-w and told-c have fewer), and the range. All but eqm take Heun steps for "
+        "an odd number of evaluations, Euler steps for an even one.",
     )
     columns = [column.of(MAIN) for column in COLUMNS]
     lines += [f"## {MAIN}", "", *lab.arm_table(rows, ABOUTS, columns)]
