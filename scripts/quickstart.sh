@@ -8,7 +8,7 @@
 #   STEPS_1=1000, STEPS_2=1680, STEPS_3=2200      global steps at which the phases end
 #   BATCH_1=32, BATCH_2=16, BATCH_3=8             clips per step
 #   ONE_RUN=1                       0: one run per phase, which starts from the checkpoint of the previous phase
-#   MODEL, FORCING, LR_DECAY        flags of train.py; default: those of scripts/recipes/quickstart.txt
+#   MODEL, FORCING, LR_DECAY, GAMMA_SHIFT         flags of train.py; default: those of scripts/recipes/quickstart.txt
 #   SEED=0                          seed of every random draw of the training
 #   SAMPLES=48, FRAMES="16 7 24"    samples of each length, lengths in frames
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
@@ -18,7 +18,8 @@ EXP=${EXP:-quickstart} DATA=${DATA:-datasets/moving-shapes} VIDEOS=${VIDEOS:-60}
 STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # 840 and 1580: one seed was weak
 BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}        # 2,048 tokens per step
 SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
-MORE=(${MODEL:+--model="$MODEL"} ${FORCING:+--forcing="$FORCING"} ${LR_DECAY:+--lr-decay="$LR_DECAY"})
+MORE=(${MODEL:+--model="$MODEL"} ${FORCING:+--forcing="$FORCING"} ${LR_DECAY:+--lr-decay="$LR_DECAY"}
+  ${GAMMA_SHIFT:+--gamma-shift="$GAMMA_SHIFT"})
 suit
 counts VIDEOS SAMPLES {STEPS,BATCH}_{1,2,3}
 must "not counts; expected one or more, as in '16 7'" '([1-9][0-9]* *)+' FRAMES
@@ -31,7 +32,7 @@ SCHEDULE="4:$STEPS_1:$BATCH_1 8:$STEPS_2:$BATCH_2 16:$STEPS_3:$BATCH_3"
 if [[ $ONE_RUN == 1 ]]; then
   train @scripts/recipes/quickstart.txt --data-path="$DATA" --frames-schedule="${SCHEDULE// /,}" "${MORE[@]}"
 else
-  unset {STEPS,BATCH}_{1,2,3} MODEL FORCING LR_DECAY ONE_RUN # which are flags of train_progressive.sh
+  unset {STEPS,BATCH}_{1,2,3} MODEL FORCING LR_DECAY GAMMA_SHIFT ONE_RUN # which are flags of train_progressive.sh
   export GPUS EXP DATA SCHEDULE RECIPE=quickstart CACHE=0
   bash scripts/train_progressive.sh "${MORE[@]}" --mix 0 --no-compile
 fi

@@ -106,7 +106,6 @@ def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
 MAIN_ROWS = lab.read_rows(ROOT / "results/studies/objectives/objectives.json")
 TABLES = {  # in results/
     "studies/objectives/given_frames": given_frames.markdown,
-    "old/seeds": seeds.markdown,
     "old/sprites-2h": sprites.markdown,
     "studies/objectives/disturb": disturb.markdown,
     "studies/objectives/few": partial(objectives.few_markdown, MAIN_ROWS),
@@ -201,8 +200,8 @@ def test_a_report_shows_missing_and_diverged_runs(copied):
 
 
 def test_rows_of_an_earlier_format_stay_when_others_are_added(tmp_path):
-    committed = ROOT / "results/studies/positions/seeds.json"
-    path = tmp_path / "seeds.json"
+    committed = ROOT / "results/studies/objectives/given_frames_objectives.json"
+    path = tmp_path / "rows.json"
     path.write_text(committed.read_text())
     lab.add_rows(path, [{"seed": 9, "values": {}}])
     *rows, added = lab.read_rows(path)

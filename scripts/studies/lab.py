@@ -430,12 +430,9 @@ def read_rows(path):
 def rows_by_seed(content):
     """The rows of a file of an earlier version, which has the numbers of tables, a list over seeds.
 
-    {"made", "seeds", "tasks": {task: {model: {title: list}}}} or, of one model, "rows": [{"frames",
-    title: list}].
+    {"made", "seeds", "tasks": {task: {model: {title: list}}}}.
     """
-    tasks = content.get("tasks") or {}
-    for lists in content.get("rows", ()):
-        tasks[str(lists.pop("frames"))] = {"": lists}
+    tasks = content["tasks"]
     rows = []
     models = dict.fromkeys(itertools.chain.from_iterable(tasks.values()))
     for model, (index, seed) in itertools.product(models, enumerate(content["seeds"])):
