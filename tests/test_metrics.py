@@ -91,10 +91,10 @@ def test_after_a_resume_no_step_is_logged_twice_and_a_torn_line_is_gone(tmp_path
     assert [(event.step, event.value) for event in board(tmp_path).Scalars("loss")] == expected
 
 
-@pytest.mark.parametrize("torn_line", [b'{"step": 2, "loss": 0.', b"\xff\xfe{", b"[1]"])
-def test_torn_lines_are_skipped_and_counted(tmp_path, torn_line):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n' + torn_line)
-    assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1, "loss": 0.5}], 1)
+def test_torn_lines_are_skipped_and_counted(tmp_path):
+    text = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.\n\xff\xfe{\n[1]'
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1, "loss": 0.5}], 3)
 
 
 def test_wandb_gets_config_and_scalars_a_resumed_run_keeps_its_id_and_a_missing_login_is_one_line(

@@ -12,7 +12,6 @@ kernels, numerics, torch.compile, several ranks and streams. Other tests check v
 
 from contextlib import nullcontext
 from shlex import split
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +23,17 @@ import train
 from models import EqM, EqM_models, model_config
 from runtime import distributed, rng
 from tiny_data import make_images, random_checkpoint
-from training import IMAGES, TINY, Training, record_calls, run_here, sample_here
+from training import (
+    IMAGES,
+    TINY,
+    Training,
+    batch_of,
+    losses_of,
+    record_calls,
+    run_here,
+    sample_here,
+)
 from transport import draw_gammas
-from vae import VAE
 
 # A copy to a meta tensor has nothing to copy
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
@@ -172,33 +179,15 @@ def test_training_and_resuming_stay_on_the_gpu_and_steps_do_not_wait(
     assert "val_loss" in row
 
 
-@pytest.mark.parametrize("regions", [0.0, 0.5])
-def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(regions, gpu):
+def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(gpu):
     clips = torch.zeros(4, 3, 8, 64, 64, dtype=torch.uint8)
-    batch = {
-        "clips": clips.pin_memory(),  # as the loader does
-        "y": torch.zeros(4, dtype=torch.int64),
-        "time_scales": torch.full((4,), 0.04),
-        "indices": torch.arange(4),
-        "is_sample": torch.zeros(4, dtype=torch.bool),
-        "pairs": [None] * 4,
-    }
-    args = SimpleNamespace(
-        global_seed=3,
-        gamma_shift=2.0,
-        gamma_draw="uniform",
-        precision="fp32",
-        disp=False,
-        forcing=0.5,
-        forcing_regions=regions,
-        pure_noise=0.0,
-    )
+    batch = batch_of(clips.pin_memory())  # as the loader does
     config = model_config("EqM-S/4", num_classes=2, use_rope=True, input_size=64)
-    train.training_losses(lambda x, *_, **__: x, VAE("none"), batch, config, args, 5, GPU)
+    regions = {"forcing": 0.5, "forcing_regions": 0.5}
+    losses_of(lambda x, *_, **__: x, batch, config, GPU, **regions)
     assert gpu.waits == []
-    if regions:
-        _, levels = gpu.pinned
-        assert torch.equal(levels, draw_gammas(3, 5, range(4), 8, 4, 2.0, 0.5, 1, regions, 64))
+    _, levels = gpu.pinned
+    assert torch.equal(levels, draw_gammas(5, 7, range(4), 8, 4, 3.0, 0.5, 1, 0.5, 64))
 
 
 SAMPLING = "--num-frames 6 --num-samples 3 --batch-size 2 --no-previews --precision fp32"

@@ -22,9 +22,9 @@ from runtime import cli, metrics
 from runtime.rng import normal, uniform
 from tiny_data import make_images, make_vae
 from tiny_videos import scribble, write_equal_videos, write_video
-from training import IMAGES, counted_steps, refused, run_main
+from training import IMAGES, batch_of, counted_steps, losses_of, refused, run_main
 from transport import OBJECTIVES
-from vae import VAE, load_vae
+from vae import load_vae
 from video.index import scan_videos, split_videos
 
 VIDEOS = split("""
@@ -231,59 +231,33 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
         features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
         return (f, features) if disp else f
 
-    B, T = 4, 6
-    clips = torch.randint(256, (B, 3, T, 16, 16)).byte()
-    y = torch.tensor([0, 1, 1, 0])
-    indices = list(range(B))
-    batch = {
-        "clips": clips,
-        "y": y,
-        "time_scales": torch.full((B,), 0.08),
-        "indices": torch.tensor(indices),
-        "is_sample": torch.zeros(B, dtype=torch.bool),
-        "pairs": [None] * B,
-    }
-    args = SimpleNamespace(
-        global_seed=3,
-        gamma_shift=2.0,
-        gamma_draw="uniform",
-        precision="fp32",
-        disp=disp,
-        forcing=forcing,
-        forcing_regions=regions,
-        pure_noise=0.0,
-    )
+    clips = torch.randint(256, (8, 3, 6, 16, 16)).byte()
+    batch = batch_of(clips)
     config = replace(CONFIG, class_dropout_prob=0.5)
-    losses, target_square = train.training_losses(
-        network,
-        VAE("none"),
-        batch,
-        config=config,
-        args=args,
-        stream=5,
-        device=torch.device("cpu"),
-    )
+    flags = {"disp": disp, "forcing": forcing, "forcing_regions": regions}
+    losses, target_square = losses_of(network, batch, config, **flags)
 
     x = clips.float() / 127.5 - 1
-    noise = normal(3, "noise", 5, indices, (3, T, 16, 16))
+    indices = range(8)
+    noise = normal(5, "noise", 7, indices, (3, 6, 16, 16))
     gamma = transport.draw_gammas(
-        3,
         5,
+        7,
         indices,
-        num_frames=T,
+        num_frames=6,
         patch=4,
-        shift=2.0,
+        shift=3.0,
         share=forcing,
         region_share=regions,
         size=16,
     )
-    is_dropped = uniform(3, "label drop", 5, indices) < transport.condition_dropout(gamma, 0.5)
+    is_dropped = uniform(5, "label drop", 7, indices) < transport.condition_dropout(gamma, 0.5)
     assert is_dropped.any() and not is_dropped.all()
-    ((x_gamma, y_seen, time_scales, return_features),) = calls
-    level = gamma.reshape(B, 1, -1, *gamma.shape[2:] or (1, 1))
+    ((x_gamma, y, time_scales, return_features),) = calls
+    level = gamma.reshape(8, 1, -1, *gamma.shape[2:] or (1, 1))
     assert torch.equal(x_gamma, level * x + (1 - level) * noise)
-    assert torch.equal(y_seen, torch.where(is_dropped, 2, y))
-    assert time_scales.tolist() == pytest.approx([0.08] * B)
+    assert torch.equal(y, torch.where(is_dropped, 2, batch["y"]))
+    assert torch.equal(time_scales, batch["time_scales"])
     assert return_features == disp
     assert ("disp_loss" in losses) == disp
     expected = (
@@ -424,14 +398,10 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     assert rows[-1]["muon_lr"] == 0.01
 
     flags += ["--max-steps", 2]
-    for start, named in (
-        (["--resume"], f"--resume of {ckpt}"),
-        (["--ckpt", ckpt], f"--ckpt {ckpt}"),
-    ):
-        for other in (["--position-table", "none"], ["--rope-speed", 0.25]):
-            line = refused(capsys, train, *flags, *start, *other)
-            assert named in line
-            assert other[0] in line
+    for other in (["--position-table", "none"], ["--rope-speed", 0.25]):
+        line = refused(capsys, train, *flags, "--resume", *other)
+        assert f"--resume of {ckpt}" in line
+        assert other[0] in line
     (data / "B").rename(data / "C")
     classes = f"has the classes A, C (2), --resume of {ckpt} has A, B (2); pass its data"
     assert classes in refused(capsys, train, *flags, "--resume")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from shlex import split
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from runtime import distributed, runs
 from runtime.cli import UserError
 from vae import VAE
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -72,6 +74,36 @@ def make_data(folder):
     """Moving Shapes, 12 classes of 2 small videos."""
     make_moving_shapes.main(["--out", str(folder), "--videos-per-class", "2", "--size", "16"])
     return folder
+
+
+def batch_of(clips):
+    """A batch of real clips (B, C, T, H, W) of two classes, as a loader makes it."""
+    B = len(clips)
+    return {
+        "clips": clips,
+        "y": torch.arange(B) % 2,
+        "time_scales": torch.full((B,), 0.08),
+        "indices": torch.arange(B),
+        "is_sample": torch.zeros(B, dtype=torch.bool),
+        "pairs": [None] * B,
+    }
+
+
+def losses_of(network, batch, config, device=CPU, **flags):
+    """What train.training_losses returns for pixels, in stream 7, with the usual flags of train.py
+    but --global-seed 5 and --gamma-shift 3.
+    """
+    usual = {"global_seed": 5, "gamma_shift": 3.0, "gamma_draw": "uniform", "precision": "fp32"}
+    usual |= {"disp": False, "forcing": 0.0, "forcing_regions": 0.0, "pure_noise": 0.0}
+    return train.training_losses(
+        network,
+        VAE("none"),
+        batch,
+        config=config,
+        args=SimpleNamespace(**usual | flags),
+        stream=7,
+        device=device,
+    )
 
 
 @dataclass
@@ -218,6 +250,11 @@ def refused(capsys, script, *flags, status=2, late=False):
     (line,) = [line for line in lines if line and "opening videos" not in line]
     assert "error: " in line
     return line
+
+
+def mistakes(text):
+    """[flags, what the error about them must say] of each line `FLAGS => WORDS` of a table."""
+    return [line.split(" => ") for line in text.strip().splitlines()]
 
 
 def error_of(function, *args, **kwargs):
