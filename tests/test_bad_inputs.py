@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import published
+from test_actions import write_world
 from test_gallery import make_samples as make_shown
 from test_plot_metrics import make_run
 from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
@@ -70,6 +71,7 @@ train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-p
         --compile => g++
         --compile --ebm dot | --grad-checkpoint selective --ebm dot => --ebm dot
         --grad-checkpoint half => full
+        --context 8 | --context-noise 0.1 | --own-context 0.5 => : needs --causal
         --forcing-regions 0.5 --objective flow => 0.5: needs --objective eqm
         --forcing-regions 0.5 --objective blind => 0.5: needs --objective eqm
         --disp --grad-accum 4 => --global-batch-size
@@ -128,6 +130,7 @@ train fixed: train {model} {pixels} {steps} --video --num-frames 8 --data-path v
         --val-frames 4 | --num-frames 4 --ckpt fixed.pt => tied
         --ckpt rope.pt => trained with --use-rope
         --inflate image.pt => add --video and --use-rope
+        --causal => --causal: needs videos with rotary positions
 train images: train {model} {pixels} {steps} --data-path images
         --inflate image.pt => add --video and --use-rope
         --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
@@ -139,6 +142,28 @@ train images: train {model} {pixels} {steps} --data-path images
         --forcing 0.5 => --forcing 0.5: does not apply to clips of one frame
         --forcing-regions 0.5 => --forcing-regions 0.5: does not apply to clips of one frame
         --ckpt rope.pt --use-rope => holds a video model: add --video
+train causal: train {model} {pixels} {steps} --video --use-rope --causal --data-path videos
+        --forcing 0.5 => --forcing 0.5: a causal model always learns
+        --forcing-regions 0.5 => --forcing-regions 0.5: a causal model always
+        --ebm dot => causal needs use_rope, and no ebm
+        --causal --ckpt energy-clips.pt => causal needs use_rope, and no ebm
+        --context 3 => context must be at least a temporal patch of 4 frames
+        --ckpt fixed.pt => fixed positions cannot be converted
+train actions: train {model} {steps} --video --use-rope --vae none --image-size 8 --num-frames 4 \
+        --temporal-patch-size 1 --data-path acted
+        --frame-interval 1 2 => --frame-interval 1 2:
+        --temporal-patch-size 2 => add --temporal-patch-size 1
+        --data-path one-way => no mirror rule
+        --data-path no-file => --data-path no-file: no ; 2.actions.npy
+        --data-path brief => --data-path brief: ; got int64 [5], expected [6
+        --data-path unknown => unknown action 3
+        --data-path decimal => got float64
+        --data-path torn => --data-path torn: torn/2.actions.npy
+        --data-path no-names => but no actions.json
+        --data-path none => --data-path none: ; 'none'
+        --data-path comma => 'a,b'
+        --data-path twice => differ
+        --data-path half-mirrored => the same backward
 schedule: train {model} {pixels} --video --use-rope --global-batch-size 4 --data-path videos
         --frames-schedule 4:10,8:5 => 8:5; increase
         --frames-schedule four => 'four'
@@ -217,6 +242,24 @@ sample: sample_gd --video --ckpt rope.pt --folder new
         --given cache --given-split val | --given empty --given-split val => error: --given
         --given videos --given-split val --num-frames 100 \
             => --given videos: the longest video of --given-split val
+        --actions left*2 => --actions left*2: ; was trained without actions; remove it
+sample causal: sample_gd --video --ckpt causal.pt --folder new
+        --window 8 => --window 8: does not apply to a causal model
+        --overlap 4 => --overlap 4: does not apply to a causal model
+        --init videos/A/a.avi => a.avi: does not apply to a causal model
+        --report-energy => --report-energy: does not apply to a causal model
+        --rope-scale linear => --rope-scale linear: does not apply to a causal model
+        --classes 0*6 => --classes 0*6: expected spans such as
+        --classes 0*8 1*4 => --classes: spans of 4 and 8 frames
+        --classes 0*8 --num-frames 16 => spans of 8 frames for --num-frames 16
+sample actions: sample_gd --video --ckpt actions.pt --folder new
+        --actions up*2 => --actions up*2: no action 'up'; expected one of stay, left, right
+        --actions left* => --actions left*: got 'left*'; expected spans such as stay*8
+        --actions '' => expected spans such as stay*8
+        --actions gone.npy => --actions gone.npy: No such file
+        --actions left*3 --num-frames 5 \
+            => --actions: 3 actions after 1 frame make 4 frames, other flags ask for 5
+        --given videos --given-frames 1 --actions left => expected --given-frames from 0 on
 sample images: sample_gd --ckpt image.pt --folder new
         --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
         --init videos/A/a.avi => no image
@@ -308,6 +351,12 @@ study: study --out new
         --list --report => not allowed with
         --report => new/study.json has no rows
         --out file --report => --out file:
+control: control --out new
+        --arms flow => --arms flow: its tuning is not complete; run with --tune first
+control on sprites: control_sprites --data-path videos --out new --arms eqm
+        => eqm, training shift 1: not tuned yet; run with --tune first
+few: few --out new
+        --arms 'cheap pairs' => the tuning of pairs is not complete; run with --tune first
 people: people --out new
         nothing => nothing/settings: no such file; expected finished runs of scripts/weizmann.sh
 sprites: sprites --out new
@@ -400,6 +449,11 @@ VARIANTS = {
     "wide-export": ("shared", "config.json", '"hidden_size": 192', '"hidden_size": 96'),
     "stepless-export": ("shared", "config.json", '"step"', '"steps"'),
     "later-export": ("shared", "config.json", '"version": 1', '"version": 2'),
+    "one-way": ("acted", "actions.json", '"mirror"', '"no mirror"'),
+    "half-mirrored": ("acted", "actions.json", ', "right": "left"', ""),
+    "none": ("acted", "actions.json", "stay", "none"),
+    "comma": ("acted", "actions.json", "stay", "a,b"),
+    "twice": ("acted", "actions.json", "stay", "left"),
 }
 
 
@@ -425,6 +479,10 @@ def world(tmp_path_factory):
     rope = save_checkpoint(root / "rope.pt", use_rope=True, num_frames=4)
     save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
     save_checkpoint(root / "fixed.pt", num_frames=8)
+    save_checkpoint(root / "energy-clips.pt", use_rope=True, num_frames=4, ebm="dot")
+    save_checkpoint(root / "causal.pt", use_rope=True, num_frames=8, causal=True, context=8)
+    steps = {"temporal_patch_size": 1, "actions": "stay,left,right"}
+    save_checkpoint(root / "actions.pt", use_rope=True, num_frames=4, **steps)
     save_checkpoint(root / "odd.pt", use_rope=True, num_frames=4, depth=2)
     of_images = {"num_frames": 1, "temporal_patch_size": 1}
     save_checkpoint(root / "image.pt", use_rope=True, **of_images)
@@ -439,6 +497,12 @@ def world(tmp_path_factory):
     torch.save({"state_dict": {}}, root / "other.pt")
     published.write_export(root / "shared", checkpoint.load(rope), "fp32", "a card")
     os.truncate(copy("shared", "cut-export") / "model.safetensors", 1000)
+    write_world(root / "acted")
+    for name, actions in (("brief", [0] * 5), ("unknown", [0] * 5 + [3]), ("decimal", [0.0] * 6)):
+        np.save(copy("acted", name) / "2.actions.npy", np.array(actions))
+    os.truncate(copy("acted", "torn") / "2.actions.npy", 150)
+    (copy("acted", "no-file") / "2.actions.npy").unlink()
+    (copy("acted", "no-names") / "actions.json").unlink()
     make_latents(root / "cache")
     (copy("cache", "partial") / "latents.json").rename(root / "partial/latents.partial.json")
     for name in ("empty", "samples", "piped", "taken.png"):

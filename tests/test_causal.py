@@ -18,12 +18,11 @@ import train
 from causal import Cache, attention_masks, count_pairs, mask_function
 from generation import Stream
 from models import EqM, EqMConfig, attend
-from plans import Plan, sampling_settings
-from preflight import resolve_sampling
+from plans import Plan
 from runtime.rng import normal
 from test_models import clip, counted_flops, distance, randomized
 from tiny_data import random_checkpoint
-from training import ANY_LENGTH, FEW_STEPS, TINY, refused, run_main, sample_here
+from training import ANY_LENGTH, TINY, refused, run_main, sample_here
 from video.files import probe
 from video.writers import write_mp4
 
@@ -150,33 +149,42 @@ class ExactPositions(nn.Module):
 
 @pytest.mark.parametrize(
     ("num_patches", "changes"),
-    [(6, {}), (6, FLOW), (1, FLOW), (500, {"input_size": 2, "depth": 2, "context": 6})],
-    ids=["eqm", "flow", "one patch", "1,000 frames"],
+    [
+        (6, {}),
+        (6, FLOW),
+        (6, FLOW | {"temporal_patch_size": 1, "actions": "a,b"}),
+        (1, FLOW),
+        (500, {"input_size": 2, "depth": 2, "context": 6}),
+    ],
+    ids=["eqm", "flow", "actions", "one patch", "1,000 frames"],
 )
 def test_a_patch_with_a_cache_equals_a_pass_over_all_frames(num_patches, changes):
     model = network(**changes)
     config = model.config
-    x = clip(2 * num_patches, config)
-    clean = clip(2 * num_patches, config, seed=2)
-    y = torch.tensor([1])
+    size = config.temporal_patch_size
+    x = clip(size * num_patches, config)
+    clean = clip(size * num_patches, config, seed=2)
+    y = torch.tensor([[1, 2, 0, 1, 1, 0, 2]]) if config.actions else torch.tensor([1])
     seconds = torch.tensor([0.08])
-    gamma = torch.rand(1, num_patches).repeat_interleave(2, dim=1)
+    gamma = torch.rand(1, num_patches).repeat_interleave(size, dim=1)
+    is_told = config.objective == "flow"
     cache = cache_of(config)
     rope = model.rope
     model.rope = ExactPositions(rope)  # float32 positions of a pass over all frames are too rough
     worst = 0.0
     with torch.no_grad():
-        full = model(x, y, seconds, clean=clean, **({"gamma": gamma} if changes == FLOW else {}))
+        full = model(x, y, seconds, clean=clean, **({"gamma": gamma} if is_told else {}))
         model.rope = rope
         for t in range(num_patches):
-            frames = slice(2 * t, 2 * t + 2)
+            frames = slice(size * t, size * t + size)
+            condition = y[:, [0, 1 + t]] if config.actions else y
             if t < 6 or t >= num_patches - 6:
-                told = {"gamma": gamma[:, frames]} if changes == FLOW else {}
-                f = model(x[:, :, frames], y, seconds, cache=cache, **told)
+                told = {"gamma": gamma[:, frames]} if is_told else {}
+                f = model(x[:, :, frames], condition, seconds, cache=cache, **told)
                 worst = max(worst, (f - full[:, :, frames]).abs().max().item())
             cache.fills = True
-            told = {"gamma": torch.ones(1)} if changes == FLOW else {}
-            model(clean[:, :, frames], y, seconds, cache=cache, **told)
+            told = {"gamma": torch.ones(1)} if is_told else {}
+            model(clean[:, :, frames], condition, seconds, cache=cache, **told)
             cache.fills = False
             assert cache.num_patches == min(t + 1, config.context_patches)
     assert worst < 1e-5 * full.abs().max()
@@ -349,24 +357,6 @@ def test_a_video_begins_with_the_shorter_one_and_continues_given_frames(
     assert message in refused(capsys, sample_gd, *last, "--folder", tmp_path / "s", late=True)
 
 
-def test_samples_are_the_steps_of_a_stream_bit_for_bit(checkpoint, tmp_path):
-    more = ["--num-samples", 3, "--num-frames", 10, "--cfg-scale", 2, "--seed", 4]
-    clips, _ = sample_here(checkpoint, tmp_path / "s", *more)
-    words = ["--video", "--ckpt", checkpoint, "--folder", tmp_path / "t", *FEW_STEPS, *more]
-    ((args, plan),) = resolve_sampling(sample_gd.parse_args(list(map(str, words))))
-    indices = [0, 1, 2]
-    stream = Stream(plan, indices, sampling_settings(args), seed=4)
-    for _ in range(2):
-        frames = [stream.step(plan.condition_at(indices, frame=0)) for _ in range(3)]
-        assert torch.equal(torch.cat(frames, dim=1)[:, :10], torch.from_numpy(clips))
-        stream.reset()
-    shown = torch.from_numpy(clips[:, :8]).permute(0, 4, 1, 2, 3)
-    stream.reset(shown, plan.condition_at(indices, frame=0))
-    last = stream.step(plan.condition_at(indices, frame=0))
-    rounded = (last.float() - frames[-1].float()).abs().mean()  # what it continues is uint8
-    assert rounded < 2 and stream.num_patches == 3
-
-
 def test_memory_does_not_grow_with_the_film(checkpoint, tmp_path, monkeypatch):
     """Nothing but the files holds more than one patch, the context and the given frames."""
     sizes = []
@@ -407,26 +397,6 @@ def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
     assert about["spans"][0] == [0, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--window", 8], "--window 8: does not apply to a causal model"),
-        (["--overlap", 4], "--overlap 4: does not apply to a causal model"),
-        (["--init", "VIDEO"], "v.mp4: does not apply to a causal model"),
-        (["--report-energy"], "--report-energy: does not apply to a causal model"),
-        (["--rope-scale", "linear"], "--rope-scale linear: does not apply to a causal model"),
-        (["--classes", "0*6"], "--classes 0*6: expected spans such as"),
-        (["--classes", "0*8", "1*4"], "--classes: spans of 4 and 8 frames"),
-        (["--classes", "0*8", "--num-frames", 16], "spans of 8 frames for --num-frames 16"),
-    ],
-)
-def test_flags_that_a_causal_model_does_not_have(checkpoint, tmp_path, capsys, flags, expected):
-    write_mp4(tmp_path / "v.mp4", np.zeros((8, 16, 16, 3), np.uint8), 25)
-    flags = [tmp_path / "v.mp4" if flag == "VIDEO" else flag for flag in flags]
-    ckpt = ["--video", "--ckpt", checkpoint, "--folder", tmp_path / "samples"]
-    assert expected in refused(capsys, sample_gd, *ckpt, *flags)
-
-
 # Training -----------------------------------------------------------------------------------------
 
 
@@ -446,46 +416,6 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
     phase("causal", "--max-steps", 3, "--ckpt", folder / "checkpoints/0000002.pt", *more)
     names = {path.name for path in (tmp_path / "causal").glob("0*")}
     assert names == {folder.name, folder.name.replace("000", "001")}
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--causal", "--forcing", 0.5], "--forcing 0.5: a causal model always learns"),
-        (["--causal", "--forcing-regions", 0.5], "--forcing-regions 0.5: a causal model always"),
-        (["--causal", "--ebm", "dot"], "causal needs use_rope, and no ebm"),
-        (["--causal", "--context", 3], "context must be at least a temporal patch of 4 frames"),
-        (["--context", 8], "--context 8: needs --causal"),
-        (["--context-noise", 0.1], "--context-noise 0.1: needs --causal"),
-        (["--own-context", 0.5], "--own-context 0.5: needs --causal"),
-    ],
-)
-def test_flags_that_do_not_fit_a_causal_training(shapes, tmp_path, capsys, flags, expected):
-    folder = ["--data-path", shapes, "--results-dir", tmp_path]
-    assert expected in refused(capsys, train, *TINY, *folder, *flags)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, "fixed positions cannot be converted"),
-        ({"use_rope": True, "ebm": "dot"}, "causal needs use_rope, and no ebm"),
-    ],
-)
-def test_causal_phases_start_from_no_other_positions_and_no_energy(
-    shapes, tmp_path, capsys, settings, expected
-):
-    shape = {"hidden_size": 96, "num_frames": 4, "num_classes": 12}
-    ckpt = random_checkpoint(tmp_path / "c.pt", **shape, **settings)
-    flags = ["--data-path", shapes, "--results-dir", tmp_path, "--max-steps", 20, "--ckpt", ckpt]
-    line = refused(capsys, train, *TINY, *flags, "--causal")
-    assert expected in line and "--c" in line
-
-
-def test_causal_needs_rotary_positions(shapes, tmp_path, capsys):
-    base = [flag for flag in TINY if flag != "--use-rope"]
-    flags = ["--data-path", shapes, "--results-dir", tmp_path, "--causal"]
-    assert "--causal: needs videos with rotary positions" in refused(capsys, train, *base, *flags)
 
 
 def test_lengths_may_grow_and_mix_from_an_image_model(shapes, tmp_path):

@@ -15,7 +15,6 @@ import train
 from runtime.cli import UserError
 from scoring import plots
 from shapes import PATH_LENGTH
-from training import refused
 
 
 def tuning_rows(name, best, way):
@@ -133,11 +132,6 @@ def test_the_figure_has_an_interval_for_each_arm_and_length(tmp_path, monkeypatc
     plots.plt.close(figures[0])
 
 
-def test_main_runs_need_the_tuning(tmp_path, capsys):
-    message = refused(capsys, control, "--arms", "flow", "--out", tmp_path)
-    assert "--arms flow: its tuning is not complete; run with --tune first" in message
-
-
 def test_the_tables_show_all_that_was_tuned_and_compare_what_was_fixed():
     lines = control.tuning_markdown(tuning_rows("flow", best=2, way="euler"))
     text = "\n".join(lines)
@@ -195,12 +189,6 @@ def test_main_runs_on_sprites_sample_with_the_chosen_guidance():
     training = " ".join(map(str, run.training))
     assert "--cfg-scale 1 " in training  # of predictions, whose flags follow the checkpoint
     assert training.rindex("--gamma-shift 2") > training.index("--gamma-shift")
-
-
-def test_main_runs_on_sprites_need_the_tuning(tmp_path, capsys):
-    flags = f"--data-path {tmp_path} --out {tmp_path} --arms eqm".split()
-    message = refused(capsys, control_sprites, *flags)
-    assert "eqm, training shift 1: not tuned yet; run with --tune first" in message
 
 
 def test_the_table_of_sprites_compares_with_eqm():

@@ -15,7 +15,6 @@ from make_moving_shapes import main as make_shapes
 from runtime.cli import UserError
 from sample_folders import SOURCE, write_samples
 from test_studies import SEED, commands, run_miniature  # noqa: F401
-from training import refused
 from video.pairs import OF_TEACHER, Pairs
 
 
@@ -50,11 +49,6 @@ def test_the_control_is_tuned_as_much_as_the_pairs_on_another_seed():
     assert few.choose(tuning_rows(best=4), "pairs") == 4
     with pytest.raises(UserError, match="the tuning of pairs is not complete"):
         few.choose(tuning_rows(best=4)[1:], "pairs")
-
-
-def test_main_runs_need_the_tuning(tmp_path, capsys):
-    message = refused(capsys, few, "--arms", "cheap pairs", "--out", tmp_path)
-    assert "the tuning of pairs is not complete; run with --tune first" in message
 
 
 def test_the_tables_compare_students_with_15_guided_evaluations_of_the_teacher():
