@@ -30,7 +30,9 @@ FEW = ["--num-workers", 0, "--resamples", 4]
 def read_clips(root, split, count, frames=FRAMES, stream="real", interval=1):
     """(clips uint8 (N, T, H, W, 3), labels, classes) of a data set, read without sources.py."""
     source = open_source(root, SIZE)
-    videos = split_videos(root, source.videos(), 0.05)[split == "val"]
+    videos = source.videos()
+    if split != "all":
+        videos = split_videos(root, videos, 0.05)[split == "val"]
     clips = Clips(
         source, videos, source.scan.classes, frames, (interval, interval), flip=False, stream=stream
     )

@@ -5,7 +5,7 @@ import pytest
 
 import augment
 from test_prepare import check_second_run
-from tiny_videos import decode, write_video
+from tiny_videos import decode, write_equal_videos
 from training import content, no_space, run_main
 from video.index import scan_videos, split_videos
 
@@ -13,10 +13,7 @@ from video.index import scan_videos, split_videos
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Two classes of two videos each."""
-    root = tmp_path_factory.mktemp("few") / "videos"
-    for name in ("Run/a.avi", "Run/b.mkv", "Jump/c.avi", "Jump/d.avi"):
-        write_video(root / name, 6)
-    return root
+    return write_equal_videos(tmp_path_factory.mktemp("few") / "videos", 6)
 
 
 @pytest.fixture(scope="module")

@@ -436,6 +436,13 @@ EMPTY = """
     deep/train/B/y.m4v
     deep/train/x/A/x.png
 """
+LACKING = """
+    bare        samples  samples.json
+    code-vae    vae      diffusion_pytorch_model.safetensors
+    lacking     shown    000001.mp4
+    no-file     acted    2.actions.npy
+    no-names    acted    actions.json
+"""  # a folder, the folder it is a copy of, and the file that it lacks
 # folder: (the folder it is a copy of, a file, a text in the file, what replaces the text)
 VARIANTS = {
     "other-class": ("samples", "samples.json", '["A"]', '["C"]'),
@@ -474,8 +481,6 @@ def world(tmp_path_factory):
     write_ucf_list(copy("videos", "listed"), ["A/a", "A/b"])  # B has no training video, A no other
     make_images(root / "images", 4)
     make_vae(root / "vae")
-    (make_vae(root / "code-vae") / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save({"decoder.conv_out.bias": Code()}, root / "code-vae/diffusion_pytorch_model.bin")
     rope = save_checkpoint(root / "rope.pt", use_rope=True, num_frames=4)
     save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
     save_checkpoint(root / "fixed.pt", num_frames=8)
@@ -501,14 +506,11 @@ def world(tmp_path_factory):
     for name, actions in (("brief", [0] * 5), ("unknown", [0] * 5 + [3]), ("decimal", [0.0] * 6)):
         np.save(copy("acted", name) / "2.actions.npy", np.array(actions))
     os.truncate(copy("acted", "torn") / "2.actions.npy", 150)
-    (copy("acted", "no-file") / "2.actions.npy").unlink()
-    (copy("acted", "no-names") / "actions.json").unlink()
     make_latents(root / "cache")
     (copy("cache", "partial") / "latents.json").rename(root / "partial/latents.partial.json")
     for name in ("empty", "samples", "piped", "taken.png"):
         (root / name).mkdir()
     make_samples(root / "samples")
-    (copy("samples", "bare") / "samples.json").unlink()
     os.truncate(copy("samples", "cut-samples") / "samples.npz", 200)
     clips = np.load(root / "samples/samples.npz")["arr_0"]
     for name, changed, label in (
@@ -528,7 +530,9 @@ def world(tmp_path_factory):
     make_shown(root / "shown", [0, 1], ["A", 'Cirque\ndu "soleil"'])
     make_shown(root / "longer", [0, 1], ["A", "B"], num_frames=11)
     copy("shown", "sampled/shown")
-    (copy("shown", "lacking") / "000001.mp4").unlink()
+    for name, folder, file in map(str.split, LACKING.strip().splitlines()):
+        (copy(folder, name) / file).unlink()
+    torch.save({"decoder.conv_out.bias": Code()}, root / "code-vae/diffusion_pytorch_model.bin")
     for name, last in (("E", 50), ("empty", 0)):
         make_run(root / f"runs/{name}/0-f4", 0, last)
     make_run(root / "runs/other-f4", 0, 0, torn='{"step": 1}\n')

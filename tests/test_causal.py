@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,7 @@ FLOW = {"objective": "flow"}
 
 
 def network(**changes):
-    return randomized(EqM(EqMConfig(**vars(CONFIG) | changes)))
+    return randomized(EqM(replace(CONFIG, **changes)))
 
 
 def cache_of(config):
@@ -257,7 +258,7 @@ class FirstOrder(nn.Module):
 
     def __init__(self, share):
         super().__init__()
-        self.config = EqMConfig(**vars(CONFIG) | FLOW)
+        self.config = replace(CONFIG, **FLOW)
         self.share = share
         self.without_graphs = nullcontext
 

@@ -17,18 +17,9 @@ from runtime import cli
 from tiny_videos import make_video, scribble, write_sound, write_video
 from training import run_main
 
-FLAGS = [
-    "--num-frames",
-    8,
-    "--image-size",
-    16,
-    "--vae",
-    "none",
-    "--model",
-    "EqM-Ti/4",
-    "--global-batch-size",
-    2,
-]
+FLAGS = shlex.split(
+    "--num-frames 8 --image-size 16 --vae none --model EqM-Ti/4 --global-batch-size 2"
+)
 
 
 @pytest.fixture
@@ -50,12 +41,22 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def test_it_names_the_files_that_train_validate_and_are_skipped(data, capsys):
+@pytest.fixture
+def check_data(data, capsys):
+    """A function that checks the data with these flags. Returns what was printed: (out, err)."""
+
+    def check_data(*flags, status=0):
+        run_main(check, data, *FLAGS, *flags, status=status)
+        return capsys.readouterr()
+
+    return check_data
+
+
+def test_it_names_the_files_that_train_validate_and_are_skipped(data, check_data):
     write_video(data / "Jump" / "deep" / "x.avi")
     (data / "Jump" / "old.3gp").write_text("no video")
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
-    run_main(check, data, *FLAGS, "--frame-interval", 3, "--max-steps", 1000)
-    text = capsys.readouterr().out
+    text, _ = check_data("--frame-interval", 3, "--max-steps", 1000)
     for words in (
         "10 videos in 2 classes; 0 files that can't be opened",
         "  Run: 8 videos, 7.5 s",
@@ -89,26 +90,23 @@ def test_it_names_the_files_that_train_validate_and_are_skipped(data, capsys):
 
 
 def test_a_hopeless_training_gets_a_smaller_model_and_the_default_is_1400_epochs(
-    data, capsys, monkeypatch
+    check_data, monkeypatch
 ):
     monkeypatch.setattr(check, "MOST_HOURS", 0.0)
-    run_main(check, data, *FLAGS, "--model", "EqM-Ti/2", "--global-batch-size", 8, "--quick")
-    text = capsys.readouterr().out
+    text, _ = check_data("--model", "EqM-Ti/2", "--global-batch-size", 8, "--quick")
     assert "x 1050 steps = " in text  # 6 videos
     assert "0.0 hours are too long for most machines; --model EqM-Ti/4 takes about " in text
     # nothing is smaller but EqM-Ti/8, whose tokens hold too much
-    run_main(check, data, *FLAGS, "--max-steps", 1, "--quick")
-    text = capsys.readouterr().out
+    text, _ = check_data("--max-steps", 1, "--quick")
     assert "are too long for most machines; a GPU, or a lower --max-steps" in text
 
 
 def test_a_class_that_the_font_lacks_gets_one_note_and_its_rows_keep_the_names_of_files(
-    data, capsys, monkeypatch
+    data, check_data, monkeypatch
 ):
     (data / "Run").rename(data / "跳舞")
     monkeypatch.setattr(check, "write_sheet", lambda out, videos, names: print(names))
-    run_main(check, data, *FLAGS, "--quick", "--max-steps", 1)
-    text = capsys.readouterr().out
+    text, _ = check_data("--quick", "--max-steps", 1)
     assert text.count("note: the font") == 1 and "'class 1/0.m4v', 'class 1/1.m4v'" in text
 
 
@@ -125,10 +123,9 @@ def test_a_class_that_the_font_lacks_gets_one_note_and_its_rows_keep_the_names_o
         ),
     ],
 )
-def test_it_refuses_the_videos_that_train_refuses_in_the_same_words(data, capsys, flags, words):
+def test_it_refuses_the_videos_that_train_refuses_in_the_same_words(data, check_data, flags, words):
     (data / "Jump/text.mp4").write_text("no video")
-    run_main(check, data, *FLAGS, "--max-bad-fraction", 0.2, "--max-steps", 1, *flags, status=2)
-    text, error = capsys.readouterr()
+    text, error = check_data("--max-bad-fraction", 0.2, "--max-steps", 1, *flags, status=2)
     assert f"check.py: error: train.py would refuse these videos: {words}" in error
     assert "paste this command" not in text  # it would not run
     if "--max-bad-fraction" in flags:  # it shows the other videos nevertheless
@@ -137,7 +134,7 @@ def test_it_refuses_the_videos_that_train_refuses_in_the_same_words(data, capsys
         assert Path("check-data.png").stat().st_size > 0
 
 
-def test_each_file_that_cannot_be_opened_has_its_own_reason(data, capsys):
+def test_each_file_that_cannot_be_opened_has_its_own_reason(data, check_data):
     (data / "Jump/link.mp4").symlink_to("gone.mp4")
     (data / "Jump/nothing.mp4").touch()
     (data / "Jump/text.mp4").write_text("no video")
@@ -148,27 +145,24 @@ def test_each_file_that_cannot_be_opened_has_its_own_reason(data, capsys):
         "sound.mp4": "has no video stream, only sound or text; remove it",
         "text.mp4": "can't be opened; repair or remove it",
     }
-    run_main(check, data, *FLAGS, "--max-steps", 1, "--max-bad-fraction", 0.5, "--quick")
-    text = capsys.readouterr().out
+    text, _ = check_data("--max-steps", 1, "--max-bad-fraction", 0.5, "--quick")
     for name, reason in reasons.items():
         assert f"skipped: Jump/{name}: {reason}" in text
     for path in data.rglob("*.m4v"):
         path.unlink()
     for name in ("brief.avi", "torn.mov"):
         (data / "Jump" / name).unlink()
-    run_main(check, data, *FLAGS, status=2)  # it can't go on
-    text, error = capsys.readouterr()
+    text, error = check_data(status=2)  # it can't go on
     for name, reason in reasons.items():
         assert f"skipped: Jump/{name}: {reason}" in text
     assert "can't open any of its videos (4 files), the first is" in error
 
 
-def test_folders_of_samples_are_skipped_in_one_line(data, capsys):
+def test_folders_of_samples_are_skipped_in_one_line(data, check_data):
     shutil.copytree(data / "Run", data / "Made")
     (data / "Made/samples.json").write_text("{}")
     shutil.copytree(data / "Made", data / "Jump/made")
-    run_main(check, data, *FLAGS, "--quick", "--max-steps", 1)
-    text = capsys.readouterr().out
+    text, _ = check_data("--quick", "--max-steps", 1)
     assert "10 videos in 2 classes" in text and text.count("made") == text.count("Made/0") == 0
     assert text.count(f"skipped 1 folder with samples of sample_gd.py: {data / 'Made'}; move") == 1
 
@@ -218,7 +212,7 @@ def test_the_last_line_is_a_command_that_trains_as_printed(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("num_gpus", [0, 3])
 def test_a_command_keeps_the_flags_of_the_user_and_suits_the_machine(
-    data, monkeypatch, capsys, num_gpus
+    data, check_data, monkeypatch, capsys, num_gpus
 ):
     monkeypatch.setattr(check, "count_gpus", lambda: num_gpus)
     monkeypatch.setattr(check, "measure", lambda **_: (1e6, 0.1, 1e6))  # slow for a large model
@@ -233,9 +227,9 @@ def test_a_command_keeps_the_flags_of_the_user_and_suits_the_machine(
     assert [value_of(words, name) for name in names] == ["12", "none", "30000", *suits]
     assert "--no-flip" not in words and "--sample-every" not in words
     run_main(train, *words[len(launch) + 1 :], "--dry-run")
-    run_main(check, data, *FLAGS, "--quick", "--max-steps", 7, "--val-fraction", 0.3)
-    words = shlex.split(last_command(capsys.readouterr().out))
-    kept = {flag: str(value) for flag, value in zip(FLAGS[::2], FLAGS[1::2], strict=True)}
+    text, _ = check_data("--quick", "--max-steps", 7, "--val-fraction", 0.3)
+    words = shlex.split(last_command(text))
+    kept = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True))
     kept |= {"--max-steps": "7", "--val-fraction": "0.3"}
     assert {flag: value_of(words, flag) for flag in kept} == kept
     assert "--nproc_per_node=2" in words if num_gpus else words[0] == "python"

@@ -39,6 +39,14 @@ def no_code():
         yield
 
 
+def compare(model, compiled, *inputs):
+    """Check that a compiled model has the loss and the gradients of an eager one."""
+    loss, gradients = loss_and_gradients(model, *inputs)
+    again, same = loss_and_gradients(compiled, *inputs)
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
+
+
 def compare_with_eager(grad_checkpoint=None, **positions):
     """A compiled model and its EMA, after a check that they have the outputs, loss and gradients of
     an eager one.
@@ -51,10 +59,7 @@ def compare_with_eager(grad_checkpoint=None, **positions):
     assert compiled.state_dict().keys() == model.state_dict().keys()
     x = clip(8, batch=3)
     y = labels(3)
-    loss, gradients = loss_and_gradients(model, x, y)
-    again, same = loss_and_gradients(compiled, x, y)
-    assert again == pytest.approx(loss, rel=1e-5)
-    assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
+    compare(model, compiled, x, y)
     with torch.no_grad():
         assert distance(ema(x, y), model(x, y)) < 1e-5
     return compiled, ema
@@ -103,11 +108,7 @@ def test_a_compiled_flow_model_takes_one_level_per_clip_or_per_temporal_patch(no
     model, compiled = (tiny(objective="flow") for _ in range(2))
     compiled.compile_blocks()
     for gamma in (torch.rand(3), torch.rand(3, 2).repeat_interleave(4, dim=1)):
-        x = clip(8, batch=3)
-        loss, gradients = loss_and_gradients(model, x, labels(3), gamma)
-        again, same = loss_and_gradients(compiled, x, labels(3), gamma)
-        assert again == pytest.approx(loss, rel=1e-5)
-        assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
+        compare(model, compiled, clip(8, batch=3), labels(3), gamma)
     for num_frames in (12, 16, 64):
         compiled(clip(num_frames, batch=2), labels(2), gamma=torch.zeros(2, num_frames))
     assert counters["stats"]["unique_graphs"] == 2  # one for a level, one for several

@@ -48,13 +48,8 @@ def main_rows():
 
 
 def test_the_configurations_are_fixed_and_the_same_for_all_arms():
-    first = control.CONFIGURATIONS[0]
     assert control.draw_configurations(8) == control.CONFIGURATIONS
     assert len(set(control.CONFIGURATIONS)) == 8
-    assert first.training_flags() == (
-        f"--lr {0.002 * first.learning_rate:g} --muon-lr {0.01 * first.learning_rate:g} "
-        f"--clip-grad {first.clip_grad:g} --gamma-shift {first.gamma_shift:g}"
-    )
     assert not set(control.TUNING_SEEDS) & set(range(16))
 
 

@@ -6,14 +6,12 @@ import itertools
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 
 import few
-from make_moving_shapes import main as make_shapes
 from runtime.cli import UserError
-from sample_folders import SOURCE, write_samples
+from sample_folders import SOURCE, read_clips, write_samples
 from test_studies import SEED, commands, run_miniature  # noqa: F401
 from video.pairs import OF_TEACHER, Pairs
 
@@ -42,8 +40,6 @@ def main_rows():
 
 
 def test_the_control_is_tuned_as_much_as_the_pairs_on_another_seed():
-    assert few.TUNED == ["pairs", "independent noise"]
-    assert len(set(few.CONFIGURATIONS)) == 6
     assert {arm.tuned_as for arm in few.ARMS.values()} == set(few.TUNED)
     assert min(few.TUNING_SEEDS) >= 5
     assert few.choose(tuning_rows(best=4), "pairs") == 4
@@ -71,19 +67,10 @@ def test_recall_is_the_share_of_the_real_places_that_are_covered():
     assert few.overlap((Counter(), 4), real) == 0
 
 
-def real_clips(tmp_path, count):
-    """Clips of 16 frames of Moving Shapes, (N, T, H, W, 3), and their classes."""
-    make_shapes(["--out", str(tmp_path / "shapes"), "--videos-per-class", "2", "--size", "16"])
-    source = few.open_source(str(tmp_path / "shapes"), 16)
-    videos = source.videos()
-    stream = few.Clips(source, videos, source.scan.classes, 16, flip=False, stream="recall")
-    items = [stream[index] for index in range(count)]
-    clips = np.stack([item["clip"].permute(1, 2, 3, 0).numpy() for item in items])
-    return clips, [item["y"] for item in items], source.scan.classes
-
-
-def test_selected_pairs_keep_the_noise_of_their_samples_and_real_clips_cover_themselves(tmp_path):
-    clips, labels, classes = real_clips(tmp_path, 12)
+def test_selected_pairs_keep_the_noise_of_their_samples_and_real_clips_cover_themselves(
+    shapes, tmp_path
+):
+    clips, labels, classes = read_clips(shapes, "all", 12, frames=16, stream="recall")
     labels[3] = (labels[3] + 1) % 12  # another direction
     clips[7] = 0
     source = SOURCE | dict.fromkeys(("checkpoint", "weak_sha256", "method", "num_steps", "vae"))
@@ -93,7 +80,7 @@ def test_selected_pairs_keep_the_noise_of_their_samples_and_real_clips_cover_the
     pairs = Pairs(tmp_path / "right").pairs
     rows = [row for row in range(12) if row not in (3, 7)]
     assert list(pairs.values()) == [(1000, row, 16) for row in rows]
-    covered = few.recall(folder, tmp_path / "shapes", 12)
+    covered = few.recall(folder, shapes, 12)
     assert covered == pytest.approx(11 / 12)  # all but the black clip
 
 

@@ -317,7 +317,6 @@ def test_a_fully_given_window_needs_no_evaluation():
     [
         (16, 0.04, 0.04, 16),
         (16, 0.08, 0.04, 32),
-        (16, 0.08, 0.02, 64),
         (8, 0.12, 0.08, 12),
         (15, 0.08, 0.04, 28),  # of 30, whole patches of 4
         (16, 0.04, 0.05, 16),  # a slower frame rate than training had: as many frames
@@ -374,7 +373,6 @@ def test_flags_override_training_settings_which_override_defaults():
     ("kept", "typed", "steps", "size"),
     [
         ("ngd", {"num_sampling_steps": 6}, 6, 0.02),  # of a path of 2 x 0.05
-        ("ngd", {"stepsize": 0.01}, 11, 0.01),
         ("ngd", {"stepsize": 0.03}, 4, 0.03),  # rounded to whole steps
         ("ngd", {"stepsize": 5.0}, 2, 5.0),  # one evaluation at least
         ("ngd", {"stepsize": 0.01, "num_sampling_steps": 4}, 4, 0.01),
