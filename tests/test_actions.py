@@ -17,14 +17,13 @@ import export
 import sample_gd
 import train
 import validation
-from generation import Stream
 from models import Condition, EqM
-from plans import Plan, open_checkpoint, sampling_settings
+from plans import Plan
 from runtime.rng import generator
 from test_models import TINY, clip, distance, randomized
 from tiny_data import random_checkpoint
 from tiny_videos import clips_of, frame_indices_of
-from training import FEW_STEPS, ROOT, record_calls, refused, run_main, sample_here
+from training import ROOT, record_calls, refused, run_main, sample_here
 from vae import VAE
 from validation import GOLDEN_RATIO
 from video.actions import NO_ACTION, find_sequences, open_actions, parse_spans
@@ -318,39 +317,32 @@ def random_model(tmp_path_factory):
 
 def test_actions_change_the_frames_that_they_lead_to_and_none_before(random_model, tmp_path):
     first, _ = sample_here(random_model, tmp_path / "a", "--actions", "left*4")
-    more = ["--actions", "left*2,right*9", "--num-frames", 5]
+    more = split("--actions left*2,right*9 --num-frames 5")
     other, about = sample_here(random_model, tmp_path / "b", *more)
     assert about["actions"][0] == ["none", "left", "left", "right", "right"]
     assert (first[:, :3] == other[:, :3]).all() and (first[:, 3:] != other[:, 3:]).any()
 
 
-def test_a_stream_takes_an_action_per_frame_after_the_first(random_model, tmp_path):
-    clips, _ = sample_here(random_model, tmp_path / "samples", "--actions", "left,right,none")
-    words = ["--video", "--ckpt", str(random_model), "--num-frames", "1", *map(str, FEW_STEPS)]
-    args = sample_gd.parse_args(words)
-    values, plan = open_checkpoint(args.resolve(num_frames=1))
-    args = args.resolve(**values)
-    stream = Stream(plan, [0, 1], sampling_settings(args))
-    for _ in range(2):
-        for t, action in enumerate(["stay", "left", torch.tensor([2, 2]), NO_ACTION]):
-            frames = stream.step(action)  # the first action does not count
-            assert (frames[:, 0].numpy() == clips[:, t]).all()
-        stream.reset()
-    with pytest.raises(ValueError, match="no action 'up'"):
-        stream.step("up")
-
-
-def test_a_program_plays_by_actions(random_model):
+def test_a_program_plays_by_actions_what_sample_gd_makes(random_model, tmp_path):
     sampler = torch.hub.load(str(ROOT), "model", source="local", ckpt=random_model)
     few = {"num_sampling_steps": 4, "stepsize": 0.05}
     stream = sampler.stream(num_samples=2, **few)
     whole = sampler(num_samples=2, actions=["left,right", "stay*2"], **few)
+    flags = split("--actions left,right stay*2")
+    clips, _ = sample_here(random_model, tmp_path / "samples", *flags)
+    assert torch.equal(whole, torch.from_numpy(clips))
     steps = [
         stream.step(),
         stream.step(actions=["left", 0]),
         stream.step(actions=["right", "stay"]),
     ]
     assert torch.equal(torch.cat(steps, dim=1), whole)
+    stream.reset()
+    inner = stream._stream
+    for t, action in enumerate(["right", torch.tensor([1, 0]), torch.tensor([2, 0])]):
+        assert torch.equal(inner.step(action), whole[:, t : t + 1])  # the first does not count
+    with pytest.raises(ValueError, match="no action 'up'"):
+        inner.step("up")
     shown = whole[:, :2]
     after = []
     for action in ("left", "right"):

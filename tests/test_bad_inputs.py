@@ -239,6 +239,8 @@ sample: sample_gd --video --ckpt rope.pt --folder new
         --given-frames 3-1 => such as 0-3,12-15
         --init-gamma 1.5 --init x.mp4 => at most 1
         --init-gamma 1 --init videos --sampler heun => --init-gamma 1; heun
+        --solver-shift 3 => --solver-shift 3.0: applies to euler and heun, not to gd
+        --stop-below 0.5 --sampler heun => --stop-below 0.5: heun has a fixed number of steps
         --given cache --given-split val | --given empty --given-split val => error: --given
         --given videos --given-split val --num-frames 100 \
             => --given videos: the longest video of --given-split val
@@ -463,6 +465,21 @@ VARIANTS = {
     "twice": ("acted", "actions.json", "stay", "left"),
 }
 
+CLIPS = {"use_rope": True, "num_frames": 4}
+IMAGES = {"num_frames": 1, "temporal_patch_size": 1}
+CHECKPOINTS = {  # the settings of their models
+    "rope": CLIPS,
+    "table": CLIPS | {"position_table": "space"},
+    "odd": CLIPS | {"depth": 2},
+    "energy-clips": CLIPS | {"ebm": "dot"},
+    "causal": CLIPS | {"causal": True, "context": 8},
+    "actions": CLIPS | {"temporal_patch_size": 1, "actions": "stay,left,right"},
+    "fixed": {"num_frames": 8},
+    "image": IMAGES | {"use_rope": True},
+    "plain": IMAGES,
+    "energy": IMAGES | {"ebm": "dot"},
+}
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -481,18 +498,9 @@ def world(tmp_path_factory):
     write_ucf_list(copy("videos", "listed"), ["A/a", "A/b"])  # B has no training video, A no other
     make_images(root / "images", 4)
     make_vae(root / "vae")
-    rope = save_checkpoint(root / "rope.pt", use_rope=True, num_frames=4)
-    save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
-    save_checkpoint(root / "fixed.pt", num_frames=8)
-    save_checkpoint(root / "energy-clips.pt", use_rope=True, num_frames=4, ebm="dot")
-    save_checkpoint(root / "causal.pt", use_rope=True, num_frames=8, causal=True, context=8)
-    steps = {"temporal_patch_size": 1, "actions": "stay,left,right"}
-    save_checkpoint(root / "actions.pt", use_rope=True, num_frames=4, **steps)
-    save_checkpoint(root / "odd.pt", use_rope=True, num_frames=4, depth=2)
-    of_images = {"num_frames": 1, "temporal_patch_size": 1}
-    save_checkpoint(root / "image.pt", use_rope=True, **of_images)
-    save_checkpoint(root / "plain.pt", **of_images)
-    save_checkpoint(root / "energy.pt", ebm="dot", **of_images)
+    for name, settings in CHECKPOINTS.items():
+        save_checkpoint(root / f"{name}.pt", **settings)
+    rope = root / "rope.pt"
     content = bytearray(rope.read_bytes())
     (root / "cut.pt").write_bytes(content[: len(content) // 2])
     content[len(content) // 2] ^= 1

@@ -2,10 +2,10 @@
 
 import gc
 import itertools
-import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from shlex import split
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +20,7 @@ from causal import Cache, attention_masks, count_pairs, mask_function
 from generation import Stream
 from models import EqM, EqMConfig, attend
 from plans import Plan
+from runtime.metrics import read_metrics
 from runtime.rng import normal
 from test_models import clip, counted_flops, distance, randomized
 from tiny_data import random_checkpoint
@@ -43,6 +44,7 @@ CONFIG = EqMConfig(
     context=4,
 )
 FLOW = {"objective": "flow"}
+both_objectives = pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
 
 
 def network(**changes):
@@ -109,7 +111,7 @@ def test_every_kind_of_attention_follows_the_mask(dtype, training):
         assert distance(got[:, :, token].double(), naive[:, :, 0]) < most
 
 
-@pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
+@both_objectives
 def test_a_later_frame_changes_nothing_before_it(changes):
     model = network(**changes)
     x = clip(9, model.config, batch=2)
@@ -127,25 +129,6 @@ def test_a_later_frame_changes_nothing_before_it(changes):
 
 
 # The cache ----------------------------------------------------------------------------------------
-
-
-class ExactPositions(nn.Module):
-    """The angles of a RotaryEmbedding3D, from float64 positions."""
-
-    def __init__(self, rope):
-        super().__init__()
-        self.rope = rope
-
-    def forward(self, grid, time_scale, first=0):
-        position = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))
-        time = (first + position[:, 0]) * 25 * time_scale.item()
-        angles = [time[:, None] * self.rope.pairs(0, "cpu")[0].double()]
-        for axis in (1, 2):
-            frequencies, speeds = self.rope.pairs(axis, "cpu")
-            moved = position[:, axis, None] + speeds.double() * time[:, None]
-            angles.append(moved * frequencies.double())
-        angles = torch.cat(angles, dim=1)[None, None]  # (1, 1, N, d/2), all of which turn
-        return angles.cos().float(), angles.sin().float()
 
 
 @pytest.mark.parametrize(
@@ -170,12 +153,9 @@ def test_a_patch_with_a_cache_equals_a_pass_over_all_frames(num_patches, changes
     gamma = torch.rand(1, num_patches).repeat_interleave(size, dim=1)
     is_told = config.objective == "flow"
     cache = cache_of(config)
-    rope = model.rope
-    model.rope = ExactPositions(rope)  # float32 positions of a pass over all frames are too rough
     worst = 0.0
     with torch.no_grad():
         full = model(x, y, seconds, clean=clean, **({"gamma": gamma} if is_told else {}))
-        model.rope = rope
         for t in range(num_patches):
             frames = slice(size * t, size * t + size)
             condition = y[:, [0, 1 + t]] if config.actions else y
@@ -194,7 +174,7 @@ def test_a_patch_with_a_cache_equals_a_pass_over_all_frames(num_patches, changes
 # FLOPs --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
+@both_objectives
 def test_flops_equal_the_count_of_torch(changes, monkeypatch):
     monkeypatch.setattr(causal, "LEAST_TOKENS", 1)  # no Part has pairs that the mask hides
     model = network(**changes)
@@ -210,7 +190,7 @@ def test_flops_equal_the_count_of_torch(changes, monkeypatch):
         assert trained == pytest.approx(2 * config.training_flops(9, kind), rel=error)
 
 
-@pytest.mark.parametrize("changes", [{}, FLOW], ids=["eqm", "flow"])
+@both_objectives
 def test_the_flops_of_a_stream_count_the_pass_that_fills_the_cache(changes):
     model = network(**changes)
     plan = plan_of(model, count=2, num_frames=9)
@@ -218,7 +198,7 @@ def test_the_flops_of_a_stream_count_the_pass_that_fills_the_cache(changes):
 
     def film():
         for _ in range(5):
-            stream.step(plan.condition_at([0, 1], frame=0))
+            stream.step(None)
 
     assert counted_flops(film) == 2 * model.config.stream_flops(9, evaluations=3)
 
@@ -285,7 +265,7 @@ def test_a_stream_of_a_gaussian_process_is_the_process():
     for t in range(4):
         noise = normal(5, "sample", t, [0, 1, 2], shape)
         expected = noise if t == 0 else 0.8 * expected + 0.6 * noise
-        latents = stream.step(plan.condition_at([0, 1, 2], frame=2 * t))
+        latents = stream.step(None)
         assert distance(latents, expected) < 1e-3
         assert (stream.evaluations == 297).all()
 
@@ -303,7 +283,7 @@ def test_a_stream_follows_the_guided_field_of_a_pass_over_all_frames():
         x[:, :, frames] = noise
         with torch.no_grad():
             f, f_null = (model(x, torch.tensor([y]), clean=clean)[:, :, frames] for y in (0, 3))
-        latents = stream.step(plan.condition_at([0], frame=2 * t))
+        latents = stream.step(None)
         assert distance(latents, noise + 0.1 * (f_null + 3 * (f - f_null))) < 1e-5
         clean[:, :, frames] = latents
 
@@ -322,11 +302,11 @@ def test_samples_of_a_stream_stop_without_a_change_to_the_others():
         streams = [Stream(plan, [index], settings) for index in range(4)]
         together = Stream(plan, [0, 1, 2, 3], settings)
         evaluations = []
-        for t in range(3):
-            latents = together.step(plan.condition_at([0, 1, 2, 3], frame=2 * t))
+        for _ in range(3):
+            latents = together.step(None)
             evaluations += together.evaluations.tolist()
             for index, stream in enumerate(streams):
-                alone = stream.step(plan.condition_at([index], frame=2 * t))
+                alone = stream.step(None)
                 assert distance(latents[index], alone[0]) < 1e-5
                 assert stream.evaluations == together.evaluations[index]
         assert len(set(evaluations)) > 1
@@ -342,7 +322,7 @@ def checkpoint(tmp_path_factory):
 def test_a_video_begins_with_the_shorter_one_and_continues_given_frames(
     checkpoint, tmp_path, capsys
 ):
-    flags = ["--num-samples", 3, "--seed", 4]
+    flags = split("--num-samples 3 --seed 4")
     long, about = sample_here(checkpoint, tmp_path / "long", *flags, "--num-frames", 18)
     short, _ = sample_here(checkpoint, tmp_path / "short", *flags, "--num-frames", 8)
     assert (long.shape[1], about["source"]["window"]) == (18, 4)
@@ -389,7 +369,7 @@ def test_memory_does_not_grow_with_the_film(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
-    flags = ["--num-samples", 2, "--cfg-scale", 2]
+    flags = split("--num-samples 2 --cfg-scale 2")
     both, about = sample_here(checkpoint, tmp_path / "both", *flags, "--classes", "0*8,1*4", "0*12")
     same, _ = sample_here(checkpoint, tmp_path / "same", *flags, "--classes", "0*12")
     assert both.shape[1] == 12
@@ -408,8 +388,8 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
 
     phase("both", "--max-steps", 1)
     ckpt = tmp_path / "both/000-EqM-Ti-4-f4-rope/checkpoints/0000001.pt"
-    more = ["--num-frames", 8, "--context-noise", 0.2]
-    previews = ["--sample-every", 2, "--num-samples", 2, "--num-sampling-steps", 2]
+    more = split("--num-frames 8 --context-noise 0.2")
+    previews = split("--sample-every 2 --num-samples 2 --num-sampling-steps 2")
     phase("causal", "--max-steps", 2, "--ckpt", ckpt, "--causal", *more, *previews)
     (folder,) = (tmp_path / "causal").glob("000-*")
     assert probe(folder / "samples", "", "0000002.mp4").num_frames == 8  # all patches
@@ -422,12 +402,12 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
 def test_lengths_may_grow_and_mix_from_an_image_model(shapes, tmp_path):
     image = random_checkpoint(tmp_path / "image.pt", hidden_size=96, num_classes=12)
     base = ["--data-path", shapes, "--results-dir", tmp_path, *ANY_LENGTH, "--sample-every", 0]
-    schedule = ["--frames-schedule", "2:2:4,6:6:4", "--mix", 0.5, "--temporal-patch-size", 2]
-    more = ["--new-classes", "--log-every", 1, "--context-noise", 0.2]
-    run_main(train, *base, *schedule, *more, "--inflate", image, "--causal")
+    schedule = "--frames-schedule 2:2:4,6:6:4 --mix 0.5 --temporal-patch-size 2 --causal"
+    more = "--new-classes --log-every 1 --context-noise 0.2"
+    run_main(train, *base, *split(f"{schedule} {more}"), "--inflate", image)
     (folder,) = tmp_path.glob("000-*")
     assert folder.name == "000-EqM-Ti-4-f2-6-rope-causal"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows, _ = read_metrics(folder / "metrics.jsonl")
     state = torch.load(folder / "checkpoints/latest.pt", weights_only=True)
     config = EqMConfig(**state["config"]["model"])
     assert (config.causal, config.context) == (True, 6)

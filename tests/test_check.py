@@ -217,7 +217,7 @@ def test_a_command_keeps_the_flags_of_the_user_and_suits_the_machine(
     monkeypatch.setattr(check, "count_gpus", lambda: num_gpus)
     monkeypatch.setattr(check, "measure", lambda **_: (1e6, 0.1, 1e6))  # slow for a large model
     monkeypatch.setattr(shutil, "which", lambda name: f"{Path(sys.executable).parent}/{name}")
-    few = ["--num-frames", 12, "--vae", "none", "--quick", "--max-steps", 30_000]
+    few = shlex.split("--num-frames 12 --vae none --quick --max-steps 30000")
     run_main(check, data, *few)
     words = shlex.split(last_command(capsys.readouterr().out))
     launch = ["torchrun", "--nproc_per_node=3"] if num_gpus else ["python"]

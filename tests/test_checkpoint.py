@@ -214,12 +214,10 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
 # Reading ------------------------------------------------------------------------------------------
 
 
-def test_missing_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, recwarn):
+def test_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, recwarn):
     path = tmp_path / "best.pt"
     odd = tmp_path / os.fsdecode(b"\xff 'best.pt")
     state = make_state()
-    assert "no such file" in load_refusal(path)
-    assert "a folder without" in load_refusal(tmp_path)
     checkpoint.save(path, state)
     whole = path.read_bytes()
     odd.write_bytes(whole)
@@ -330,7 +328,6 @@ OTHER_SHAPE = "its weights do not match its config"
     [
         ({"new_field": 1}, INVALID, "new_field"),
         ({"num_heads": 5}, INVALID, "5 heads"),
-        ({"in_channels": 4}, OTHER_SHAPE, "x_embedder.proj.weight"),
         ({"depth": 3}, OTHER_SHAPE, "blocks.2."),
     ],
 )

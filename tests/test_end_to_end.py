@@ -137,7 +137,7 @@ def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
     assert all(row["disp_loss"] <= 0 for row in rows_of(folder / "metrics.jsonl"))
     assert (folder / "samples/0000003.png").stat().st_size > 0
     ckpt = folder / "checkpoints/best.pt"
-    flags = ["--num-samples", 2, "--num-sampling-steps", 3]
+    flags = split("--num-samples 2 --num-sampling-steps 3")
     run_main(sample_gd, "--ckpt", ckpt, *flags, "--folder", tmp_path / "s")
     assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape == (2, 16, 16, 3)
     assert {"000000.png", "000001.png"} <= content(tmp_path / "s").keys()

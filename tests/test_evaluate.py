@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from shlex import split
 
 import numpy as np
 import pytest
@@ -207,7 +208,7 @@ def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
 
 def test_images_of_sample_gd_get_a_fid(detector, places, tmp_path):
     data = make_images(tmp_path / "images", 40)
-    sample = ["--num-samples", 10, "--cfg-scale", 1.5, "--no-previews"]
+    sample = split("--num-samples 10 --cfg-scale 1.5 --no-previews")
     sample_here(places / "image.pt", tmp_path / "s", *sample)
     flags = ["--metric", "fid", "--data-path", data, "--detector", detector, "--num-real", 10]
     found = run(tmp_path / "a.json", *flags, "--samples", tmp_path / "s")

@@ -21,14 +21,10 @@ def test_the_frechet_distance_equals_its_closed_forms():
     factor = normal(6, 9)
     mean_a = normal(6)
     mean_b = normal(6, seed=1)
-    one = torch.ones(1, dtype=torch.float64)
     cov = factor @ factor.T / 9
     means = (mean_a - mean_b).square().sum().item()
     assert frechet_distance(mean_a, cov, mean_b, cov) == pytest.approx(means, rel=1e-12)
     assert frechet_distance(mean_a, cov, mean_a, cov) == pytest.approx(0, abs=1e-12)
-    assert frechet_distance(3 * one, 4 * one[None], one, 25 * one[None]) == pytest.approx(
-        (3 - 1) ** 2 + (2 - 5) ** 2
-    )
     a = normal(6).square()
     b = normal(6, seed=1).square()
     a[2] = 0  # a dimension in which nothing varies

@@ -388,18 +388,6 @@ def test_the_path_length_stays_if_only_steps_or_step_size_is_set(kept, typed, st
     assert settings["stepsize"] == pytest.approx(size)
 
 
-@pytest.mark.parametrize(("kept", "typed"), [("heun", {}), ("ngd", {"sampler": "heun"})])
-def test_solvers_do_not_stop_early(kept, typed):
-    with pytest.raises(UserError, match="--stop-below 0.5: heun has a fixed number of steps"):
-        resolve(TUNED | {"sampler": kept}, stop_below=0.5, **typed)
-
-
-def test_solver_shift_is_for_solvers():
-    assert resolve(TUNED, sampler="euler", solver_shift=3.0)["solver_shift"] == 3.0
-    with pytest.raises(UserError, match="--solver-shift 3.0: applies to euler and heun"):
-        resolve(TUNED, solver_shift=3.0)
-
-
 def field_of(model, x):
     with torch.no_grad(), distributed.autocast(x.device, "bf16"):
         return model(x, labels(len(x)), torch.full((len(x),), 0.05))

@@ -13,7 +13,7 @@ import sample_gd
 from given import Details, as_ranges, frame_ranges, nearest_given
 from sample_folders import write_samples
 from tiny_videos import halves, picture, save, write_video
-from training import error_of, record_calls, refused, sample_here
+from training import error_of, mistakes, record_calls, refused, sample_here
 from vae import VAE, load_vae
 from video.files import UnreadableError, resize_and_crop
 from video.index import scan_videos, split_videos
@@ -233,15 +233,15 @@ def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_p
     assert not has_mark()
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--given no/such.mp4", "--given no/such.mp4: no such file or folder"),
-        ("--given zz/z.mp4 --folder zz", "--folder zz: z.mp4 was not made by sample_gd.py"),
-        ("--given no/such --given-split val", "--given no/such: no such folder"),
-        ("--init no/such.mp4", "--init no/such.mp4: no such file or folder"),
-    ],
-)
+WRONG_PATHS = """
+--given no/such.mp4 => --given no/such.mp4: no such file or folder
+--given zz/z.mp4 --folder zz => --folder zz: z.mp4 was not made by sample_gd.py
+--given no/such --given-split val => --given no/such: no such folder
+--init no/such.mp4 => --init no/such.mp4: no such file or folder
+"""
+
+
+@pytest.mark.parametrize(("flags", "words"), mistakes(WRONG_PATHS))
 def test_a_wrong_path_of_a_clip_is_found_before_the_model_is_loaded(
     flags, words, places, monkeypatch, capsys
 ):
