@@ -24,19 +24,17 @@ def larger(data, tmp_path_factory):
 
 
 def test_only_training_videos_have_copies_and_no_two_are_equal(data, larger):
-    before = split_videos(str(data), scan_videos(str(data)).videos, 0.05)
-    train, val = split_videos(str(larger), scan_videos(str(larger)).videos, 0.5)  # the lists decide
-    assert [video.key for video in val] == [video.key for video in before[1]]
-    copies = {
-        video.key: [video.key + suffix for suffix in ("", "-copy1", "-copy2")]
-        for video in before[0]
-    }
-    assert sorted(video.key for video in train) == sorted(sum(copies.values(), []))
-    paths = {video.key: video.path for video in train}
-    for video in (*before[0], *before[1]):
+    train, val = split_videos(str(data), scan_videos(str(data)).videos, 0.05)
+    more, same = split_videos(str(larger), scan_videos(str(larger)).videos, 0.5)  # the lists decide
+    assert [video.key for video in same] == [video.key for video in val]
+    suffixes = "", "-copy1", "-copy2"
+    copies = [video.key + suffix for video in train for suffix in suffixes]
+    assert sorted(video.key for video in more) == sorted(copies)
+    for video in (*train, *val):
         assert (larger / video.path).read_bytes() == (data / video.path).read_bytes()
-    for keys in copies.values():
-        (own, fps), *others = (decode(larger / paths[key]) for key in keys)
+    paths = {video.key: larger / video.path for video in more}
+    for video in train:
+        (own, fps), *others = (decode(paths[video.key + suffix]) for suffix in suffixes)
         assert all(frames.shape == own.shape and rate == fps for frames, rate in others)
         assert not np.array_equal(own, others[0][0])
         assert not np.array_equal(others[0][0], others[1][0])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import cache_latents
 import training
+from runtime.untrusted import read_json
 from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
 from tiny_videos import clips_of, scribble, write_ucf_list, write_video
@@ -109,7 +110,7 @@ def test_a_cache_holds_the_posterior_of_every_frame(root, vae, cache, flipped):
 
 
 def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypatch):
-    settings = json.loads((cache / "latents.json").read_text())
+    settings = read_json(cache / "latents.json")
     videos = settings.pop("videos")
     assert settings == {
         "format": 1,
@@ -227,26 +228,34 @@ def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(
 
 
 @pytest.fixture
-def encoded(monkeypatch):
-    """A list of the videos that are encoded during the test."""
-    return record_calls(monkeypatch, cache_latents, "encode_video", lambda video, **_: video.path)
+def encode(monkeypatch):
+    """A function that runs cache_latents.py and returns the videos that it encodes."""
+    encoded = record_calls(
+        monkeypatch, cache_latents, "encode_video", lambda video, **_: video.path
+    )
+
+    def encode(*arguments):
+        encoded.clear()
+        run(*arguments)
+        return encoded
+
+    return encode
 
 
 def test_a_complete_cache_is_reported_and_opens_no_video(
-    root, vae, cache, encoded, monkeypatch, capsys
+    root, vae, cache, encode, monkeypatch, capsys
 ):
     before = content(cache)
     monkeypatch.setattr(index, "probe", lambda *_: pytest.fail("opened a video again"))
     # the index is in the cache
     assert sorted(root.rglob("*.*")) == sorted(root / name for name in NUM_FRAMES)
-    run(root, vae, cache, "--with-flips")
+    assert encode(root, vae, cache, "--with-flips") == []
     assert "is complete: 5 videos, 127 frames of 2 KB" in capsys.readouterr().out
-    assert encoded == []
     assert content(cache) == before
 
 
 def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(
-    videos, vae, tmp_path, encoded
+    videos, vae, tmp_path, encode
 ):
     out = tmp_path / "out"
     out.mkdir()
@@ -257,9 +266,8 @@ def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(
     (videos / "Jump/e.avi").unlink()
     (out / "Run/a.safetensors").unlink()
     truncate(out / "Run/b.safetensors")
-    encoded.clear()
-    run(videos, vae, out)
-    assert sorted(encoded) == ["Jump/d.avi", "Run/a.avi", "Run/b.mkv", "Swim/f.avi"]
+    again = encode(videos, vae, out)
+    assert sorted(again) == ["Jump/d.avi", "Run/a.avi", "Run/b.mkv", "Swim/f.avi"]
     run(videos, vae, tmp_path / "fresh")
     (out / "Jump/e.safetensors").unlink()
     assert content(out) == content(tmp_path / "fresh")
@@ -268,16 +276,14 @@ def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(
 
 
 def test_the_next_run_caches_a_video_that_changed_after_the_scan(
-    videos, vae, tmp_path, monkeypatch, encoded
+    videos, vae, tmp_path, monkeypatch, encode
 ):
     out = tmp_path / "out"
     changed = videos / "Jump/d.avi"
     with monkeypatch.context() as patch:
         record_calls(patch, cache_latents, "begin_cache", lambda *_: write_video(changed, 30))
         run(videos, vae, out)
-    encoded.clear()
-    run(videos, vae, out)
-    assert encoded == ["Jump/d.avi"]
+    assert encode(videos, vae, out) == ["Jump/d.avi"]
     assert len(load_file(out / "Jump/d.safetensors")["mean"]) == 30
 
 
@@ -291,21 +297,17 @@ def replace_by_equal_size(path, other, mtime_ns):
 
 
 def test_a_video_that_another_one_of_equal_size_replaces_is_encoded_again(
-    videos, vae, tmp_path, encoded
+    videos, vae, tmp_path, encode
 ):
     out = tmp_path / "out"
     run(videos, vae, out)
     path = videos / "Run/a.avi"
     earlier = path.stat().st_mtime_ns - 10**9  # a copy that kept its time
     replace_by_equal_size(path, videos / "Jump/d.avi", earlier)
-    encoded.clear()
-    run(videos, vae, out)
-    assert encoded == ["Run/a.avi"]
+    assert encode(videos, vae, out) == ["Run/a.avi"]
     latents = load_file(out / "Run/a.safetensors")["mean"]
     assert torch.equal(latents, load_file(out / "Jump/d.safetensors")["mean"])
-    encoded.clear()
-    run(videos, vae, out)
-    assert encoded == []
+    assert encode(videos, vae, out) == []
 
 
 def without_times(cache):
@@ -319,7 +321,7 @@ def without_times(cache):
 
 
 def test_a_cache_without_times_stays_valid_but_a_newer_video_is_encoded_again(
-    videos, vae, tmp_path, encoded, capsys
+    videos, vae, tmp_path, encode, capsys
 ):
     out = tmp_path / "out"
     run(videos, vae, out)
@@ -330,9 +332,7 @@ def test_a_cache_without_times_stays_valid_but_a_newer_video_is_encoded_again(
     (out / "Run/b.safetensors").unlink()
     later = (out / "Run/a.safetensors").stat().st_mtime_ns + 1
     replace_by_equal_size(videos / "Run/a.avi", videos / "Jump/d.avi", later)
-    encoded.clear()
-    run(videos, vae, out)
-    assert encoded == ["Run/b.mkv", "Run/a.avi"]
+    assert encode(videos, vae, out) == ["Run/b.mkv", "Run/a.avi"]
     printed = capsys.readouterr().out
     assert printed.count("keeps 3 files of an earlier version, without the times") == 1
 
@@ -417,7 +417,7 @@ def test_a_cache_with_other_settings_is_refused(root, vae, cache_copy, tmp_path,
     moved = shutil.copytree(vae, tmp_path / "vae")
     assert f"vae {vae}, not {moved}" in refused(root, moved, cache_copy, "--with-flips")
     assert content(cache_copy) == before
-    settings = json.loads((cache_copy / name).read_text()) | {"vae": str(moved)}
+    settings = read_json(cache_copy / name) | {"vae": str(moved)}
     (cache_copy / name).write_text(json.dumps(settings))
     add_to_weights(moved, 0.1)
     assert "a latent cache with vae_sha256" in refused(root, moved, cache_copy, "--with-flips")

@@ -64,7 +64,6 @@ def test_flags_are_frozen_and_know_which_were_typed(words, values):
         (False, False, None, None, "fp32"),
         (None, False, None, None, "fp32"),
         (True, False, "fp32", None, "fp32"),  # a resumed run keeps its own
-        (None, False, "bf16", None, "bf16"),
         (True, True, "bf16", "tf32", "tf32"),  # what is typed comes first
         (False, False, "bf16", None, "Tesla T4; use fp32 or fp16"),
         (False, False, None, "tf32", "Tesla T4; use fp32 or fp16"),

@@ -14,6 +14,7 @@ from PIL import Image
 
 import sample_gd
 import train
+from runtime.metrics import read_metrics
 from tiny_data import make_images, make_vae
 from training import by_torchrun, content, on_two_ranks, run_main
 from video.files import probe
@@ -42,7 +43,8 @@ def one(pattern):
 
 
 def rows_of(pattern):
-    return [json.loads(line) for line in Path(one(pattern)).read_text().splitlines()]
+    rows, _ = read_metrics(one(pattern))
+    return rows
 
 
 def previews_of(pattern):

@@ -1,6 +1,5 @@
 """evaluate.py end to end: naive versions, repeats, one and two ranks, bad input."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,11 +15,12 @@ import torch
 import evaluate
 from process import PATH, end, spawn
 from runtime import distributed
-from runtime.untrusted import file_sha256
+from runtime.untrusted import file_sha256, read_json
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
-from scoring import frechet, manifest, sources
+from scoring import frechet, manifest
 from tiny_data import make_images, random_checkpoint
 from training import ROOT, on_two_ranks, record_calls, sample_here
+from video.source import Files
 
 
 class Detector(torch.nn.Module):
@@ -138,20 +138,18 @@ def test_each_of_several_sample_folders_gets_a_manifest(
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 6, "--samples"]
     run("scores.json", *flags, *folders)
     alone = run(tmp_path / "alone.json", *flags, folders[1])
-    first, second = (json.loads((folder / "scores.json").read_text()) for folder in folders)
+    first, second = (read_json(folder / "scores.json") for folder in folders)
     assert second["values"] == alone["values"] and first["protocol"] == "consistency12_real6_8f"
     words = ["expected the name of a new file in each of --samples"]
     for out in (tmp_path / "x.json", "samples.json", "sheet.json"):
         refused(capsys, out, *flags, *folders, words=words)
     refused(capsys, folders[0] / "sheet.json", *flags, folders[0], words=words)
-    made = tempfile.mkdtemp  # the check of a folder
 
-    def mkdtemp(dir):
+    def deny(dir):
         if dir == folders[1]:
             raise PermissionError
-        return made(dir=dir)
 
-    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    record_calls(monkeypatch, tempfile, "mkdtemp", deny)  # the check of a folder
     words = [f"--out {folders[1]}: ", "is not a writable folder"]
     refused(capsys, "more.json", *flags, *folders, words=words)
 
@@ -160,15 +158,7 @@ def test_scores_repeat_and_real_features_are_cached_until_the_file_or_the_data_c
     shapes, fvd, tmp_path, monkeypatch, capsys
 ):
     fvd[5] = shutil.copytree(shapes, tmp_path / "data")
-    reads = []
-    real_stream = sources.real_stream
-
-    def noted(**settings):
-        for row in real_stream(**settings):
-            reads.append(row)
-            yield row
-
-    monkeypatch.setattr(sources, "real_stream", noted)
+    reads = record_calls(monkeypatch, Files, "read", lambda files, video, *_: video)
 
     def again():
         reads.clear()
@@ -220,7 +210,7 @@ def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
     flags = [*fvd[:-1], 9, "--batch-size", 2, *FEW]
     alone = run(tmp_path / "1.json", *flags)
     on_two_ranks(evaluate, "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags)
-    shared = json.loads((tmp_path / "2.json").read_text())
+    shared = read_json(tmp_path / "2.json")
     assert shared["machine"]["ranks"] == 2 and not shared["result"]["real_from_cache"]
     assert shared["values"]["fvd"] == pytest.approx(alone["values"]["fvd"], rel=1e-6)
     assert shared["result"]["interval95"] == pytest.approx(alone["result"]["interval95"], rel=1e-6)
@@ -242,7 +232,7 @@ def test_score_sh_samples_a_model_and_scores_the_samples(shapes, tmp_path):
     process = spawn("bash", ROOT / "scripts/score.sh", *flags, environment=environment)
     end(process, timeout=240)
     for metric in ("consistency", "nearest"):
-        made = json.loads((tmp_path / "s" / f"{metric}.json").read_text())
+        made = read_json(tmp_path / f"s/{metric}.json")
         assert made["protocol"] == f"{metric}3_real4_8f"
         assert made["generated"]["flags"]["num_sampling_steps"] == 4
 

@@ -3,7 +3,6 @@ and a miniature.
 """
 
 import itertools
-import json
 from collections import Counter
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 import few
 from runtime.cli import UserError
+from runtime.untrusted import read_json
 from sample_folders import SOURCE, read_clips, write_samples
 from test_studies import SEED, commands, run_miniature  # noqa: F401
 from video.pairs import OF_TEACHER, Pairs
@@ -101,7 +101,7 @@ def test_a_miniature_of_the_study_trains_tunes_and_measures_students(
     run_miniature(few, tmp_path, "--tune", "--arms", "pairs")
     commands.clear()
     run_miniature(few, tmp_path, "--arms", "accepted pairs", *SEED)
-    rows = {row["arm"]: row for row in json.loads((tmp_path / "few.json").read_text())}
+    rows = {row["arm"]: row for row in read_json(tmp_path / "few.json")}
     assert rows.keys() == {"teacher", "accepted pairs"}
     values = rows["accepted pairs"]["values"]
     assert values[few.task_of(16, few.MAIN)].keys() > {"both_accuracy", "recall", "rmse"}
@@ -111,7 +111,7 @@ def test_a_miniature_of_the_study_trains_tunes_and_measures_students(
     state = torch.load(ckpt, weights_only=True)
     (teacher,) = tmp_path.glob("runs/teacher-0*/pairs/samples.json")
     assert state["config"]["training"]["teacher"] == {
-        name: json.loads(teacher.read_text())["source"][name] for name in OF_TEACHER
+        name: read_json(teacher)["source"][name] for name in OF_TEACHER
     }
     commands.clear()
     run_miniature(few, tmp_path, "--arms", "accepted pairs", *SEED)

@@ -364,6 +364,7 @@ def test_flags_override_training_settings_which_override_defaults():
     assert resolve({}) == SAMPLER | {"guidance_chosen": False}  # such as a published model
     # A training default, which the user did not set
     assert resolve(TUNED) == TUNED | {"guidance_chosen": False}
+    assert resolve(TUNED, sampler="euler", solver_shift=3.0)["solver_shift"] == 3.0
     changes = {"cfg_scale": 2.0, "mu": 0.1}
     expected = TUNED | changes | {"stop_below": None, "guidance_chosen": True}
     assert resolve(TUNED, **changes, stop_below=0.0) == expected

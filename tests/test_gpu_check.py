@@ -2,7 +2,6 @@
 all of it.
 """
 
-import json
 import math
 from copy import deepcopy
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import pytest
 import gpu_check
 import gpu_checks
 from models import model_config
+from runtime.untrusted import read_json
 from training import run_main
 
 
@@ -86,7 +86,7 @@ def test_a_value_above_its_limit_or_missing_gives_status_1_and_is_named(
     out = tmp_path / "new/gpu.md"
     run_main(gpu_check, 2, "--out", out, status=int(len(values) > 1))
     text = out.read_text()
-    (made,) = json.loads(out.with_suffix(".json").read_text())
+    (made,) = read_json(out.with_suffix(".json"))
     assert (
         f" 2 --out {out}" in made["command"] and made["code"] and made["machine"] and made["date"]
     )
