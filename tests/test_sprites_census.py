@@ -100,6 +100,16 @@ def noisy(clip):
     return NoisyVAE().decode(torch.tensor(clip).permute(3, 0, 1, 2)[None].double())[0].numpy()
 
 
+def flags_of(samples, data, *others):
+    return ["--metric", "census", "--samples", samples, "--data-path", data, *others]
+
+
+@pytest.fixture
+def noisy_vae(monkeypatch):
+    """A NoisyVAE in place of the VAE of the samples."""
+    monkeypatch.setattr(sprites_census, "load_vae", lambda typed, made, owner: NoisyVAE())
+
+
 def compare(frame, best, other):
     """(position of a frame on the line from best to other, how much closer it is to other, the
     line's square).
@@ -260,8 +270,7 @@ def test_a_goal_that_is_missed_is_named():
     assert line.endswith("at most 5% should be accepted; missed for bottomwear 12.4%")
 
 
-def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sprites_census, "load_vae", lambda typed, made, owner: NoisyVAE())
+def test_samples_get_the_reason_that_they_fail_for(data, noisy_vae, tmp_path, capsys):
     whos = ("0101", "1101", "0102")
     clip, held_out, other_hair = (noisy(TRUE[f"Walk/character{who}"]) for who in whos)
     switched, swapped, spot, both = (clip.copy() for _ in range(4))
@@ -278,8 +287,7 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
         source = f"sprites/Walk/character{who}.mkv, clip {number}"
         given.append({"source": source, "frames": "0-3"})
     samples = write(tmp_path / "s", clips, names, given=given)
-    flags = ["--metric", "census", "--samples", samples, "--data-path", data, "--num-real", 48]
-    made = run(tmp_path / "c.json", *flags)
+    made = run(tmp_path / "c.json", *flags_of(samples, data, "--num-real", 48))
     result = made["result"]
     values = made["values"]
     assert made["protocol"] == "census8_real48_8f"
@@ -323,7 +331,7 @@ def test_one_and_two_ranks_and_a_moved_vae_give_the_same_values(data, tmp_path):
     vae = make_vae(tmp_path / "vae")
     clips = [noisy(clip) for clip in [*TRUE.values()][:3]]
     samples = write(tmp_path / "s", clips, ["Slash"] * 3, vae)
-    flags = ["--metric", "census", "--samples", samples, "--data-path", data, "--num-real", 4]
+    flags = flags_of(samples, data, "--num-real", 4)
     made = run(tmp_path / "1.json", *flags)
     assert "true_clip" not in made["values"] and made["values"]["rmse"] > 0
     assert made["real"]["vae_sha256"]
@@ -346,27 +354,29 @@ def corrupt_video(monkeypatch):
     return WALK
 
 
-def test_a_real_stream_names_the_corrupt_videos_that_it_replaces(data, corrupt_video):
+def all_clips(data):
+    """(all clips of the data set, flags that read them)."""
     clips, _, _ = sources.find_real(str(data), "all", 0.05, T, 1 / 8, SIZE)
-    args = SimpleNamespace(batch_size=4, num_workers=0)
+    return clips, SimpleNamespace(batch_size=4, num_workers=0, data_path=str(data))
+
+
+def test_a_real_stream_names_the_corrupt_videos_that_it_replaces(data, corrupt_video):
+    clips, args = all_clips(data)
     corrupt = []
     videos = [video for *_, video in sources.real_stream(clips, range(len(TRUE)), args, corrupt)]
     assert corrupt == [corrupt_video]
     assert len(videos) == len(TRUE) and corrupt_video not in videos
 
 
-def test_a_corrupt_video_ends_a_census(data, corrupt_video, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sprites_census, "load_vae", lambda typed, made, owner: NoisyVAE())
+def test_a_corrupt_video_ends_a_census(data, corrupt_video, noisy_vae, tmp_path, capsys):
     samples = write(tmp_path / "s", [*TRUE.values()][:2], ["Slash"] * 2)
-    flags = ["--metric", "census", "--samples", samples, "--data-path", data, "--num-real", 4]
     words = [f"--data-path {data}: {corrupt_video} can't be decoded", "make it again"]
+    flags = flags_of(samples, data, "--num-real", 4)
     refused(capsys, tmp_path / "c.json", *flags, words=words, status=1)
 
 
 def test_a_world_holds_the_clips_of_the_data_set(data):
-    clips, _, _ = sources.find_real(str(data), "all", 0.05, T, 1 / 8, SIZE)
-    args = SimpleNamespace(batch_size=4, num_workers=0, data_path=str(data))
-    world = sprites_census.read_world(clips, args, "cpu")
+    world = sprites_census.read_world(*all_clips(data), "cpu")
     assert torch.equal(world.clips, WORLD.clips)
 
 
@@ -402,5 +412,4 @@ def test_what_census_cannot_score_is_refused(case, data, tmp_path, capsys, monke
     samples = write(tmp_path / "s", [*TRUE.values()][:2], ["Slash"] * 2, "gone")
     content = json.loads((samples / "samples.json").read_text()) | about
     (samples / "samples.json").write_text(json.dumps(content))
-    flags = ["--metric", "census", "--samples", samples, "--data-path", data]
-    refused(capsys, tmp_path / "c.json", *flags, words=words)
+    refused(capsys, tmp_path / "c.json", *flags_of(samples, data), words=words)
