@@ -118,9 +118,9 @@ def test_coverage_equals_a_count_of_points_and_sums_to_the_area(shape):
     assert np.abs(shapes.coverage(shape, (8.3, 7.9), 4.2, 16) - naive).max() < 0.03
 
 
-@pytest.mark.parametrize("flags", [(), ("--seconds", 3, "--size", 32), ("--radius", 0.05, 0.19)])
+@pytest.mark.parametrize("flags", ["", "--seconds 3 --size 32", "--radius 0.05 0.19"])
 def test_shapes_are_never_cut_off_and_cross_the_frame(flags):
-    args, videos = plan("--videos-per-class", 4, *flags)
+    args, videos = plan("--videos-per-class", 4, *flags.split())
     for video in videos.values():
         distance = video["speed"] * (args.frames - 1) / 25
         assert video["speed"] * args.frames / 25 == pytest.approx(args.size * 9 / 16)

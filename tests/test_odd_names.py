@@ -1,6 +1,7 @@
 """Names with spaces, quotes, line breaks and shell code work everywhere, and forge no log line."""
 
 import json
+from shlex import split
 
 import numpy as np
 import pytest
@@ -16,6 +17,17 @@ from training import run_main
 
 FORGED = "\nstep 9: validation loss 0.0000\n"
 ODD = "-o  'd\"d`touch hacked`$(touch hacked);[x]* %s {0} ü😀跳\x1b[31m" + FORGED
+TRAINING = split("""
+    --model EqM-Ti/4
+    --depth 1
+    --num-frames 4
+    --use-rope
+    --global-batch-size 4
+    --num-workers 0
+    --log-every 1
+    --sample-every 1
+""")
+SAMPLING = split("--video --num-samples 2 --num-sampling-steps 2")
 CLASSES = ["-A" + ODD, "B '" + FORGED + "x" * 150]
 
 
@@ -33,28 +45,15 @@ def test_all_scripts_work_with_odd_names_and_no_log_line_is_forged(tmp_path, mon
     (data / CLASSES[0] / f"broken{ODD}.avi").write_bytes(b"RIFF and no more")
     encoding = [f"--data-path={data}", f"--vae={vae}", "--image-size=16", f"--out={cache}"]
     run_main(cache_latents, *encoding)
-    shared = [
-        "--video",
-        "--model=EqM-Ti/4",
-        "--num-frames=4",
-        "--use-rope",
-        "--depth=1",
-        "--global-batch-size=4",
-        "--num-workers=0",
-        "--log-every=1",
-        f"--results-dir={results}",
-        "--sample-every=1",
-        "--num-samples=2",
-        "--num-sampling-steps=2",
-    ]
-    pixels = [*shared, f"--data-path={data}", "--vae=none", "--image-size=16", "--cache-frames"]
+    shared = [*TRAINING, *SAMPLING, f"--results-dir={results}"]
+    pixels = [*shared, f"--data-path={data}", *split("--vae none --image-size 16 --cache-frames")]
     run_main(train, *shared, f"--data-path={cache}", "--max-steps=1")
     run_main(train, *pixels, "--max-steps=1")
     ckpt = max(results.glob("[0-9]*")) / "checkpoints/latest.pt"
     run_main(train, *pixels, "--max-steps=2", f"--ckpt={ckpt}")
     run_main(export, "--", ckpt, exported)
-    drawing = ["--video", "--num-samples=2", "--num-sampling-steps=2", f"--classes={CLASSES[1]}"]
-    run_main(sample_gd, *drawing, f"--ckpt={exported}", f"--folder={samples}")
+    places = [f"--ckpt={exported}", f"--folder={samples}"]
+    run_main(sample_gd, *SAMPLING, *places, f"--classes={CLASSES[1]}")
     assert np.load(samples / "samples.npz")["labels"].tolist() == [1, 1]
 
     logs = [path.read_text(encoding="utf-8") for path in results.rglob("log.txt")]

@@ -246,10 +246,10 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
 
     data = make_images(tmp_path / "data", 4)
     rename_classes(data, {"A": "0", "B": "1"})
-    flags = ["--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
-    flags += ["--data-path", data, "--image-size", 16, "--num-classes", 10, "--val-clips", 2]
-    flags += ["--results-dir", tmp_path / "results", "--global-batch-size", 2, "--num-workers", 0]
-    flags += ["--lr", 1e-9, "--log-every", 1, "--sample-every", 2, "--num-samples", 2]
+    flags = split("--image-size 16 --num-classes 10 --val-clips 2 --global-batch-size 2 --lr 1e-9")
+    flags += split("--num-workers 0 --sample-every 2 --num-samples 2 --num-sampling-steps 3")
+    flags += ["--model", tiny_name, "--vae", vae]
+    flags += ["--data-path", data, "--results-dir", tmp_path / "results"]
     run_main(train, *flags, "--max-steps", 2, "--ckpt", path)
     (folder,) = (tmp_path / "results").iterdir()
     trained = checkpoint.load(folder / "checkpoints/0000002.pt")

@@ -104,8 +104,7 @@ def test_a_resumed_run_repeats_the_work_that_a_signal_interrupted(where, whole, 
 
 
 def test_no_step_is_logged_twice_by_a_run_that_is_stopped_then_killed(shapes, tmp_path):
-    whole, parts = (Training(shapes, tmp_path / name, STEPS) for name in ("whole", "parts"))
-    run_here(whole, "--log-every", 1)
+    parts = Training(shapes, tmp_path / "parts", STEPS)
     run_here(parts, "--log-every", 1, stop_after=3)  # step 3 is not logged yet
     latest = parts.folder / "checkpoints/latest.pt"
     saved = latest.read_bytes()
@@ -115,7 +114,6 @@ def test_no_step_is_logged_twice_by_a_run_that_is_stopped_then_killed(shapes, tm
     latest.write_bytes(saved)  # as if that had been killed before it saved
     run_here(parts, "--resume", "--log-every", 1)
     assert [row["step"] for row in parts.rows()] == list(range(1, STEPS + 1))
-    assert parts.rows() == whole.rows()
 
 
 def test_a_resume_links_a_checkpoint_to_its_missing_names(copy):

@@ -174,8 +174,7 @@ def plain(videos, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
-    [  # --compile: test_compile.py
-        (["--grad-checkpoint", "selective"], 1e-6),
+    [  # --compile: test_compile.py; --grad-checkpoint: test_models.py
         (["--grad-accum", 4], 1e-4),
         (["--precision", "bf16"], 3e-2),
     ],

@@ -27,6 +27,13 @@ def remux(source, target, change, **options):
                 new.mux(packet)
 
 
+def written(path, *numbers, **options):
+    """The only Video of a folder, written as `write_video` does."""
+    write_video(path, *numbers, **options)
+    (video,) = scan_videos(path.parent).videos
+    return video
+
+
 VARIABLE = [*range(0, 800, 40), *range(800, 800 + 25 * 70, 70)]  # ms
 X265 = {
     "codec": "libx265",
@@ -72,8 +79,7 @@ def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(
             yield frame
 
     monkeypatch.setattr(files, "decode_from", recorded)
-    write_video(tmp_path / name, 45, noise=200, **LONG[name])
-    video = scan_videos(tmp_path).videos[0]
+    video = written(tmp_path / name, 45, noise=200, **LONG[name])
     assert len(video.keyframes) >= 3
     assert video.num_frames == 45
     assert video.varies == ("variable" in name)
@@ -97,8 +103,8 @@ def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(
 
 def test_all_frames_of_a_file_that_decord_refuses_are_decoded_with_pyav(tmp_path):
     closed = X265["x265-params"].replace("open-gop=1", "open-gop=0")
-    write_video(tmp_path / "v.mp4", 45, noise=200, codec="libx265", **{"x265-params": closed})
-    video = scan_videos(tmp_path).videos[0]
+    options = X265 | {"x265-params": closed}
+    video = written(tmp_path / "v.mp4", 45, noise=200, **options)
     expected, _ = decode(tmp_path / "v.mp4")
     assert np.array_equal(np.concatenate(list(read_all_frames(tmp_path, video))), expected)
     assert np.array_equal(read_frames(tmp_path, video, [3, 30]), expected[[3, 30]])
@@ -111,8 +117,7 @@ def test_damage_makes_only_the_clips_between_two_keyframes_unreadable(tmp_path, 
         if codec == "mpeg4"
         else {"x264-params": "keyint=8:scenecut=0"}
     )
-    write_video(tmp_path / "v.mp4", 30, codec=codec, noise=200, **options)
-    video = scan_videos(tmp_path).videos[0]
+    video = written(tmp_path / "v.mp4", 30, codec=codec, noise=200, **options)
     assert [number for number, _, _ in video.keyframes] == [0, 8, 16, 24]
     expected = read_frames(tmp_path, video, range(30))
     scribble(tmp_path / "v.mp4")  # frame 10
@@ -133,8 +138,7 @@ def bytes_or_none(root, video, numbers):
 @pytest.mark.parametrize("params", ["keyint=10", "keyint=10:slices=4", "intra-refresh=1:keyint=20"])
 def test_frames_after_a_keyframe_that_is_damaged_or_none_are_those_of_decord(tmp_path, params):
     options = {"codec": "libx264", "x264-params": f"{params}:bframes=0:scenecut=0"}
-    write_video(tmp_path / "v.mp4", 45, noise=200, **options)
-    video = scan_videos(tmp_path).videos[0]
+    video = written(tmp_path / "v.mp4", 45, noise=200, **options)
     if "refresh" not in params:
         scribble(tmp_path / "v.mp4", offset=1000)  # in the middle of frame 10, a keyframe
     for numbers in ([8, 9], [10, 11], [25, 28]):
@@ -174,8 +178,7 @@ def test_a_video_of_too_many_pixels_is_unreadable(tmp_path, monkeypatch):
 
 
 def test_a_video_that_lost_frames_is_unreadable_only_for_those(tmp_path):
-    write_video(tmp_path / "v.avi", 30)
-    video = scan_videos(tmp_path).videos[0]
+    video = written(tmp_path / "v.avi", 30)
     write_video(tmp_path / "v.avi", 20)
     assert read_frame_indices(tmp_path, video, [15, 19]) == [15, 19]
     with pytest.raises(UnreadableError, match="ends too early"):
@@ -185,8 +188,7 @@ def test_a_video_that_lost_frames_is_unreadable_only_for_those(tmp_path):
 @pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
 def test_frames_of_a_variable_rate_are_those_at_equal_distances_in_time(tmp_path, name):
     times = [*range(0, 400, 40), *range(400, 1200, 80)]
-    write_video(tmp_path / name, codec="libx264", times=times)
-    video = scan_videos(tmp_path).videos[0]
+    video = written(tmp_path / name, codec="libx264", times=times)
     assert video.num_frames == 20
     assert video.fps == pytest.approx(19 / 1.12)
     distances = np.abs(np.subtract.outer(np.linspace(0, 1120, 20), times))
@@ -202,8 +204,7 @@ def test_frames_of_a_variable_rate_are_those_at_equal_distances_in_time(tmp_path
 def test_time_stamps_that_jitter_leave_every_frame_in_its_place(tmp_path):
     jitter = np.random.default_rng(0).integers(-8, 9, 60).tolist()
     times = [round(1000 * index / 29.97) + shift for index, shift in enumerate(jitter)]
-    write_video(tmp_path / "v.mp4", 60, codec="libx264", times=times)
-    (video,) = scan_videos(tmp_path).videos
+    video = written(tmp_path / "v.mp4", 60, codec="libx264", times=times)
     assert read_frame_indices(tmp_path, video, range(60)) == list(range(60))
 
 
@@ -246,10 +247,9 @@ def test_a_video_is_read_upright_however_the_phone_was_held(tmp_path):
         assert np.array_equal(frames, np.rot90(stored, -turn // 90, axes=(1, 2))), turn
 
 
-@pytest.mark.parametrize("size", [(16, 16), (24, 30), (32, 32), (48, 64), (66, 50), (96, 48)])
+@pytest.mark.parametrize("size", [(16, 16), (24, 30), (48, 64), (66, 50)])
 def test_videos_of_any_width_are_not_changed(tmp_path, size):
-    write_video(tmp_path / "v.avi", size=size)
-    video = scan_videos(tmp_path).videos[0]
+    video = written(tmp_path / "v.avi", size=size)
     frames = read_frames(tmp_path, video, [3, 7])
     assert (video.width, video.height) == size
     expected, _ = decode(tmp_path / "v.avi")

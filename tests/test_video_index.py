@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 from itertools import product
+from shlex import split
 
 import decord
 import pytest
@@ -65,8 +66,8 @@ def test_videos_or_images_directly_in_root_are_one_class_also_in_a_cache(tmp_pat
     scan = scan_videos(tmp_path, images=True)
     assert [video.key for video in scan.videos] == ["all/c"]
     cache = tmp_path.with_name("cache")
-    flags = ["--vae", "none", "--image-size", 16, "--data-path", tmp_path, "--out", cache]
-    run_main(cache_latents, *flags)
+    places = ["--data-path", tmp_path, "--out", cache]
+    run_main(cache_latents, *places, *split("--vae none --image-size 16"))
     assert [video.key for video in open_source(cache, 16).videos()] == ["all/a", "all/b"]
 
 
@@ -282,8 +283,6 @@ def test_short_validation_videos_are_counted_and_the_longest_is_named_if_all_are
         f"--num-frames 16: the longest validation video has 9 frames: {val[0].path}; use fewer, "
         "replace it, or start over with a higher --val-fraction"
     )
-    line = error_of(find_data, source, 0.9, [4], [10], "--num-frames")
-    assert line.startswith("--val-frames 10: the longest validation video has 9 frames: ")
 
 
 def test_folders_of_samples_are_no_data_and_a_scan_says_so_once(root, runs, capsys):
