@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import PLAIN_TOKENS, EqM, EqM_models, EqMConfig, attend, model_config, position_table
@@ -168,7 +169,7 @@ def test_the_position_table_equals_a_naive_one_and_has_distinct_rows(size, side,
     else:  # of MAE, the width first, whatever the number of frames
         half = D // 2
         naive = [naive_axis(w, half) + naive_axis(h, half) for h, w in np.ndindex(side, side)]
-    torch.testing.assert_close(table, torch.tensor([naive]))
+    assert_close(table, torch.tensor([naive]))
     assert len(table[0].unique(dim=0)) == len(naive)
 
 
@@ -381,7 +382,7 @@ def test_attention_normalizes_rotates_and_mixes_like_a_naive_version():
     weights = (q @ k.mT / 32**0.5).softmax(dim=-1)
     heads = (weights @ v).transpose(1, 2).reshape(2, 8, 64)
     naive = attention.proj(heads)
-    torch.testing.assert_close(attention(x, rotary), naive, atol=1e-5, rtol=1e-5)
+    assert_close(attention(x, rotary), naive, atol=1e-5, rtol=1e-5)
 
 
 def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
@@ -394,7 +395,7 @@ def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
     for octaves in (0, 1, -2):
         angles = [octaves * frequency for frequency in frequencies]
         naive.append([*map(math.cos, angles), *map(math.sin, angles)])
-    torch.testing.assert_close(seen[0], torch.tensor(naive), atol=1e-6, rtol=0)
+    assert_close(seen[0], torch.tensor(naive), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -404,7 +405,7 @@ def test_patches_are_embedded_like_a_convolution_and_put_back_in_place(monkeypat
     x = clip(12, batch=2)
     proj = model.x_embedder.proj
     expected = proj(x).flatten(2).mT  # (B, N, D), width fastest
-    torch.testing.assert_close(model.x_embedder(x), expected)
+    assert_close(model.x_embedder(x), expected)
     proj.weight.copy_(torch.eye(values).unflatten(1, (3, 4, 2, 2)))
     proj.bias.zero_()
     # in the order of the convolution: channel, time, row, column
@@ -456,13 +457,13 @@ def test_the_field_is_minus_the_gradient_of_the_defined_energy(energy):
     with torch.no_grad():
         g = plain(x, TWO, scale)
         terms = -g * x if model.config.ebm == "dot" else g.square() / 2
-        torch.testing.assert_close(energy_of(x), terms.sum(dim=(1, 2, 3, 4)))
+        assert_close(energy_of(x), terms.sum(dim=(1, 2, 3, 4)))
         with pytest.raises(ValueError, match="no energy"):
             plain.energy(x, TWO, scale)
         for seed in range(4):
             direction, expected = slope(energy_of, x, seed)
             along = (f * direction).sum(dim=(1, 2, 3, 4))
-            torch.testing.assert_close(along, -expected, rtol=1e-5, atol=1e-6)
+            assert_close(along, -expected, rtol=1e-5, atol=1e-6)
 
 
 def test_training_gradients_of_an_energy_equal_finite_differences(energy):

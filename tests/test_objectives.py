@@ -4,10 +4,10 @@ of the scripts.
 
 from dataclasses import replace
 from shlex import split
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import sample_gd
 import train
@@ -52,12 +52,10 @@ def test_flow_moves_noise_along_the_exact_path_of_gaussian_data(method, error, s
     scale = ((start_gamma * std) ** 2 + (1 - start_gamma) ** 2).sqrt()
     start = start_gamma * mean + scale * noise
     x, _ = sample(field, start, method, 161, start_gamma=start_gamma, objective=FLOW, shift=shift)
-    torch.testing.assert_close(x, mean + std * noise, atol=error, rtol=0)
+    assert_close(x, mean + std * noise, atol=error, rtol=0)
     u = torch.tensor(told, dtype=torch.float64).unique()
     u = transport.shift_gamma(u, 1 / shift)
-    torch.testing.assert_close(
-        u.diff(), (u[1] - u[0]).expand(159)
-    )  # equal steps in u, never at gamma = 1
+    assert_close(u.diff(), (u[1] - u[0]).expand(159))  # equal steps in u, never at gamma = 1
     assert told[0] == pytest.approx(start_gamma) and max(told) < 1
 
 
@@ -69,23 +67,6 @@ def test_given_values_have_gamma_1_and_the_others_that_of_the_solver():
     sample(field, x, "euler", 5, objective=FLOW, given=torch.zeros_like(x), mask=mask)
     for gamma, expected in zip(told, (0, 0.25, 0.5, 0.75), strict=True):
         assert torch.equal(gamma, mask.float().clamp(min=expected))
-
-
-def test_guidance_passes_the_levels_to_both_terms():
-    condition = Condition.of(torch.arange(3), SimpleNamespace(num_classes=5))
-    calls = []
-
-    def network(x, y, time_scale, gamma):
-        calls.append((y, gamma))
-        return (y * gamma.sum(dim=1)).reshape(-1, 1, 1, 1, 1).expand_as(x)
-
-    levels = torch.rand(2, 1, 8, 1, 1)
-    keep = torch.tensor([2, 0])
-    f = guided(network, condition, torch.ones(3), 3.0)(normal(2, 1, 8, 2, 2), keep, levels)
-    ((y, gamma),) = calls
-    assert y.tolist() == [5, 5, 2, 0] and torch.equal(gamma, levels.reshape(2, 8).repeat(2, 1))
-    expected = (5 + 3 * (torch.tensor([2, 0]) - 5)) * levels.sum(dim=(1, 2, 3, 4))
-    torch.testing.assert_close(f[:, 0, 0, 0, 0], expected)
 
 
 EVERY_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -128,9 +109,9 @@ def test_targets_and_losses_of_each_objective(objective):
         return truth + 1
 
     errors, square, _ = objective.losses(network, X, NOISE, gamma, None, None)
-    torch.testing.assert_close(errors, weight, rtol=1e-4, atol=0)
+    assert_close(errors, weight, rtol=1e-4, atol=0)
     expected = (truth.square() * weight.reshape(4, 1, 1, 1, 1)).mean()
-    torch.testing.assert_close(square, expected, rtol=1e-4, atol=0)
+    assert_close(square, expected, rtol=1e-4, atol=0)
     assert told == [{"gamma": gamma} if objective.is_told else {}]
     assert objective.velocity(truth[1], gamma[1]).equal(X[1] - NOISE[1])
 
@@ -143,13 +124,13 @@ def test_clean_frames_count_only_where_the_target_is_known(objective):
     wrong[:, :, 0] += 9.0  # an error where nothing is to be denoised
     errors, square = losses_of(objective, wrong, levels)
     # eqm and told-c know that the target is 0 there; others do not count the frame, or weigh it 0
-    torch.testing.assert_close(errors, torch.full((4,), 27.0 if objective.has_decay else 0.0))
+    assert_close(errors, torch.full((4,), 27.0 if objective.has_decay else 0.0))
     expected = target[:, :, 1:].square().mean()
     if objective.has_decay:
         expected = target.square().mean()
     if objective.is_weighted:  # of 3 frames, with the weight 16 / 13.87
         expected = expected * 2 / 3 * 16 / 13.8667
-    torch.testing.assert_close(square, expected, rtol=1e-4, atol=0)
+    assert_close(square, expected, rtol=1e-4, atol=0)
 
 
 @EVERY_OBJECTIVE
@@ -162,7 +143,7 @@ def test_errors_of_the_target_near_noise_tell_those_of_the_data(objective):
         x_gamma = level * clean + (1 - level) * start
         predicted = x_gamma + (1 - level) * objective.velocity(f, level)
         expected.append((predicted - clean).square().mean())
-    torch.testing.assert_close(objective.data_errors(errors, gamma), torch.stack(expected))
+    assert_close(objective.data_errors(errors, gamma), torch.stack(expected))
 
 
 @EVERY_OBJECTIVE
@@ -181,7 +162,7 @@ def test_told_c_and_told_w_learn_the_same_but_for_a_factor():
     weighted, _ = losses_of(OBJECTIVES["told-w"], OTHERS, gamma)
     c = transport.decay(gamma)[:, None, :, None, None]
     decayed, _ = losses_of(OBJECTIVES["told-c"], c * OTHERS, gamma)
-    torch.testing.assert_close(decayed, transport.MEAN_SQUARED_DECAY * weighted)
+    assert_close(decayed, transport.MEAN_SQUARED_DECAY * weighted)
 
 
 def trained(objective, data, steps=300):
@@ -259,16 +240,14 @@ def test_a_level_per_temporal_patch_acts_on_the_tokens_of_that_patch():
     levels = torch.tensor([[0.2, 0.9], [0.5, 0.0]])
     per_frame = levels.repeat_interleave(4, dim=1)[:, :7]  # the second patch is padded
     one = model(x, labels(2), gamma=levels[:, 0])
-    torch.testing.assert_close(
-        model(x, labels(2), gamma=levels[:, :1].expand(2, 7)), one, atol=5e-5, rtol=1e-5
-    )
+    assert_close(model(x, labels(2), gamma=levels[:, :1].expand(2, 7)), one, atol=5e-5, rtol=1e-5)
     assert not torch.allclose(model(x, labels(2), gamma=per_frame), one, atol=1e-2)
     for block in model.blocks:  # without attention, tokens see only their own level
         block.attn.proj.weight.zero_()
     f = model(x, labels(2), gamma=per_frame)
     for part, level in ((slice(4), 0), (slice(4, 7), 1)):
         same = model(x, labels(2), gamma=levels[:, level])[:, :, part]
-        torch.testing.assert_close(f[:, :, part], same, atol=5e-5, rtol=1e-5)
+        assert_close(f[:, :, part], same, atol=5e-5, rtol=1e-5)
 
 
 def test_only_flow_models_take_gamma():

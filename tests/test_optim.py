@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 import optim
 from models import EqM, model_config
 from optim import Muon
+from process import run_ranks
 from training import differences
 
 SMALL = {
@@ -109,30 +109,22 @@ def test_on_a_cpu_without_fast_bfloat16_muon_computes_in_float32_and_returns_nea
     assert 0 < gap < 0.03 * directions["AVX512"].float().norm()
 
 
-def train_by_muon(rank, ranks, folder):
-    """Write the weights, momenta and matrices of a rank after some steps to a file."""
+def train_by_muon():
+    """The weights, momenta and matrices of a rank after some steps."""
     torch.set_num_threads(1)
-    if ranks > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
-        )
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
     weights = make_ones(SHAPES)
     muon = Muon(weights, 0.02, 0.1)
     steps_of(muon)
-    torch.save([weights, muon.state_dict()["state"], muon.batches], folder / f"{rank}-{ranks}.pt")
+    return [weights, muon.state_dict()["state"], muon.batches]
 
 
-def test_muon_gives_all_ranks_the_weights_of_a_single_rank(tmp_path):
-    ranks = 4
-    train_by_muon(0, 1, tmp_path)
-    # A fork does not import torch again, which takes seconds.
-    multiprocessing.start_processes(train_by_muon, (ranks, tmp_path), ranks, start_method="fork")
-    alone, expected_momenta, _ = torch.load(tmp_path / "0-1.pt", weights_only=True)
-    for rank in range(ranks):
-        results = torch.load(tmp_path / f"{rank}-{ranks}.pt", weights_only=True)
-        weights, momenta, batches = results
-        assert {owner for owner, _ in batches} == set(range(ranks))  # no rank is idle
+def test_muon_gives_all_ranks_the_weights_of_a_single_rank():
+    alone, expected_momenta, _ = train_by_muon()
+    results, _ = run_ranks(train_by_muon, 4)
+    for weights, momenta, batches in results:
+        assert {owner for owner, _ in batches} == set(range(4))  # no rank is idle
         assert differences(momenta, expected_momenta) == []
         for weight, expected in zip(weights, alone, strict=True):
             assert (weight - expected).abs().max() <= 1e-6

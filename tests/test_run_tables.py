@@ -50,6 +50,15 @@ def tabulate(script, *names):
     return json.loads(place.with_suffix(".json").read_text()), table
 
 
+def scores_of(run, tasks):
+    """{task: what evaluate.py has found} of a run with these numbers."""
+    scores = {task: run[task] | {"psnr_by_frame": [1]} for task in tasks if task in run}
+    scores["classifier"] = {
+        kind: run[f"classifier_{kind}"] | {"by_class": 1} for kind in ("real", "samples")
+    }
+    return scores
+
+
 def write_people(name, run):
     """Write the files of a run of weizmann.sh with these numbers."""
     last = {"step": run["steps"], "num_frames": 16, "seconds": 60 * run["minutes_of_model"]}
@@ -66,10 +75,7 @@ def write_people(name, run):
     )
     Path("results", name, "settings").write_text(settings)
     nearest = dict(run["nearest"])
-    results = {task: run[task] | {"psnr_by_frame": [1]} for task in people.PREDICTIONS}
-    results["classifier"] = {
-        kind: run[f"classifier_{kind}"] | {"by_class": 1} for kind in ("real", "samples")
-    }
+    results = scores_of(run, people.PREDICTIONS)
     results["classifier"]["interval_units"] = run["interval_units"]
     kept = "rmse_ratio_interval95", "interval_units"
     results["nearest"] = {name: nearest.pop(name) for name in kept}
@@ -116,11 +122,8 @@ def write_sprites(name, run, vae=None):
     )
     settings += f" VAE_STEPS={run['vae_steps']} SAMPLES=2592 PREDICTIONS=2664\n"
     Path("results", name, "settings").write_text(settings)
-    long = {"samples": [1], "validation": [1], "psnr_by_frame": [1]}
-    results = {task: run[task] | long for task in sprites.TASKS if task in run}
-    results["classifier"] = {
-        kind: run[f"classifier_{kind}"] | {"by_class": 1} for kind in ("real", "samples")
-    }
+    results = scores_of(run, sprites.TASKS)
+    results["census"] |= {"samples": [1], "validation": [1]}
     for task, result in results.items():
         write_lines(f"samples/{name}-{task}.json", {"result": result, "code": "of the score"})
 

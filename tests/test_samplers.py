@@ -11,6 +11,7 @@ from test_transport import normal
 
 EQM = transport.OBJECTIVES["eqm"]
 every_method = pytest.mark.parametrize("method", ["gd", "ngd", "euler", "heun"])
+ONE_LEVEL = torch.ones(1, 1)
 GIVEN = torch.arange(8) < 3  # of 8 values of a sample
 TIME_SCALE = torch.tensor([0.04, 0.08, 0.1])
 CONFIG = model_config("EqM-Ti/2", input_size=4, in_channels=2, num_classes=10)
@@ -252,40 +253,46 @@ def test_a_condition_can_be_removed_from_some_samples():
     assert not CONDITION.is_null()
 
 
-def network(x, slope, offset):
+def network(x, slope, offset, gamma=ONE_LEVEL):
     slope, offset = (value.reshape(-1, 1, 1, 1, 1) for value in (slope, offset))
-    return ((1 + slope) * x + 100 * offset).double()
+    return ((1 + slope) * x + 100 * offset * gamma[:, None, :, None, None]).double()
 
 
 def weaker(x, slope, offset):
     return network(x, slope, offset).square()
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
-def test_guidance_acts_on_all_channels_of_one_float32_batch(guidance):
+every_guidance = pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
+
+
+@every_guidance
+def test_guidance_acts_on_all_channels_and_levels_of_one_float32_batch(guidance):
     batches = []
 
-    def spy(*inputs):
-        batches.append(inputs)
-        return network(*inputs)
+    def spy(*inputs, gamma):
+        batches.append((*inputs, gamma))
+        return network(*inputs, gamma)
 
     x = normal(3, 4, 2, 3, 3)
+    levels = torch.rand(3, 2)
+    gamma = levels.reshape(3, 1, 2, 1, 1)
     field = guided(spy, CONDITION, TIME_SCALE, guidance)
-    f = field(x, torch.arange(3))
-    ((inputs, y, time_scale),) = batches
+    f = field(x, torch.arange(3), gamma)
+    ((inputs, y, time_scale, told),) = batches
     copies = 1 if guidance == 1 else 2  # of the condition only, or also without it
     assert torch.equal(inputs, torch.cat([x] * copies))
     assert torch.equal(time_scale, torch.cat([TIME_SCALE] * copies))
+    assert torch.equal(told, torch.cat([levels] * copies))
     assert sorted(y.tolist()) == sorted([10] * 3 * (copies - 1) + CONDITION.y.tolist())
-    f_null = network(x, CONDITION.null().y, TIME_SCALE)
-    f_condition = network(x, CONDITION.y, TIME_SCALE)
+    f_null = network(x, CONDITION.null().y, TIME_SCALE, levels)
+    f_condition = network(x, CONDITION.y, TIME_SCALE, levels)
     expected = f_null + guidance * (f_condition - f_null)
     assert_close(f, expected.float())  # also the dtype
     keep = torch.tensor([2, 0])  # samples that are kept keep their condition and time scale
-    assert_close(field(x[keep], keep), f[keep])
+    assert_close(field(x[keep], keep, gamma[keep]), f[keep])
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
+@every_guidance
 def test_a_weaker_network_guides_away_from_its_errors(guidance):
     x = normal(3, 4, 2, 3, 3)
     field = guided(network, CONDITION, TIME_SCALE, guidance, weaker)

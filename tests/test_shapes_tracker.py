@@ -168,8 +168,8 @@ def test_only_a_clip_with_the_same_color_and_shape_keeps_the_appearance():
     assert kept == [True, False, False, False]
 
 
-def test_the_truth_of_shapes_json_is_scaled_to_the_clip(request, tmp_path):
-    truth = shapes_tracker.Truth(request.getfixturevalue("shapes"))("SquareUp", 16, 3 / 25)
+def test_the_truth_of_shapes_json_is_scaled_to_the_clip(shapes, tmp_path):
+    truth = shapes_tracker.Truth(shapes)("SquareUp", 16, 3 / 25)
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
     assert truth.area == pytest.approx(math.pi * 2.88**2)
@@ -208,10 +208,9 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
     assert lines[-1] == "  refused: the object stands still, 1 clip"
 
 
-def test_motion_of_real_clips_is_all_right(request, tmp_path):
-    data = request.getfixturevalue("shapes")
-    folder = write_samples(tmp_path / "s", *read_clips(data, "val", 12, stream="a"))
-    found = run(tmp_path / "m.json", "--samples", folder, "--data-path", data, "--num-real", 24)
+def test_motion_of_real_clips_is_all_right(shapes, tmp_path):
+    folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 12, stream="a"))
+    found = run(tmp_path / "m.json", "--samples", folder, "--data-path", shapes, "--num-real", 24)
     assert found["protocol"] == "motion12_real24_8f"
     assert found["values"]["direction_accuracy"] == found["values"]["shape_accuracy"] == 1
     real = found["result"]["real"]
@@ -333,8 +332,8 @@ def test_turns_are_the_extremes_of_a_path_despite_jitter(low, high, is_right):
 
 
 def test_evaluate_scores_bouncing_clips_by_windows(tmp_path, capsys):
-    flags = ["--bounce", "--size", "16", "--videos-per-class", "2", "--seconds", "2"]
-    drawing.main(["--out", str(tmp_path / "b"), *flags])
+    flags = "--bounce --size 16 --videos-per-class 2 --seconds 2"
+    drawing.main(["--out", str(tmp_path / "b"), *flags.split()])
     about = json.loads((tmp_path / "b/shapes.json").read_text())
     videos = about["videos"].values()
     classes = sorted(drawing.BOUNCING)
