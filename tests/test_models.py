@@ -203,8 +203,6 @@ def test_a_clip_is_padded_with_its_last_frame_to_fill_its_last_patch(num_frames,
     filled = tiny(**KINDS[kind], num_frames=num_frames + padding)
     x = clip(num_frames, batch=2)
     f = model(x, TWO)
-    assert f.shape == x.shape
-    assert f.isfinite().all()
     padded = torch.cat([x] + [x[:, :, -1:]] * padding, dim=2)
     assert torch.equal(f, filled(padded, TWO)[:, :, :num_frames])
     if kind != "fixed":  # whatever number of frames a rotary model was made for, it takes any other
@@ -449,7 +447,6 @@ def test_the_field_is_minus_the_gradient_of_the_defined_energy(energy):
     model, plain, x = energy
     scale = torch.tensor([0.04, 0.1])
     f = model(x, TWO, scale).detach()
-    assert f.shape == x.shape
 
     def energy_of(x):
         return model.energy(x, TWO, scale)

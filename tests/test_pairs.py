@@ -10,6 +10,7 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import checkpoint
 import export
@@ -135,7 +136,7 @@ def test_latents_are_kept_of_one_window_and_of_a_vae(places, tmp_path, capsys):
 def test_samples_json_tells_the_noise_that_sampling_began_with(places):
     batch = read_batch(Pairs(places / "latents"), range(10))
     x = load_vae(str(places / "vae")).latents_of(batch["clips"], 0, 0, range(10))
-    torch.testing.assert_close(noise_of(batch, x.shape[1:]), x, atol=1e-5, rtol=1e-5)
+    assert_close(noise_of(batch, x.shape[1:]), x, atol=1e-5, rtol=1e-5)
     assert sorted(batch["pairs"]) == [(SEED, number, FRAMES) for number in range(10)]
 
 
@@ -158,7 +159,7 @@ def test_samples_of_a_causal_model_have_noise_of_each_patch_and_their_actions(wo
     batch = read_batch(source, range(10))
     pixels = batch["clips"] / 127.5 - 1
     noise = noise_of(batch, pixels.shape[1:])
-    torch.testing.assert_close(noise.clamp(-1, 1), pixels, atol=1 / 127, rtol=0)
+    assert_close(noise.clamp(-1, 1), pixels, atol=1 / 127, rtol=0)
     actions = {tuple(y) for y in batch["y"][:, 1:].tolist()}
     assert actions == {(-1, 1, 1, 1), (-1, 0, 1, 1)}
 
@@ -253,7 +254,7 @@ def test_the_exact_straight_field_has_no_loss_on_pairs_only(places, tmp_path):
     x, _ = sample(
         lambda x, keep: 4 * (a - 1) * x, eps, "euler", num_steps=2, objective=OBJECTIVES["eqm"]
     )
-    torch.testing.assert_close(x, a * eps)
+    assert_close(x, a * eps)
 
 
 def test_samples_are_not_forced_among_real_clips():
@@ -336,7 +337,7 @@ def test_two_ranks_train_the_same_student(places, tmp_path):
         runs.append(checkpoint.load(folder / "checkpoints/latest.pt"))
     one, two = runs
     for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-5)
+        assert_close(two["model"][name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_a_student_of_latents_encodes_nothing_and_samples_in_four_steps_without_guidance(

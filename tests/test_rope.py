@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import plans
 from models import EqM, model_config
@@ -65,7 +66,7 @@ def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(
     rope.stretch = stretch  # divides the positions in time, and only those
     rotated = apply_rotary(x, *rope(grid, time_scale))
     naive = naive_rotation(x, grid, time_scale / stretch, channels, theta, speed)
-    torch.testing.assert_close(rotated.double(), naive, atol=1e-5, rtol=0)
+    assert_close(rotated.double(), naive, atol=1e-5, rtol=0)
     assert torch.equal(rotated[:, :, 0], x[:, :, 0])  # the first patch
     assert torch.equal(rotated[..., sum(channels) :], x[..., sum(channels) :])
 
@@ -103,7 +104,7 @@ def test_rotary_scores_depend_on_distances_only_and_tell_before_from_after(speed
     table = scores.reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
     near = table[:4, :4, :4, :4, :4, :4]
     far = table[2:, 1:5, 2:, 2:, 1:5, 2:]
-    torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
+    assert_close(near, far, atol=1e-4, rtol=1e-4)
     others = table[:4, :4, :4, 1:5, :4, :4]  # other relative positions
     assert not torch.allclose(near, others, atol=1e-2)
     assert (table[1, 0, 0, 3, 0, 0] - table[3, 0, 0, 1, 0, 0]).abs() > 0.01
@@ -116,7 +117,7 @@ def test_low_precision_rounds_rotated_values_once_and_never_the_angles():
     x = torch.randn(1, 1, 1000, 64)
     expected = torch.stack(rope(grid, time_scale))
     exact = (25 * 0.033 * torch.arange(1000, dtype=torch.float64)).cos()  # of frequency 1
-    torch.testing.assert_close(expected[0, 0, 0, :, 0].double(), exact, atol=2e-4, rtol=0)
+    assert_close(expected[0, 0, 0, :, 0].double(), exact, atol=2e-4, rtol=0)
     rotated = apply_rotary(x, *expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(torch.stack(rope(grid, time_scale)), expected)
@@ -160,4 +161,4 @@ def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(
     cos, sin = model.rope(config.grid(num_frames), torch.tensor([time_scale]))
     angles = torch.atan2(sin, cos).unflatten(2, config.grid(num_frames))
     turns = angles[0, 0, :, 0, 0, 0]  # of frequency 1
-    torch.testing.assert_close(turns, torch.tensor(positions, dtype=torch.float32))
+    assert_close(turns, torch.tensor(positions, dtype=torch.float32))

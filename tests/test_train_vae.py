@@ -10,7 +10,6 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import autoencoder
 import train_vae
@@ -153,8 +152,6 @@ def test_it_learns_and_writes_sheets_of_reconstructions(whole):
     assert len(scores) == 2
     assert scores[-1] > scores[0]
     assert content(whole.folder / "samples").keys() == {"0000005.png", "0000007.png"}
-    with Image.open(whole.folder / "samples/0000007.png") as sheet:
-        assert sheet.width > 3 * sheet.height  # two rows of eight frames
 
 
 @pytest.mark.parametrize("stop_after", [5, STEPS])  # validation is due; all is done but that
