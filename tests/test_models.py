@@ -195,16 +195,14 @@ def test_blocks_get_patches_plus_positions_and_return_the_features(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_frames", [5, 18])
 @torch.no_grad()
-def test_a_clip_is_padded_with_its_last_frame_to_fill_its_last_patch(num_frames, kind):
-    padding = -num_frames % 4
-    model = tiny(**KINDS[kind], num_frames=num_frames)
-    filled = tiny(**KINDS[kind], num_frames=num_frames + padding)
-    x = clip(num_frames, batch=2)
+def test_a_clip_is_padded_with_its_last_frame_to_fill_its_last_patch(kind):
+    model = tiny(**KINDS[kind], num_frames=18)
+    filled = tiny(**KINDS[kind], num_frames=20)
+    x = clip(18, batch=2)
     f = model(x, TWO)
-    padded = torch.cat([x] + [x[:, :, -1:]] * padding, dim=2)
-    assert torch.equal(f, filled(padded, TWO)[:, :, :num_frames])
+    padded = torch.cat([x] + [x[:, :, -1:]] * 2, dim=2)
+    assert torch.equal(f, filled(padded, TWO)[:, :, :18])
     if kind != "fixed":  # whatever number of frames a rotary model was made for, it takes any other
         assert torch.equal(f, tiny(**KINDS[kind])(x, TWO))
 

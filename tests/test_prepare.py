@@ -63,43 +63,26 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
     check_second_run(out / "JumpingJack/person2.mkv", prepare_weizmann, *flags)
 
 
-@pytest.mark.parametrize(
-    ("damage", "held_out", "line"),
-    [
-        (
-            lambda actions, out: Image.new("RGB", (64 * 20 + 1, 64)).save(
-                actions / "3/00000012.jpg", format="PNG"
-            ),
-            [3],
-            "00000012.jpg: not a strip of 64 x 64 px frames; clone the repository again",
-        ),
-        (
-            lambda actions, out: write_video(out / "Dive/me.avi"),
-            [3],
-            "holds Dive/me.avi, which does not belong to this data set; name another folder",
-        ),
-        (
-            lambda actions, out: shutil.rmtree(actions / "4"),
-            [3],
-            "person 1 has no clip of Bend; expected a complete clone of MoCoGAN's repository",
-        ),
-        (
-            lambda actions, out: None,
-            [4],
-            "--hold-out [4]: expected some of people 1 to 3, but not all",
-        ),
-    ],
-)
-def test_what_is_wrong_is_one_line_and_nothing_is_written(
-    strips, tmp_path, capsys, damage, held_out, line
-):
+def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, capsys):
     own = shutil.copytree(strips, tmp_path / "strips")
+    actions = own / "data/actions"
     out = tmp_path / "out"
-    damage(own / "data/actions", out)
-    before = snapshot(out)
-    flags = ["--source", own, "--out", out, "--hold-out", *held_out]
-    assert line in refused(capsys, prepare_weizmann, *flags)
-    assert snapshot(out) == before
+
+    def refuse(line, held_out=3):
+        before = snapshot(out)
+        flags = ["--source", own, "--out", out, "--hold-out", held_out]
+        assert line in refused(capsys, prepare_weizmann, *flags)
+        assert snapshot(out) == before
+
+    refuse("--hold-out [4]: expected some of people 1 to 3, but not all", held_out=4)
+    (actions / "4").rename(tmp_path / "4")
+    refuse("person 1 has no clip of Bend; expected a complete clone of MoCoGAN's repository")
+    (tmp_path / "4").rename(actions / "4")
+    write_video(out / "Dive/me.avi")
+    refuse("holds Dive/me.avi, which does not belong to this data set; name another folder")
+    shutil.rmtree(out)
+    Image.new("RGB", (64 * 20 + 1, 64)).save(actions / "3/00000012.jpg", format="PNG")
+    refuse("00000012.jpg: not a strip of 64 x 64 px frames; clone the repository again")
 
 
 # Sprites ------------------------------------------------------------------------------------------
@@ -146,9 +129,9 @@ def naive(tiles, character):
 @pytest.mark.parametrize(
     ("name", "tiles"),
     [
-        ("WalkLeft", [125, 118, 119, 120, 121, 122, 123, 124]),
-        ("SpellcastFront", [26, 27, 28, 29, 30, 31, 30, 32]),
-        ("SlashRight", [195, 196, 197, 198, 199, 200, 199, 195]),
+        ("WalkLeft", [125, *range(118, 125)]),
+        ("SpellcastFront", [*range(26, 32), 30, 32]),
+        ("SlashRight", [*range(195, 201), 199, 195]),
     ],
 )
 def test_a_frame_shows_its_tile_of_each_layer_and_higher_layers_hide_lower_ones(
@@ -192,25 +175,19 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
     check_second_run(tmp_path / "SpellcastRight/character0000.mkv", prepare_sprites, *flags)
 
 
-@pytest.mark.parametrize(
-    ("layer", "damage", "reason"),
-    [
-        ("topwear/3.png", Path.unlink, "not found"),
-        (
-            "shoes/1.png",
-            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"),
-            "not a sheet",
-        ),
-        ("hair/0.png", lambda path: Image.new("RGBA", (832, 1280)).save(path), "not a sheet"),
-    ],
-)
-def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(
-    sheets, tmp_path, capsys, layer, damage, reason
-):
+def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(sheets, tmp_path, capsys):
     own = shutil.copytree(sheets, tmp_path / "sheets")
     out = tmp_path / "out"
-    damage(own / layer)
-    line = refused(capsys, prepare_sprites, "--source", own, "--out", out)
-    expected = "expected a sheet of 832 x 1344 px; clone the Sprites repository again"
-    assert f"--source {own}: {layer}: {reason}; {expected}" in line
-    assert not out.exists()
+
+    def refuse(problem):
+        line = refused(capsys, prepare_sprites, "--source", own, "--out", out)
+        expected = "expected a sheet of 832 x 1344 px; clone the Sprites repository again"
+        assert f"--source {own}: {problem}; {expected}" in line
+        assert not out.exists()
+
+    (own / "shoes/1.png").write_text("version https://git-lfs.github.com/spec/v1")
+    refuse("shoes/1.png: not a sheet")
+    Image.new("RGBA", (832, 1280)).save(own / "hair/0.png")  # which is read before the shoes
+    refuse("hair/0.png: not a sheet")
+    (own / "topwear/3.png").unlink()
+    refuse("topwear/3.png: not found")

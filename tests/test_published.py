@@ -209,7 +209,6 @@ NO_TABLE = "pos_embed is not our table"
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("pos_embed", TABLE.roll(1, dims=1), NO_TABLE),
         ("pos_embed", TABLE.roll(24, dims=2), NO_TABLE),  # height first, as in DiT forks
         ("pos_embed", TABLE[:, :9], NO_TABLE),
         ("pos_embed", None, "it has no pos_embed"),

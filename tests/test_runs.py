@@ -12,7 +12,7 @@ def names(folder):
 
 
 def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
-    root = tmp_path / "results" / "exp"
+    root = tmp_path / "results/exp"
     assert runs.newest_run(root, "a") is None
     folders = [runs.make_run_folder(root, name) for name in ("a", "a", "a-rope")]
     assert [folder.name for folder in folders] == ["000-a", "001-a", "002-a-rope"]

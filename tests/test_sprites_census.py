@@ -296,7 +296,7 @@ def test_samples_get_the_reason_that_they_fail_for(data, noisy_vae, tmp_path, ca
     assert result["samples"]["reason"] == [*[""] * 3, *reasons]
     assert result["samples"]["matched"] == [f"Walk/character{who}" for who in shown]
     assert result["samples"]["valid"] == [True] * 3 + [False] * 5 and values["valid"] == 3 / 8
-    assert result["failures"] == {"attribute": 2, "pose": 1, "margin": 1, "rmse": 1}
+
     assert values["class_right"] == 7 / 8 and values["topwear"] == values["bottomwear"] == 1
     assert values["hair"] == 7 / 8 and values["body"] == 7 / 8
     # a clip with a spot still decodes
@@ -311,11 +311,8 @@ def test_samples_get_the_reason_that_they_fail_for(data, noisy_vae, tmp_path, ca
     for name in sprites_census.ATTRIBUTES:
         curve = [values[f"{name}_blended_{percent}"] for percent in sprites_census.PERCENTS]
         assert curve == sorted(curve, reverse=True) and curve[2:] == [0, 0]
-    limits = result["limits"]
-    margins = np.array(result["samples"]["margins"])[:, 3]  # of hair
-    assert 0 < margins[5] < limits["hair_of_clip"] < margins[0]
-    assert margins[5] == pytest.approx(0.2, abs=0.1)  # 40% of the way to another value
-    assert result["samples"]["worst_rmse"][6] > limits["rmse"]
+    *_, of_hair = result["samples"]["margins"][5]
+    assert of_hair == pytest.approx(0.2, abs=0.1)  # 40% of the way to another value
     # rows of results/studies/sprites/sprites.md
     assert all(sprites.percent(result, name) != "-" for name in sprites.SHARES)
     said = capsys.readouterr().out

@@ -120,12 +120,12 @@ def test_a_file_that_the_index_knows_is_not_opened_again(root, runs, monkeypatch
 
 def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, runs, opened):
     scan_videos(root, runs)
-    tiny.write_video(root / "A" / "one.avi", 30)
-    tiny.write_video(root / "B" / "five.avi")
-    (root / "A" / "two.avi").unlink()
+    tiny.write_video(root / "A/one.avi", 30)
+    tiny.write_video(root / "B/five.avi")
+    (root / "A/two.avi").unlink()
     opened.clear()
     scan = scan_videos(root, runs)
-    assert opened == [str(root / "A" / "one.avi"), str(root / "B" / "five.avi")]
+    assert opened == [str(root / "A/one.avi"), str(root / "B" / "five.avi")]
     frames = {video.key: video.num_frames for video in scan.videos}
     assert frames == {"A/one": 30, "B/five": 20, "B/four": 20, "B/three": 20}
     assert "two" not in index_path(root, runs).read_text()
@@ -165,7 +165,7 @@ def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path,
     opened.clear()
     assert scan_videos(root, tmp_path / "new").videos == first.videos
     assert opened == []
-    tiny.write_video(root / "A" / "later.avi")
+    tiny.write_video(root / "A/later.avi")
     newer = scan_videos(root, tmp_path / "new")
     save_index(first, root, tmp_path / "new")  # leaves the newer index of another run alone
     opened.clear()
@@ -184,8 +184,8 @@ def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(
 
 def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(tmp_path, monkeypatch):
     root = tiny.write_images(tmp_path / "images")
-    (root / "B" / "f.jpg").write_text("not an image, as only reading it shows")
-    (root / "B" / "thumbnails.db").write_text("")
+    (root / "B/f.jpg").write_text("not an image, as only reading it shows")
+    (root / "B/thumbnails.db").write_text("")
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened an image"))
     scan = scan_videos(root, tmp_path, images=True)
     names = [video.path for video in scan.videos]
@@ -246,7 +246,7 @@ def test_a_list_may_name_videos_with_spaces_and_bytes_that_are_not_utf8(tmp_path
 
 
 def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
-    tiny.write_video(root / "A" / "short.avi", 6)
+    tiny.write_video(root / "A/short.avi", 6)
     for n in range(3):
         tiny.write_video(root / "B" / f"long{n}.avi", 40)
     data = find_data(Files(root, scan_videos(root), 16), 0.5, [4, 20], [8], "--num-frames")
