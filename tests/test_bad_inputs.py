@@ -74,6 +74,18 @@ train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-p
         --context 8 | --context-noise 0.1 | --own-context 0.5 => : needs --causal
         --forcing-regions 0.5 --objective flow => 0.5: needs --objective eqm
         --forcing-regions 0.5 --objective blind => 0.5: needs --objective eqm
+        --objective flow --ebm l2 => ebm l2 needs objective eqm, got flow
+        --objective blind --sampler ngd => --sampler ngd: a model of --objective blind has no equi
+        --stop-below --objective flow --sampler euler => 1.0: euler has a fixed number of steps
+        --objective eqm --ckpt flow.pt => has objective flow, --objective gives eqm: they must agree
+        --real-data x => --real-data x: needs --pairs
+        --pure-noise 0.5 => --pure-noise 0.5: needs --pairs
+        --rope-split 8,8,8,2 | --rope-split 16,8,7 | --rope-split 0,16,16 | --rope-split=-2,8,8
+        --rope-split x => rope_split; 'x'
+        --rope-split 20,0,0 => rope_split 20,0,0 omits height or width; needs position_table space
+        --rope-split 20,4,8 --rope-speed 0.5 => rope_speed 0.5 needs 6 channels
+        --hidden-size 66 --num-heads 2 => must be a multiple of 2 x 2 heads; 66
+        --depth 0 => depth
         --disp --grad-accum 4 => --global-batch-size
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
@@ -192,6 +204,10 @@ sample: sample_gd --video --ckpt rope.pt --folder new
         --classes A Kayaking | --given '' | --given x --folder x | --init-gamma 0.5 | --ckpt pipe
         --ckpt cut-export | --ckpt code.pt | --ckpt wide-export | --ckpt stepless-export
         --weak-ckpt no/such.pt | --overlap 0
+        --weak-ckpt flow.pt => --weak-ckpt flow.pt: has another objective
+        --sampler gd --ckpt flow.pt => a model of --objective flow has no equilibria to descend to
+        --stop-below 1 --ckpt flow.pt => --stop-below 1.0: euler has a fixed number of steps
+        --objective eqm --ckpt flow.pt => --objective gives eqm: they must agree
         --ckpt later-export => format version 2
         --folder=a b --video => b: unexpected argument
         --num-samples 2000000000 | --num-frames 1000000000 | --fps 1e300 => at most
@@ -286,6 +302,8 @@ evaluate: evaluate --metric=motion --samples=samples --data-path videos --out ne
         --detector x => for --metric motion; remove
         --num-real 1 => at least 2
         --metric prediction --num-real 3 => --num-real; prediction chooses its real clips
+        --metric prediction => has clips of 8 px, SSIM needs at least 11
+        --samples samples --metric world => does not continue the clips; again with --given
         --metric nearest --split val => --split; chooses its real clips
         --metric census --split val => --split; chooses its real clips
         --samples other-class --metric classifier \
@@ -472,6 +490,7 @@ CHECKPOINTS = {  # the settings of their models
     "table": CLIPS | {"position_table": "space"},
     "odd": CLIPS | {"depth": 2},
     "energy-clips": CLIPS | {"ebm": "dot"},
+    "flow": CLIPS | {"objective": "flow"},
     "causal": CLIPS | {"causal": True, "context": 8},
     "actions": CLIPS | {"temporal_patch_size": 1, "actions": "stay,left,right"},
     "fixed": {"num_frames": 8},

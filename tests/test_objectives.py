@@ -10,7 +10,6 @@ import torch
 from torch.testing import assert_close
 
 import sample_gd
-import train
 import transport
 from models import Condition, EqM
 from samplers import guided, sample
@@ -318,10 +317,7 @@ def test_a_flow_model_samples_clips_whose_last_patch_is_partial_at_once(use_rope
     sample_here(path, tmp_path / "given", "--given", tmp_path / "samples", "--given-frames", "8-9")
 
 
-OF_SAMPLING = """
---sampler gd => --sampler gd: a model of --objective flow has no equilibria to descend to
---stop-below 1 => --stop-below 1.0: euler has a fixed number of steps; remove it
---objective eqm => has objective flow, --objective gives eqm: they must agree
+MISTAKES = """
 --num-frames 16 --overlap 3 => --overlap 3: splits a temporal patch
 --num-frames 16 --window 10 => --window 10: splits a temporal patch
 --num-frames 16 --window 4 => --window 4: expected two temporal patches
@@ -329,27 +325,10 @@ OF_SAMPLING = """
 --given samples --given-frames 0-2 => 0-2: splits a temporal patch of 4 frames
 --given samples --given-frames 8-9 --num-frames 10 --window 8 => 8-9: splits a temporal patch
 """
-OF_TRAINING = """
---objective fm => invalid choice: 'fm'
---objective flow --ebm l2 => ebm l2 needs objective eqm, got flow
---objective blind --sampler ngd => --sampler ngd: a model of --objective blind has no equilibria
---objective flow --sampler euler --stop-below => --stop-below 1.0: euler has a fixed number of steps
---objective eqm --ckpt flow.pt => has objective flow, --objective gives eqm: they must agree
-"""
 
 
-@pytest.mark.parametrize(("flags", "message"), mistakes(OF_SAMPLING))
+@pytest.mark.parametrize(("flags", "message"), mistakes(MISTAKES))
 def test_samples_of_flow_refuse_what_it_cannot_do(flags, message, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     sampling = split("--video --ckpt flow.pt --folder new")
     assert message in refused(capsys, sample_gd, *sampling, *split(flags))
-
-
-@pytest.mark.parametrize(("flags", "message"), mistakes(OF_TRAINING))
-def test_training_refuses_contradictory_objectives(
-    flags, message, folder, shapes, monkeypatch, capsys
-):
-    monkeypatch.chdir(folder)
-    run = Training(shapes, "new", 99)
-    size = split("--depth 1 --hidden-size 48 --num-frames 8")
-    assert message in refused(capsys, train, *run.command_flags(*size, *split(flags)))

@@ -435,10 +435,3 @@ def test_real_clips_have_the_classes_of_the_pairs(places, tmp_path, capsys):
     (tmp_path / "other/B").rename(tmp_path / "other/C")
     line = refused(capsys, train, *student(places, "--real-data", tmp_path / "other"))
     assert re.search("--real-data .*other: has the classes A, C .2., --data-path .* A, B", line)
-
-
-@pytest.mark.parametrize("flags", ["--real-data x", "--pure-noise 0.5"])
-def test_flags_of_students_need_pairs(places, capsys, flags):
-    others = [word for word in STUDENT if word not in ("--pairs", "--pure-noise", "0.25")]
-    line = refused(capsys, train, *others, "--data-path", places / "real", *split(flags))
-    assert f"{flags}: needs --pairs" in line

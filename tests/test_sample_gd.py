@@ -30,7 +30,6 @@ from training import (
     content,
     error_of,
     on_two_ranks,
-    refused,
     run_main,
     sample_here,
 )
@@ -221,8 +220,6 @@ def test_a_weaker_model_guides_instead_of_the_class(places, tmp_path, capsys):
     assert not np.array_equal(unguided, guided)  # samples without a class are guided, too
     assert about["source"]["weak_sha256"] == checkpoint.weights_sha256(state["ema"])
     assert f"guidance 2 by {weak}" in capsys.readouterr().out
-    sampling = ["--video", "--ckpt", strong, "--folder", "new"]
-    refused(capsys, sample_gd, *sampling, "--weak-ckpt", places / "latents.pt")
 
 
 def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes, tmp_path):

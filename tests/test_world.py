@@ -369,7 +369,6 @@ def sampled(made, held_out, folder, frames=None, **about):
     [
         (("has no actions",), {"actions": None}),
         (("frame 1 of sample 0", "'none'", "--actions"), {"actions": [["none"] * FRAMES] * 10}),
-        (("does not continue",), {"real": None}),
         (("world.npz", "make_world.py"), {}),
     ],
 )
