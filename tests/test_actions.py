@@ -18,8 +18,8 @@ import sample_gd
 import train
 import validation
 from models import Condition, EqM
-from plans import Plan
 from runtime.rng import generator
+from test_generation import make_plan
 from test_models import TINY, clip, distance, randomized
 from tiny_data import random_checkpoint
 from tiny_videos import clips_of, frame_indices_of
@@ -56,7 +56,6 @@ TRAIN = split("""
     --num-samples 2
     --sample-every 2
 """)
-SCHEDULE = ["--frames-schedule", "2:2,4:3"]
 
 
 def config(**changes):
@@ -67,8 +66,7 @@ def config(**changes):
 def write_world(root, count=4, mirror=MIRROR):
     """Videos whose frame k is gray 4 k, with random actions. Returns root."""
     root.mkdir()
-    content = {"names": NAMES} | ({"mirror": mirror} if mirror else {})
-    (root / "actions.json").write_text(json.dumps(content))
+    (root / "actions.json").write_text(json.dumps({"names": NAMES, "mirror": mirror}))
     for index in range(count):
         frames = np.repeat(np.arange(T, dtype=np.uint8) * 4, 8 * 8 * 3).reshape(T, 8, 8, 3)
         write_lossless(root / f"{index}.mkv", frames, fps=25)
@@ -87,7 +85,8 @@ def world(tmp_path_factory):
 def run(world, tmp_path_factory):
     """The results folder of a causal training run with actions, in two phases."""
     folder = tmp_path_factory.mktemp("run")
-    run_main(train, *TRAIN, *SCHEDULE, "--data-path", world, "--results-dir", folder)
+    flags = ["--frames-schedule", "2:2,4:3", "--data-path", world]
+    run_main(train, *TRAIN, *flags, "--results-dir", folder)
     return folder
 
 
@@ -354,15 +353,11 @@ def test_a_program_plays_by_actions_what_sample_gd_makes(random_model, tmp_path)
 def test_each_window_begins_without_an_action():
     actions = torch.tensor([[0, 1, 2, 0, 1, 2, 0]])
     for settings, none in [({}, 3), (CAUSAL, 1)]:
-        model = EqM(config(**settings))
-        plan = Plan(
-            model,
-            vae=None,
-            classes=["A", "B", "C"],
+        plan = make_plan(
+            EqM(config(**settings)),
+            count=1,
             conditions=torch.tensor([2]),
-            names=["C"],
             num_frames=7,
-            time_scale=0.04,
             window=4,
             actions=actions,
         )

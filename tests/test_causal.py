@@ -242,10 +242,11 @@ class FirstOrder(nn.Module):
         if cache.fills:
             cache.last = x
             return None
-        mean = self.share * getattr(cache, "last", torch.zeros_like(x))
-        variance = 1 - self.share**2
-        if cache.num_patches == 0 and not hasattr(cache, "last"):
-            variance = 1.0
+        mean = 0.0
+        variance = 1.0
+        if hasattr(cache, "last"):
+            mean = self.share * cache.last
+            variance = 1 - self.share**2
         g = gamma.reshape(-1, 1, 1, 1, 1)
         weight = variance * g / (g**2 * variance + (1 - g) ** 2)
         data = mean + weight * (x - g * mean)
@@ -349,18 +350,9 @@ def test_memory_does_not_grow_with_the_film(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_gd, "write_samples", write)
     given = tmp_path / "given.mp4"
     write_mp4(given, np.zeros((8, 16, 16, 3), np.uint8), 25)
-    flags = ["--num-frames", 100, "--given", given, "--given-frames", "0-7", "--num-samples", 2]
-    run_main(
-        sample_gd,
-        "--video",
-        "--ckpt",
-        checkpoint,
-        "--folder",
-        tmp_path / "s",
-        "--num-sampling-steps",
-        2,
-        *flags,
-    )
+    flags = split("--video --num-frames 100 --num-samples 2 --num-sampling-steps 2")
+    flags += ["--given", given, "--given-frames", "0-7"]
+    run_main(sample_gd, *flags, "--ckpt", checkpoint, "--folder", tmp_path / "s")
     assert sizes == [2, 2]  # two given patches
 
 

@@ -24,7 +24,7 @@ from optim import make_optimizers
 from runtime import runs
 from runtime.atomic import link
 from tiny_data import flip_bit
-from training import differences, error_of, record_calls
+from training import differences, error_of, names, record_calls
 
 SETTINGS = {
     "input_size": 4,
@@ -53,10 +53,6 @@ def load_refusal(path):
     message = error_of(checkpoint.load, path)
     assert message.startswith(f"--ckpt {path}: ")
     return message
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 # Writing ------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from video.source import Files
 from video.writers import write_mp4
 
 CLASSES = ["Down", "Up"]
-PEOPLE = 3
 FRAMES = 19
 WINDOW = 4
 SETTINGS = {"num_classes": 2, "steps": 25, "seed": 0, "recipe": classifier.RECIPES["groups"]}
@@ -34,16 +33,22 @@ def bar(class_name, number, num_frames=FRAMES):
     return np.broadcast_to(frames[:, :, None, None], (num_frames, 32, 32, 3))
 
 
+def write_people(root, people, trained, draw=bar):
+    """Write a video of each class and person. The first people train. Returns root."""
+    keys = []
+    for name in CLASSES:
+        (root / name).mkdir(parents=True)
+        for person in range(1, people + 1):
+            write_mp4(root / name / f"person{person}.mp4", draw(name, person), 25)
+        keys += [f"{name}/person{person}" for person in range(1, trained + 1)]
+    write_ucf_list(root, keys)
+    return root
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Videos of three people; person3 is held out."""
-    root = tmp_path_factory.mktemp("data") / "bars"
-    for name in CLASSES:
-        (root / name).mkdir(parents=True)
-        for person in range(1, PEOPLE + 1):
-            write_mp4(root / name / f"person{person}.mp4", bar(name, person), 25)
-    write_ucf_list(root, [f"{name}/person{person}" for name in CLASSES for person in (1, 2)])
-    return root
+    return write_people(tmp_path_factory.mktemp("data") / "bars", people=3, trained=2)
 
 
 def every_window(clip, interval=1):
@@ -220,18 +225,13 @@ def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monk
 
     def sideways(class_name, number):
         """A bar that moves to the right (Down) or to the left (Up)."""
-        return bar(class_name, number).swapaxes(1, 2)
+        shown = "Down" if (class_name, number) == ("Up", 8) else class_name
+        return bar(shown, number).swapaxes(1, 2)
 
     def note(rows, name, **settings):
         return name, len(rows)
 
-    root = tmp_path / "sides"
-    for name in CLASSES:
-        (root / name).mkdir(parents=True)
-        for person in range(1, 9):
-            shown = "Down" if (name, person) == ("Up", 8) else name
-            write_mp4(root / name / f"person{person}.mp4", sideways(shown, person), 25)
-    write_ucf_list(root, [f"{name}/person{person}" for name in CLASSES for person in range(1, 6)])
+    root = write_people(tmp_path / "sides", people=8, trained=5, draw=sideways)
     calls = record_calls(monkeypatch, classifier, "train", note)
     clips = [sideways(name, 3)[start : start + WINDOW] for name in CLASSES for start in (0, 5)]
     # the last one moves up

@@ -42,12 +42,13 @@ def test_flags_are_frozen_and_know_which_were_typed(words, values):
     parser.set_defaults(kind="x")
     flags = parser.parse_args(words)
     expected = {"steps": None, "names": ["a"], "fast": True, "kind": "x"} | values
-    resolved = flags.resolve(steps=5, window=1)
+    changes = {"steps": 5, "window": 1}
+    resolved = flags.resolve(**changes)
     copy = pickle.loads(pickle.dumps(resolved))  # as one that rank 0 sends to the others
     for result, result_values in (
         (flags, expected),
-        (resolved, expected | {"steps": 5, "window": 1}),
-        (copy, expected | {"steps": 5, "window": 1}),
+        (resolved, expected | changes),
+        (copy, expected | changes),
     ):
         assert vars(result) == result_values
         assert result.typed == values.keys()

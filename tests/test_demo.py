@@ -4,10 +4,10 @@ import re
 from shlex import split
 
 import checkpoint
-import evaluate
 import make_world
 import sample_gd
 from runtime.untrusted import read_json
+from sample_folders import run
 from training import ROOT, run_main
 
 DEMO = ROOT / "results/demo"
@@ -37,11 +37,10 @@ def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(shapes, tm
     flags = split(
         "--sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --num-samples 12 --num-frames 7"
     )
-    run_main(sample_gd, "--ckpt", DEMO, "--video", "--num-samples", 12, "--folder", samples, *flags)
-    out = tmp_path / "motion.json"
-    flags = split("--metric motion --num-real 12 --num-workers 0")
-    run_main(evaluate, *flags, "--samples", samples, "--data-path", shapes, "--out", out)
-    assert read_json(out)["values"]["direction_accuracy"] >= 10 / 12
+    run_main(sample_gd, "--ckpt", DEMO, "--video", "--folder", samples, *flags)
+    flags = split("--metric motion --num-real 12")
+    made = run(tmp_path / "motion.json", *flags, "--samples", samples, "--data-path", shapes)
+    assert made["values"]["direction_accuracy"] >= 10 / 12
 
 
 def test_the_world_is_small_and_its_scores_are_of_this_model():
@@ -61,9 +60,7 @@ def test_the_world_obeys_its_actions_on_new_maps(tmp_path):
     )
     walks = ["--given", data, "--actions", data / "walks.npy"]
     run_main(sample_gd, "--ckpt", WORLD, "--video", "--folder", samples, *walks, *flags)
-    out = tmp_path / "world.json"
-    flags = split("--metric world --num-workers 0")
-    run_main(evaluate, *flags, "--samples", samples, "--data-path", data, "--out", out)
-    values = read_json(out)["values"]
+    flags = ["--metric", "world", "--samples", samples, "--data-path", data]
+    values = run(tmp_path / "world.json", *flags)["values"]
     for measure in ("moved", "blocked", "determined", "sharp", "agent"):
         assert values[measure] >= 0.9, measure

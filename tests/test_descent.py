@@ -216,7 +216,7 @@ def test_a_small_weak_model_gets_other_words_and_wrong_calls_say_what_they_expec
         (0.2, "later", "Scratched."),
         (0.3, "square", "Scratched."),
     ):
-        set_slider(browser, "level", value)
+        set_value(browser, "level", value)
         scratch(browser, region)
         assert words in browser.ask(LINE)
     assert "heal" not in browser.ask("TOUR[3].text()")
@@ -239,16 +239,12 @@ def state(browser):
     return torch.tensor(values).view(1, 3, browser.ask("moment().numFrames"), 16, 16)
 
 
-def set_slider(browser, name, value):
-    browser.ask(f"$('{name}').value = {value}; $('{name}').dispatchEvent(new Event('input'))")
+def set_value(browser, name, value, event="input"):
+    browser.ask(f"$('{name}').value = {value}; $('{name}').dispatchEvent(new Event('{event}'))")
 
 
 def scratch(browser, region):
     browser.ask(f"document.querySelector('[data-region={region}]').click()")
-
-
-def choose(browser, name, value):
-    browser.ask(f"$('{name}').value = '{value}'; $('{name}').dispatchEvent(new Event('change'))")
 
 
 def take_steps(browser, count):
@@ -279,9 +275,9 @@ def test_a_trajectory_with_a_disturbance_equals_that_of_torch(page):
 def test_a_trajectory_with_a_pinned_frame_equals_that_of_torch(page):
     model = checkpoint.load_model(DEMO)[0]
     for name, value in {"frameCount": 9, "level": 0, "guidance": 1, "momentum": 0}.items():
-        set_slider(page, name, value)
+        set_value(page, name, value)
     before = take_steps(page, 3)
-    choose(page, "label", 7)
+    set_value(page, "label", 7, event="change")
     page.ask("document.querySelectorAll('#frames button')[2].click()")
     scratch(page, "square")
     after = state(page)
@@ -391,7 +387,7 @@ def test_a_second_finger_does_nothing_and_a_change_ends_a_stroke(page):
     changed = (state(page) != before).any(dim=1)[0, 0]
     assert changed[:, :5].any()
     assert not changed[:, 8:].any()
-    set_slider(page, "frameCount", 9)
+    set_value(page, "frameCount", 9)
     assert page.ask("stroke") is None
     shorter = state(page)
     touch("touchMove", 0.3, 0.8)
@@ -401,7 +397,7 @@ def test_a_second_finger_does_nothing_and_a_change_ends_a_stroke(page):
 
 
 def test_a_gif_has_all_frames_and_their_colors(page):
-    set_slider(page, "frameCount", 5)
+    set_value(page, "frameCount", 5)
     file = Image.open(io.BytesIO(bytes(page.ask("[...eqm.gif()]"))))
     assert (file.n_frames, *file.size) == (5, 256, 256)
     assert (file.info["duration"], file.info["loop"]) == (40, 0)
@@ -422,7 +418,7 @@ def test_input_is_handled_while_the_field_is_computed(browser, demo):
     browser.ask(
         "window.late = []; onkeyup = event => late.push(performance.now() - event.timeStamp)"
     )
-    set_slider(browser, "frameCount", 32)
+    set_value(browser, "frameCount", 32)
     browser.ask("$('descend').click()")
     for _ in range(10):
         browser.wait("busy")

@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_map
 from process import run_ranks
 from runtime import distributed, signals
 from runtime.distributed import own_indices, rank
-from runtime.rng import generator
 
 
 def exchange():
@@ -26,7 +25,6 @@ def exchange():
         "collect from one": distributed.collect(
             first, torch.ones(1, 2) if first else torch.empty(0)
         ),
-        "drawn": torch.rand(4, generator=generator(0, "noise", 3)),
     }
     found |= vote()
     distributed.stop()
@@ -56,7 +54,7 @@ def vote():
     return found
 
 
-def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers():
+def test_ranks_exchange_values_and_vote_once_per_second():
     # by the clock of rank 0: 0.3 s a step, from step 20 on 0.11 s
     votes = [0, 1, 2, 5, 9, 10, 11, 14, 18, 22, 27, 37]
     on_all = {
@@ -66,7 +64,6 @@ def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers():
         "votes": votes,
         "saves": [0, 2, 10, 14, 18, 22],
         "stopped": votes[-1],
-        "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(),
     }
     on_first = {"collect": [0, 10, 20], "collect from one": [[1.0, 1.0]]}
     expected = [on_all | on_first, on_all | dict.fromkeys(on_first)]

@@ -16,7 +16,7 @@ import train
 from runtime.metrics import read_metrics
 from scoring import manifest
 from tiny_data import make_images, make_vae, random_checkpoint
-from training import content, differences, no_space, refused, run_main, sample_here
+from training import content, differences, names, no_space, refused, run_main, sample_here
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 LOCAL = {"data_path": "/home/somebody/videos", "results_dir": "results", "lr": 1e-4}
@@ -43,10 +43,6 @@ def exported(tmp_path_factory):
     return path, folder / "shared"
 
 
-def names_in(folder):
-    return sorted(file.name for file in folder.iterdir())
-
-
 @pytest.mark.parametrize(
     "settings",
     [VIDEO | {"position_table": "space", "rope_speed": 0.5}, {"use_rope": True, "ebm": "dot"}],
@@ -56,7 +52,7 @@ def test_an_export_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, set
     path = random_checkpoint(tmp_path / f"{name}.pt", **settings)
     folder = tmp_path / "shared" / name
     run_main(export, path, folder)
-    assert names_in(folder) == FILES
+    assert names(folder) == FILES
     model, config, step = checkpoint.load_model(folder)
     saved = checkpoint.load(path)
     assert differences(model.state_dict(), saved["ema"]) == []
@@ -100,7 +96,7 @@ def test_the_card_names_a_vae_that_is_downloaded(tmp_path):
     run_main(export, path, tmp_path / "shared")  # without downloading it
     card = (tmp_path / "shared/README.md").read_text()
     assert "stabilityai/sd-vae-ft-mse, downloaded on first use" in card
-    assert names_in(tmp_path / "shared") == FILES
+    assert names(tmp_path / "shared") == FILES
 
 
 def test_half_precision_is_half_as_large_and_rounded(exported, tmp_path):
@@ -152,9 +148,9 @@ def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, c
         patch.setattr("pathlib.Path.write_text", no_space)
         line = refused(capsys, export, exported[0], tmp_path / "new/shared", status=1)
     assert "shared can't be written (No space left on device" in line
-    assert names_in(tmp_path / "new") == []
+    assert names(tmp_path / "new") == []
     run_main(export, exported[0], tmp_path / "new/shared")  # works now
-    assert names_in(tmp_path / "new/shared") == FILES
+    assert names(tmp_path / "new/shared") == FILES
 
 
 MUON = (

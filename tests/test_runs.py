@@ -5,10 +5,7 @@ from unittest.mock import Mock
 import pytest
 
 from runtime import runs
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+from training import names
 
 
 def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):

@@ -39,6 +39,7 @@ import worlds
 from runtime.cli import UserError
 from schedule import Phase
 from shapes import FULL, MINIATURE
+from test_control import tuning_rows
 from training import ROOT, counted_steps, refused, run_main
 
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
@@ -262,6 +263,9 @@ def all_runs():
     yield objectives.few_run(args, 0)
     for name, number in itertools.product(control.TUNED, range(8)):
         yield control.tuning_run(args, name, number, 100)
+    tuned = sum((tuning_rows(name, best=5, way="euler") for name in control.TUNED), [])
+    for name in control.ARMS:
+        yield control.main_run(args, name, 0, tuned)
     configurations = range(len(few.CONFIGURATIONS))
     for name, number in itertools.product(few.TUNED, configurations):
         yield few.tuning_run(a_study(tune=True), name, 100, number)

@@ -289,6 +289,11 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def names(folder):
+    """The names of what is in a folder, in order."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def snapshot(folder):
     """What is in a folder: for each path its kind and, of a file, its size and time of change."""
     found = {}
