@@ -463,25 +463,24 @@ LACKING = """
     no-file     acted    2.actions.npy
     no-names    acted    actions.json
 """  # a folder, the folder it is a copy of, and the file that it lacks
-# folder: (the folder it is a copy of, a file, a text in the file, what replaces the text)
-VARIANTS = {
-    "other-class": ("samples", "samples.json", '["A"]', '["C"]'),
-    "slow": ("samples", "samples.json", "0.04", "0.48"),
-    "lost": ("cache", "latents.json", '"ema"', '"vae"'),
-    "scaled": ("lost", "latents.json", "0.18215", "0.5"),
-    "others-vae": ("lost", "latents.json", '"vae",', '"vae", "vae_sha256": "0123",'),
-    "pixels": ("cache", "latents.json", '"ema"', '"none"'),
-    "later-cache": ("cache", "latents.json", '"format": 1', '"format": 2'),
-    "no-paths": ("cache", "latents.json", '"path"', '"place"'),
-    "wide-export": ("shared", "config.json", '"hidden_size": 192', '"hidden_size": 96'),
-    "stepless-export": ("shared", "config.json", '"step"', '"steps"'),
-    "later-export": ("shared", "config.json", '"version": 1', '"version": 2'),
-    "one-way": ("acted", "actions.json", '"mirror"', '"no mirror"'),
-    "half-mirrored": ("acted", "actions.json", ', "right": "left"', ""),
-    "none": ("acted", "actions.json", "stay", "none"),
-    "comma": ("acted", "actions.json", "stay", "a,b"),
-    "twice": ("acted", "actions.json", "stay", "left"),
-}
+VARIANTS = """
+    other-class     samples   samples.json  ["A"] => ["C"]
+    slow            samples   samples.json  0.04 => 0.48
+    lost            cache     latents.json  "ema" => "vae"
+    scaled          lost      latents.json  0.18215 => 0.5
+    others-vae      lost      latents.json  "vae", => "vae", "vae_sha256": "0123",
+    pixels          cache     latents.json  "ema" => "none"
+    later-cache     cache     latents.json  "format": 1 => "format": 2
+    no-paths        cache     latents.json  "path" => "place"
+    wide-export     shared    config.json   "hidden_size": 192 => "hidden_size": 96
+    stepless-export shared    config.json   "step" => "steps"
+    later-export    shared    config.json   "version": 1 => "version": 2
+    one-way         acted     actions.json  "mirror" => "no mirror"
+    half-mirrored   acted     actions.json  "right": "left" => "stay": "stay"
+    none            acted     actions.json  stay => none
+    comma           acted     actions.json  stay => a,b
+    twice           acted     actions.json  stay => left
+"""  # a folder, the folder it is a copy of, a file, a text in the file => what replaces the text
 
 CLIPS = {"use_rope": True, "num_frames": 4}
 IMAGES = {"num_frames": 1, "temporal_patch_size": 1}
@@ -566,7 +565,9 @@ def world(tmp_path_factory):
     for name, text in (TEXTS | dict.fromkeys(split(EMPTY), "")).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    for name, (folder, file, old, new) in VARIANTS.items():
+    for line in VARIANTS.strip().splitlines():
+        place, _, new = line.partition(" => ")
+        name, folder, file, old = place.split(maxsplit=3)
         path = copy(folder, name) / file
         path.write_text(path.read_text().replace(old, new))
     (root / "lost/A/a.safetensors").unlink()

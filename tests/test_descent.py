@@ -23,7 +23,7 @@ from models import Condition
 from samplers import guided, sample
 from test_docs import check_command, commands
 from test_models import clip, distance, tiny
-from tiny_data import make_vae, random_checkpoint
+from tiny_data import random_checkpoint
 from training import ROOT, refused, run_main
 
 DEMO = ROOT / "results/demo"
@@ -145,7 +145,7 @@ def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatc
     page = tmp_path / "page.html"
     cases = {
         "needs the VAE mse": {"vae": "mse"},
-        "needs the VAE in its folder": {"vae": make_vae(tmp_path / "vae")},
+        "needs the VAE in its folder": {"vae": tmp_path / "vae"},
         "has an energy (ebm dot)": {"ebm": "dot"},
         "learned objective flow": {"objective": "flow"},
         "": {},

@@ -196,10 +196,11 @@ def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
     assert scores[4] > 1.5 and scores[5] < 1  # the seams are not at the borders of patches of 5
 
 
-def test_images_of_sample_gd_get_a_fid(detector, places, tmp_path):
+def test_images_of_sample_gd_get_a_fid(detector, tmp_path):
     data = make_images(tmp_path / "images", 40)
     sample = split("--num-samples 10 --cfg-scale 1.5 --no-previews")
-    sample_here(places / "image.pt", tmp_path / "s", *sample)
+    ckpt = random_checkpoint(tmp_path / "image.pt", input_size=8)
+    sample_here(ckpt, tmp_path / "s", *sample)
     flags = ["--metric", "fid", "--data-path", data, "--detector", detector, "--num-real", 10]
     found = run(tmp_path / "a.json", *flags, "--samples", tmp_path / "s")
     assert found["protocol"] == "fid10_1f_cfg1.5" and found["values"]["fid"] > 0
