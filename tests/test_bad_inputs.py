@@ -302,7 +302,7 @@ evaluate: evaluate --metric=motion --samples=samples --data-path videos --out ne
         --detector x => for --metric motion; remove
         --num-real 1 => at least 2
         --metric prediction --num-real 3 => --num-real; prediction chooses its real clips
-        --metric prediction => has clips of 8 px, SSIM needs at least 11
+        --samples samples --metric prediction => has clips of 8 px, SSIM needs at least 11
         --samples samples --metric world => does not continue the clips; again with --given
         --metric nearest --split val => --split; chooses its real clips
         --metric census --split val => --split; chooses its real clips
