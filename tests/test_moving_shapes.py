@@ -1,6 +1,5 @@
 """The files of Moving Shapes, their exact content, and the script that arranges UCF-101."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from scipy.ndimage import center_of_mass
 
 import make_moving_shapes as shapes
 from process import write_commands
+from runtime.untrusted import read_json
 from tiny_videos import decode
 from training import content, record_calls, refused, snapshot
 
@@ -22,7 +22,7 @@ SCRIPTS = Path(shapes.__file__).parent
 
 def make(out, *flags):
     shapes.main(["--out", str(out), *map(str, flags)])
-    return json.loads((out / "shapes.json").read_text())
+    return read_json(out / "shapes.json")
 
 
 def plan(*flags):

@@ -1,6 +1,5 @@
 """Names with spaces, quotes, line breaks and shell code work everywhere, and forge no log line."""
 
-import json
 from shlex import split
 
 import numpy as np
@@ -11,6 +10,7 @@ import export
 import sample_gd
 import train
 from runtime.cli import one_line
+from runtime.untrusted import read_json
 from tiny_data import make_vae
 from tiny_videos import write_video
 from training import run_main
@@ -65,7 +65,7 @@ def test_all_scripts_work_with_odd_names_and_no_log_line_is_forged(tmp_path, mon
         assert "\nstep 9:" not in text
         assert "\x1b" not in text
     for path in (cache / "latents.json", samples / "samples.json"):
-        assert json.loads(path.read_text())["classes"] == sorted(CLASSES)
+        assert read_json(path)["classes"] == sorted(CLASSES)
     assert not list(tmp_path.rglob("hacked"))
 
 

@@ -19,6 +19,7 @@ import train
 import transport
 from models import model_config
 from runtime.rng import normal, uniform
+from runtime.untrusted import read_json
 from samplers import sample
 from tiny_data import make_vae, random_checkpoint
 from tiny_videos import write_equal_videos
@@ -99,7 +100,7 @@ def altered(places, folder, kind="pixels", source=(), **about):
     """A copy of a sample folder whose samples.json says something else."""
     shutil.copytree(places / kind, folder)
     path = folder / "samples.json"
-    content = json.loads(path.read_text())
+    content = read_json(path)
     content["source"] |= source
     content["flags"] |= about.pop("flags", {})
     path.write_text(json.dumps(content | about))
@@ -300,7 +301,7 @@ def whole(places, tmp_path_factory):
 def test_a_student_begins_with_averaged_weights_and_records_its_teacher(places, whole):
     state = whole.saved()
     recorded = state["config"]["training"]
-    about = json.loads((places / "pixels/samples.json").read_text())["source"]
+    about = read_json(places / "pixels/samples.json")["source"]
     teacher = checkpoint.load(places / "pixels.pt")
     assert recorded["teacher"]["weights_sha256"] == about["weights_sha256"]
     assert recorded["teacher"]["weights_sha256"] == checkpoint.weights_sha256(teacher["ema"])
@@ -354,7 +355,7 @@ def test_a_student_of_latents_encodes_nothing_and_samples_in_four_steps_without_
     run_main(sample_gd, "--video", "--ckpt", ckpt, "--folder", folder, "--num-samples", 1)
     line = "student of a teacher with guidance 4; samples of 4 by euler, 4 evaluations, "
     assert line + "guidance 1" in capsys.readouterr().out
-    source = json.loads((folder / "samples.json").read_text())["source"]
+    source = read_json(folder / "samples.json")["source"]
     assert source["guidance_chosen"]
 
 
@@ -396,7 +397,7 @@ def test_samples_of_a_causal_teacher_need_its_actions_and_one_class(
 
 def test_samples_without_seed_or_class_are_refused(places, tmp_path, capsys):
     folder = altered(places, tmp_path / "s")
-    content = json.loads((folder / "samples.json").read_text())
+    content = read_json(folder / "samples.json")
     content["source"].pop("seed")
     (folder / "samples.json").write_text(json.dumps(content))
     line = refused(capsys, train, *student(places, "--data-path", folder))
@@ -430,7 +431,8 @@ def test_flags_that_pairs_do_not_have_are_refused(places, monkeypatch, capsys, f
     assert re.search(expected, line), line
 
 
-def test_real_clips_have_the_classes_of_the_pairs(places, tmp_path, capsys):
+def test_real_clips_have_the_classes_of_the_pairs(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without results, where the index of the clips would be
     shutil.copytree(places / "real", tmp_path / "other")
     (tmp_path / "other/B").rename(tmp_path / "other/C")
     line = refused(capsys, train, *student(places, "--real-data", tmp_path / "other"))

@@ -3,7 +3,6 @@ writes it today.
 """
 
 import csv
-import json
 import re
 import shutil
 import subprocess
@@ -12,11 +11,12 @@ import pytest
 
 import benchmark
 import lab
+from runtime.untrusted import read_json
 from training import ROOT, run_main
 
 RESULTS = ROOT / "results"
 FOLDERS = [RESULTS, *RESULTS.glob("studies/*")]
-FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.[jc]s*"))
+FILES = sorted(path for folder in FOLDERS for path in folder.glob("[!.]*.[jc]s*"))
 KEYS = "code", "command", "date", "machine"
 
 
@@ -27,7 +27,7 @@ def records_of(path):
     path = path.with_suffix(".json")
     if not path.exists():
         return []
-    content = json.loads(path.read_text())
+    content = read_json(path)
     return content if isinstance(content, list) else [content.get("made", {})]
 
 
@@ -94,5 +94,5 @@ def test_the_benchmark_says_how_it_was_made(tmp_path, monkeypatch):
         benchmark, "PARTS", {"step": lambda args, report: report.add("a / b", [1.0])}
     )
     run_main(benchmark)
-    content = json.loads((tmp_path / "results/studies/speed/benchmark.json").read_text())
+    content = read_json(tmp_path / "results/studies/speed/benchmark.json")
     assert content["made"]["command"].endswith("benchmark.py") and content["rows"][0]["median"] == 1

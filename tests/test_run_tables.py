@@ -9,6 +9,7 @@ import pytest
 
 import people
 import sprites
+from runtime.untrusted import read_json
 from training import ROOT, run_main
 
 
@@ -28,7 +29,7 @@ MADE = "code", "command", "date", "machine", "note", "notes"  # of a committed r
 def run_of(script, **changes):
     """The numbers of a committed run, with changes, without how it was made."""
     name = script.__name__
-    run, *_ = json.loads((ROOT / f"results/studies/{name}/{name}.json").read_text())
+    run, *_ = read_json(ROOT / f"results/studies/{name}/{name}.json")
     return numbers_of(run) | {"minutes_of_model": 75.0} | changes
 
 
@@ -47,7 +48,7 @@ def tabulate(script, *names):
         if "|" in line:
             title, *cells = line.strip("|").split("|")
             table[title.strip()] = cells
-    return json.loads(place.with_suffix(".json").read_text()), table
+    return read_json(place.with_suffix(".json")), table
 
 
 def scores_of(run, tasks):

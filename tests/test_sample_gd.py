@@ -1,6 +1,5 @@
 """sample_gd.py: a folder of samples that no crash leaves half, settings of the sampler, windows."""
 
-import json
 import shutil
 import signal
 from dataclasses import replace
@@ -17,6 +16,7 @@ from generation import generate
 from plans import SAMPLER
 from process import end, spawn, wait_until
 from published import write_export
+from runtime.untrusted import read_json
 from scoring import manifest
 from test_generation import TUNED
 from tiny_data import random_checkpoint
@@ -200,7 +200,7 @@ def test_sampling_uses_the_settings_of_training_unless_a_flag_replaces_them(tmp_
     ):
         folder = ["--folder", tmp_path / "s", "--num-samples", 1]
         run_main(sample_gd, "--video", "--ckpt", path, *folder, *split(flags))
-        about = json.loads((tmp_path / "s/samples.json").read_text())
+        about = read_json(tmp_path / "s/samples.json")
         assert about["flags"].items() >= (settings | changes).items()
         assert words in capsys.readouterr().out
 
@@ -225,7 +225,7 @@ def test_a_weaker_model_guides_instead_of_the_class(places, tmp_path, capsys):
 def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes, tmp_path):
     def train_on(run, *flags):
         run_main(train, *run.command_flags("--num-frames", 8, "--sample-every", 9, *flags))
-        training = json.loads((run.folder / "config.json").read_text())["training"]
+        training = read_json(run.folder / "config.json")["training"]
         return {name: training[name] for name in SAMPLER}
 
     first = Training(shapes, tmp_path / "first", 2, flags=["--frame-interval", 1, 4])

@@ -14,6 +14,7 @@ import torch
 import evaluate
 import sprites
 import sprites_census
+from runtime.untrusted import read_json
 from sample_folders import FEW, refused, run, write_samples
 from scoring import sources
 from tiny_data import make_vae
@@ -335,7 +336,7 @@ def test_one_and_two_ranks_and_a_moved_vae_give_the_same_values(data, tmp_path):
     vae.rename(tmp_path / "new")
     flags += ["--vae", tmp_path / "new", *FEW]
     on_two_ranks(evaluate, "--out", tmp_path / "2.json", *flags)
-    again = json.loads((tmp_path / "2.json").read_text())
+    again = read_json(tmp_path / "2.json")
     assert again["machine"]["ranks"] == 2 and again["values"] == made["values"]
 
 
@@ -407,6 +408,6 @@ def test_what_census_cannot_score_is_refused(case, data, tmp_path, capsys, monke
         data = shutil.copytree(data, tmp_path / "data")
         change(data)
     samples = write(tmp_path / "s", [*TRUE.values()][:2], ["Slash"] * 2, "gone")
-    content = json.loads((samples / "samples.json").read_text()) | about
+    content = read_json(samples / "samples.json") | about
     (samples / "samples.json").write_text(json.dumps(content))
     refused(capsys, tmp_path / "c.json", *flags_of(samples, data), words=words)

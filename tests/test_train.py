@@ -1,6 +1,5 @@
 """The pieces of train.py, and short runs of it (in this process, for speed)."""
 
-import json
 import shutil
 from dataclasses import replace
 from shlex import split
@@ -19,6 +18,7 @@ from make_moving_shapes import CLASSES
 from models import model_config
 from runtime import cli, metrics
 from runtime.rng import normal, uniform
+from runtime.untrusted import read_json
 from tiny_data import make_images, make_vae
 from tiny_videos import scribble, write_equal_videos, write_video
 from training import IMAGES, batch_of, counted_steps, losses_of, refused, run_main
@@ -294,7 +294,7 @@ def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(training, tmp_pa
         return make_loader(clips, batches, num_workers=0, **settings)
 
     def config_of(name="config.json"):
-        return json.loads((run / name).read_text())
+        return read_json(run / name)
 
     make_loader = train.make_loader
     workers = []

@@ -2,7 +2,6 @@
 controls.
 """
 
-import json
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import make_world
 import world_rules
 import world_truth
+from runtime.untrusted import read_json
 from sample_folders import SOURCE, refused, run, write_samples
 from scoring.sources import find_real
 from scoring.stats import psnr
@@ -84,7 +84,7 @@ def test_a_world_is_made_of_its_flags_alone_and_has_the_layout_of_ucf101(tmp_pat
     ]
     files = [f"{name}.mkv" for name in truth["names"]]
     assert lists == [[word for file in files[:EPISODES] for word in (file, "1")], files[EPISODES:]]
-    about = json.loads((out / "actions.json").read_text())
+    about = read_json(out / "actions.json")
     assert about == {"names": [*STEPS], "mirror": {"left": "right", "right": "left"}}
     for name, actions in zip(truth["names"], truth["actions"], strict=True):
         stored = np.load(out / f"{name}.actions.npy")
