@@ -229,5 +229,6 @@ def draw_lengths(path, rows, abouts, tasks):
         if points:
             axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, label=name)
     axes.set(xlabel="frames", ylabel="both right (%)", xticks=[*tasks])
+    axes.set_ylim(top=101)  # intervals of few seeds go beyond 100%
     axes.legend()
     plots.save_figure(figure, path)
