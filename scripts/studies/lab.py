@@ -20,6 +20,7 @@ import resource
 import runpy
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -198,9 +199,19 @@ def run_script(path, flags, environment, log):
         os.dup2(log.fileno(), stdout_or_stderr)
     os.environ.update(environment)
     if path.suffix == ".sh":
-        os.execvp("bash", ["bash", path, *flags])
+        sys.exit(run_shell(path, flags))
     sys.argv = [str(path), *flags]
     runpy.run_path(str(path), run_name="__main__")
+
+
+def run_shell(path, flags):
+    """Run a shell script and return its status. All its processes get the signals that stop this
+    one: the end of bash alone would leave the command that it waits for.
+    """
+    process = subprocess.Popen(["bash", path, *flags], process_group=0)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda number, _: os.killpg(process.pid, number))
+    return process.wait()
 
 
 @dataclass(eq=False)

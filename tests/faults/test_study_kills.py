@@ -4,11 +4,14 @@ a tiny one.
 
 import json
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
+import lab
 import seeds
 import study
-from process import end, spawn, wait_until
+from process import descendants, end, spawn, wait_gone, wait_until
 from test_studies import SEED, TWO_ARMS
 
 
@@ -34,7 +37,27 @@ def test_processes_at_once_share_the_runs_also_of_a_killed_one_and_run_nothing_t
     assert len(list(tmp_path.glob("runs/*/*/metrics.jsonl"))) == len(TWO_ARMS)
 
 
+def test_the_commands_of_a_shell_script_end_with_a_killed_study(tmp_path):
+    script = tmp_path / "long.sh"
+    script.write_text("sleep 100\ntrue\n")
+    code = f"""
+import lab
+run = lab.Run(lab.Path({str(tmp_path / "rows.json")!r}), {{"seed": 0}})
+run.folder.mkdir(parents=True)
+run.script({str(script)!r})
+"""
+    path = {"PYTHONPATH": str(Path(lab.__file__).parent)}
+    killed = spawn(sys.executable, "-c", code, environment=path, stdout=subprocess.DEVNULL)
+    wait_until(lambda: len(descendants(killed.pid)) == 3, killed)  # a fork, bash, sleep
+    commands = descendants(killed.pid)
+    killed.kill()
+    wait_gone(commands)
+    assert killed.wait() == -signal.SIGKILL
+
+
 def test_a_tiny_quickstart_is_trained_and_scored(tmp_path):
     output = end(start(seeds, tmp_path, "--seeds", 0), timeout=600)
-    assert "| frames | lowest direction accuracy (%) | median |" in output
-    assert len(list(tmp_path.glob("runs/quickstart/0/*/motion.json"))) == len(seeds.LENGTHS)
+    assert "| frames | training shift | lowest direction accuracy (%) | median |" in output
+    for shift in seeds.SHIFTS:
+        scores = [*tmp_path.glob(f"runs/quickstart/0-{shift}/*/motion.json")]
+        assert len(scores) == len(seeds.LENGTHS)
