@@ -301,7 +301,7 @@ def write_page(args):
 
 
 def draw_rows(samples, count):
-    """The first `count` samples of a folder, under a title: uint8 (h, w, 3)."""
+    """The first `count` samples of a folder, under its name and what it has: uint8 (h, w, 3)."""
     T = samples.num_frames
     size = samples.image_size
     columns = evenly_spaced(T, COLUMNS)
@@ -309,6 +309,7 @@ def draw_rows(samples, count):
     N, n = clips.shape[:2]
     fps = 1 / samples.time_scale
     title = [
+        samples.folder.resolve().name,
         *few(N, len(samples), "samples"),
         *(few(n, T, "frames") or [f"{T} frames"]),
         f"{fps:.3g} per second",

@@ -11,6 +11,7 @@ from sample_folders import run
 from training import ROOT, run_main
 
 DEMO = ROOT / "results/demo"
+FEW = ROOT / "results/demo-few"
 WORLD = ROOT / "results/demo-world"
 
 
@@ -30,6 +31,19 @@ def test_the_demo_is_small_and_its_scores_are_of_this_model():
     assert len(scores) == 5
     for values in scores:  # the table says what was measured
         assert f"| {100 * values['direction_accuracy']:.1f} (" in text
+
+
+def test_the_student_of_the_demo_is_small_and_its_scores_are_of_this_model():
+    config = read_json(FEW / "config.json")
+    teacher = checkpoint.weights_sha256(checkpoint.load(DEMO)["ema"])
+    assert config["training"]["teacher"]["weights_sha256"] == teacher
+    text = (FEW / "README.md").read_text()
+    scores = [*scores_of(FEW, "motion-*.json"), read_json(FEW / "teacher.json")["values"]]
+    assert len(scores) == 5
+    for values in scores:
+        numbers = [values[f"{what}_accuracy"] for what in ("both", "direction", "shape")]
+        both, direction, shape = (f"{100 * number:.1f}" for number in numbers)
+        assert re.search(rf"\| {both} \(.* \| {direction} \| {shape} \|", text), both
 
 
 def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(shapes, tmp_path):

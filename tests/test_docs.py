@@ -26,6 +26,7 @@ WRITTEN = [  # by hand; other pages of results/ are written by scripts
     ROOT / "datasets/README.md",
     ROOT / "results/README.md",
     ROOT / "results/demo/README.md",
+    ROOT / "results/demo-few/README.md",
     ROOT / "results/demo-world/README.md",
     *ROOT.glob("results/studies/*/README.md"),
 ]

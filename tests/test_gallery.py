@@ -233,8 +233,8 @@ def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_pat
     half = len(pixels) // 2
     assert pixels.shape == (2 * (title + 2 * step - gallery.GAP), gallery.LEFT + 12 * step - 4, 3)
     for top, words, frames in (
-        (0, "2 of 6 samples, 8 frames", range(8)),
-        (half, "12 of 23 frames", range(0, 23, 2)),
+        (0, "short, 2 of 6 samples, 8 frames", range(8)),
+        (half, "long, 12 of 23 frames", range(0, 23, 2)),
     ):
         line = text_line(words)[:, : -2 * MARGIN]  # how the title begins
         assert np.array_equal(pixels[top : top + title, : line.shape[1]], line)
