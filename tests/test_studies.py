@@ -106,6 +106,7 @@ def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
 
 MAIN_ROWS = lab.read_rows(ROOT / "results/studies/objectives/objectives.json")
 TABLES = {  # in results/
+    "studies/few/few": few.markdown,
     "studies/few/few_tuning": few.tuning_markdown,
     "studies/objectives/given_frames": given_frames.markdown,
     "old/sprites-2h": sprites.markdown,
