@@ -10,9 +10,9 @@ are tuned with the same configurations; the others take those of "pairs". The en
 clips whose direction and shape are both right, by 1, 2 and 4 evaluations of the student without
 guidance, minus 15 guided ones of its teacher.
 
-A teacher takes about 8 minutes of two cores with its samples, a student 5. The script writes few.md
-and .json in results/studies/few, with --tune few_tuning.md and .json. Models, samples and scores
-are in its folder runs (see lab.py).
+A teacher takes about 23 minutes of one core with its samples, a student 10. The script writes
+few.md and .json in results/studies/few, with --tune few_tuning.md and .json. Models, samples and
+scores are in its folder runs (see lab.py).
 """
 
 import itertools

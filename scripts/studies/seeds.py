@@ -1,14 +1,15 @@
 """How do the quickstart's accuracies vary over seeds, and which training shift suits it?
 
-    python scripts/studies/seeds.py               5 seeds of two shifts, 15 minutes of one core each
+    python scripts/studies/seeds.py               5 seeds of two shifts, 10 minutes of one core each
     GPUS=1 python scripts/studies/seeds.py & \
         GPUS=1 python scripts/studies/seeds.py    two processes share the runs
 
 The script runs scripts/quickstart.sh with its default steps and batches. It samples 288 clips each
 of 4, 16 and 24 frames and scores them against videos made with another seed. Fixed before the runs:
-the better shift has more clips with the right direction and shape, as the mean over seeds and
-lengths. The script writes seeds.md and .json in results/studies/positions. Models and scores are in
-its folder runs (see lab.py).
+a shift needs at least 90% of the directions and 85% of the shapes right with each seed and length.
+If both have that, the better one has more clips with the right direction and shape, as the mean
+over seeds and lengths. The script writes seeds.md and .json in results/studies/positions. Models
+and scores are in its folder runs (see lab.py).
 """
 
 import itertools
