@@ -159,9 +159,9 @@ def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
         assert labels.tolist() == ([1, 0] if "another" in name else [0, 11])
     for name, value in {"FIRST": 1, "AGAIN": 1, "FRAMES": 4, "LEVELS": (0.3,)}.items():
         monkeypatch.setattr(disturb, name, value)
-    run_main(disturb, "--num-clips", 2, "--out", tmp_path)
-    assert len((tmp_path / "disturb.md").read_text().splitlines()) == 4 + 2 + 9
-    rows = json.loads((tmp_path / "disturb.json").read_text())["rows"]
+    run_main(disturb, "--model", "demo-few", "--num-clips", 2, "--out", tmp_path)
+    assert len((tmp_path / "disturb-few.md").read_text().splitlines()) == 4 + 2 + 9
+    rows = json.loads((tmp_path / "disturb-few.json").read_text())["rows"]
     assert rows["before"]["shape"] == [False, False]  # still noise
 
 

@@ -1,10 +1,12 @@
 """Measure which disturbances of a finished clip heal: disturb it, descend again, track the shape.
 
     python scripts/studies/disturb.py                       about 40 minutes of one core
+    python scripts/studies/disturb.py --model demo-few      about 20, without guidance
 
-The clips are those of the page that `scripts/export.py --html` makes of results/demo: 16 frames,
+The clips are those of the page that `scripts/export.py --html` makes of this model: 16 frames,
 with the step size, momentum and guidance of the checkpoint. The script writes disturb.md and
-.json in results/studies/objectives after each batch of 24 clips; run it again to continue.
+.json (or disturb-few) in results/studies/objectives after each batch of 24 clips; run it again to
+continue.
 """
 
 import json
@@ -24,7 +26,7 @@ from scoring.stats import share
 from shapes_tracker import track
 from vae import VAE
 
-DEMO = lab.ROOT / "results/demo"
+MODELS = ("demo", "demo-few")  # folders of results
 BATCH = 24
 FRAMES = 16
 SQUARE = 6
@@ -172,6 +174,7 @@ def cell(hits):
 
 def parse_args():
     parser = lab.out_parser(__doc__, "objectives", "the tables")
+    parser.add_argument("--model", choices=MODELS, default="demo", help="a folder of results")
     parser.add_argument("--num-clips", type=COUNT, default=288, help="clips of 16 frames")
     return parser.parse_args()
 
@@ -181,8 +184,9 @@ def markdown(content):
     count = len(rows["before"]["shape"])
     lines = lab.heading(
         "Disturbances",
-        f"`scripts/studies/disturb.py` wrote this table from {count} clips of the demo model: "
-        f"{FIRST} evaluations, a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson).",
+        f"`scripts/studies/disturb.py` wrote this table from {count} clips of "
+        f"results/{content['model']}: {FIRST} evaluations, a disturbance, {AGAIN} more. Brackets "
+        "hold 95% intervals (Wilson).",
     )
     titles = ["", *(f"{kind} right (%)" for kind in KINDS)]
     cells = []
@@ -194,18 +198,19 @@ def markdown(content):
 @one_line_errors()
 def main():
     args = parse_args()
-    model, config, _ = checkpoint.load_model(DEMO)
-    path = Path(args.out, "disturb.json")
+    model, config, _ = checkpoint.load_model(lab.ROOT / "results" / args.model)
+    name = args.model.replace("demo", "disturb")
+    path = Path(args.out, f"{name}.json")
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     known = len(rows["before"]["shape"]) if rows else 0
     for first in Bar(range(known, args.num_clips, BATCH), desc="disturb", unit="part"):
         indices = range(first, min(first + BATCH, args.num_clips))
-        for name, hits in measure(model, config, indices).items():
-            row = rows.setdefault(name, {kind: [] for kind in KINDS})
+        for case, hits in measure(model, config, indices).items():
+            row = rows.setdefault(case, {kind: [] for kind in KINDS})
             for kind in KINDS:
                 row[kind] += hits[kind]
-        content = {"made": lab.made(), "rows": rows}
-        lab.write_results(args.out, "disturb", markdown(content), content)
+        content = {"made": lab.made(), "model": args.model, "rows": rows}
+        lab.write_results(args.out, name, markdown(content), content)
 
 
 if __name__ == "__main__":
