@@ -34,7 +34,10 @@ def main_rows():
         right = 0.95 - points + 0.001 * (seed % 3) * (name != "teacher")
         values = {}
         for frames, count in itertools.product(few.FRAMES, few.COUNTS):
-            values[few.task_of(frames, count)] = {"both_accuracy": right}
+            values[few.task_of(frames, count)] = {"both_accuracy": right, "recall": count / 100}
+        for count in few.GIVEN_COUNTS:
+            values[few.given_task(count)] = {"psnr_gain": count}
+        values[few.disturb.LEFT] = {"both_accuracy": right}
         rows.append({"arm": name, "seed": seed, "values": {"": {"cost": 0.9}} | values})
     return rows
 
@@ -50,8 +53,11 @@ def test_the_control_is_tuned_as_much_as_the_pairs_on_another_seed():
 def test_the_tables_compare_students_with_15_guided_evaluations_of_the_teacher():
     text = "\n".join(few.markdown(main_rows()))
     compared = text.split("## Differences from the teacher")[1]
-    assert compared.count("pairs minus teacher is -0.9") == 5  # 16 frames: 1, 2, 4; others: 4
-    assert compared.count("independent noise minus teacher is -9.9") == 5
+    # 16 frames: 1, 2, 4 evaluations; other lengths: 4; healing
+    assert compared.count("pairs minus teacher is -0.9") == 6
+    assert compared.count("independent noise minus teacher is -9.9") == 6
+    assert compared.count("teacher is -11.00 (95%") == 4  # recall and PSNR: 4 - 15
+    assert "pairs minus independent noise is +9.00" in compared
     assert "16 frames, evaluations 4 (student) and 15 (teacher): pairs minus teacher" in compared
     assert "second round" not in compared  # it has no rows
     assert "| pairs | 94.1 (94.0 to 94.2) |" in text

@@ -94,6 +94,7 @@ ARMS = {
     "second round": Arm(teacher="pairs"),
     "told": Arm(teacher="told teacher"),
 }
+CONTROLLED = ("pairs", "independent noise")
 TUNED = [name for name, arm in ARMS.items() if arm.tuned_as == name]
 TUNING_SEEDS = (100,)
 
@@ -443,10 +444,13 @@ def tuning_markdown(rows):
 
 # Tables -------------------------------------------------------------------------------------------
 
+GAIN = lab.Column("PSNR gain, 8 of 16 given (dB)", "psnr_gain", 1, task=given_task(MAIN))
+HEALS = lab.Column("left half heals (%)", "both_accuracy", task=disturb.LEFT)
+RECALL = lab.Column("recall (%)", "recall", task=task_of(16, MAIN))
 OTHERS = (
-    lab.Column("PSNR gain, 8 of 16 given (dB)", "psnr_gain", 1, task=given_task(MAIN)),
-    lab.Column("left half heals (%)", "both_accuracy", task=disturb.LEFT),
-    lab.Column("recall (%)", "recall", task=task_of(16, MAIN)),
+    GAIN,
+    HEALS,
+    RECALL,
     lab.Column(f"recall, {USUAL} evaluations (%)", "recall", task=task_of(16, USUAL)),
     lab.Column("RMSE to the nearest training clip", "rmse", 1, 2, task=task_of(16, MAIN)),
     lab.Column("FLOPs / the teacher's training", "cost", 1, 2),
@@ -467,18 +471,30 @@ def markdown(rows):
             columns.append(lab.Column(f"{count}", "both_accuracy", task=task_of(frames, count)))
         lines += [f"## {frames} frames, by evaluations", "", *lab.arm_table(rows, arms, columns)]
     lines += [f"## Other endpoints, {MAIN} evaluations", "", *lab.arm_table(rows, arms, OTHERS)]
-    usual = {
-        frames: lab.by_seed(rows, arms["teacher"], right_at(frames, USUAL)) for frames in FRAMES
-    }
     cases = []
     done = [name for name in ARMS if lab.rows_with(arms[name], rows)]
-    for frames, count, name in itertools.product(FRAMES, (1, 2, MAIN), done):
-        if frames == 16 or count == MAIN:
-            values = {name: lab.by_seed(rows, arms[name], right_at(frames, count))}
-            values["teacher"] = usual[frames]
-            what = f"{frames} frames, evaluations {count} (student) and {USUAL} (teacher)"
-            cases.append((values, (name, "teacher"), what, 2))
+    for (what, of_student, of_teacher), name in itertools.product(endpoints(), done):
+        values = {
+            name: lab.by_seed(rows, arms[name], of_student),
+            "teacher": lab.by_seed(rows, arms["teacher"], of_teacher),
+        }
+        cases.append((values, (name, "teacher"), what, 2))
+    values = lab.by_arm(rows, arms, right_at(16, MAIN))
+    cases.append((values, CONTROLLED, f"16 frames, {MAIN} evaluations", 2))
     return [*lines, "## Differences from the teacher", "", *lab.compare(cases)]
+
+
+def endpoints():
+    """[(what is compared, the student's Column, the teacher's Column)]"""
+    compared = []
+    for frames, count in ((16, 1), (16, 2), (16, MAIN), (24, MAIN), (32, MAIN)):
+        what = f"{frames} frames, evaluations {count} (student) and {USUAL} (teacher)"
+        compared.append((what, right_at(frames, count), right_at(frames, USUAL)))
+    what = f"evaluations {MAIN} (student) and {USUAL} (teacher)"
+    compared.append((f"{GAIN.title}, {what}", GAIN, GAIN.of(given_task(USUAL))))
+    compared.append((HEALS.title, HEALS, HEALS))
+    compared.append((f"{RECALL.title}, {what}", RECALL, RECALL.of(task_of(16, USUAL))))
+    return compared
 
 
 def right_at(frames, count):
