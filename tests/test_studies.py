@@ -111,6 +111,7 @@ TABLES = {  # in results/
     "studies/objectives/given_frames": given_frames.markdown,
     "old/sprites-2h": sprites.markdown,
     "studies/objectives/disturb": disturb.markdown,
+    "studies/objectives/disturb-few": disturb.markdown,
     "studies/objectives/few": partial(objectives.few_markdown, MAIN_ROWS),
     "studies/objectives/given_frames_objectives": given_frames.markdown,
     "studies/objectives/objectives": objectives.markdown,
