@@ -82,6 +82,8 @@ train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-p
         --pure-noise 0.5 => --pure-noise 0.5: needs --pairs
         --rope-split 8,8,8,2 | --rope-split 16,8,7 | --rope-split 0,16,16 | --rope-split=-2,8,8
         --rope-split x => rope_split; 'x'
+        --rope-speed 1001 => rope_speed must be in [0, 1000]
+        --hidden-size 8 --num-heads 2 => even head_dim of at least 6, got 4
         --rope-split 20,0,0 => rope_split 20,0,0 omits height or width; needs position_table space
         --rope-split 20,4,8 --rope-speed 0.5 => rope_speed 0.5 needs 6 channels
         --hidden-size 66 --num-heads 2 => must be a multiple of 2 x 2 heads; 66
@@ -136,6 +138,10 @@ train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-p
         --inflate image.pt --rope-split 16,8,8 | --inflate image.pt --rope-speed 1 => must agree
         --inflate plain.pt --rope-split 8,8,8 => has rope split 20,0,0
         --data-path long --inflate image.pt => --inflate image.pt has A, B (2); --new-classes
+train recipe: train {model} {pixels} {steps} --data-path images
+        @no/such.txt | @quote.txt | @flipped.pt => recipe
+        @unknown.txt => --lrr
+        @lacking.txt => argument --lr
 train fixed: train {model} {pixels} {steps} --video --num-frames 8 --data-path videos
         --rope-split 8,8,8 | --rope-speed 0.5 | --rope-theta 100 => needs use_rope
         --position-table space => needs use_rope
@@ -179,6 +185,11 @@ train actions: train {model} {steps} --video --use-rope --vae none --image-size 
 schedule: train {model} {pixels} --video --use-rope --global-batch-size 4 --data-path videos
         --frames-schedule 4:10,8:5 => 8:5; increase
         --frames-schedule four => 'four'
+        --frames-schedule 4 | --frames-schedule 4:x | --frames-schedule 4:10:2:1 \
+            | --frames-schedule 4:10, | --frames-schedule '4:10;8:20' | --frames-schedule 0:10 \
+            | --frames-schedule 4:0 | --frames-schedule 4:10:0 | --frames-schedule 4:10,8:10 \
+            | --frames-schedule 4.5:10 | --frames-schedule 4:10:\u0664 | --frames-schedule '' \
+            | --frames-schedule 4:999999999999 => argument
         --frames-schedule 2:10,8:20 => --frames-schedule 2; 4
         --frames-schedule 4:10,400:20:4 => --frames-schedule 400; 10
         --frames-schedule 4:10,12:20 --global-batch-size 4 => 12 frames; --global-batch-size
@@ -261,6 +272,14 @@ sample: sample_gd --video --ckpt rope.pt --folder new
         --given videos --given-split val --num-frames 100 \
             => --given videos: the longest video of --given-split val
         --actions left*2 => --actions left*2: ; was trained without actions; remove it
+        --given no/such --given-split val => --given no/such: no such folder
+sample flow: sample_gd --video --ckpt flow.pt --folder new
+        --overlap 3 --window 8 --num-frames 16 => --overlap 3: splits a temporal patch
+        --window 10 --num-frames 16 => --window 10: splits a temporal patch
+        --window 4 --num-frames 16 => --window 4: expected two temporal patches
+        --given images/A/0.png => has 1 frame; expected at least 4, a temporal patch
+        --given videos --given-frames 0-2 --num-frames 8 => 0-2: splits a temporal patch of 4 frames
+        --given videos --given-frames 8-9 --num-frames 10 --window 8 => 8-9: splits a temporal patch
 sample causal: sample_gd --video --ckpt causal.pt --folder new
         --window 8 => --window 8: does not apply to a causal model
         --overlap 4 => --overlap 4: does not apply to a causal model
@@ -283,6 +302,7 @@ sample images: sample_gd --ckpt image.pt --folder new
         --init videos/A/a.avi => no image
         --ckpt rope.pt => holds a video model: add --video
 cache: cache_latents --data-path videos --vae vae --image-size 16 --out new
+        --use-rope => --use-rope: no such flag
         --vae code-vae => diffusion_pytorch_model.safetensors
         --vae emma | --vae '' => none, ema, mse or a directory
         --data-path no/such | --out videos | --out cache | --image-size 33
@@ -341,6 +361,10 @@ export: export
         rope.pt new --scores no/such.json | rope.pt new --scores list.json => can't be read
         rope.pt --html '' | rope.pt --html videos => expected the name of an HTML file
         rope.pt --html file/x.html => --html file: ; not a writable folder
+        energy-clips.pt --html new.html => has an energy (ebm dot)
+        flow.pt --html new.html => learned objective flow
+        rope.pt --html new.html --given images/A/0.png \
+            => --given images/A/0.png: applies to the page of a causal model
         rope.pt --html new.html --dtype fp16 => --dtype: has no effect
 shapes: make_moving_shapes --out new
         --size big | --out file | --seconds inf | --seconds 0 | --videos-per-class 1000000000000
@@ -371,6 +395,8 @@ study: study --out new
         --list --report => not allowed with
         --report => new/study.json has no rows
         --out file --report => --out file:
+positions: positions sprites --out new
+        => --data-path: expected the videos of sprites
 control: control --out new
         --arms flow => --arms flow: its tuning is not complete; run with --tune first
 control on sprites: control_sprites --data-path videos --out new --arms eqm
@@ -438,6 +464,9 @@ TEXTS = {  # file: all that is in it
     "broken/b.mp4": "RIFF and no more",
     "no-format/latents.json": "{}",
     "not-json/latents.json": "[",
+    "quote.txt": "--lr 'a",
+    "unknown.txt": "--lrr 1",
+    "lacking.txt": "--lr",
 }
 EMPTY = """
     file
@@ -578,7 +607,7 @@ def world(tmp_path_factory):
     return root, snapshot(root)
 
 
-@pytest.mark.parametrize(("command", "flags", "words"), list(cases()))
+@pytest.mark.parametrize("command, flags, words", list(cases()))
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(
     command, flags, words, world, monkeypatch, capsys, caplog
 ):

@@ -111,7 +111,7 @@ def test_a_class_that_the_font_lacks_gets_one_note_and_its_rows_keep_the_names_o
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "flags, words",
     [
         (
             ["--num-frames", 24],
@@ -241,6 +241,8 @@ def test_many_videos_and_gpus_get_the_defaults_of_the_scripts(size):
     videos = [video] * 1000
     args = cli.Flags({"model": "EqM-S/4", "vae": "ema"}, [])
     flags, vae = check.choose_flags(args, check.PUBLISHED_VAE, videos, num_gpus=8)
-    assert (flags.model, flags.global_batch_size, flags.max_steps) == ("EqM-S/4", 256, 50_000)
+    assert flags.model == "EqM-S/4"
+    assert flags.global_batch_size == 256
+    assert flags.max_steps == 50_000
     expected = ("ema", 256, 8) if size == 320 else ("none", 64, 1)
     assert (flags.vae, flags.image_size, vae.downsample) == expected

@@ -26,7 +26,7 @@ from video.index import CorruptDataError
 
 
 @pytest.mark.parametrize(
-    ("words", "values"),
+    "words, values",
     [
         ([], {}),
         (["--steps=3"], {"steps": 3}),
@@ -58,7 +58,7 @@ def test_flags_are_frozen_and_know_which_were_typed(words, values):
 
 # bf16: whether the GPU has it, None: no GPU; kept: the precision of the resumed run
 @pytest.mark.parametrize(
-    ("bf16", "energy", "kept", "typed", "expected"),
+    "bf16, energy, kept, typed, expected",
     [
         (True, False, None, None, "bf16"),
         (True, True, None, None, "fp32"),  # the gradient of an energy stays exact
@@ -95,7 +95,7 @@ def test_the_flag_the_run_or_the_device_sets_the_precision(
 
 
 # If another rank still runs after ten seconds, it reports
-@pytest.mark.parametrize(("rank", "before"), [("0", []), ("1", [(10, "")])])
+@pytest.mark.parametrize("rank, before", [("0", []), ("1", [(10, "")])])
 def test_an_error_is_one_line_and_other_ranks_give_rank_0_ten_seconds(
     rank, before, monkeypatch, capsys
 ):
@@ -135,7 +135,7 @@ def test_warnings_are_lines_and_the_log_has_the_earlier_ones(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "words"),
+    "error, status, words",
     [
         (KeyboardInterrupt(), 130, "error: stopped by SIGINT: run the same command again"),
         (UserError("wrong\nflag"), 1, "wrong flag"),
@@ -207,7 +207,7 @@ def test_a_full_disk_is_named_with_the_checkpoints_to_delete(error, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    "error, text",
     [
         (OSError(13, "Permission denied"), r"a can't be written \(Permission denied\)$"),
         (RuntimeError("a bug"), "^a bug$"),
@@ -247,7 +247,7 @@ def test_a_script_outside_the_environment_names_setup_sh_in_one_line(script):
     assert "run 'bash scripts/setup.sh'" in line
 
 
-@pytest.mark.parametrize(("traceback", "lines"), [("0", 1), ("1", 3)])
+@pytest.mark.parametrize("traceback, lines", [("0", 1), ("1", 3)])
 def test_ctrl_c_during_imports_is_one_line(traceback, lines):
     process = python("import uncaught; raise KeyboardInterrupt", EQM_TRACEBACK=traceback)
     assert len(end(process, -signal.SIGINT).splitlines()) == lines

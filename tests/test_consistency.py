@@ -33,7 +33,7 @@ def walk(steps):
 
 
 @pytest.mark.parametrize(
-    ("clip", "patches", "windows"),
+    "clip, patches, windows",
     [
         ((12, 4), [4, 8], []),
         ((24, 4, 16, 8), [4, 8, 12, 16, 20], [16]),

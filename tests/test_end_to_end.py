@@ -5,7 +5,6 @@ faults/test_readme.py runs the commands of the README.
 
 import json
 from glob import glob
-from pathlib import Path
 from shlex import split
 
 import numpy as np
@@ -15,9 +14,7 @@ from PIL import Image
 import sample_gd
 import train
 from runtime.metrics import read_metrics
-from tiny_data import make_images, make_vae
 from training import by_torchrun, content, on_two_ranks, run_main
-from video.files import probe
 
 TINY = split("""
     --model EqM-Ti/4
@@ -53,7 +50,7 @@ def previews_of(pattern):
 
 
 def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(shapes, tmp_path):
-    flags = [*VIDEO, *PREVIEWS, "--num-frames", 4, "--max-steps", 3, "--data-path", shapes]
+    flags = [*VIDEO, *PREVIEWS, *split(f"--num-frames 4 --max-steps 3 --data-path {shapes}")]
     run_main(train, *flags, "--grad-accum", 2, "--results-dir", tmp_path / "alone")
     by_torchrun("train.py", *flags, "--results-dir", tmp_path / "two")
     on_two_ranks(train, *flags, "--shard", "--results-dir", tmp_path / "sharded")
@@ -73,9 +70,9 @@ def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(shapes, tmp_pat
 
 def test_one_checkpoint_samples_16_and_24_frames_and_their_energies(places, tmp_path):
     sampling = [*SAMPLE, "--ckpt", places / "energy.pt", "--report-energy"]
-    run_main(sample_gd, *sampling, "--num-frames", 16, 24, "--folder", tmp_path / "both")
+    run_main(sample_gd, *sampling, *split(f"--num-frames 16 24 --folder {tmp_path}/both"))
     # all of it noise, as without
-    start = ["--init", places / "B/b.mp4", "--init-gamma", 0]
+    start = split(f"--init {places}/B/b.mp4 --init-gamma 0")
     run_main(sample_gd, *sampling, "--num-frames", 16, *start, "--folder", tmp_path / "alone")
     samples = (tmp_path / "alone/samples.npz").read_bytes()
     assert samples == (tmp_path / "both-f16/samples.npz").read_bytes()
@@ -83,9 +80,6 @@ def test_one_checkpoint_samples_16_and_24_frames_and_their_energies(places, tmp_
         folder = tmp_path / f"both-f{frames}"
         samples = np.load(folder / "samples.npz")
         assert samples["arr_0"].shape == (3, frames, 16, 16, 3)
-        assert samples["arr_0"].dtype == np.uint8
-        assert samples["labels"].tolist() == [0, 1, 0]
-        assert probe(folder, "", "000002.mp4").num_frames == frames
         assert (folder / "energy.png").stat().st_size > 0
         sample, step, energy = np.loadtxt(folder / "energy.csv", delimiter=",", skiprows=1).T
         assert sample.tolist() == np.repeat(range(3), 6).tolist()
@@ -107,7 +101,7 @@ WINDOWS = """
 
 
 def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(places, tmp_path, capsys):
-    given = ["--given", places / "B/b.mp4", "--given-frames", "0-2,9,14-15"]
+    given = split(f"--given {places}/B/b.mp4 --given-frames 0-2,9,14-15")
     sampling = [*split(WINDOWS), *given, "--ckpt", places / "energy.pt"]
     run_main(sample_gd, *sampling, "--folder", tmp_path / "1")
     on_two_ranks(sample_gd, *sampling, "--folder", tmp_path / "2")  # two batches and one
@@ -115,8 +109,8 @@ def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(places, tmp_p
     about = json.loads(files.pop("samples.json"))
     files_of_two = content(tmp_path / "2")
     about_two = json.loads(files_of_two.pop("samples.json"))
-    assert about_two["flags"].pop("folder") == str(tmp_path / "2")
-    del about["flags"]["folder"]
+    for own in (about, about_two):
+        del own["flags"]["folder"]
     assert about_two == about
     assert files_of_two == files
     assert {"000004.mp4", "000004.gif", "evaluations.png"} <= files.keys()
@@ -127,19 +121,3 @@ def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(places, tmp_p
     assert len(set(evaluations)) > 1
     assert about["mean_evaluations"] == evaluations.mean()
     assert f"mean {evaluations.mean():.1f} of 76" in capsys.readouterr().out  # in 4 windows
-
-
-def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
-    data = make_images(tmp_path / "images", 12, ".webp")
-    vae = make_vae(tmp_path / "vae")
-    flags = [*TINY, "--data-path", data, "--vae", vae, "--results-dir", tmp_path / "r"]
-    flags += split("--ebm dot --disp --max-steps 3 --sample-every 3 --num-samples 1")
-    on_two_ranks(train, *flags, "--num-sampling-steps", 3)
-    folder = Path(one(tmp_path / "r/*-EqM-Ti-4-f1-rope"))
-    assert all(row["disp_loss"] <= 0 for row in rows_of(folder / "metrics.jsonl"))
-    assert (folder / "samples/0000003.png").stat().st_size > 0
-    ckpt = folder / "checkpoints/best.pt"
-    flags = split("--num-samples 2 --num-sampling-steps 3")
-    run_main(sample_gd, "--ckpt", ckpt, *flags, "--folder", tmp_path / "s")
-    assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape == (2, 16, 16, 3)
-    assert {"000000.png", "000001.png"} <= content(tmp_path / "s").keys()

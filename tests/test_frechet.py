@@ -1,11 +1,13 @@
 """Fréchet distances compared with closed forms, their errors, and calls of detectors."""
 
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import test_transport
 from runtime.cli import UserError
 from scoring import frechet
 from scoring.frechet import frechet_distance
@@ -13,8 +15,7 @@ from scoring.frechet import frechet_distance
 FVD = Namespace(metric="fvd", batch_size=2, detector="x")
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+normal = partial(test_transport.normal, dtype=torch.float64)
 
 
 def test_the_frechet_distance_equals_its_closed_forms():
@@ -95,7 +96,7 @@ def test_image_detectors_get_frames_in_order():
 
 
 @pytest.mark.parametrize(
-    ("detector", "reason"),
+    "detector, reason",
     [
         (lambda x, **_: x, r"returned \[2, 3, 4, 8, 8\], expected features \[2, D\]"),
         (lambda x, **_: x.mean(), r"returned \[\], expected features \[2, D\]"),

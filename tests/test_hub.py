@@ -1,6 +1,7 @@
 """hubconf.py: samples in another program, whose modules and search path stay as they are."""
 
 import sys
+from shlex import split
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_the_demo_samples_in_a_program_as_sample_gd_does(program, tmp_path, monk
     sampler = load("demo")
     clips = sampler(classes=["CircleLeft", "SquareUp"], num_frames=8, num_samples=3, **FEW)
 
-    assert (clips.dtype, clips.shape) == (torch.uint8, (3, 8, 16, 16, 3))
+    assert clips.dtype == torch.uint8
+    assert clips.shape == (3, 8, 16, 16, 3)
     assert sys.path == path and sys.excepthook is hook
     assert {name: sys.modules[name] for name in modules} == modules
     import run  # the first import of this name after load returned
@@ -51,8 +53,14 @@ def test_the_demo_samples_in_a_program_as_sample_gd_does(program, tmp_path, monk
     monkeypatch.syspath_prepend(ROOT / "EqM")
     for name in OWN_MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    flags = ["--video", "--ckpt", ROOT / "results/demo", "--folder", tmp_path / "samples"]
-    flags += ["--classes", "CircleLeft", "SquareUp", "--num-frames", 8, "--num-samples", 3]
+    flags = split(f"""
+        --video
+        --ckpt {ROOT}/results/demo
+        --folder {tmp_path}/samples
+        --classes CircleLeft SquareUp
+        --num-frames 8
+        --num-samples 3
+    """)
     run_main(sample_gd, *flags, "--num-sampling-steps", 3, "--no-previews")
     assert (clips.numpy() == read_samples("", tmp_path / "samples")[1]).all()
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import PLAIN_TOKENS, EqM, EqM_models, EqMConfig, attend, model_config, position_table
 from rope import apply_rotary
 from runtime.distributed import autocast
+from test_transport import normal
 
 TINY = EqMConfig(
     input_size=4,
@@ -62,8 +63,8 @@ def randomized(model, seed=0):
 
 
 def clip(num_frames, config=TINY, batch=1, seed=1):
-    shape = (batch, config.in_channels, num_frames, config.input_size, config.input_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    side = config.input_size
+    return normal(batch, config.in_channels, num_frames, side, side, seed=seed)
 
 
 def distance(a, b):
@@ -146,7 +147,7 @@ IMAGE = {"num_frames": 1, "temporal_patch_size": 1}
 
 
 @pytest.mark.parametrize(
-    ("size", "side", "kind"),
+    "size, side, kind",
     [
         ("Ti", 3, VIDEO),
         ("L", 3, VIDEO),
@@ -208,7 +209,7 @@ def test_a_clip_is_padded_with_its_last_frame_to_fill_its_last_patch(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_frames", "message"),
+    "kind, num_frames, message",
     [
         ("rotary", 3, "at least 4 frames"),
         ("fixed", 7, "to num_frames 8"),
@@ -291,7 +292,7 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(
         assert distance(result, expected.to(dtype)) < most
 
 
-@pytest.mark.parametrize(("num_keys", "calls"), [(2, 0), (3, 1)])
+@pytest.mark.parametrize("num_keys, calls", [(2, 0), (3, 1)])
 def test_few_tokens_that_see_many_do_not_keep_all_weights(num_keys, calls, monkeypatch):
     q = torch.randn(1, 1, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     k = torch.randn(1, 1, num_keys * PLAIN_TOKENS, 8, dtype=torch.bfloat16)
@@ -339,7 +340,7 @@ def test_a_model_name_sets_size_and_patches_and_overrides_win():
 
 
 @pytest.mark.parametrize(
-    ("message", "changes"),
+    "message, changes",
     [
         ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
         ("must be one of none, space, .* 'time'", {"position_table": "time"}),
@@ -421,14 +422,9 @@ def energy(request):
     return model, plain, clip(num_frames, batch=2).double()
 
 
-def random_like(x, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype)
-
-
 def slope(function, weights, seed, h=1e-5):
     """(a random direction, the derivative of a function along it by finite differences)."""
-    direction = random_like(weights, seed)
+    direction = normal(*weights.shape, seed=seed, dtype=weights.dtype)
     after = function(weights.add_(h * direction))
     before = function(weights.sub_(2 * h * direction))
     weights += h * direction
@@ -457,7 +453,7 @@ def test_the_field_is_minus_the_gradient_of_the_defined_energy(energy):
 
 def test_training_gradients_of_an_energy_equal_finite_differences(energy):
     model, _, x = energy
-    target = random_like(x, 3)
+    target = normal(*x.shape, seed=3, dtype=x.dtype)
 
     def loss(_=None):
         return (model(x, TWO) - target).square().mean()
@@ -498,7 +494,7 @@ def loss_and_gradients(model, x, y, gamma=None):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ebm", "precision"),
+    "kind, ebm, precision",
     [
         ("full", "none", "bf16"),
         ("full", "dot", "fp32"),
@@ -547,7 +543,7 @@ def counted_flops(function):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_frames", "ebm", "grad_checkpoint", "objective"),
+    "name, num_frames, ebm, grad_checkpoint, objective",
     [
         ("EqM-Ti/4", 7, "none", None, "eqm"),
         ("EqM-Ti/4", 16, "none", None, "flow"),

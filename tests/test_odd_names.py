@@ -70,7 +70,7 @@ def test_all_scripts_work_with_odd_names_and_no_log_line_is_forged(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    "text, shown",
     [
         ("plain, ünïcode 😀", "plain, ünïcode 😀"),
         ("two\nlines\r\t", r"two\nlines\r\t"),

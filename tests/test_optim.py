@@ -51,7 +51,8 @@ def test_muon_gets_the_block_matrices_and_adamw_all_other_weights():
     ]
     both = adamw["params"] + muon["params"]
     assert sorted(map(id, both)) == sorted(names)
-    assert (adamw["lr"], muon["lr"]) == (1e-3, 2e-2)
+    assert adamw["lr"] == 1e-3
+    assert muon["lr"] == 2e-2
     assert adamw["weight_decay"] == muon["weight_decay"] == 0.3
     args.optimizer = "adamw"
     (alone,) = optim.make_optimizers(model, args)
@@ -144,7 +145,7 @@ def test_ranks_share_the_work_of_orthogonalizing_evenly():
 
 
 @pytest.mark.parametrize(
-    ("grad_norm", "loss", "skip", "tolerated"),
+    "grad_norm, loss, skip, tolerated",
     [
         (1.0, 2.0, False, 0),
         (torch.inf, 2.0, True, 1),  # an overflow, as usual in fp16
@@ -153,7 +154,8 @@ def test_ranks_share_the_work_of_orthogonalizing_evenly():
 )
 def test_fp16_excuses_only_overflows(grad_norm, loss, skip, tolerated):
     found = optim.check_fp16(torch.tensor(grad_norm), [torch.tensor(loss)])
-    assert (bool(found[0]), found[1].item()) == (skip, tolerated)
+    assert bool(found[0]) == skip
+    assert found[1].item() == tolerated
 
 
 def test_the_ema_soon_forgets_its_start():  # its formula: test_export.py

@@ -79,7 +79,7 @@ def places(tmp_path_factory):
 
 def student(places, *flags, teacher="pixels"):
     """Flags of train.py."""
-    data = ["--data-path", places / teacher]
+    data = split(f"--data-path {places}/{teacher}")
     start = ["--ckpt", places / f"{teacher}.pt"]
     return [*STUDENT, *data, *start, *flags]
 
@@ -128,8 +128,14 @@ def test_latents_are_kept_of_one_window_and_of_a_vae(places, tmp_path, capsys):
     sample_here(places / "pixels.pt", folder, "--save-latents")
     assert "works on pixels, which samples.npz has" in capsys.readouterr().out
     assert not (folder / "latents.npy").exists()
-    flags = split("--video --save-latents --num-frames 12 --window 8")
-    flags += ["--folder", folder, "--ckpt", places / "latents.pt"]
+    flags = split(f"""
+        --video
+        --save-latents
+        --num-frames 12
+        --window 8
+        --folder {folder}
+        --ckpt {places}/latents.pt
+    """)
     line = refused(capsys, sample_gd, *flags)
     assert "--save-latents: the 12 frames are made in windows of 8" in line
 
@@ -166,8 +172,12 @@ def test_samples_of_a_causal_model_have_noise_of_each_patch_and_their_actions(wo
 
 
 def test_a_causal_student_trains_on_the_samples_of_a_causal_teacher(world, tmp_path):
-    flags = ["--data-path", world / "samples", "--ckpt", world / "teacher.pt"]
-    flags += ["--results-dir", tmp_path, "--sample-every", 0]
+    flags = split(f"""
+        --data-path {world}/samples
+        --ckpt {world}/teacher.pt
+        --results-dir {tmp_path}
+        --sample-every 0
+    """)
     run_main(train, *STUDENT, *flags)
     (run,) = tmp_path.glob("000-*-causal")
     state = checkpoint.load(run / "checkpoints/best.pt")
@@ -329,7 +339,8 @@ def test_two_ranks_train_the_same_student(places, tmp_path):
     for ranks in (1, 2):
         results = tmp_path / str(ranks)
         flags = [*student(places, "--pairs-share", 0.7), "--real-data", places / "real"]
-        flags += ["--results-dir", results, "--sample-every", 0]
+        flags += ["--results-dir", results]
+        flags += split("--sample-every 16 --num-samples 1 --num-sampling-steps 2")
         if ranks == 1:
             run_main(train, *flags)
         else:
@@ -352,7 +363,7 @@ def test_a_student_of_latents_encodes_nothing_and_samples_in_four_steps_without_
     assert len(steps) == STEPS
     (ckpt,) = results.glob("*/checkpoints/latest.pt")
     folder = tmp_path / "s"
-    run_main(sample_gd, "--video", "--ckpt", ckpt, "--folder", folder, "--num-samples", 1)
+    run_main(sample_gd, *split(f"--video --ckpt {ckpt} --folder {folder} --num-samples 1"))
     line = "student of a teacher with guidance 4; samples of 4 by euler, 4 evaluations, "
     assert line + "guidance 1" in capsys.readouterr().out
     source = read_json(folder / "samples.json")["source"]
@@ -369,7 +380,7 @@ def refused_samples(places, folder, capsys, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    "changes, expected",
     [
         ({"source": {"window": 2}}, r"samples of 4 frames in windows of 2; expected one window"),
         ({"flags": {"given": "clip.mp4"}}, r"samples with --given; expected samples"),
@@ -387,7 +398,7 @@ def test_samples_whose_noise_does_not_fit_are_refused(places, tmp_path, capsys, 
 def test_samples_of_a_causal_teacher_need_its_actions_and_one_class(
     world, places, tmp_path, capsys
 ):
-    flags = ["--data-path", world / "samples", "--temporal-patch-size", 1, "--model", "EqM-Ti/4"]
+    flags = split(f"--data-path {world}/samples --temporal-patch-size 1 --model EqM-Ti/4")
     line = refused(capsys, train, *STUDENT, "--vae", "none", *flags)
     assert "no action 'left'; expected one of " in line
     assert "pass the model that made the samples as --ckpt" in line
@@ -402,7 +413,7 @@ def test_samples_without_seed_or_class_are_refused(places, tmp_path, capsys):
     (folder / "samples.json").write_text(json.dumps(content))
     line = refused(capsys, train, *student(places, "--data-path", folder))
     assert "its samples.json has no seed" in line
-    few = ["--num-samples", 2, "--classes", "none"]
+    few = split("--num-samples 2 --classes none")
     sample_here(places / "pixels.pt", tmp_path / "none", *few)
     line = refused(capsys, train, *student(places, "--data-path", tmp_path / "none"))
     assert "samples without a class" in line
@@ -424,7 +435,7 @@ MISTAKES = """
 """
 
 
-@pytest.mark.parametrize(("flags", "expected"), mistakes(MISTAKES))
+@pytest.mark.parametrize("flags, expected", mistakes(MISTAKES))
 def test_flags_that_pairs_do_not_have_are_refused(places, monkeypatch, capsys, flags, expected):
     monkeypatch.chdir(places)
     line = refused(capsys, train, *student(places, *split(flags)))

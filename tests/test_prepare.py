@@ -5,6 +5,7 @@ the right split.
 import random
 import shutil
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
         for person in range(3):
             frames, fps = decode(out / f"{name}/person{person + 1}.mkv")
             assert fps == 25 and np.array_equal(frames, draw(person, number, 20))
-    flags = ["--source", strips, "--out", out, "--hold-out", 1, 2]
+    flags = split(f"--source {strips} --out {out} --hold-out 1 2")
     check_second_run(out / "JumpingJack/person2.mkv", prepare_weizmann, *flags)
 
 
@@ -70,7 +71,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, caps
 
     def refuse(line, held_out=3):
         before = snapshot(out)
-        flags = ["--source", own, "--out", out, "--hold-out", held_out]
+        flags = split(f"--source {own} --out {out} --hold-out {held_out}")
         assert line in refused(capsys, prepare_weizmann, *flags)
         assert snapshot(out) == before
 
@@ -127,7 +128,7 @@ def naive(tiles, character):
 
 
 @pytest.mark.parametrize(
-    ("name", "tiles"),
+    "name, tiles",
     [
         ("WalkLeft", [125, *range(118, 125)]),
         ("SpellcastFront", [*range(26, 32), 30, 32]),
@@ -160,11 +161,13 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
 ):
     # all 11,664 videos take half a minute
     monkeypatch.setattr(prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39})
-    flags = ["--source", sheets, "--out", tmp_path]
+    flags = split(f"--source {sheets} --out {tmp_path}")
     run_main(prepare_sprites, *flags)
     scan = scan_videos(str(tmp_path))
     train, val = split_videos(str(tmp_path), scan.videos, 0.5)
-    assert (len(train), len(val), scan.classes) == (1000, 296, ["SpellcastRight"])
+    assert len(train) == 1000
+    assert len(val) == 296
+    assert scan.classes == ["SpellcastRight"]
     order = np.random.RandomState(423).permutation(1296).tolist()
     for video in val:
         body, bottomwear, topwear, hair = map(int, Path(video.path).stem.removeprefix("character"))

@@ -186,7 +186,7 @@ def test_a_flipped_bit_of_a_published_file_is_found_if_it_is_used(tmp_path, tiny
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "flags, words",
     [
         ({"model": None}, "pass --model, such as EqM-XL/2"),
         ({"model": "EqM-Wide/2"}, "holds EqM-Tiny/2, expected EqM-Wide/2; pass another --model"),
@@ -207,7 +207,7 @@ NO_TABLE = "pos_embed is not our table"
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "words"),
+    "name, tensor, words",
     [
         ("pos_embed", TABLE.roll(24, dims=2), NO_TABLE),  # height first, as in DiT forks
         ("pos_embed", TABLE[:, :9], NO_TABLE),
@@ -237,18 +237,29 @@ def rename_classes(data, names):
 def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tiny_name, capsys):
     path = write_file(tmp_path / "a.pt", STATE, "whole")
     vae = make_vae(tmp_path / "vae")
-    shared = ["--ckpt", path, "--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
-    run_main(sample_gd, *shared, "--num-samples", 3, "--folder", tmp_path / "s", "--classes", 7)
+    shared = split(f"--ckpt {path} --model {tiny_name} --vae {vae} --num-sampling-steps 3")
+    run_main(sample_gd, *shared, *split(f"--num-samples 3 --folder {tmp_path}/s --classes 7"))
     samples = np.load(tmp_path / "s/samples.npz")
     assert samples["arr_0"].shape == (3, 16, 16, 3)
     assert samples["labels"].tolist() == [7, 7, 7]
 
     data = make_images(tmp_path / "data", 4)
     rename_classes(data, {"A": "0", "B": "1"})
-    flags = split("--image-size 16 --num-classes 10 --val-clips 2 --global-batch-size 2 --lr 1e-9")
-    flags += split("--num-workers 0 --sample-every 2 --num-samples 2 --num-sampling-steps 3")
-    flags += ["--model", tiny_name, "--vae", vae]
-    flags += ["--data-path", data, "--results-dir", tmp_path / "results"]
+    flags = split(f"""
+        --image-size 16
+        --num-classes 10
+        --val-clips 2
+        --global-batch-size 2
+        --lr 1e-9
+        --num-workers 0
+        --sample-every 2
+        --num-samples 2
+        --num-sampling-steps 3
+        --model {tiny_name}
+        --vae {vae}
+        --data-path {data}
+        --results-dir {tmp_path}/results
+    """)
     run_main(train, *flags, "--max-steps", 2, "--ckpt", path)
     (folder,) = (tmp_path / "results").iterdir()
     trained = checkpoint.load(folder / "checkpoints/0000002.pt")
@@ -268,7 +279,7 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     for start in (path, tmp_path / "published"):
         run_main(train, *flags, "--max-steps", 3, "--ckpt", start, "--dry-run")
     latest = folder / "checkpoints/latest.pt"
-    for start in (["--ckpt", latest], ["--ckpt", tmp_path / "trained"], ["--resume"]):
+    for start in (["--ckpt", latest], split(f"--ckpt {tmp_path}/trained"), ["--resume"]):
         line = refused(capsys, train, *flags, "--max-steps", 3, *start)
         assert "has the classes cat, dog (2), " in line
         assert " has 0, 1 (2); " in line
@@ -281,10 +292,23 @@ def test_a_published_file_starts_clips_with_the_field_of_the_published_code(
     path = write_file(tmp_path / "a.pt", STATE, "whole")
     vae = make_vae(tmp_path / "vae")
     data = write_equal_videos(tmp_path / "data", 10, size=(16, 16))
-    flags = split("--video --use-rope --image-size 16 --num-frames 4 --max-steps 1 --lr 1e-9")
-    flags += split("--global-batch-size 2 --num-workers 0 --sample-every 0 --val-clips 2")
-    flags += ["--inflate", path, "--model", tiny_name, "--vae", vae]
-    flags += ["--data-path", data, "--results-dir", tmp_path / "results"]
+    flags = split(f"""
+        --video
+        --use-rope
+        --image-size 16
+        --num-frames 4
+        --max-steps 1
+        --lr 1e-9
+        --global-batch-size 2
+        --num-workers 0
+        --sample-every 0
+        --val-clips 2
+        --inflate {path}
+        --model {tiny_name}
+        --vae {vae}
+        --data-path {data}
+        --results-dir {tmp_path}/results
+    """)
     assert "add --new-classes" in refused(capsys, train, *flags)
     with torch.enable_grad():
         run_main(train, *flags, "--new-classes")

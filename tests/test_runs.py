@@ -21,7 +21,7 @@ def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "flag"),
+    "name, flag",
     [
         ("EqM-S-4-f8", "--use-rope"),
         ("EqM-S-4-f4-8-16-rope", "--num-frames"),

@@ -46,7 +46,7 @@ def halve(x, keep):
     return -x
 
 
-@pytest.mark.parametrize(("method", "std"), [("gd", 0.5), ("ngd", 1.0)])
+@pytest.mark.parametrize("method, std", [("gd", 0.5), ("ngd", 1.0)])
 def test_published_settings_sample_the_mean_and_variance_of_gaussian_data(method, std):
     # The mean is not zero, as otherwise gamma and 1 - gamma would look the same for data with
     # variance 1. The data are not quite an equilibrium: gamma is at most 1, so near the data its
@@ -159,7 +159,7 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
     assert_close(x, data)
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
 def test_the_error_of_a_solver_falls_with_its_order(method, order):
     gammas = []
 
@@ -240,17 +240,6 @@ def test_a_sample_stops_by_the_field_of_its_unmasked_part():
     )
     assert evaluations.tolist() == [5, 5, 5]
     assert torch.equal(x, torch.where(mask, 9.0, 0.5))
-
-
-def test_a_condition_can_be_removed_from_some_samples():
-    assert CONDITION.y.tolist() == [3, 10, 7]
-    mask = torch.tensor([True, False, False])
-    y = CONDITION.to("cpu").null(mask).y
-    assert y.tolist() == [10, 10, 7]
-    assert y.dtype == torch.int64
-    assert CONDITION.null().y.tolist() == [10, 10, 10]
-    assert CONDITION.null().is_null()
-    assert not CONDITION.is_null()
 
 
 def network(x, slope, offset, gamma=ONE_LEVEL):

@@ -1,6 +1,5 @@
 """Frame schedules: parsing, phases, and a run that equals the chain of its phases."""
 
-import argparse
 from shlex import split
 
 import pytest
@@ -9,18 +8,7 @@ import torch
 import train
 from models import EqMConfig
 from schedule import frames_of_steps, parse_schedule
-from training import ANY_LENGTH, Training, differences, refused, run_here
-
-WRONG = """
-    4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664
-    4:999999999999
-"""
-
-
-@pytest.mark.parametrize("text", ["", *split(WRONG)])
-def test_an_invalid_schedule_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError):
-        parse_schedule(text)
+from training import ANY_LENGTH, Training, differences, names, refused, run_here
 
 
 def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
@@ -71,7 +59,10 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(
     chain = []
     for frames, steps, batch in PHASES:  # separate runs
         phase = Training(shapes, tmp_path / str(frames), steps, flags=FLAGS)
-        flags = ["--num-frames", frames, "--global-batch-size", batch, "--lr-decay-end", 7, *ckpt]
+        flags = [
+            *split(f"--num-frames {frames} --global-batch-size {batch} --lr-decay-end 7"),
+            *ckpt,
+        ]
         if frames < 16:
             run_here(phase, *flags, stop_after=1)
         run_here(phase, *flags, "--resume")
@@ -103,7 +94,8 @@ def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_p
     run_schedule("4:6:2,8:8:2", shapes, tmp_path / "r", stops=[4])
     training = run_schedule("4:3:2,8:8:2", shapes, tmp_path / "r")  # a shorter first phase
     state, _ = saved(training, "latest.pt")
-    assert (state["step"], state["phase"]["first_step"]) == (8, 4)
+    assert state["step"] == 8
+    assert state["phase"]["first_step"] == 4
     assert [row["step"] for row in training.rows()] == [2, 3, 4, 5, 6, 8]
     shorter = training.command_flags("--frames-schedule", "4:2:2,8:4:2", "--resume")
     line = refused(capsys, train, *shorter)
@@ -134,9 +126,8 @@ def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_pa
         --forcing 0.5
     """)
     training = run_schedule(text, shapes, tmp_path / "r", *flags)
-    names = {path.name for path in (training.folder / "checkpoints").iterdir()}
-    assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names
-    assert "0000001.pt" not in names
+    kept = names(training.folder / "checkpoints")
+    assert kept == ["0000003.pt", "0000005.pt", "0000007.pt", "best.pt", "latest.pt"]
     _, config = saved(training, "latest.pt")
     for row, frames in zip(training.rows(), expected, strict=True):
         total += 2 * EqMConfig(**config["model"]).training_flops(frames)

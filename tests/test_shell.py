@@ -16,7 +16,7 @@ import sample_gd
 import train
 from process import end, spawn, write_commands
 from test_odd_names import ODD
-from training import ROOT, Training, refused, run_here, snapshot
+from training import ROOT, Training, run_here, snapshot
 
 SHARED = {"scripts/common.sh", "scripts/experiment.sh"}
 PATHS = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("datasets/*.sh")]
@@ -68,7 +68,8 @@ def test_a_script_that_another_shell_runs_says_in_one_line_to_use_bash():
     shell = shutil.which("dash") or "sh"
     for script in SCRIPTS:
         done = subprocess.run([shell, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (2, "")
+        assert done.returncode == 2
+        assert done.stdout == ""
         name = script.rpartition("/")[2]
         assert done.stderr == f"{name}: error: needs bash; run: bash {script}\n"
 
@@ -134,7 +135,7 @@ IS_CHECK = "[[ $* == *--dry-run* ]]"  # of all phases, in one process that knows
 
 
 @pytest.mark.parametrize(
-    ("script", "expected"),
+    "script, expected",
     [
         (
             "sprites.sh",
@@ -155,7 +156,8 @@ def test_an_experiment_keeps_all_variables_that_determine_its_results(
     (tmp_path / "results/mine/settings").write_text("HOURS=1\n")
     done = bash(f"scripts/{script}", EXP="mine", HOURS="0.5", DATA="my data")
     settings = rf"HOURS=0.5 DATA=my\ data {expected}"
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert f"EXP=mine: made with HOURS=1, got {settings}; set another EXP" in done.stderr
 
 
@@ -165,23 +167,27 @@ def test_one_process_is_python_and_of_several_our_line_comes_last(script, bash):
     python = f'{IS_CHECK} || {{ echo "python $1"; exit 2; }}'
     commands = {"python": python, "torchrun": f'{wrong}\necho "a long report" >&2; exit 1'}
     done = bash(f"scripts/{script}", commands=commands, GPUS="1", CACHE="0", CKPT="x")
-    assert (done.returncode, done.stderr) == (2, "")
+    assert done.returncode == 2
+    assert done.stderr == ""
     assert done.stdout.startswith("python EqM/")
     done = bash(f"scripts/{script}", commands=commands, GPUS="2", CACHE="0", CKPT="x")
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "a long report\nwrong flag\n")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "a long report\nwrong flag\n"
 
 
 def test_mistakes_in_any_phase_are_found_before_the_cache(bash):
     python = f'{IS_CHECK} && echo "$WORLD_SIZE ranks, $*" >&2; exit 2'
     commands = {"python": python, "torchrun": "exit 9"}
     done = bash("scripts/train_progressive.sh", "--lr", "1", commands=commands, GPUS="2")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert done.stderr.startswith("2 ranks, EqM/train.py ")
     assert "--lr 1 " in done.stderr
     assert "--frames-schedule=4:50000:256,8:100000:128,16:150000:64 " in done.stderr
 
 
-@pytest.mark.parametrize(("status", "precision"), [(0, "bf16"), (1, "fp32")])
+@pytest.mark.parametrize("status, precision", [(0, "bf16"), (1, "fp32")])
 def test_a_cpu_without_avx512_trains_in_fp32(status, precision):
     code = (
         f"set -eu; grep() {{ return {status}; }}; source scripts/experiment.sh; suit; echo $GPUS "
@@ -191,9 +197,7 @@ def test_a_cpu_without_avx512_trains_in_fp32(status, precision):
     assert end(process, 0) == f"2 {precision} --precision={precision}\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "ending", "status"), [("INT", "exit 1", 130), ("TERM", "exit", 143)]
-)
+@pytest.mark.parametrize("name, ending, status", [("INT", "exit 1", 130), ("TERM", "exit", 143)])
 def test_a_signal_reaches_a_run_of_one_process_once_and_the_last_line_gives_advice(
     name, ending, status, bash, tmp_path
 ):
@@ -244,7 +248,7 @@ def make_run(root, frames, *names):
 
 
 @pytest.mark.parametrize(
-    ("runs", "frames"),
+    "runs, frames",
     [  # {frames: checkpoints}; the frames of the phases that it trains
         ({4: []}, [4, 8, 16]),
         ({4: ["0000050"], 8: []}, [4, 8, 16]),
@@ -345,7 +349,9 @@ def test_world_compares_numbers_of_evaluations_on_the_same_walks(recorded, tmp_p
         args = sample_gd.parse_args(samples[1:])
         assert args.num_sampling_steps == evaluations + 1
         assert args.actions == [f"{ODD}/walks.npy"] and args.given == ODD
-        assert (args.num_samples, args.samples_per_clip, args.given_frames) == (6, 2, (0,))
+        assert args.num_samples == 6
+        assert args.samples_per_clip == 2
+        assert args.given_frames == (0,)
         args = evaluate.parse_args(scores[1:])
         assert args.metric == "world" and args.samples == [f"samples/world-{evaluations}"]
         assert args.out == f"samples/world-{evaluations}.json"
@@ -400,30 +406,22 @@ def test_train_takes_our_recipes(path, monkeypatch):
     assert flags_of(monkeypatch, f"@{path}").typed > {"data_path"}
 
 
-def test_a_cache_takes_what_concerns_it_from_the_flags_of_a_training(monkeypatch, capsys):
+def test_a_cache_takes_what_concerns_it_from_the_flags_of_a_training(monkeypatch):
     words = shlex.split("--out x --with-flips @scripts/recipes/ours.txt --lr 1 --vae mse")
     monkeypatch.chdir(ROOT)
     flags = flags_of(monkeypatch, *words, "--skip-others", script=cache_latents)
-    assert (flags.vae, flags.image_size, flags.with_flips) == ("mse", 256, True)
+    assert flags.vae == "mse"
+    assert flags.image_size == 256
+    assert flags.with_flips is True
     flags = flags_of(monkeypatch, *words, "--no-flip", "--skip-others", script=cache_latents)
     assert flags.with_flips is False
-    assert "--use-rope: no such flag" in refused(capsys, cache_latents, *words, "--data-path", "x")
-
-
-@pytest.mark.parametrize("content", [None, b"--lr 'a", b"\xff\xfe", b"--lrr 1", b"--lr\n"])
-def test_a_missing_or_wrong_recipe_is_one_line(content, tmp_path, capsys):
-    path = tmp_path / "my.txt"
-    if content:
-        path.write_bytes(content)
-    line = refused(capsys, train, f"@{path}", "--data-path", "DIR")
-    assert "lr" in line or "recipe" in line
 
 
 def test_a_run_keeps_its_recipe_and_notes_changes_when_it_is_resumed(shapes, tmp_path):
     recipe = tmp_path / "my.txt"
     recipe.write_text("--save-minutes 0\n--clip-grad 1  # at most")
     training = Training(shapes, tmp_path / "results", 2, flags=[f"@{recipe}"])
-    seldom = ["--sample-every", 0, "--val-every", 9]
+    seldom = shlex.split("--sample-every 0 --val-every 9")
     run_here(training, *seldom, stop_after=1)
     assert training.saved()["config"]["training"]["recipe"] == recipe.read_text()
     recipe.write_text("--save-minutes 0\n--clip-grad 2")

@@ -97,7 +97,7 @@ SPRITES = [f"{name}/character{number:04}.mkv" for name in ("Walk", "Slash") for 
 
 
 @pytest.mark.parametrize(
-    ("lacking", "videos", "over", "missing"),
+    "lacking, videos, over, missing",
     [
         ("ratios", range(9), "9 clips", "; no interval of ratios: fewer than 10 clips"),
         ("shares", [f"a/{clip % 12}.mkv" for clip in range(96)], "12 videos", ""),

@@ -64,7 +64,7 @@ def numbers(sample):
 # Draws --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_frames", "interval"), [(1, 2), (10, 2), (4, 9)])
+@pytest.mark.parametrize("num_frames, interval", [(1, 2), (10, 2), (4, 9)])
 def test_frames_are_the_interval_apart_or_the_largest_that_fits(num_frames, interval):
     clips = make_clips(num_frames, frame_interval=(interval, interval))
     for index in range(10):
@@ -174,7 +174,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(
-    ("damage", "suffix"),
+    "damage, suffix",
     [
         ("scribbled", "avi"),
         ("scribbled", "mp4"),
@@ -219,7 +219,7 @@ IMAGE_DAMAGES = {"bomb": bomb, "palette": lose_palette, "exif": spoil_exif} | DA
 
 
 @pytest.mark.parametrize(
-    ("damage", "suffix"),
+    "damage, suffix",
     [
         ("truncated", "jpg"),
         ("truncated", "webp"),
@@ -253,7 +253,7 @@ def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
         bad_videos.add(["b"])
 
 
-@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (3, 2), (4, 3)])
+@pytest.mark.parametrize("world_size, micro_batches", [(1, 1), (3, 2), (4, 3)])
 def test_ranks_and_micro_batches_divide_every_step_without_gap_or_overlap(
     world_size, micro_batches
 ):

@@ -219,7 +219,8 @@ def test_frames_that_an_edit_list_removes_do_not_count(tmp_path, b_frames):
     options = {"avoid_negative_ts": "disabled"}
     remux(tmp_path / "whole.mp4", tmp_path / "cut.mp4", shifted, options=options)
     video = probe(tmp_path, "all", "cut.mp4")
-    assert (video.num_frames, video.fps) == (25, 25)
+    assert video.num_frames == 25
+    assert video.fps == 25
     assert read_frame_indices(tmp_path, video, range(25)) == list(range(5, 30))
     with pytest.raises(UnreadableError, match="duplicate"):  # not the last frame once more
         read_frames(tmp_path, video, [25])
@@ -322,7 +323,7 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
     assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - colors).mean() < 6
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("a.webp", "WEBP"), ("a.jpg", "PNG")])
+@pytest.mark.parametrize("name, kind", [("a.png", "PNG"), ("a.webp", "WEBP"), ("a.jpg", "PNG")])
 def test_an_animated_image_of_any_suffix_gives_its_first_frame(tmp_path, name, kind):
     others = [Image.fromarray(picture(seed=seed)) for seed in (1, 2)]
     options = {"save_all": True, "append_images": others, "lossless": True, "duration": 40}

@@ -66,7 +66,7 @@ def test_videos_or_images_directly_in_root_are_one_class_also_in_a_cache(tmp_pat
     scan = scan_videos(tmp_path, images=True)
     assert [video.key for video in scan.videos] == ["all/c"]
     cache = tmp_path.with_name("cache")
-    places = ["--data-path", tmp_path, "--out", cache]
+    places = split(f"--data-path {tmp_path} --out {cache}")
     run_main(cache_latents, *places, *split("--vae none --image-size 16"))
     assert [video.key for video in open_source(cache, 16).videos()] == ["all/a", "all/b"]
 
@@ -132,7 +132,7 @@ def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, ru
 
 
 @pytest.mark.parametrize(
-    ("settings", "fields"),
+    "settings, fields",
     [
         ({}, {"num_frames": "9"}),
         ({}, {"num_frames": 0}),
@@ -295,7 +295,8 @@ def test_folders_of_samples_are_no_data_and_a_scan_says_so_once(root, runs, caps
     capsys.readouterr()
     for folder in (None, runs):
         scan = scan_videos(root, folder)
-        assert (scan.videos, scan.classes) == (expected.videos, ["A", "B"])
+        assert scan.videos == expected.videos
+        assert scan.classes == ["A", "B"]
         folders = f"{root}, {root / 'Begun'}, {root / 'Made'}"
         note = f"skipped 3 folders with samples of sample_gd.py: {folders}; move"
         assert capsys.readouterr().out.count(note) == 1
