@@ -12,13 +12,10 @@ from given import Details
 from models import Condition
 from plans import count_evaluations
 from runtime import distributed
-from runtime.cli import (
-    Bar,
-    UserError,
-    say,
-)
+from runtime.cli import Bar, UserError, say
 from runtime.rng import noise_of_samples
 from samplers import guided, sample
+from transport import interpolate
 
 
 def cast_products(model, precision):
@@ -440,4 +437,4 @@ def initial_latents(plan, indices, seed, device, init, init_gamma, window):
     clips, _ = init(indices)
     encoded = plan.vae.encode(clips.to(device))
     gamma = torch.full((len(indices),), init_gamma, device=device)
-    return config.learns.interpolate(encoded, noise, gamma)
+    return interpolate(encoded, noise, gamma)

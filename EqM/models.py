@@ -233,7 +233,7 @@ class EqMConfig:
         Only matrix products and attention count. The blocks of a causal model also pass clean
         patches, and its attention counts the pairs of tokens that see each other.
         """
-        time, height, width = self.grid(num_frames)
+        time, _, _ = self.grid(num_frames)
         pairs = time**2
         if self.causal:
             pairs = count_pairs(time, self.context_patches)
@@ -248,7 +248,7 @@ class EqMConfig:
         """Count the FLOPs of sampling a clip by a Stream, with so many evaluations per temporal
         patch. One more pass of each patch fills the cache.
         """
-        time, height, width = self.grid(num_frames)
+        time, _, _ = self.grid(num_frames)
         seen = [min(patch, self.context_patches) + 1 for patch in range(time)]
         return (evaluations + 1) * sum(self.pass_flops(1, pairs, clean=0) for pairs in seen)
 
@@ -375,10 +375,6 @@ class NumberEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FEATURES, D), nn.SiLU(), nn.Linear(D, D))
 
-    def initialize_weights(self):
-        for layer in self.mlp[::2]:
-            nn.init.normal_(layer.weight, std=0.02)
-
     def forward(self, number):
         features = number_features(number)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
@@ -414,11 +410,6 @@ class ClassEmbedder(nn.Module):
         self.action_table = None
         if config.actions:
             self.action_table = nn.Embedding(len(config.action_names) + 1, config.hidden_size)
-
-    def initialize_weights(self):
-        nn.init.normal_(self.embedding_table.weight, std=0.02)
-        if self.action_table is not None:
-            nn.init.normal_(self.action_table.weight, std=0.02)
 
     def forward(self, y):
         if self.action_table is None:
@@ -619,9 +610,10 @@ class EqM(nn.Module):
                 nn.init.ones_(module.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedder in (self.y_embedder, self.t_embedder, self.gamma_embedder):
-            if embedder is not None:
-                embedder.initialize_weights()
+        for embedder in filter(None, (self.y_embedder, self.t_embedder, self.gamma_embedder)):
+            for parameter in embedder.parameters():
+                if parameter.dim() == 2:  # not a bias
+                    nn.init.normal_(parameter, std=0.02)
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         # The square of a zero output has a zero gradient, so the model would never learn.
@@ -708,14 +700,11 @@ class EqM(nn.Module):
         for index, block in enumerate(self.blocks):
             # batch size and number of tokens vary; each new size would be compiled again
             if self.is_compiled:
-                levels = (0, 1) if condition.shape[1] > 1 else 0
-                sizes = (
-                    (tokens, (0, 1)),
-                    (condition, levels),
-                    *((angles, (0, 2)) for angles in rotary or ()),
-                )
-                for part, axes in sizes:
-                    torch._dynamo.maybe_mark_dynamic(part, axes)
+                mark = torch._dynamo.maybe_mark_dynamic
+                mark(tokens, (0, 1))
+                mark(condition, (0, 1) if condition.shape[1] > 1 else 0)
+                for angles in rotary or ():
+                    mark(angles, (0, 2))
             recompute = self.grad_checkpoint if torch.is_grad_enabled() else None
             if recompute == "full":
                 # also when run again

@@ -105,13 +105,9 @@ def split_head(head_dim, split=""):
         raise ValueError(f"use_rope needs an even head_dim of at least 6, got {head_dim}")
     if not split:
         return (2 * (head_dim // 6),) * 3
-    channels = tuple(int(word) for word in split.split(",") if re.fullmatch("[0-9]{1,6}", word))
-    if (
-        len(channels) != 3
-        or split.count(",") != 2
-        or not channels[0]
-        or any(n % 2 for n in channels)
-    ):
+    match = re.fullmatch("([0-9]{1,6}),([0-9]{1,6}),([0-9]{1,6})", split)
+    channels = tuple(map(int, match.groups())) if match else (0,)
+    if not channels[0] or any(n % 2 for n in channels):
         raise ValueError(
             "rope_split must be three even numbers, the first above 0, such as 16,8,8, got "
             f"{split!r}"

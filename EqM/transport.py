@@ -61,8 +61,8 @@ class Objective:
 
     name: str  # the value of --objective
     title: str  # with its source, for people
-    has_decay: bool  # the target has the factor c(gamma), so it vanishes at the data
-    is_told: bool  # gamma is an input of the network, one level per temporal patch
+    has_decay: bool = False  # the target has the factor c(gamma), so it vanishes at the data
+    is_told: bool = False  # gamma is an input of the network, one level per temporal patch
     is_weighted: bool = False  # the loss has the factor c(gamma)^2 / E[c^2]
     scale: float = 1.0  # of a target without decay
 
@@ -79,10 +79,6 @@ class Objective:
     def factor(self, gamma):
         """Return the factor of x - noise in the target, shaped as gamma: c(gamma) or `scale`."""
         return decay(gamma) if self.has_decay else torch.full_like(gamma, self.scale)
-
-    def interpolate(self, x, noise, gamma):
-        """Return x_gamma, the path from noise to data that the field is learned on."""
-        return interpolate(x, noise, gamma)
 
     def target(self, x, noise, gamma):
         """Return the regression target at x_gamma: x - noise times `factor`."""
@@ -120,7 +116,7 @@ class Objective:
         inputs = {"gamma": gamma} if self.is_told else {}
         if clean is not None:
             inputs["clean"] = clean
-        x_gamma = self.interpolate(x, noise, gamma)
+        x_gamma = interpolate(x, noise, gamma)
         output = network(x_gamma, y, time_scale, return_features=return_features, **inputs)
         f, features = output if return_features else (output, None)
         target = self.target(x, noise, gamma)
@@ -156,31 +152,18 @@ class Objective:
 OBJECTIVES = {
     objective.name: objective
     for objective in (
-        Objective("eqm", "Equilibrium Matching (arXiv 2510.02300)", has_decay=True, is_told=False),
-        Objective("flow", "flow matching", has_decay=False, is_told=True),
-        Objective("blind", "blind flow matching", has_decay=False, is_told=False),
-        Objective(
-            "told-w",
-            "flow matching with the weight of EqM",
-            has_decay=False,
-            is_told=True,
-            is_weighted=True,
-        ),
+        Objective("eqm", "Equilibrium Matching (arXiv 2510.02300)", has_decay=True),
+        Objective("flow", "flow matching", is_told=True),
+        Objective("blind", "blind flow matching"),
+        Objective("told-w", "flow matching with the weight of EqM", is_told=True, is_weighted=True),
         Objective("told-c", "EqM that is told the noise level", has_decay=True, is_told=True),
         Objective(
             "told-4",
             "flow matching with a target four times as large",
-            has_decay=False,
             is_told=True,
             scale=FIELD_SCALE,
         ),
-        Objective(
-            "blind-w",
-            "blind flow matching with the weight of EqM",
-            has_decay=False,
-            is_told=False,
-            is_weighted=True,
-        ),
+        Objective("blind-w", "blind flow matching with the weight of EqM", is_weighted=True),
     )
 }
 
