@@ -19,7 +19,6 @@ number of threads (OMP_NUM_THREADS).
 """
 
 import uncaught  # noqa: F401
-import itertools
 import json
 import os
 from collections import defaultdict
@@ -296,7 +295,7 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
                 if not is_readable:
                     corrupt.append(video.path)
                 bar.update(video.num_frames)
-            corrupt = sorted(itertools.chain(*distributed.gather(corrupt)))
+            corrupt = sorted(distributed.gather_items(corrupt))
             for path in bad_videos.add(corrupt):
                 say(f"{path} can't be decoded, or its latents exceed float16; it is skipped")
             num_done = count_frames(todo[: first + size])

@@ -70,8 +70,8 @@ class Progress:
     ema_start: int = 0  # the step at which the average of the weights began: see optim.ema_decay
 
     def count_step(self, batch_size, flops_per_clip):
-        self.step = self.step + 1
-        self.position = self.position + batch_size
+        self.step += 1
+        self.position += batch_size
         self.flops += batch_size * flops_per_clip
 
     def begin_phase(self):
@@ -421,14 +421,12 @@ def config_of(flag, state, model=None, video=None, **asked):
         ) from error
     expected = shapes_of(config)
     for part in ("model", "ema"):
-        shapes = {name: value.shape for name, value in state[part].items()}
+        shapes = {name: tuple(value.shape) for name, value in state[part].items()}
         for name in expected | shapes:
             if shapes.get(name) != expected.get(name):
-                pair = " and ".join(
-                    str(shape and tuple(shape)) for shape in (shapes.get(name), expected.get(name))
-                )
                 raise UserError(
-                    f"{flag}: its weights do not match its config: shapes of {name} are {pair}"
+                    f"{flag}: its weights do not match its config: shapes of {name} are "
+                    f"{shapes.get(name)} and {expected.get(name)}"
                 )
     check(flag, config, **asked)
     return config
@@ -449,11 +447,10 @@ def check(flag, saved, **asked):
         )
     if saved.use_rope:
         asked.pop("num_frames", None)  # no weight depends on it
-    name_of_saved = model_name(**asdict(saved))
     expected = model_name(**asdict(saved) | asked)
-    if name_of_saved != expected:
+    if saved.name != expected:
         raise UserError(
-            f"{flag}: holds {name_of_saved}, --model is {expected}: remove --model, --depth, "
+            f"{flag}: holds {saved.name}, --model is {expected}: remove --model, --depth, "
             "--hidden-size and --num-heads: the checkpoint has them"
         )
     for name in asked.keys() - set(SHAPE):  # the shape is in the name, which is compared above

@@ -8,7 +8,6 @@ scripts/score.sh samples and scores. The number of ranks changes the values only
 """
 
 import uncaught  # noqa: F401
-import itertools
 import os
 import sys
 from pathlib import Path
@@ -389,7 +388,7 @@ def run(args, samples, real, detector, device):
     real = distributed.broadcast(real)
     out.parent.mkdir(parents=True, exist_ok=True)
     corrupt = []
-    values, result, lines = score(
+    scored = score(
         args=args,
         samples=samples,
         out=out,
@@ -398,9 +397,10 @@ def run(args, samples, real, detector, device):
         device=device,
         corrupt=corrupt,
     )
-    corrupt = sorted(set(itertools.chain(*distributed.gather(corrupt))))
+    corrupt = sorted(set(distributed.gather_items(corrupt)))
     if distributed.rank() != 0:
         return
+    values, result, lines = scored
     new = real.manifest | {"values": values, "result": result}
     new["machine"] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

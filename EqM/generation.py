@@ -1,6 +1,5 @@
 """Generate clips by a Plan: noise, latents, videos; by batches and windows, or as a stream."""
 
-import math
 import time
 from functools import partial
 
@@ -79,12 +78,13 @@ def generate(
 
     with bar:
         for batch in batches:
+            details = None
+            if given:
+                clips, mask = (tensor.to(device) for tensor in given(batch))
+                details = Details(clips, mask, keep_background)
             if plan.model.config.causal:
-                windows = stream_windows(
-                    Stream(plan, batch, settings, seed, device, strict, on_evaluation),
-                    given and given(batch),
-                    keep_background,
-                )
+                stream = Stream(plan, batch, settings, seed, device, strict, on_evaluation)
+                windows = stream_windows(stream, details)
             else:
                 windows = sample_windows(
                     plan,
@@ -92,9 +92,8 @@ def generate(
                     settings | {"start_gamma": init_gamma},
                     seed=seed,
                     device=device,
-                    given_clips=given and given(batch),
+                    details=details,
                     init=init,
-                    keep_background=keep_background,
                     energy=energy,
                     keep_latents=keep_latents,
                     strict=strict,
@@ -133,9 +132,8 @@ def sample_windows(
     settings,
     seed,
     device,
-    given_clips,
+    details,
     init,
-    keep_background,
     energy,
     keep_latents,
     strict,
@@ -143,14 +141,12 @@ def sample_windows(
 ):
     """Sample the windows of a batch, each from the last frames of the one before, and decode them.
 
-    given_clips: clips and masks as in `generate`, or None. Other arguments: see `sample_window`.
-    Yields for each window the number of the first new frame, the new frames uint8 (n, k, H, W, 3),
-    evaluations (n,), energies (n, num_steps) and latents (n, C, k, h, w); energies and latents are
-    None unless they are recorded.
+    details: the Details of given clips, or None. Other arguments: see `sample_window`. Yields for
+    each window the number of the first new frame, the new frames uint8 (n, k, H, W, 3), evaluations
+    (n,), energies (n, num_steps) and latents (n, C, k, h, w); energies and latents are None unless
+    they are recorded.
     """
     time_scale = plan.time_scale_of(indices).to(device)
-    clips = None
-    mask = None
     tail = None
     for index, start in enumerate(plan.window_starts):
         x = initial_latents(
@@ -162,10 +158,7 @@ def sample_windows(
             init_gamma=settings["start_gamma"],
             window=index,
         )
-        if given_clips and index == 0:
-            clips, mask = (tensor.to(x.device) for tensor in given_clips)
-            details = Details(clips, mask, keep_background)
-        kept = kept_part(plan, x, start=start, clips=clips, mask=mask, tail=tail)
+        kept = kept_part(plan, x, start=start, details=details, tail=tail)
         latents, evaluations, energies = sample_window(
             plan,
             x,
@@ -182,7 +175,7 @@ def sample_windows(
         # the last window may reach beyond the video
         latents = latents[:, :, first : plan.num_frames - start]
         videos = plan.vae.decode(latents)
-        if given_clips:
+        if details:
             videos = details.add(videos, start + first)
         yield start + first, videos, evaluations, energies, latents if keep_latents else None
 
@@ -236,7 +229,7 @@ class Stream:
         """
         config = self.plan.model.config
         patch = config.temporal_patch_size
-        tokens = math.prod(config.grid(patch))
+        tokens = config.num_tokens(patch)
         self.cache = Cache(config.depth, config.context_patches, tokens)
         self.num_patches = 0  # that were sampled or shown
         if clips is not None:
@@ -299,26 +292,27 @@ class Stream:
         self.num_patches += 1
 
 
-def stream_windows(stream, given_clips, keep_background):
-    """Yield what `sample_windows` yields, for each temporal patch of a Stream."""
+def stream_windows(stream, details):
+    """Yield what `sample_windows` yields, for each temporal patch of a Stream.
+
+    details: of given first frames, or None.
+    """
     plan = stream.plan
     patch = plan.window
     num_given = 0
-    if given_clips:
-        clips, mask = (tensor.to(stream.device) for tensor in given_clips)
-        details = Details(clips, mask, keep_background)
-        num_given = clips.shape[2]
-        assert mask.all(), "a prefix"
+    if details:
+        num_given = details.clips.shape[2]
+        assert details.mask.all(), "a prefix"
     for start in plan.window_starts:
         condition = plan.condition_at(stream.indices, frame=start)
         evaluations = torch.zeros(len(stream.indices), dtype=torch.int64)
         if start < num_given:
-            videos = stream.show(clips[:, :, start : start + patch], condition)
+            videos = stream.show(details.clips[:, :, start : start + patch], condition)
         else:
             videos = stream.step(condition)
             evaluations = stream.evaluations
         videos = videos[:, : plan.num_frames - start]  # the last patch may reach beyond the video
-        if given_clips:
+        if details:
             videos = details.add(videos, start)
         yield start, videos, evaluations, None, None
 
@@ -402,23 +396,23 @@ def rows_of(keep, num_samples, guidance):
     return keep if guidance == 1 else torch.cat([keep, keep + num_samples])
 
 
-def kept_part(plan, x, start, clips, mask, tail):
+def kept_part(plan, x, start, details, tail):
     """Return the arguments `given` and `mask` of `samplers.sample` for the window x from `start`:
     what the window keeps, and where.
 
-    They hold the given frames, where mask (n, T) of clips uint8 (n, 3, T, H, W) is true, and
-    `tail`, the last latents of the previous window. Returns {} if both are None.
+    They hold the given frames of `details` and `tail`, the last latents of the previous window.
+    Returns {} if both are None.
     """
-    if mask is None and tail is None:
+    if details is None and tail is None:
         return {}
     latents = torch.zeros_like(x)
     is_kept = torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
-    if mask is not None:
-        is_kept[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
+    if details is not None:
+        is_kept[:, : plan.num_frames - start] = details.mask[:, start : start + plan.window]
         # encoding takes long, so only frames that some sample is given
         frames = is_kept.any(dim=0).nonzero()[:, 0]
         if len(frames):
-            latents[:, :, frames] = plan.vae.encode(clips[:, :, start + frames])
+            latents[:, :, frames] = plan.vae.encode(details.clips[:, :, start + frames])
     if tail is not None:
         latents[:, :, : plan.overlap] = tail
         is_kept[:, : plan.overlap] = True

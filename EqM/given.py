@@ -13,7 +13,7 @@ from runtime.cli import COUNT, SHARE, UserError, flag_text, plural, say
 from runtime.distributed import rank
 from video.actions import NO_ACTION, find_actions
 from video.inputs import find_clips
-from video.samples import NO_LABEL, class_names
+from video.samples import NO_LABEL
 from video.source import check_data_path
 
 KEPT_CLIPS = 32  # clips in the memory of a ClipReader
@@ -58,10 +58,8 @@ class ClipReader:
 
     def __call__(self, indices):
         """Return clips uint8 (n, 3, T, H, W) and masks (n, T) of the samples `indices`."""
-        pairs = [self.read(self.numbers[index]) for index in indices]
-        clips = torch.stack([clip for clip, _ in pairs])
-        masks = torch.stack([mask for _, mask in pairs])
-        return clips, masks
+        clips, masks = zip(*[self.read(self.numbers[index]) for index in indices], strict=True)
+        return torch.stack(clips), torch.stack(masks)
 
     def about(self):
         """Return what samples.json says about the clip of each sample."""
@@ -123,7 +121,6 @@ def open_given(args, plan, clips, indices):
                 "label; --classes names one"
             )
         plan.conditions = torch.tensor(labels)
-        plan.names = class_names(plan.classes, plan.conditions)
     if not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: new frames may not fit the given ones")
     if plan.actions is not None:
@@ -251,6 +248,7 @@ class Details:
     """
 
     def __init__(self, clips, mask, keep_background=True):
+        self.clips = clips
         self.real = clips.permute(0, 2, 3, 4, 1)
         self.mask = mask
         self.keep_background = keep_background
@@ -324,10 +322,8 @@ def as_ranges(frames):
     """Return "0-3,12-13" for (0, 1, 2, 3, 12, 13)."""
     starts = [frame for frame in frames if frame - 1 not in frames]
     ends = [frame for frame in frames if frame + 1 not in frames]
-    ranges = []
-    for start, end in zip(starts, ends, strict=True):
-        ranges.append(str(start) if start == end else f"{start}-{end}")
-    return ",".join(ranges)
+    pairs = zip(starts, ends, strict=True)
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
 
 
 # Flags --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -141,6 +141,11 @@ class EqMConfig:
         return OBJECTIVES[self.objective]
 
     @property
+    def name(self):
+        """The name of the model, see `model_name`."""
+        return model_name(**asdict(self))
+
+    @property
     def head_dim(self):
         return self.hidden_size // self.num_heads
 
@@ -212,7 +217,7 @@ class EqMConfig:
                 f"fixed positions are tied to num_frames {self.num_frames}, got {num_frames}; use "
                 f"{self.num_frames}, or train with --use-rope"
             )
-        tokens = math.prod(self.grid(num_frames))
+        tokens = self.num_tokens(num_frames)
         if tokens > LARGEST_COUNT:
             raise ValueError(
                 f"{tokens} tokens per clip, more than {LARGEST_COUNT}; use smaller or shorter clips"
@@ -226,6 +231,10 @@ class EqMConfig:
         time = math.ceil(num_frames / self.temporal_patch_size)
         side = self.input_size // self.patch_size
         return time, side, side
+
+    def num_tokens(self, num_frames):
+        """Return the number of tokens of a clip."""
+        return math.prod(self.grid(num_frames))
 
     def flops(self, num_frames):
         """Count the FLOPs of a forward pass of one clip, 2 per multiply-add.
@@ -393,7 +402,7 @@ def shapes_of(config):
     # to draw normal values for a meta tensor, torch 2.13 loads its compiler, which takes seconds
     with torch.device("meta"), SkipNormalInit():
         network = EqM(config)
-    return {name: value.shape for name, value in network.state_dict().items()}
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
 class ClassEmbedder(nn.Module):

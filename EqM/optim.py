@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.ranks = distributed.world_size() if dist.is_initialized() else 1
+        self.ranks = distributed.world_size()
         shapes = [weight.flatten(1).shape for weight in matrices]
         self.batches = assign(shapes, self.ranks)
 
@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
         results = []
         transfers = []
         for owner, indices in self.batches:
-            if self.ranks == 1 or owner == distributed.rank():
+            if owner == distributed.rank():
                 steps = torch.stack([step_of(index).flatten(1) for index in indices])
                 result = orthogonalize(steps)
             else:

@@ -1,13 +1,13 @@
 """What to sample from a checkpoint, and how: settings of the sampler, windows, labels."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 import checkpoint
 from given import NOT_FORCED
-from models import Condition, EqM, model_name
+from models import Condition, EqM
 from rope import REFERENCE_FPS
 from runtime.cli import (
     NON_NEGATIVE,
@@ -23,6 +23,7 @@ from runtime.distributed import rank
 from samplers import DESCENTS, SOLVERS
 from vae import VAE, check_same, load_vae
 from video.actions import NO_ACTION, find_sequences, numbers_of
+from video.index import name_some
 from video.samples import NO_LABEL, class_names
 
 SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no settings
@@ -191,7 +192,6 @@ class Plan:
     vae: VAE
     classes: list  # names of the model's classes
     conditions: torch.Tensor  # (num_samples,) int64, what Condition.of takes: here classes
-    names: list  # of the condition of each sample, or "none"
     num_frames: int
     time_scale: float  # seconds per frame
     time_scales: list | None = None  # of each sample; None = time_scale
@@ -217,6 +217,11 @@ class Plan:
         if config.actions and self.actions is None:
             repeated = torch.arange(len(self.conditions)) % len(config.action_names)
             self.actions = repeated[:, None].repeat(1, self.num_frames)
+
+    @property
+    def names(self):
+        """The name of the class of each sample, or "none"."""
+        return class_names(self.classes, self.conditions)
 
     @property
     def window_starts(self):
@@ -325,7 +330,6 @@ def make_plan(args, model, config, step, vae=None):
         vae=vae or open_vae(args, model.config, data),
         classes=data["classes"],
         conditions=conditions,
-        names=class_names(data["classes"], conditions),
         num_frames=num_frames,
         time_scale=time_scale,
         step=step,
@@ -379,7 +383,6 @@ def open_weak(args, strong, data, window):
 
 def say_plan(args, plan):
     """Print one line that says what is sampled and how."""
-    name = model_name(**asdict(plan.model.config))
     trained = f"step {plan.step}, trained on {plural(plan.trained_frames, 'frame')}"
     if plan.teacher:
         trained += f", student of a teacher with guidance {plan.teacher['guidance']:g}"
@@ -388,8 +391,8 @@ def say_plan(args, plan):
     size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
     weak = f" by {args.weak_ckpt}" if plan.weak else ""
     say(
-        f"{args.ckpt}: {name}, {trained}; samples of {plan.num_frames}{windows} by "
-        f"{args.sampler}, {evaluations}{size}, guidance {args.cfg_scale:g}{weak}"
+        f"{args.ckpt}: {plan.model.config.name}, {trained}; samples of {plan.num_frames}{windows} "
+        f"by {args.sampler}, {evaluations}{size}, guidance {args.cfg_scale:g}{weak}"
     )
     if windows and not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")
@@ -485,10 +488,9 @@ def label_of(word, names):
     known |= {name: label for label, name in enumerate(names)}
     known["none"] = NO_LABEL  # even if the model has a class of this name
     if word not in known:
-        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise UserError(
-            f"--classes {word}: no such class; expected one of {some}, an index below "
-            f"{len(names)}, or none"
+            f"--classes {word}: no such class; expected one of {name_some(names, 8)}, an index "
+            f"below {len(names)}, or none"
         )
     return known[word]
 
@@ -541,7 +543,7 @@ def choose_spans(args, names, config):
             f"--classes: spans of {' and '.join(map(str, lengths))} frames{asked}; expected the "
             "same number; change a span, or remove --num-frames"
         )
-    return torch.tensor(rows)[torch.arange(args.num_samples) % len(rows)]
+    return in_turn(rows, args.num_samples)
 
 
 def choose_actions(args, config, asked, usual):
@@ -576,7 +578,7 @@ def choose_actions(args, config, asked, usual):
             "--num-frames"
         )
     actions = torch.full((args.num_samples, length), NO_ACTION)
-    actions[:, first:] = sequences[torch.arange(args.num_samples) % len(sequences)]
+    actions[:, first:] = in_turn(sequences, args.num_samples)
     return actions[:, :asked]
 
 
@@ -602,13 +604,14 @@ def choose_labels(args, names):
     """
     labels = [label_of(word, names) for word in args.classes or []]
     labels = labels or list(range(len(names)))
-    return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
+    return in_turn(labels, args.num_samples)
 
 
-def one_of_each(classes, count):
-    """(conditions, names) of `count` samples: one class after the other."""
-    labels = torch.arange(count) % len(classes)
-    return labels, class_names(classes, labels)
+def in_turn(values, count):
+    """`count` of the values, one after the other, and after the last the first again: (count, ...)
+    int64.
+    """
+    return torch.as_tensor(values)[torch.arange(count) % len(values)]
 
 
 def provenance(plan, args):
@@ -619,7 +622,7 @@ def provenance(plan, args):
         "averaged_weights": not args.no_ema,
         "vae": plan.vae.name,
         "vae_sha256": plan.vae.sha256,
-        "model": model_name(**asdict(config)),
+        "model": config.name,
         "objective": config.objective,
         "temporal_patch_size": config.temporal_patch_size,
         "context": config.context,  # frames that a causal model sees; else None

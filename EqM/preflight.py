@@ -29,7 +29,7 @@ from schedule import Phase, clip_lengths, fill_batches, frames_flag
 from vae import check_same, load_vae, surely_differ
 from video import pairs, samples
 from video.actions import ACTIONS_FILE, open_actions
-from video.index import CorruptVideos, find_data
+from video.index import CorruptVideos, find_data, name_some
 from video.pairs import Pairs
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
 
@@ -64,7 +64,7 @@ def check_run(args):
         phases = fill_batches(
             phases,
             args.global_batch_size,
-            tokens=lambda num_frames: math.prod(config.grid(num_frames)),
+            tokens=config.num_tokens,
             parts=world_size() * args.grad_accum,
         )
     # only rank 0 opens the data, which tells the classes and, without a schedule, the phase
@@ -406,8 +406,8 @@ def open_all_data(args, start, source, lengths):
         real = open_data(args, start, args.real_data, **settings)
     if real.scan.classes != data.scan.classes:
         raise UserError(
-            f"--real-data {args.real_data}: has the classes {some_names(real.scan.classes)}, "
-            f"--data-path {args.data_path} has {some_names(data.scan.classes)}; expected the same"
+            f"--real-data {args.real_data}: has the classes {name_some(real.scan.classes)}, "
+            f"--data-path {args.data_path} has {name_some(data.scan.classes)}; expected the same"
         )
     if real.source.has_latents != source.has_latents:
         advice = "sample again with --save-latents"
@@ -479,8 +479,8 @@ def fit_classes(args, config, start, classes):
             if start.resumes:
                 advice = "pass its data, or remove --resume"
             raise UserError(
-                f"--data-path {args.data_path}: has the classes {some_names(classes)}, "
-                f"{start.origin} has {some_names(before)}; {advice}"
+                f"--data-path {args.data_path}: has the classes {name_some(classes)}, "
+                f"{start.origin} has {name_some(before)}; {advice}"
             )
         checkpoint.check(start.origin, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)
@@ -530,10 +530,6 @@ def fit_actions(args, config, start, source):
 
 def describe_actions(names):
     return f"the actions {', '.join(names)}" if names else "no actions"
-
-
-def some_names(classes):
-    return f"{', '.join(classes[:3])} ({len(classes)})"
 
 
 def with_new_classes(state, classes, num_classes):

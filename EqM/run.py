@@ -1,7 +1,6 @@
 """The run folder of train.py and train_vae.py: what they write and how they end."""
 
 import functools
-import itertools
 import json
 import os
 import statistics
@@ -12,7 +11,6 @@ import torch
 
 import checkpoint
 import models
-from models import model_name
 from runtime import distributed, runs
 from runtime.cli import (
     COUNT,
@@ -95,8 +93,7 @@ class Run:
 
         Raises UserError, on all ranks, if there are too many.
         """
-        paths_of_all = itertools.chain(*distributed.gather(paths))
-        for path in self.bad_videos.add(paths_of_all):
+        for path in self.bad_videos.add(distributed.gather_items(paths)):
             self.log(
                 f"step {step}: {path} can't be decoded; others take its place ({self.bad_videos})"
             )
@@ -207,7 +204,7 @@ def log_run(run, args, config, model, data, first_step, last_step, device):
     """Log the model, the data and the machine."""
     size = sum(map(torch.numel, model.parameters())) / 1e6
     run.log(
-        f"{run.folder}: {model_name(**asdict(config))}, {size:.1f} M parameters, "
+        f"{run.folder}: {config.name}, {size:.1f} M parameters, "
         f"{config.positions}, objective {config.objective}; {world_size()} x {device.type}, "
         f"steps {first_step} to {last_step}"
     )

@@ -307,22 +307,13 @@ def write_folder(args, plan, parts, clips):
     previews = not args.no_previews
     evaluations = torch.zeros(len(plan.names), dtype=torch.int64)
     energies = []
-
-    def videos_of(parts):
-        for indices, first, videos, spent, energy, latents in parts:
-            evaluations[list(indices)] += spent
-            energies.append(energy)
-            yield list(indices), first, videos.numpy(), latents
-
-    videos = videos_of(parts)
     # if this fails, the samples of an earlier call stay
-    videos = itertools.chain([next(videos)], videos)
+    parts = itertools.chain([next(parts)], parts)
     begin_folder(folder)
-    videos = without_latents(plan, folder, videos)
     marked = clips.given and [clips.given.frames[number] for number in clips.given.numbers]
     write_samples(
         folder,
-        videos,
+        videos_of(plan, folder, parts, evaluations, energies),
         plan.num_frames,
         labels=plan.conditions,
         fps=1 / plan.time_scale,
@@ -355,18 +346,22 @@ def write_folder(args, plan, parts, clips):
     say(f"{folder}: {len(plan.names)} {kind}{with_previews} and samples.npz")
 
 
-def without_latents(plan, folder, parts):
-    """Yield (indices, first frame, videos) of parts that may also have latents, which go to
-    LATENTS, float32 (N, C, T, h, w), as the VAE decodes them.
+def videos_of(plan, folder, parts, evaluations, energies):
+    """Yield (indices, first frame, videos) of parts, and add what they took to `evaluations` and
+    their energies to `energies`. Latents go to LATENTS, float32 (N, C, T, h, w), as the VAE decodes
+    them.
     """
     file = None
-    for indices, first, videos, latents in parts:
+    for indices, first, videos, spent, energy, latents in parts:
+        indices = list(indices)
+        evaluations[indices] += spent
+        energies.append(energy)
         if latents is not None:
             if file is None:
                 shape = (len(plan.names), *latents.shape[1:])
                 file = np.lib.format.open_memmap(folder / LATENTS, "w+", np.float32, shape)
             file[indices] = plan.vae.unscale(latents).numpy()
-        yield indices, first, videos
+        yield indices, first, videos.numpy()
 
 
 def begin_folder(folder):

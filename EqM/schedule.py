@@ -30,10 +30,10 @@ def parse_schedule(text):
     A `type=` for argparse: raises ArgumentTypeError.
     """
     if not re.fullmatch(f"{PHASE}(,{PHASE})*", text):
-        expected = (
-            "FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, numbers of at least 1, separated by commas"
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, numbers of at "
+            "least 1, separated by commas"
         )
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
     phases = [Phase(*(*map(int, part.split(":")), None)[:3]) for part in text.split(",")]
     steps = [phase.last_step for phase in phases]
     if steps != sorted(set(steps)):
@@ -55,13 +55,10 @@ def fill_batches(phases, batch_size, tokens, parts):
     for phase in phases:
         size = phase.batch_size or per_step / tokens(phase.num_frames)
         if size % parts:
-            got = (
-                f"--frames-schedule: the phase of {plural(phase.num_frames, 'frame')} has "
-                f"{size:g} clips per step"
-            )
-            expected = f"expected a multiple of {parts} (ranks x --grad-accum)"
             raise UserError(
-                f"{got}; {expected}; add a batch size to it, or change --global-batch-size"
+                f"--frames-schedule: the phase of {plural(phase.num_frames, 'frame')} has "
+                f"{size:g} clips per step; expected a multiple of {parts} (ranks x --grad-accum); "
+                "add a batch size to it, or change --global-batch-size"
             )
         filled.append(replace(phase, batch_size=int(size)))
     return filled

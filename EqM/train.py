@@ -36,7 +36,7 @@ import transport
 from generation import generate, whole_videos
 from models import Condition
 from optim import check_fp16, ema_decay, make_optimizers, set_learning_rates, update_ema
-from plans import Plan, one_of_each, sampling_settings
+from plans import Plan, sampling_settings
 from run import Run, add_loading_flags, log_run, make_run_config, note_changes, run_name
 from run import add_flags as add_run_flags
 from runtime import cli, distributed, runs
@@ -236,7 +236,7 @@ def main():
             set_learning_rates(optimizers, args, progress.step, lr_end)
             clips = plural(phase.batch_size, "clip")
             frames = plural(phase.num_frames, "frame")
-            tokens = plural(math.prod(config.grid(phase.num_frames)), "token")
+            tokens = plural(config.num_tokens(phase.num_frames), "token")
             log(f"to step {phase.last_step}: {clips} per step, {frames} = {tokens} each")
 
             # wait() returns the first batch. The loader processes take seconds to start, and a
@@ -444,7 +444,7 @@ def start_phase(args, data, phases, phase, progress, device):
             data.val[num_frames],
             classes=data.scan.classes,
             num_frames=num_frames,
-            frame_interval=(args.frame_interval[0], args.frame_interval[-1]),
+            frame_interval=args.frame_interval,
             flip=False,
             stream="validation",
             spare=data.spare(num_frames),
@@ -500,7 +500,7 @@ def training_clips(args, data, stream):
             videos,
             classes=data.scan.classes,
             num_frames=num_frames,
-            frame_interval=(args.frame_interval[0], args.frame_interval[-1]),
+            frame_interval=args.frame_interval,
             flip=not (args.no_flip or data.source.has_samples),  # noise can't be mirrored
             seed=args.global_seed,
             stream=stream,
@@ -514,13 +514,11 @@ def training_clips(args, data, stream):
 
 def preview_plan(args, ema, vae, classes, run_config):
     """The Plan of the samples that a phase makes now and then."""
-    conditions, names = one_of_each(classes, args.num_samples)
     return Plan(
         ema,
         vae=vae,
         classes=classes,
-        conditions=conditions,
-        names=names,
+        conditions=torch.arange(args.num_samples) % len(classes),
         num_frames=run_config["model"]["num_frames"],
         time_scale=run_config["data"]["time_scale"],
         gamma_shift=args.gamma_shift,

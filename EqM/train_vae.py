@@ -74,8 +74,7 @@ def parse_args():
         nargs="+",
         help=(
             "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: "
-            "from "
-            "16 32 64 128"
+            "from 16 32 64 128"
         ),
     )
 
@@ -114,8 +113,7 @@ def parse_args():
         choices=["fp32", "tf32", "bf16"],
         help=(
             "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU "
-            "that "
-            "has it"
+            "that has it"
         ),
     )
 
@@ -175,8 +173,7 @@ def main():
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     log(
         f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step "
-        f"{args.max_steps}; "
-        f"{plural(len(data.train[1]), 'training video')}, "
+        f"{args.max_steps}; {plural(len(data.train[1]), 'training video')}, "
         f"{plural(len(data.val[1]), 'validation video')}"
     )
     run.report_corrupt(data.scan.unreadable, progress.step)
@@ -316,13 +313,8 @@ def training_losses(network, batch, args, device):
         indices=indices,
         share=args.color_jitter,
     )
-    noise = normal(
-        seed=args.global_seed,
-        purpose="posterior",
-        stream=0,
-        indices=indices,
-        shape=(args.latent_channels, side, side),
-    )
+    shape = (args.latent_channels, side, side)
+    noise = normal(args.global_seed, "posterior", 0, indices, shape)
     with distributed.autocast(device, args.precision):
         outputs = network(x, noise.to(device))
     return autoencoder.losses_of(x, *outputs)

@@ -80,14 +80,7 @@ class VAE(nn.Module):
         else:
             latents, std = clips.float().unbind(1)
         if std is not None:
-            noise = normal(
-                seed=seed,
-                purpose="posterior",
-                stream=stream,
-                indices=indices,
-                shape=std.shape[1:],
-                device=std.device,
-            )
+            noise = normal(seed, "posterior", stream, indices, std.shape[1:], std.device)
             latents = latents + std * noise
         return (latents - self.shift) * self.scale
 

@@ -14,20 +14,15 @@ from html import escape
 from pathlib import Path
 
 import plans
-from models import model_name
 from runtime.cli import UserError, plural
 from samplers import DESCENTS
 from vae import REPOSITORIES
 
 refuse_to_run(__name__, "scripts/export.py --html")
 
-TEMPLATE = Path(__file__).with_suffix(".html")
-NETWORK = Path(__file__).with_suffix(".js")
-WORLD_TEMPLATE = Path(__file__).with_name("world.html")
-WORLD = Path(__file__).with_name("world.js")
-STYLE = Path(__file__).with_name("page.css")
-SCRIPT = Path(__file__).with_name("page.js")
-KERNEL = Path(__file__).with_suffix(".wasm")
+HERE = Path(__file__).parent
+NETWORK = HERE / "descent.js"
+KERNEL = HERE / "descent.wasm"
 MOST_WEIGHTS = 20  # millions; a file of 55 MB
 MOST_GFLOPS = 20  # of one guided evaluation: about 2 s of one core
 LARGEST = 65_504  # in fp16
@@ -97,22 +92,22 @@ def make_page(name, state, config, starts=()):
         "letters": len(letters),
         "kernel": base64.b64encode(KERNEL.read_bytes()).decode(),
     }
-    model = model_name(**facts["model"])
     parts = {
         "parameters": f"{size / 1e6:.1f} million" if size >= 1e5 else f"{size:,}",
-        "about": escape(f"{name}: {model}, step {state['step']}, {config.input_size} px."),
-        "style": STYLE.read_text(),
-        "script": SCRIPT.read_text(),
+        "about": escape(f"{name}: {config.name}, step {state['step']}, {config.input_size} px."),
+        "style": (HERE / "page.css").read_text(),
+        "script": (HERE / "page.js").read_text(),
         "weights": letters,
     }
     if config.causal:
-        template = WORLD_TEMPLATE
+        template = "world.html"
         parts |= world_parts(facts, training, config, starts)
     else:
-        template = TEMPLATE
+        template = "descent.html"
         parts |= descent_parts(facts, training, config)
     parts["facts"] = json.dumps(facts).replace("<", r"\u003c")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template.read_text("utf-8"))
+    text = (HERE / template).read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
 def descent_parts(facts, training, config):
@@ -144,12 +139,11 @@ def world_parts(facts, training, config, starts):
         pixels = base64.b64encode(start["pixels"].numpy().tobytes()).decode()
         facts["starts"].append(start | {"pixels": pixels})
     facts["controls"] = "the arrow keys or a gamepad" if config.actions else "the number keys"
-    steering = "w a s d walk, numbers act, " if config.actions else "numbers choose a class, "
     return {
         "headline": "A world in one file" if config.actions else "A film that you steer",
         "context": plural(config.context_patches * config.temporal_patch_size, "frame"),
-        "keys": steering,
-        "engine": NETWORK.read_text() + WORLD.read_text(),
+        "keys": "w a s d walk, numbers act, " if config.actions else "numbers choose a class, ",
+        "engine": NETWORK.read_text() + (HERE / "world.js").read_text(),
     }
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import checkpoint
 import descent
-import models
 import published
 from models import EBMS, NAMES
 from runtime.atomic import write_file
@@ -36,6 +35,7 @@ from runtime.cli import (
 from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
 from video.inputs import find_clips
+from video.samples import model_of
 
 SHOWN = 20  # classes that the card names
 CARD = """# {name}
@@ -123,7 +123,7 @@ def main():
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
         scores = "".join(score_table(args.ckpt, sha256, path) for path in args.scores)
     if args.folder:
-        card = make_card(state, args.dtype, vae, scores)
+        card = make_card(state, config, args.dtype, vae, scores)
         with writing(args.folder):
             published.write_export(args.folder, state, args.dtype, card, vae)
         size = sum(file.stat().st_size for file in Path(args.folder).rglob("*")) / 1e6
@@ -132,9 +132,7 @@ def main():
             names.append(f"{published.VAE_FOLDER}/")
         say(f"{args.folder}: {', '.join(names)}, {size:.1f} MB; use it as --ckpt {args.folder}")
     if args.html:
-        path = Path(args.ckpt).resolve()
-        is_of_run = path.parent.name == "checkpoints"
-        name = path.parent.parent.name if is_of_run else path.name
+        name = model_of(args.ckpt).name
         page = descent.make_page(name, state, config, starts).encode("utf-8", "replace")
         with writing(args.html):
             Path(args.html).parent.mkdir(parents=True, exist_ok=True)
@@ -184,19 +182,18 @@ def open_starts(args, flag, data, config):
     return starts
 
 
-def make_card(state, dtype, vae, scores):
-    """The model card (README.md) of an exported folder."""
-    model = state["config"]["model"]
+def make_card(state, config, dtype, vae, scores):
+    """The model card (README.md) of an exported folder. config: its EqMConfig."""
     video = "--video " if state["config"]["training"]["video"] else ""
-    rope = "--use-rope " if model["use_rope"] else ""
+    rope = "--use-rope " if config.use_rope else ""
     rows = []
-    for key, value in facts(state, dtype, vae):
+    for key, value in facts(state, config, dtype, vae):
         text = one_line(value).replace("|", "/")
         rows.append(f"| {key} | {text} |")
     return CARD.format(
-        name=models.model_name(**model),
-        trained_with=models.EqMConfig(**model).learns.title,
-        and_actions=" and actions" if model.get("actions") else "",
+        name=config.name,
+        trained_with=config.learns.title,
+        and_actions=" and actions" if config.actions else "",
         about="\n".join(rows),
         sample=f"{video}--ckpt FOLDER --num-samples 16 --folder samples",
         train=f"{video}{rope}--ckpt FOLDER --data-path DATA",
@@ -217,7 +214,7 @@ def load_vae_folder(folder, flag, data):
     return vae
 
 
-def facts(state, dtype, vae):
+def facts(state, config, dtype, vae):
     """Yield the rows of the card's table: (name, value)."""
     data = state["config"]["data"]
     training = state["config"]["training"]
@@ -227,14 +224,13 @@ def facts(state, dtype, vae):
     names = ", ".join(classes[:SHOWN])
     names += ", ..." if len(classes) > SHOWN else ""
     yield "classes", f"{len(classes)}: {names}"
-    actions = models.EqMConfig(**state["config"]["model"]).action_names
+    actions = config.action_names
     if actions:
         yield "actions", f"{len(actions)}, one per frame: {', '.join(actions)}"
     yield "data", os.path.basename(str(training.get("data_path") or "")) or "not recorded"
     if training["video"]:
-        patch = state["config"]["model"]["temporal_patch_size"]
-        time = f"{data['time_scale']:.4g} s apart"
-        yield "clips", f"{training['num_frames']} frames, {time}; patches of {patch}"
+        time = f"{data['time_scale']:.4g} s apart; patches of {config.temporal_patch_size}"
+        yield "clips", f"{training['num_frames']} frames, {time}"
     yield "frame size", f"{data['image_size'] or 'see config.json'} px"
     if vae:
         yield "VAE", f"its own, in `{published.VAE_FOLDER}/`"

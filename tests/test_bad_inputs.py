@@ -121,7 +121,7 @@ train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-p
         --num-classes 7 --ckpt rope.pt => must
         --optimizer muon --ckpt rope.pt => --optimizer adamw
         --max-steps 10 --ckpt rope.pt => --max-steps 10
-        --data-path long --ckpt rope.pt => classes A (1), --ckpt rope.pt has A, B (2); --new-classes
+        --data-path long --ckpt rope.pt => classes A, --ckpt rope.pt has A, B; --new-classes
         --new-classes => needs a model; add --ckpt or --inflate
         --inflate no/such.pt | --inflate cut.pt | --inflate empty | --inflate code.pt
         --inflate '' => empty
@@ -137,7 +137,7 @@ train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-p
         --hidden-size 96 --inflate image.pt => --inflate image.pt: holds EqM-Ti/4
         --inflate image.pt --rope-split 16,8,8 | --inflate image.pt --rope-speed 1 => must agree
         --inflate plain.pt --rope-split 8,8,8 => has rope split 20,0,0
-        --data-path long --inflate image.pt => --inflate image.pt has A, B (2); --new-classes
+        --data-path long --inflate image.pt => --inflate image.pt has A, B; --new-classes
 train recipe: train {model} {pixels} {steps} --data-path images
         @no/such.txt | @quote.txt | @flipped.pt => recipe
         @unknown.txt => --lrr

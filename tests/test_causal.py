@@ -221,7 +221,6 @@ def plan_of(model, count, num_frames):
         SimpleNamespace(decode=lambda latents: latents, downsample=1),
         classes=["a"],
         conditions=torch.zeros(count, dtype=torch.int64),
-        names=["a"] * count,
         num_frames=num_frames,
         time_scale=0.04,
     )

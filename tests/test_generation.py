@@ -76,7 +76,6 @@ def make_plan(model=None, vae=None, count=5, **changes):
         "time_scales": torch.linspace(0.04, 0.2, count).tolist(),
         "num_frames": 3,
         "conditions": torch.arange(count),
-        "names": list("ABCDEFGHIJ")[:count],
     }
     return Plan(
         model or Quadratic(),

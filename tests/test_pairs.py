@@ -17,7 +17,7 @@ import export
 import sample_gd
 import train
 import transport
-from models import model_config
+from models import EqMConfig, model_config
 from runtime.rng import normal, uniform
 from runtime.untrusted import read_json
 from samplers import sample
@@ -318,7 +318,8 @@ def test_a_student_begins_with_averaged_weights_and_records_its_teacher(places, 
     assert recorded["start_sha256"] == about["weights_sha256"]  # not of the raw weights
     assert recorded["teacher"]["guidance"] == about["guidance"]
     assert recorded["pairs"] == "own"
-    card = dict(export.facts(state, "fp32", None))
+    config = EqMConfig(**state["config"]["model"])
+    card = dict(export.facts(state, config, "fp32", None))
     assert card["student of"] == f"{places / 'pixels.pt'}, guidance 4"
     assert state["phase"]["ema_start"] == teacher["step"] == 10
     # clips of --frame-interval 1 2, which pairs don't have
@@ -447,4 +448,4 @@ def test_real_clips_have_the_classes_of_the_pairs(places, tmp_path, monkeypatch,
     shutil.copytree(places / "real", tmp_path / "other")
     (tmp_path / "other/B").rename(tmp_path / "other/C")
     line = refused(capsys, train, *student(places, "--real-data", tmp_path / "other"))
-    assert re.search("--real-data .*other: has the classes A, C .2., --data-path .* A, B", line)
+    assert re.search("--real-data .*other: has the classes A, C, --data-path .* A, B", line)

@@ -383,7 +383,7 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
         assert f"--resume of {ckpt}" in line
         assert other[0] in line
     (data / "B").rename(data / "C")
-    classes = f"has the classes A, C (2), --resume of {ckpt} has A, B (2); pass its data"
+    classes = f"has the classes A, C, --resume of {ckpt} has A, B; pass its data"
     assert classes in refused(capsys, train, *flags, "--resume")
     (data / "C").rename(data / "B")
     capsys.readouterr()

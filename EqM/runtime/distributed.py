@@ -195,12 +195,17 @@ def gather(value, on_all=True):
     return values
 
 
+def gather_items(items):
+    """Return the items of all ranks' lists, in the order of the ranks, on every rank."""
+    return [*itertools.chain(*gather(items))]
+
+
 def gather_in_order(rows):
     """Return the rows (index, ...) of all ranks, sorted by index, as columns without the index.
 
     Every rank gets them.
     """
-    rows = sorted(itertools.chain(*gather(rows)), key=lambda row: row[0])
+    rows = sorted(gather_items(rows), key=lambda row: row[0])
     _, *columns = zip(*rows, strict=True)
     return columns
 
@@ -237,8 +242,6 @@ def collect(indices, items):
     if rank() != 0:
         return None
     # a rank without indices passes any tensor
-    parts = [(indices, items) for indices, items in parts if indices]
-    indices = itertools.chain(*(indices for indices, _ in parts))
-    items = torch.cat([items for _, items in parts])
-    order = torch.tensor(list(indices)).argsort()
-    return items[order]
+    indices, items = zip(*[part for part in parts if part[0]], strict=True)
+    order = torch.tensor([*itertools.chain(*indices)]).argsort()
+    return torch.cat(items)[order]

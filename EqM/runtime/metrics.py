@@ -266,25 +266,21 @@ class StepStats:
         """
         if not self.rows:
             return {"names": self.names, "rows": self.earlier}
-        rows = self.averages()
+        rows = distributed.average(torch.stack(self.rows)).cpu()
         nonfinite = ~rows.isfinite()
         if "skipped" in self.names:
             nonfinite &= rows[:, self.names.index("skipped"), None] == 0
         if nonfinite.any():
             index = nonfinite.any(1).nonzero()[0].item()
-            self.raise_nonfinite(step, index)
+            self.raise_nonfinite(step, rows, index)
         earlier = self.earlier.reshape(-1, rows.shape[1])
         return {"names": self.names, "rows": torch.cat([earlier, rows])}
 
-    def averages(self):
-        return distributed.average(torch.stack(self.rows)).cpu()
-
-    def raise_nonfinite(self, step, index):
+    def raise_nonfinite(self, step, rows, index):
         """Raise UserError, on all ranks, for a value of row `index` that is not finite.
 
         `step` is of the last row.
         """
-        rows = self.averages()
         norm = self.names.index("grad_norm")
         name = self.names[(~rows[index].isfinite()).nonzero()[0].item()]
         values = self.rows[index].clone()

@@ -48,7 +48,7 @@ def noise_of_sample(seed, index, window, shape):
     frames.
     """
     C, T, height, width = shape
-    parts = []
-    for number in range(math.ceil(T / window)):
-        parts.append(noise_of_samples(seed, [index], (C, window, height, width), number))
+    shape = (C, window, height, width)
+    numbers = range(math.ceil(T / window))
+    parts = [noise_of_samples(seed, [index], shape, number) for number in numbers]
     return torch.cat(parts, dim=2)[0, :, :T]

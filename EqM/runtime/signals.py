@@ -91,7 +91,7 @@ class StopSignal:
         """
         if not self.in_step:  # all ranks call this, so all vote
             self._start()
-        self.steps = self.steps + self.in_step
+        self.steps += self.in_step
         self.in_step = False
         if self.flags is None:  # a step without a vote
             return False

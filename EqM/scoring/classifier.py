@@ -98,7 +98,7 @@ def score_classifier(samples, clips, training, args, corrupt):
     by_split = args.classifier_test == "val"
     recipe = RECIPES[args.classifier_test]
     if by_split and distributed.rank() != 0:  # there is one network to train
-        return None, None, None
+        return None
     torch.set_num_threads(1)  # another order of sums makes another classifier
     real = read_real(clips, args.num_workers, corrupt)
     training = set(training)
@@ -120,17 +120,15 @@ def score_classifier(samples, clips, training, args, corrupt):
     if not by_split:
         logits = leave_one_out(real, span, settings)
     if distributed.rank() != 0:
-        return None, None, None
+        return None
     network = train(trained, "of the training split", **settings)
     if by_split:
         logits = [logits_of(network, one.windows, span) for one in tested]
     paths = [one.video.path for one in tested]
     labels = [one.label for one in tested]
     of_real = summarize(logits, labels, paths)
-    of_real["wrong"] = []
-    for path, label, found in zip(paths, labels, of_real["found"], strict=True):
-        if found != label:
-            of_real["wrong"].append(path)
+    found = zip(paths, labels, of_real["found"], strict=True)
+    of_real["wrong"] = [path for path, label, shown in found if shown != label]
     of_samples, sample_logits = classify_samples(samples, network, clips, real)
     values = {
         "accuracy": of_real["share"],

@@ -60,9 +60,10 @@ def score_consistency(generated, real, source):
         "ratios", generated=generated[-1], real=real[-1]
     )
     values, lines = report(result, TITLES)
-    rows = []
-    for name, drift in result["drift"].items():
-        rows.append((f"drift of {name}", cell(drift, "drift", interval="interval95")))
+    rows = [
+        (f"drift of {name}", cell(drift, "drift", interval="interval95"))
+        for name, drift in result["drift"].items()
+    ]
     return values, result, [*lines, *table(rows), line]
 
 

@@ -74,7 +74,7 @@ def score_frechet(generated, real, args, detector, cached, device):
             write_file(cached, safetensors.torch.save(reference))
     features = features_of(generated)
     if distributed.rank() != 0:
-        return None, None, None
+        return None
     moments = moments_of(features)
     D = features.shape[-1]
     value = frechet_distance(

@@ -12,7 +12,6 @@ can hold. All else is float64.
 """
 
 import functools
-import itertools
 import math
 import operator
 from pathlib import Path
@@ -186,7 +185,7 @@ def search(clips, windows, num_workers):
         place = torch.stack([torch.full_like(least, number), first + least // 2, least % 2], dim=1)
         best = nearer(best, (energy + sums.gather(1, least[:, None])[:, 0], place))
     best = functools.reduce(nearer, distributed.gather([part.cpu() for part in best]))
-    return best, sorted(itertools.chain(*distributed.gather(corrupt)))
+    return best, sorted(distributed.gather_items(corrupt))
 
 
 def nearer(one, other):

@@ -13,9 +13,10 @@ plt.rcParams.update(
         "font.size": 14,
         "axes.grid": True,
         "grid.alpha": 0.3,
+        "figure.figsize": (8, 5),
+        "figure.constrained_layout.use": True,
     }
 )
-plt.rcParams.update({"figure.figsize": (8, 5), "figure.constrained_layout.use": True})
 # Okabe and Ito: safe for color blindness
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9")
 MARKERS = "o", "s", "^", "D", "v", "P", "X"

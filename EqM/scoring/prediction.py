@@ -74,10 +74,8 @@ def score_prediction(samples, real, clips, out, truth):
             titles=KINDS,
         )
         write_pairs(out.with_suffix(".sheet.png"), samples, clips)
-    values = {}
-    for name in map("".join, product(METRICS, KINDS)):
-        if name in result:
-            values[name] = result[name]
+    names = map("".join, product(METRICS, KINDS))
+    values = {name: result[name] for name in names if name in result}
     lines = result_lines(result)
     if truth:
         for name in ("direction_accuracy", "speed_ratio", "appearance_kept"):

@@ -182,7 +182,7 @@ def find_real(
         videos=usable,
         classes=source.scan.classes,
         num_frames=num_frames,
-        frame_interval=(interval, interval),
+        frame_interval=(interval,),
         flip=False,
         seed=REAL_SEED,
         stream="real",

@@ -1,7 +1,7 @@
 """What the metrics share: rows of all ranks, 95% intervals over units, PSNR, tables to print.
 
 The function score_... of a metric returns (values, result, lines) on rank 0: {name: number or
-None}, more for JSON, and text to print. On the other ranks they may be None.
+None}, more for JSON, and text to print. On the other ranks, it may return None.
 
 Clips of one video look alike, and so do videos of one person. So intervals are over independent
 units (`unit_of`):
@@ -40,9 +40,10 @@ def gather(stream, measure):
     Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the
     order of the clips.
     """
-    rows = []
-    for index, clip, name, time_scale, video in stream:
-        rows.append((index, *measure(clip, name, time_scale, index), video))
+    rows = [
+        (index, *measure(clip, name, time_scale, index), video)
+        for index, clip, name, time_scale, video in stream
+    ]
     return distributed.gather_in_order(rows)
 
 

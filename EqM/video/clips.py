@@ -31,8 +31,8 @@ class Clips(torch.utils.data.Dataset):
     videos: list  # each of at least num_frames frames
     classes: list
     num_frames: int
-    # smallest and largest distance of frames; each clip draws one that fits its video
-    frame_interval: tuple = (1, 1)
+    # smallest and perhaps largest distance of frames; each clip draws one that fits its video
+    frame_interval: tuple = (1,)
     flip: bool = True
     seed: int = 0
     # the name of the stream, part of its seed: a training phase uses its first step
@@ -102,7 +102,8 @@ class Clips(torch.utils.data.Dataset):
         Opens no file.
         """
         attempt = len(tried)
-        smallest, largest = self.frame_interval
+        smallest = self.frame_interval[0]
+        largest = self.frame_interval[-1]
         video = self._replacement(index, tried) if tried else self._video(index)
         interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)
         interval = fitting_interval(video, self.num_frames, interval)

@@ -422,8 +422,10 @@ def log_skipped(log, data):
     log(f"skipped: {short}, {plural(len(data.scan.unreadable), 'file')} that can't be opened")
     for num_frames, count in data.val_too_short.items():
         if num_frames > longest and count:
-            files = plural(count, "validation file")
-            log(f"skipped: {files} with fewer than the {num_frames} frames of --val-frames")
+            log(
+                f"skipped: {plural(count, 'validation file')} with fewer than the {num_frames} "
+                "frames of --val-frames"
+            )
 
 
 def log_data(log, args, data):

@@ -101,13 +101,12 @@ def write_grid(path, videos, fps):
     write_gif(path, add_notes(grid, notes), fps * len(shown) / T)
 
 
-def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growing=None):
+def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growing=()):
     """Write 000000.mp4 (images: .png) and so on, from number `first`.
 
     gifs: also GIFs of at most gif_frames frames. growing: Movies by number, which have all
     frames already; they are ended and removed.
     """
-    growing = growing or {}
     folder = Path(folder)
     T = videos.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
