@@ -15,7 +15,6 @@ status is then 2, as for a mistake in the flags.
 
 import layout  # noqa: F401
 import functools
-import math
 import os
 import re
 import shlex
@@ -169,7 +168,9 @@ def main():
     refusal = None  # the first reason for which train.py would refuse these videos
     try:
         source = open_videos(args)
-        corrupt = describe_videos(args, source)
+        describe(source.scan)
+        corrupt = [] if args.quick else undecodable(source)
+        describe_skipped(args, source.scan, corrupt)
         refusal = too_many_corrupt(args, source.scan, corrupt)
         args, config = with_actions(args, config, source)
         data = check_data(args, source, corrupt)
@@ -224,14 +225,6 @@ def with_actions(args, config, source):
     return flags, fitted
 
 
-def describe_videos(args, source):
-    """Print what the videos are and what training skips. Returns the paths of corrupt ones."""
-    describe(source.scan)
-    corrupt = [] if args.quick else undecodable(source)
-    describe_skipped(args, source.scan, corrupt)
-    return corrupt
-
-
 def too_many_corrupt(args, scan, corrupt):
     """The CorruptDataError of train.py if too many files are corrupt, else None."""
     try:
@@ -274,8 +267,10 @@ def describe(scan):
         "seconds": [video.num_frames / video.fps for video in videos],
     }
     for name, values in columns.items():
-        median = statistics.median(values)
-        say(f"{name}: {min(values):.4g} to {max(values):.4g}, median {median:.4g}")
+        say(
+            f"{name}: {min(values):.4g} to {max(values):.4g}, median "
+            f"{statistics.median(values):.4g}"
+        )
     sizes = Counter(f"{video.width} x {video.height}" for video in videos)
     common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8))
     say(f"sizes, upright: {common}")
@@ -296,11 +291,10 @@ def undecodable(source):
 
 def describe_skipped(args, scan, corrupt):
     """Print which files training would skip, and why."""
-    skipped = []
-    for path in scan.unreadable:
-        skipped.append((path, why_unreadable(os.path.join(args.data_path, path))))
-    for path in corrupt:
-        skipped.append((path, "can't be decoded to its end; repair or remove it"))
+    skipped = [
+        (path, why_unreadable(os.path.join(args.data_path, path))) for path in scan.unreadable
+    ]
+    skipped += [(path, "can't be decoded to its end; repair or remove it") for path in corrupt]
     scanned = {*scan.unreadable, *(video.path for video in scan.videos)}
     for path in sorted(Path(args.data_path).rglob("[!.]*")):
         name = str(path.relative_to(args.data_path))
@@ -322,13 +316,12 @@ def write_clips(args, data, out):
     """Write a sheet with clips of some training videos, first to last, and print their files."""
     videos = data.train[args.num_frames]
     shown = [videos[index] for index in evenly_spaced(len(videos), MAX_ROWS)]
-    (interval,) = args.frame_interval
     clips = Clips(
         source=data.source,
         videos=shown,
         classes=data.scan.classes,
         num_frames=args.num_frames,
-        frame_interval=(interval, interval),
+        frame_interval=args.frame_interval,
         flip=False,
     )
     samples = [clips[index] for index in range(len(shown))]
@@ -408,7 +401,7 @@ def estimate(args, config, steps, device):
         most_clips=min(CLIPS_TIMED, batch),
         device=device,
     )
-    tokens = math.prod(config.grid(args.num_frames))
+    tokens = config.num_tokens(args.num_frames)
     say(f"{args.model}: {size / 1e6:.1f} M parameters, {plural(tokens, 'token')} per clip")
     of_model = size * BYTES
     total = of_model + activations * batch

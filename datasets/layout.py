@@ -1,12 +1,15 @@
 """Shared code of the scripts beside this module: path of EqM/, UCF-101's lists, what is missing."""
 
+import os
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import uncaught  # noqa: F401
 
-from runtime.cli import Bar, UserError
+from runtime.cli import Bar, UserError, check_writable, say, writing
 from runtime.untrusted import read_json
 from video.files import has_suffix
 from video.index import UCF_LISTS
@@ -32,12 +35,14 @@ def write_lists(out, train, test):
 
 
 def is_made(out, title, file, settings):
-    """True if `out` holds a data set with these settings, False if it is new or empty.
+    """True, which it says, if `out` holds a data set with these settings, False if it is new or
+    empty and can be written.
 
     title: the name of the data set; file: its JSON file with the settings. Raises UserError
     otherwise.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        check_writable("--out", out)
         return False
     advice = "expected a new or empty folder, or the same data set; name another folder"
     try:
@@ -46,7 +51,21 @@ def is_made(out, title, file, settings):
         raise UserError(f"--out {out}: holds files that are not {title}; {advice}") from error
     if made_with != settings:
         raise UserError(f"--out {out}: holds {title} made with other flags ({made_with}); {advice}")
+    say(f"{out} already exists, made with the same flags")
     return True
+
+
+@contextmanager
+def new_data_set(out):
+    """A temporary folder beside `out`, which becomes `out` when the body ends without an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary,
+        writing(out),
+    ):
+        folder = Path(temporary, out.name)
+        yield folder
+        os.replace(folder, out)
 
 
 def missing_videos(out, names):

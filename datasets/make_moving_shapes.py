@@ -12,9 +12,7 @@ top left corner of the frame; y grows downwards, and pixel centers are at + 0.5.
 
 import json
 import math
-import os
-import tempfile
-from layout import is_made, write_lists
+from layout import is_made, new_data_set, write_lists
 from argparse import Namespace
 from functools import partial
 from itertools import product
@@ -24,7 +22,6 @@ import av
 import numpy as np
 import torch
 
-from runtime import cli
 from runtime.cli import ArgumentParser, Bar, UserError, number, one_line_errors, say, wrong_input
 from runtime.rng import generator
 from video.writers import encode
@@ -172,9 +169,8 @@ def bounce(axis, ends, draws, args):
 
     The path: the centroid on the axis in each frame, px.
     """
-    start = []
-    for (low, high), share in zip(ends, draws[:2], strict=True):
-        start.append(low + (high - low) * share)
+    shares = zip(ends, draws[:2], strict=True)
+    start = [low + (high - low) * share for (low, high), share in shares]
     along = list(AXES).index(axis)
     speed = TRAVEL * args.size
     forwards = draws[2] < 0.5
@@ -236,16 +232,11 @@ def write_video(path, frames):
 
 
 def write_data_set(out, settings, args):
-    """Write the data set to a temporary folder beside `out`, and rename it when it is complete."""
+    """Write the data set, all or nothing."""
     videos = plan_videos(args)
     train = [f"{key}.avi" for key in videos if "_g01_" not in key]
     test = [f"{key}.avi" for key in videos if "_g01_" in key]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary,
-        cli.writing(out),
-    ):
-        folder = Path(temporary, out.name)
+    with new_data_set(out) as folder:
         for name in {video["class"] for video in videos.values()}:
             (folder / name).mkdir(parents=True)
         for key, video in Bar(videos.items(), desc="Moving Shapes", unit="video"):
@@ -263,7 +254,6 @@ def write_data_set(out, settings, args):
         }
         text = json.dumps(about, indent=1)
         (folder / "shapes.json").write_text(text + "\n")
-        os.replace(folder, out)
 
 
 def check_flags(args):
@@ -340,9 +330,7 @@ def main(argv=None):
     with wrong_input():
         check_flags(args)
         if is_made(args.out, "Moving Shapes", "shapes.json", settings):
-            say(f"{args.out} already exists, made with the same flags")
             return
-        cli.check_writable("--out", args.out)
     write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
     classes = BOUNCING if args.bounce else CLASSES
     say(f"{args.out}: {len(classes)} classes with {args.videos_per_class} videos each")

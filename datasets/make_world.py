@@ -17,9 +17,7 @@ The same flags give the same bytes (with the same FFmpeg build).
 """
 
 import json
-import os
-import tempfile
-from layout import is_made, write_lists, write_videos
+from layout import is_made, new_data_set, write_lists, write_videos
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import label
 
-from runtime import cli
 from runtime.cli import ArgumentParser, number, one_line_errors, say, wrong_input
 from runtime.rng import generator
 from world_rules import ACTIONS, AGENT, GRASS, MIRROR, TREE, WATER, draw, step, views
@@ -131,7 +128,7 @@ def play(args):
 
 
 def write_data_set(out, settings, args):
-    """Write the data set to a temporary folder beside `out`, and rename it when it is complete."""
+    """Write the data set, all or nothing."""
     truth, walks = play(args)
     files = [f"{name}.mkv" for name in truth["names"]]
     numbers = {file: number for number, file in enumerate(files)}
@@ -141,12 +138,7 @@ def write_data_set(out, settings, args):
         tiles = views(truth["maps"][row], truth["positions"][row], truth["agents"][row])
         return draw(tiles)[0]
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary,
-        cli.writing(out),
-    ):
-        folder = Path(temporary, out.name)
+    with new_data_set(out) as folder:
         write_videos(
             folder,
             names=files,
@@ -163,7 +155,6 @@ def write_data_set(out, settings, args):
         ):
             (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         write_lists(folder, files[: args.episodes], files[args.episodes :])
-        os.replace(folder, out)
 
 
 def parse_args(argv=None):
@@ -206,9 +197,7 @@ def main(argv=None):
     settings["version"] = VERSION
     with wrong_input():
         if is_made(args.out, "World", "world.json", settings):
-            say(f"{args.out} already exists, made with the same flags")
             return
-        cli.check_writable("--out", args.out)
     write_data_set(args.out, settings, args)
     say(
         f"{args.out}: {args.episodes} episodes of {args.frames} frames, and {args.held_out} on "

@@ -30,6 +30,7 @@ them, must not.
 
 import math
 import re
+from functools import partial
 from itertools import chain, product
 from pathlib import PurePosixPath
 
@@ -96,11 +97,10 @@ def check(samples, clips, where):
     elif min(map(len, values)) < 2:
         problem = "one value each"
     if problem:
-        expected = (
-            "expected <class>/characterABCD.mkv of all characters, from datasets/prepare_sprites.py"
-        )
         raise UserError(
-            f"{where}: not the complete Sprites data set: {problem}; {expected}; pass that folder"
+            f"{where}: not the complete Sprites data set: {problem}; expected "
+            "<class>/characterABCD.mkv of all characters, from datasets/prepare_sprites.py; pass "
+            "that folder"
         )
     size = samples.image_size
     for key, video in videos.items():
@@ -235,17 +235,21 @@ def match(world, clips):
     return torch.stack(torch.unravel_index(closest, errors.shape[1:]), dim=1)
 
 
-def along_lines(error, best, others, others_square, least_square):
-    """How far frames are along the lines from the matched frames to others: (products, squares).
+def along_lines(world, frames, shown, others):
+    """How far frames (T, P), cropped, are along the lines from `shown` to others: (products,
+    squares).
 
-    The frames are best + error, both (T, P); others are (T or 1, M, P), others_square |others|^2.
-    products (T, M): error.(other - best); squares (T, M): |other - best|^2. Both are 0 where the
-    squares are below least_square. Float64 sums are exact.
+    shown and others are indices of (T,) and (T or 1, M) frames of the World. With best the frame
+    that is shown, products (T, M) are (frame - best).(other - best), and squares (T, M) are
+    |other - best|^2. Both are 0 where the squares are below least_square. Float64 sums are exact.
     """
-    error_others, best_others = (torch.stack([error, best], dim=1) @ others.mT).unbind(dim=1)
+    best = world.cropped[shown].double()
+    error = frames - best
+    both = torch.stack([error, best], dim=1)
+    error_others, best_others = (both @ world.cropped[others].double().mT).unbind(dim=1)
     products = error_others - (error * best).sum(dim=-1, keepdim=True)
-    squares = others_square - 2 * best_others + best.square().sum(dim=-1, keepdim=True)
-    is_other = squares >= least_square
+    squares = world.squares[others] - 2 * best_others + best.square().sum(dim=-1, keepdim=True)
+    is_other = squares >= world.least_square
     products = torch.where(is_other, products, 0)
     squares = torch.where(is_other, squares, 0)
     return products.cpu(), squares.cpu()
@@ -281,18 +285,7 @@ def decode(world, place, clip):
     matched_class, who = place
     T, P = clip.shape
     clip = clip.double()
-    cropped = clip[:, world.seen_once]
-
-    def compare(shown, others):
-        """`along_lines` from the frames `shown` to `others`, both indices of world.frames."""
-        best = world.cropped[shown].double()
-        return along_lines(
-            error=cropped - best,
-            best=best,
-            others=world.cropped[others].double(),
-            others_square=world.squares[others],
-            least_square=world.least_square,
-        )
+    compare = partial(along_lines, world, clip[:, world.seen_once])
 
     def compare_attributes(c, shown, t):  # shown: the numbers of characters, (T,)
         changed = (c[:, None], world.changed[shown], t[:, None])
@@ -540,7 +533,7 @@ def score_census(samples, clips, training, count, args, device):
     split to use.
     """
     if rank() != 0:
-        return None, None, None
+        return None
     vae = find_vae(samples, args.vae).to(device)
     key = vae.sha256, args.data_path, count, args.seed
     if key not in CALIBRATED:

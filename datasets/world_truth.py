@@ -24,6 +24,7 @@ The truth, world.npz, has maps and positions. So the real frames are drawn for a
 are made of them: each must lose what it lacks.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,7 +161,7 @@ def find_truth(args, samples, clips):
 def score_world(samples, start):
     """Score Samples with their Start."""
     if rank() != 0:
-        return None, None, None
+        return None
     titles = MEASURES | DRIFT | MEMORY
     context = samples.source.get("context")
     real = start.truth.play(start.episodes, start.frames, start.actions[:, 1:])
@@ -344,18 +345,16 @@ def measure_clips(frames, tiles, real, actions, twins):
     """{measure: float (N, G)} of the generated frames of N clips; NaN: does not count.
 
     frames: uint8 (N, 1 + G, SIZE, SIZE, 3), of which the first is given; tiles (N, 1 + G, VIEW,
-    VIEW): what they show; real: the true tiles; actions: (N, 1 + G); twins: of each clip, the
-    number of a clip that has the same start and other actions, or None.
+    VIEW): what they show; real: the true tiles; actions: (N, 1 + G); twins: see `find_twins`.
     """
     is_sharp = decode(frames[:, 1:])[1] >= SHARP
     facings = real[:, 0, MIDDLE, MIDDLE]
     true = draw(real[:, 1:])
     from_true = psnr_of_frames(frames[:, 1:], true)
     delta = np.full(from_true.shape, np.nan)
-    has_twin = [number for number, twin in enumerate(twins) if twin is not None]
-    others = [twins[number] for number in has_twin]
-    if has_twin:
-        from_others = psnr_of_frames(frames[others, 1:], true[has_twin])
+    if twins:
+        has_twin = [*twins]
+        from_others = psnr_of_frames(frames[[*twins.values()], 1:], true[has_twin])
         delta[has_twin] = from_true[has_twin] - from_others
     measured = {
         "decodes": is_sharp.all(axis=(2, 3)),
@@ -375,17 +374,15 @@ def psnr_of_frames(frames, real):
 
 
 def find_twins(starts, actions):
-    """Of each clip, the number of another one with an equal start and other actions, or None."""
+    """{number of a clip: the first one with an equal start and other actions, if there is any}."""
     clips_of = {}
     for number, start in enumerate(starts):
         clips_of.setdefault(start, []).append(number)
-    twins = []
+    twins = {}
     for number, start in enumerate(starts):
-        others = []
         for other in clips_of[start]:
             if (actions[other] != actions[number]).any():
-                others.append(other)
-        twins.append(others[0] if others else None)
+                twins.setdefault(number, other)
     return twins
 
 
@@ -447,16 +444,8 @@ def shares_of_neighbors(tiles):
 
 def columns(num_generated):
     """{mark: slice of the generated frames since the mark before}."""
-    parts = {}
-    start = 0
-    for mark in MARKS:
-        if start < num_generated:
-            end = min(mark, num_generated)
-            parts[end] = slice(start, end)
-            start = end
-    if start < num_generated:
-        parts[num_generated] = slice(start, num_generated)
-    return parts
+    ends = [mark for mark in MARKS if mark < num_generated] + [num_generated]
+    return {end: slice(start, end) for start, end in pairwise([0, *ends])}
 
 
 def summarize(frames, real, actions, starts, context=None, videos=()):
@@ -477,7 +466,7 @@ def summarize(frames, real, actions, starts, context=None, videos=()):
     result = {}
     for name, values in measured.items():
         of_clips = means(values)
-        result[name] = number_or_none(np.nanmean(of_clips) if np.isfinite(of_clips).any() else None)
+        result[name] = number_or_none(means(of_clips[None])[0])
         result[f"{name}_interval95"] = mean_interval(of_clips, videos)
     result |= drift(tiles[:, 1:], real[:, 1:])
     result |= remember(entries, context)
@@ -503,7 +492,7 @@ def means(values):
 
 def number_or_none(value):
     """A float for JSON; None in place of NaN."""
-    return None if value is None or np.isnan(value) else float(value)
+    return None if np.isnan(value) else float(value)
 
 
 def make_controls(real, actions):
