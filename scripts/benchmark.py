@@ -18,7 +18,6 @@ import datetime
 import gc
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -234,7 +233,7 @@ class Step:
         Both forward and backward.
         """
         D = self.config.hidden_size
-        N = len(self.x) * math.prod(self.config.grid(self.x.shape[2]))
+        N = len(self.x) * self.config.num_tokens(self.x.shape[2])
         dtype = distributed.MIXED.get(self.precision, torch.float32)
         random = partial(torch.randn, device=self.device, dtype=dtype)
         layers = []
@@ -441,7 +440,7 @@ def measure_sizes(args, report):
     titles = "clips a step | s a step | clips/s | TFLOP/s | MFU | peak memory, GB"
     print(f"| model | frames | {titles} |\n|{'---|' * 8}")
     for model, num_frames in itertools.product(SIZES, FRAMES):
-        tokens = math.prod(model_config(model).grid(num_frames))
+        tokens = model_config(model).num_tokens(num_frames)
         clips = max(1, SIZES[model] // tokens)
         cells = "does not fit | - | - | - | - | -"
         while clips:

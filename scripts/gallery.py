@@ -152,7 +152,7 @@ def real_clips(source, videos, title, num_frames, fps):
         videos,
         source.scan.classes,
         num_frames,
-        (interval, interval),
+        (interval,),
         flip=False,
         stream="real",
     )
@@ -208,8 +208,6 @@ def summary_line(samples, count):
     size = samples.image_size
     flags = samples.about["flags"]
     total = len(samples)
-    fps = 1 / samples.time_scale
-    evaluations = samples.about["mean_evaluations"]
     number = str(total)
     if count < total:
         number = f"The first {count} of {total}"
@@ -217,10 +215,11 @@ def summary_line(samples, count):
     rate = ""
     if T > 1:
         kind = f"videos of {T} frames"
-        rate = f", {fps:.4g} frames per second"
+        rate = f", {1 / samples.time_scale:.4g} frames per second"
     return (
-        f"{number} {kind}, {size} x {size} px{rate}; {flags['sampler']}, {evaluations:.4g} "
-        f"evaluations, guidance {flags['cfg_scale']}, seed {flags['seed']}"
+        f"{number} {kind}, {size} x {size} px{rate}; {flags['sampler']}, "
+        f"{samples.about['mean_evaluations']:.4g} evaluations, guidance {flags['cfg_scale']}, "
+        f"seed {flags['seed']}"
     )
 
 
@@ -252,8 +251,7 @@ def make_card(samples, index, real):
     given = samples.given[index]
     if given:
         about = samples.about["given"][index]
-        source = Path(about["source"])
-        origin += f"; frames {about['frames']} given: {source.name}"
+        origin += f"; frames {about['frames']} given: {Path(about['source']).name}"
     frames = " ".join(map(str, given))
     marks = f'data-label="{samples.labels[index]}" data-given="{frames}"'
     caption = f"<figcaption>{escape(name)}<span>{escape(origin)}</span></figcaption>"
@@ -307,12 +305,11 @@ def draw_rows(samples, count):
     columns = evenly_spaced(T, COLUMNS)
     clips = samples.clips[:count, columns]
     N, n = clips.shape[:2]
-    fps = 1 / samples.time_scale
     title = [
         samples.folder.resolve().name,
         *few(N, len(samples), "samples"),
         *(few(n, T, "frames") or [f"{T} frames"]),
-        f"{fps:.3g} per second",
+        f"{1 / samples.time_scale:.3g} per second",
         f"{size} x {size} px",
     ]
     if samples.given[0]:

@@ -131,10 +131,11 @@ def find_start(folder, runs):
     step = first["step"] - 1
     if ckpt.stem.isdecimal():  # best.pt has no step in its name
         step = int(ckpt.stem)
-    candidates = []
-    for other, rows in runs.items():
-        if other.parts[-len(run) :] == run and rows[0]["step"] <= step:
-            candidates.append(other)
+    candidates = [
+        other
+        for other, rows in runs.items()
+        if other.parts[-len(run) :] == run and rows[0]["step"] <= step
+    ]
     if not candidates:
         say(
             f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count "

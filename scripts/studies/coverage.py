@@ -33,10 +33,8 @@ SEED = 0
 
 def videos_of(count):
     """The videos of CLIPS clips of each of `count` units."""
-    videos = []
-    for clip, unit in itertools.product(range(CLIPS), range(count)):
-        videos.append(f"Class{clip}/person{unit}.mkv")
-    return videos
+    pairs = itertools.product(range(CLIPS), range(count))
+    return [f"Class{clip}/person{unit}.mkv" for clip, unit in pairs]
 
 
 def draw_clustered(draw, random, shape):
@@ -155,11 +153,8 @@ def percent_table(titles, rows, count, *shares):
     """Lines of markdown: the value `count` of each row, then its shares in percent."""
     cells = []
     for row in rows:
-        cell = [str(row[count])]
-        for name in shares:
-            percent = 100 * row[name]
-            cell.append(f"{percent:.1f}")
-        cells.append(cell)
+        percents = [f"{100 * row[name]:.1f}" for name in shares]
+        cells.append([str(row[count]), *percents])
     return lab.table(titles, cells)
 
 

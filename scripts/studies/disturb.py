@@ -20,7 +20,7 @@ import lab
 import checkpoint
 from models import Condition
 from runtime.cli import COUNT, Bar, one_line_errors
-from runtime.rng import generator, normal
+from runtime.rng import generator, noise_of_samples, normal
 from samplers import guided, sample
 from scoring.stats import share
 from shapes_tracker import track
@@ -74,13 +74,7 @@ def blur(x):
 
 def disturbances(x, labels, classes, batch):
     """Yield (name, disturbed clips, classes to descend to) of finished clips x (B, C, T, H, W)."""
-    noise = normal(
-        0,
-        purpose="disturb",
-        stream=0,
-        indices=range(batch, batch + len(x)),
-        shape=x.shape[1:],
-    )
+    noise = normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:])
     other = (labels + 1) % classes
     noisy = {level: level * x + (1 - level) * noise for level in LEVELS}
     masks = regions(x.shape, batch)
@@ -132,13 +126,7 @@ def measure(model, config, indices):
     training = config["training"]
     size = model.config.input_size
     labels = torch.tensor([index % len(names) for index in indices])
-    noise = normal(
-        0,
-        purpose="sample",
-        stream=0,
-        indices=indices,
-        shape=(3, FRAMES, size, size),
-    )
+    noise = noise_of_samples(0, indices, (3, FRAMES, size, size))
     x = descend(
         model,
         noise,
@@ -167,9 +155,7 @@ def measure(model, config, indices):
 
 def cell(hits):
     part, (low, high) = share(hits)
-    low = 100 * low
-    high = 100 * high
-    return f"{100 * part:.1f} ({low:.1f} - {high:.1f})"
+    return f"{100 * part:.1f} ({100 * low:.1f} - {100 * high:.1f})"
 
 
 def parse_args():
@@ -189,9 +175,7 @@ def markdown(content):
         "hold 95% intervals (Wilson).",
     )
     titles = ["", *(f"{kind} right (%)" for kind in KINDS)]
-    cells = []
-    for name, hits in rows.items():
-        cells.append([name, *(cell(hits[kind]) for kind in KINDS)])
+    cells = [[name, *map(cell, hits.values())] for name, hits in rows.items()]
     return lines + lab.table(titles, cells)
 
 

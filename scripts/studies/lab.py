@@ -529,9 +529,9 @@ def mean_cell(values, digits):
         return ""
     numbers = values.values()
     mean = f"{statistics.mean(numbers):.{digits}f}"
-    low = f"{min(numbers):.{digits}f}"
-    high = f"{max(numbers):.{digits}f}"
-    return f"{mean} ({low} to {high})" if len(numbers) > 1 else mean
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
 def heading(title, about):
@@ -596,14 +596,13 @@ def compare(cases):
             lines.append(f"{line} (one seed, no interval).")
             continue
         half = half95(gaps)
-        low = f"{mean - half:+.{digits}f}"
-        high = f"{mean + half:+.{digits}f}"
+        interval = f"{mean - half:+.{digits}f} to {mean + half:+.{digits}f}"
         p = next(adjusted)
         verdict = "no significant difference"
         if p <= SIGNIFICANT:
             verdict = "higher" if mean > 0 else "lower"
         lines.append(
-            f"{line} (95% {low} to {high}, {len(gaps)} seeds; p {p_text(student_p(gaps))}, by Holm "
+            f"{line} (95% {interval}, {len(gaps)} seeds; p {p_text(student_p(gaps))}, by Holm "
             f"{p_text(p)}): {verdict}."
         )
     return lines

@@ -175,9 +175,10 @@ def make_run(args, data_set, about, flags, has_phases=True):
     for task, (words, metrics) in data_set.tasks.items():
         words += given if "--given-frames" in words else ""
         tasks[task] = (f"{words} {sampled}".split(), metrics)
-    metrics = {}
-    for metric, words in data_set.metrics.items():
-        metrics[metric] = ["--data-path", scored, *words.split()]
+    metrics = {
+        metric: ["--data-path", scored, *words.split()]
+        for metric, words in data_set.metrics.items()
+    }
     if args.miniature and "classifier" in metrics:
         metrics["classifier"] += ["--classifier-steps", 1]
     return lab.Run(

@@ -1,6 +1,5 @@
 """Models of Moving Shapes for all studies: their sizes, recipes of equal compute, and samples."""
 
-import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +96,14 @@ def plan(config, shares, mix, steps):
     of the last phase. With a mix, the FLOPs are their expected value.
     """
     last, _ = shares[-1]
-    clips = steps * TOKENS // math.prod(config.grid(last))
+    clips = steps * TOKENS // config.num_tokens(last)
     compute = clips * config.training_flops(last)
     phases = []
     last_step = 0
     flops = 0
     earlier = []
     for num_frames, part in shares:
-        batch_size = TOKENS // math.prod(config.grid(num_frames))
+        batch_size = TOKENS // config.num_tokens(num_frames)
         per_clip = config.training_flops(num_frames)
         mixed = sum(earlier) / len(earlier) if earlier else per_clip
         per_step = batch_size * ((1 - mix) * per_clip + mix * mixed)
@@ -134,8 +133,8 @@ def sampling(way, evaluations):
     evaluations, so Euler's does for others.
     """
     if way not in SOLVERS:
-        step_size = f"{way / evaluations:.4g}"
-        return f"--sampler ngd --num-sampling-steps {evaluations + 1} --stepsize {step_size}"
+        step_size = way / evaluations
+        return f"--sampler ngd --num-sampling-steps {evaluations + 1} --stepsize {step_size:.4g}"
     if way == "heun" and evaluations % 2:
         return f"--sampler heun --num-sampling-steps {(evaluations + 3) // 2}"
     return f"--sampler euler --num-sampling-steps {evaluations + 1}"

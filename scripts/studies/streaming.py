@@ -25,7 +25,6 @@ Models, samples and scores are in its folder runs (see lab.py).
 """
 
 import itertools
-import math
 import statistics
 from dataclasses import dataclass, replace
 from functools import partial
@@ -250,7 +249,7 @@ def plan(size, data, compute, settings):
     last, _ = shares[-1]
 
     def flops_per_step(config):
-        clips = shapes.TOKENS // math.prod(config.grid(last))
+        clips = shapes.TOKENS // config.num_tokens(last)
         return clips * config.training_flops(last)
 
     steps = compute * size.steps * flops_per_step(usual) / flops_per_step(config)
@@ -383,8 +382,7 @@ def markdown(rows):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__, "streaming", seeds=[0, 1, 2], tunes=True)
-    return parser.parse_args()
+    return lab.study_parser(__doc__, "streaming", seeds=[0, 1, 2], tunes=True).parse_args()
 
 
 @one_line_errors()

@@ -160,15 +160,7 @@ def differences(rows, pairs):
     """Lines about loss and direction accuracy of pairs of arms."""
     compared = []
     for pair, column in itertools.product(pairs, (LOSS, DIRECTION)):
-        values = {
-            name: values_of(
-                rows,
-                name,
-                column=column,
-                frames=16,
-            )
-            for name in pair
-        }
+        values = {name: values_of(rows, name, column, 16) for name in pair}
         compared.append((values, pair, column.title, 3))
     return [*lab.compare(compared), ""]
 
@@ -190,37 +182,10 @@ def spread_table(rows, title, columns, cases):
     for name, second, frames in cases:
         row = [name, second]
         for column in columns:
-            values = values_of(
-                rows,
-                name,
-                column=column,
-                frames=frames,
-            )
+            values = values_of(rows, name, column, frames)
             row.append(spread_cell(values, column.digits))
         cells.append(row)
     return table(["arm", title, *(column.title for column in columns)], cells)
-
-
-def full_table(rows, names):
-    """Loss, direction accuracy and speed at 16 frames of each arm."""
-    cases = [(name, "100", 16) for name in names]
-    return spread_table(
-        rows,
-        "compute (%)",
-        columns=(VALIDATION, PERCENT, SPEED),
-        cases=cases,
-    )
-
-
-def length_table(rows, names):
-    """Direction accuracy, speed and seams of each arm at 16, 24, 32 frames."""
-    cases = [(name, str(frames), frames) for name in names for frames in LENGTHS]
-    return spread_table(
-        rows,
-        "frames",
-        columns=(PERCENT, SPEED, SEAM),
-        cases=cases,
-    )
 
 
 def markdown(out, rows):
@@ -281,8 +246,11 @@ def markdown(out, rows):
     ]
     for letter, (question, names) in QUESTIONS.items():
         lines += [f"## {letter}. {question}", "", f"`{script} --only {letter}`", ""]
-        lines += differences(rows, PAIRS[letter]) + full_table(rows, names)
-    lines += length_table(rows, CURRICULA)
+        lines += differences(rows, PAIRS[letter])
+        cases = [(name, "100", 16) for name in names]
+        lines += spread_table(rows, "compute (%)", (VALIDATION, PERCENT, SPEED), cases)
+    cases = [(name, str(frames), frames) for name in CURRICULA for frames in LENGTHS]
+    lines += spread_table(rows, "frames", (PERCENT, SPEED, SEAM), cases)
     page = Path(out, "study.md")
     known = page.read_text() if page.exists() else ""
     _, mark, finished = known.partition("![")  # its figures and more, of earlier versions
@@ -307,11 +275,11 @@ def parse_args():
 def runs_of(args):
     """All chosen runs, those with extra seeds last."""
     chosen = set(args.only or QUESTIONS)
-    runs = []
-    for seed, (name, arm) in itertools.product(args.seeds, ARMS.items()):
-        if seed < arm.seeds and {name, *arm.questions} & chosen:
-            runs.append(study_run(args, name, seed))
-    return runs
+    return [
+        study_run(args, name, seed)
+        for seed, (name, arm) in itertools.product(args.seeds, ARMS.items())
+        if seed < arm.seeds and {name, *arm.questions} & chosen
+    ]
 
 
 @one_line_errors()

@@ -251,9 +251,8 @@ def tuning_task(shift):
 
 
 def tuning_run(args, name, settings):
-    tasks = {}
-    for shift in SOLVER_SHIFTS:
-        tasks[tuning_task(shift)] = (size_of(args).short, USUAL, shift)
+    frames = size_of(args).short
+    tasks = {tuning_task(shift): (frames, USUAL, shift) for shift in SOLVER_SHIFTS}
     return make_run(
         args,
         name,
@@ -348,9 +347,10 @@ def tuning_markdown(rows):
         f"`scripts/studies/worlds.py --tune` wrote these tables: one seed, {USUAL} evaluations per "
         f"frame, {SHORT} frames.",
     )
-    arms = {}
-    for name, settings in itertools.product(OBJECTIVES, TUNED):
-        arms[f"{name}, {settings.name}"] = {"arm": name, "settings": settings.name}
+    arms = {
+        f"{name}, {settings.name}": {"arm": name, "settings": settings.name}
+        for name, settings in itertools.product(OBJECTIVES, TUNED)
+    }
     for shift in SOLVER_SHIFTS:
         table = lab.arm_table(rows, arms, columns_of(tuning_task(shift)))
         lines += [f"## Solver shift {shift}", "", *table]
@@ -390,10 +390,11 @@ def main():
         runs = [tuning_run(args, name, settings) for settings, name in cases]
         lab.run_study(args, runs, tuning_markdown)
         return
-    cases = []
-    for seed, name in itertools.product(args.seeds, args.arms):
-        if name == STUDENT or seed < ARMS[name].seeds:
-            cases.append((seed, name))
+    cases = [
+        (seed, name)
+        for seed, name in itertools.product(args.seeds, args.arms)
+        if name == STUDENT or seed < ARMS[name].seeds
+    ]
     runs = lab.tuned_runs(args, "worlds_tuning", cases, main_run)
     lab.run_study(args, runs, markdown)
 
