@@ -472,9 +472,10 @@ def summarize(frames, real, actions, starts, context=None, videos=()):
     result |= remember(entries, context)
     by_frame = {}
     for mark, part in columns(frames.shape[1] - 1).items():
-        column = {}
-        for name, values in measured.items():
-            column[name] = number_or_none(means(values[:, part].reshape(1, -1))[0])
+        column = {
+            name: number_or_none(means(values[:, part].reshape(1, -1))[0])
+            for name, values in measured.items()
+        }
         column |= drift(tiles[:, 1:][:, part], real[:, 1:][:, part])
         in_part = (entries[:, 0] > part.start) & (entries[:, 0] <= part.stop)
         column |= remember(entries[in_part], context)

@@ -172,9 +172,8 @@ def make_page(samples, count, real):
     rows = ""
     for name, value in flags.items():
         flag = name.replace("_", "-")
-        value = str(value)
-        value = WORDS.get(value, value)
-        rows += f"<tr><td>--{escape(flag)}<td>{escape(value)}"
+        text = str(value)
+        rows += f"<tr><td>--{escape(flag)}<td>{escape(WORDS.get(text, text))}"
     options = ""
     counts = Counter(samples.labels[:count])
     for label in sorted(counts):

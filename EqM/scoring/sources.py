@@ -73,8 +73,7 @@ class Samples:
 
     def check(self, metric, keep_background):
         """Raise UserError unless they can be scored with --metric and --keep-background."""
-        problem = next(self.problems(metric, keep_background), None)
-        if problem:
+        for problem in self.problems(metric, keep_background):
             raise UserError(f"{self.place}: {problem}")
 
     def check_classes(self, known, place):

@@ -106,15 +106,16 @@ def study_run(args, name, seed):
     """The Run of an arm with a seed."""
     arm = ARMS[name]
     size = shapes.size_of(args)
-    tasks = {}
-    for frames in arm.lengths:
-        tasks[frames_task(frames)] = shapes.make_task(
+    tasks = {
+        frames_task(frames): shapes.make_task(
             PATH_LENGTH,
             count=size.fewer,
             frames=frames,
             more="--time-scale 0.04",
             metrics=("motion", "consistency"),
         )
+        for frames in arm.lengths
+    }
     run = shapes.shapes_run(
         args,
         table="study",
