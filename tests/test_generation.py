@@ -17,10 +17,9 @@ from generation import cast_products, generate
 from models import model_config
 from plans import SAMPLER, Plan, choose_labels, choose_windows, resolve_sampler
 from runtime import distributed
-from runtime.cli import UserError
 from runtime.rng import normal
 from test_models import clip, labels, tiny
-from training import record_calls
+from training import error_of, record_calls
 from transport import OBJECTIVES
 from vae import VAE
 
@@ -148,7 +147,6 @@ def square_sum(x):
 def test_samples_do_not_depend_on_the_batch_size_or_on_other_frame_rates(stop_below):
     plan = make_plan()
     expected, spent, _ = run(plan, stop_below=stop_below)
-    assert expected.shape == (5, 3, 4, 4, 2)
     assert (len(set(spent.tolist())) > 1) == (stop_below is not None)
     for batch_size in (1, 2):
         clips, evaluations, _ = run(plan, batch_size, stop_below=stop_below)
@@ -173,7 +171,7 @@ def test_a_batch_without_a_condition_has_no_guidance(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "stop_below", "most"), [("gd", None, 5), ("ngd", 1e9, 5), ("heun", None, 9)]
+    "method, stop_below, most", [("gd", None, 5), ("ngd", 1e9, 5), ("heun", None, 9)]
 )
 def test_one_progress_bar_counts_evaluations_even_if_samples_stop_early(
     method, stop_below, most, monkeypatch
@@ -205,8 +203,7 @@ def test_one_progress_bar_counts_evaluations_even_if_samples_stop_early(
 
 
 def test_nonfinite_samples_are_an_error_but_only_a_note_in_training(capsys):
-    with pytest.raises(UserError, match=r"--sampler ngd: samples are not finite"):
-        run(make_plan(), step_size=1e30)
+    assert "--sampler ngd: samples are not finite" in error_of(run, make_plan(), step_size=1e30)
     assert len(clips_of(make_plan(), step_size=1e30, strict=False)) == 5
     assert "note: --sampler" in capsys.readouterr().out
 
@@ -313,7 +310,7 @@ def test_a_fully_given_window_needs_no_evaluation():
 
 
 @pytest.mark.parametrize(
-    ("trained", "longest", "scale", "window"),
+    "trained, longest, scale, window",
     [
         (16, 0.04, 0.04, 16),
         (16, 0.08, 0.04, 32),
@@ -370,7 +367,7 @@ def test_flags_override_training_settings_which_override_defaults():
 
 
 @pytest.mark.parametrize(
-    ("kept", "typed", "steps", "size"),
+    "kept, typed, steps, size",
     [
         ("ngd", {"num_sampling_steps": 6}, 6, 0.02),  # of a path of 2 x 0.05
         ("ngd", {"stepsize": 0.03}, 4, 0.03),  # rounded to whole steps
