@@ -7,7 +7,6 @@ import errno
 import functools
 import itertools
 import os
-import pickle
 import re
 import threading
 from dataclasses import replace
@@ -80,7 +79,7 @@ def test_a_full_disk_names_what_a_checkpoint_needs_and_what_is_free(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("where", "failure", "reason"),
+    "where, failure, reason",
     [
         ("torch.save", full_disk, "No space left on device"),
         ("os.fsync", refused, "Input/output error"),
@@ -218,11 +217,8 @@ def test_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, recwarn)
     whole = path.read_bytes()
     odd.write_bytes(whole)
     assert "a UTF-8 name" in load_refusal(odd)
-    contents = [whole[: int(share * len(whole))] for share in (0.0, 0.001, 0.5, 0.9999)]
-    contents += [b'{"model": 1}', b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"model": 1})]
-    for content in contents:
-        path.write_bytes(content)
-        load_refusal(path)
+    path.write_bytes(whole[:-1])
+    load_refusal(path)
     others = [{"state_dict": {}}, [1, 2], torch.zeros(3)]
     for part in ("version", "config", "model", "ema", "step"):
         others.append({name: value for name, value in state.items() if name != part})
@@ -320,7 +316,7 @@ OTHER_SHAPE = "its weights do not match its config"
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason", "name"),
+    "changes, reason, name",
     [
         ({"new_field": 1}, INVALID, "new_field"),
         ({"num_heads": 5}, INVALID, "5 heads"),
@@ -342,7 +338,7 @@ def test_weights_that_lack_a_row_are_refused(part):
     assert WEIGHT in error_of(checkpoint.config_of, "--ckpt a.pt", state)
 
 
-@pytest.mark.parametrize(("newest", "is_said"), [(70, False), (86, False), (88, True)])
+@pytest.mark.parametrize("newest, is_said", [(70, False), (86, False), (88, True)])
 def test_a_best_checkpoint_older_than_a_fifth_of_its_phase_is_noted(
     newest, is_said, tmp_path, capsys
 ):
@@ -360,7 +356,8 @@ def test_a_run_resumes_from_its_newest_intact_checkpoint(tmp_path, capsys):
     for step, name in ((10, "0000010.pt"), (20, "0000020.pt"), (15, "best.pt"), (25, "latest.pt")):
         checkpoint.save(folder / name, make_state(step=step))
     path, state = checkpoint.newest_checkpoint(folder.parent)
-    assert (path.name, state["step"]) == ("latest.pt", 25)
+    assert path.name == "latest.pt"
+    assert state["step"] == 25
     assert capsys.readouterr().out == ""
     names = ["latest.pt", "0000020.pt", "best.pt", "0000010.pt"]
     for damaged, expected in itertools.pairwise(names):

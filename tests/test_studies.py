@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 import math
 import re
 from argparse import Namespace
@@ -37,10 +36,12 @@ import study
 import train
 import worlds
 from runtime.cli import UserError
+from runtime.untrusted import read_json
 from schedule import Phase
 from shapes import FULL, MINIATURE
 from test_control import tuning_rows
-from training import ROOT, counted_steps, refused, run_main
+from test_shapes_tracker import clip_of
+from training import ROOT, counted_steps, error_of, refused, run_main
 
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
 SEED = ["--seeds", 0]
@@ -57,7 +58,7 @@ def loss_difference(values, others):
 # The first one, differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30; t = 16
 # with two degrees of freedom, and P(|T| > t) is 1 - t / sqrt(t^2 + 2) = 0.0039
 @pytest.mark.parametrize(
-    ("values", "others", "text"),
+    "values, others, text",
     [
         (
             [1.0, 2.0, 3.1],
@@ -79,7 +80,7 @@ def test_differences_are_paired_by_seed_with_the_p_value_of_students_t(values, o
 
 
 @pytest.mark.parametrize(
-    ("p_values", "adjusted"),
+    "p_values, adjusted",
     [
         # By hand: 4 x 0.005, 3 x 0.011, then 2 x 0.02 and 1 x 0.04
         ([0.04, 0.005, 0.02, 0.011], [0.04, 0.02, 0.04, 0.033]),
@@ -90,16 +91,6 @@ def test_differences_are_paired_by_seed_with_the_p_value_of_students_t(values, o
 )
 def test_holm_multiplies_the_smallest_p_by_their_number_the_next_by_one_less(p_values, adjusted):
     assert lab.holm(p_values) == pytest.approx(adjusted)
-
-
-def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
-    # t is 4 sqrt(3), so p = 1 - sqrt(48 / 50) = 0.0202, and five times that in a table of five
-    gap = loss_difference([1.3, 1.4, 1.5], [1.0, 1.0, 1.0])
-    other = loss_difference([1.0, 1.1, 0.9], [1.0, 1.0, 1.0])
-    (alone,) = lab.compare([gap])
-    among, *_ = lab.compare([gap] + [other] * 4)
-    assert alone.endswith("p 0.020, by Holm 0.020): higher.")
-    assert among.endswith("p 0.020, by Holm 0.101): no significant difference.")
 
 
 # Committed tables ---------------------------------------------------------------------------------
@@ -137,12 +128,13 @@ def test_committed_tables_match_the_committed_numbers(name):
 
 def test_intervals_cover_as_often_in_a_small_simulation(tmp_path):
     run_main(coverage, "--repeats", 100, "--out", tmp_path)
-    simulated = json.loads((tmp_path / "coverage.json").read_text())
+    simulated = read_json(tmp_path / "coverage.json")
     committed = lab.read_rows(ROOT / "results/studies/statistics/coverage.json")
     for kind, rows in simulated.items():
         if isinstance(rows, list):
             assert [row.keys() for row in rows] == [row.keys() for row in committed[kind]]
-    assert (simulated["repeats_of_means"], simulated["repeats"]) == (100, 10)
+    assert simulated["repeats_of_means"] == 100
+    assert simulated["repeats"] == 10
     for row in committed["means"]:
         assert row["t"] >= 0.93 or row["values"] == "skewed"  # the goal
 
@@ -162,7 +154,7 @@ def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
         monkeypatch.setattr(disturb, name, value)
     run_main(disturb, "--model", "demo-few", "--num-clips", 2, "--out", tmp_path)
     assert len((tmp_path / "disturb-few.md").read_text().splitlines()) == 4 + 2 + 9
-    rows = json.loads((tmp_path / "disturb-few.json").read_text())["rows"]
+    rows = read_json(tmp_path / "disturb-few.json")["rows"]
     assert rows["before"]["shape"] == [False, False]  # still noise
 
 
@@ -242,7 +234,7 @@ def test_several_processes_may_write_the_same_table_at_once(tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(40)))
-    (number,) = json.loads((tmp_path / "table.json").read_text())
+    (number,) = read_json(tmp_path / "table.json")
     assert set((tmp_path / "table.md").read_text().split("\n")) == {f"| {number} |", ""}
 
 
@@ -340,7 +332,7 @@ def test_all_positions_have_equal_compute(data_set):
 
 
 @pytest.mark.parametrize(
-    ("way", "flags"),
+    "way, flags",
     [
         ("euler", "--sampler euler --num-sampling-steps 16"),
         ("heun", "--sampler heun --num-sampling-steps 9"),
@@ -385,7 +377,7 @@ def run_miniature(script, out, *flags, **settings):
 
 def numbers_of(out):
     """{arm: values} of the rows of study.py."""
-    rows = json.loads((out / "study.json").read_text())
+    rows = read_json(out / "study.json")
     return {row["arm"]: row["values"] for row in rows}
 
 
@@ -400,7 +392,7 @@ def trained(commands, tmp_path_factory):
 def test_a_study_has_a_row_per_run_that_says_how_it_was_made_and_runs_once(
     trained, commands, capsys
 ):
-    rows = json.loads((trained / "study.json").read_text())
+    rows = read_json(trained / "study.json")
     assert [row["arm"] for row in rows] == [*TWO_ARMS]
     frames = (["16 frames"], ["16 frames", "24 frames", "32 frames"])
     for row, lengths in zip(rows, frames, strict=True):
@@ -420,7 +412,7 @@ def test_a_study_has_a_row_per_run_that_says_how_it_was_made_and_runs_once(
         run_miniature(study, trained, "--only", *TWO_ARMS, *SEED, *flags)
         assert words in capsys.readouterr().out
         assert not commands
-        assert json.loads((trained / "study.json").read_text()) == rows
+        assert read_json(trained / "study.json") == rows
 
 
 def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):
@@ -456,13 +448,13 @@ def test_given_frames_are_scored_and_only_what_is_missing_is_made_again(
     run_miniature(given_frames, trained, *flags)
     text = (trained / "given_frames.md").read_text()
     assert re.search(r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|", text, re.M)
-    (row,) = json.loads((trained / "given_frames.json").read_text())
+    (row,) = read_json(trained / "given_frames.json")
     (trained / "given_frames.json").write_text("[]")
     next(trained.glob("runs/0.75-0*/*/prediction.json")).unlink()
     commands.clear()
     run_miniature(given_frames, trained, *flags)
     assert {command for command, *_ in commands if command.startswith("EqM")} == {"EqM/evaluate.py"}
-    (again,) = json.loads((trained / "given_frames.json").read_text())
+    (again,) = read_json(trained / "given_frames.json")
     assert again["values"] == row["values"]
 
 
@@ -482,7 +474,7 @@ def test_samples_of_positions_are_scored_together(commands, tmp_path, monkeypatc
     run_miniature(positions, tmp_path, "bouncing", *SEED)
     scripts = [name for name, *_ in commands]
     assert scripts.count("EqM/evaluate.py") == len(metrics)
-    rows = json.loads((tmp_path / "bouncing.json").read_text())
+    rows = read_json(tmp_path / "bouncing.json")
     assert [row["positions"] for row in rows] == ["fixed", "moving"]
     assert "): moving minus fixed is " in (tmp_path / "bouncing.md").read_text()
 
@@ -494,7 +486,7 @@ def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeyp
     run_miniature(streaming, tmp_path, *SEED)
     tuned = {"streaming_tuning": ["bouncing"], "streaming": streaming.COLUMNS}
     for name, data_sets in tuned.items():
-        rows = json.loads((tmp_path / f"{name}.json").read_text())
+        rows = read_json(tmp_path / f"{name}.json")
         assert {(row["data"], row["way"]) for row in rows} == {*itertools.product(data_sets, few)}
         assert "| causal, patch 4, shift 3, context 16" in (tmp_path / f"{name}.md").read_text()
     (streamed,) = lab.rows_with({"data": "moving", "way": "causal"}, rows)  # of the main runs
@@ -506,7 +498,7 @@ def test_worlds_are_tuned_and_compared(commands, tmp_path, monkeypatch):
     arms = ["eqm", "eqm, context 32", worlds.STUDENT]
     run_miniature(worlds, tmp_path, "--tune", "--arms", "eqm")
     run_miniature(worlds, tmp_path, *SEED, "--arms", *arms)
-    rows = json.loads((tmp_path / "worlds.json").read_text())
+    rows = read_json(tmp_path / "worlds.json")
     assert [row["arm"] for row in rows] == arms
     for row in rows:
         assert 0 <= row["values"]["256 frames, 2 evaluations"]["sharp"] <= 1
@@ -534,8 +526,7 @@ def test_worlds_take_the_settings_with_the_best_mean():
             share = 0.9 if (settings, shift) == (worlds.TUNED[2], 3) else 0.8
             values[worlds.tuning_task(shift)] = dict.fromkeys(worlds.MEASURES, share)
         rows.append({"arm": "flow", "settings": settings.name, "values": values})
-    with pytest.raises(UserError, match="--arms flow: not tuned completely"):
-        worlds.choose(rows, "flow")
+    assert "--arms flow: not tuned completely" in error_of(worlds.choose, rows, "flow")
     lost = {"": {"val_loss": math.inf}}
     rows.append({"arm": "flow", "settings": worlds.TUNED[0].name, "values": lost})
     assert worlds.choose(rows, "flow") == (worlds.TUNED[2], 3)
@@ -556,8 +547,7 @@ def test_streams_take_the_settings_with_the_best_mean_of_both_shares(monkeypatch
         about = {"settings": choice.name, "seed": streaming.TUNING_SEED}
         rows.append({**about, "values": values})
     assert streaming.choose(rows, "causal") == (settings[1], streaming.GUIDANCES[1])
-    with pytest.raises(UserError, match="not tuned yet"):
-        streaming.choose(rows[1:], "causal")
+    assert "not tuned yet" in error_of(streaming.choose, rows[1:], "causal")
 
 
 @pytest.mark.parametrize("data", streaming.COLUMNS)
@@ -575,9 +565,9 @@ def test_all_settings_of_streaming_have_equal_compute(data):
 def test_spans_are_right_if_the_object_moves_as_their_class_says(tmp_path, monkeypatch):
     """Objects that move right and then down, right only, and right, then slowly, then down."""
     right = [(4 + 0.5 * t, 5) for t in range(8)]
-    turned = drawn(right + [(8, 5 + 0.5 * t) for t in range(8)])
-    straight = drawn([(4 + 0.5 * t, 5) for t in range(16)])
-    late = drawn(right + [(8 + 0.25 * min(t, 3), 5 + 0.75 * max(t - 3, 0)) for t in range(8)])
+    turned = clip_of(right + [(8, 5 + 0.5 * t) for t in range(8)])
+    straight = clip_of([(4 + 0.5 * t, 5) for t in range(16)])
+    late = clip_of(right + [(8 + 0.25 * min(t, 3), 5 + 0.75 * max(t - 3, 0)) for t in range(8)])
     about = {"classes": ["CircleRight", "CircleDown"], "spans": [[0, 0, 1, 1]] * 3}
     read = lambda here, folder: (about, np.stack([turned, straight, late]), None)  # noqa: E731
     monkeypatch.setattr(streaming, "read_samples", read)
@@ -585,16 +575,6 @@ def test_spans_are_right_if_the_object_moves_as_their_class_says(tmp_path, monke
     empty = np.zeros((8, 16, 16, 3), np.uint8)
     assert not streaming.moves_mostly(empty, "CircleRight")
     assert not streaming.moves_mostly(straight[:8], "CircleLeft")
-
-
-def drawn(centers):
-    """A red disc with these centers (x, y), uint8 (T, 16, 16, 3)."""
-    y, x = np.mgrid[:16, :16]
-    frames = np.zeros((len(centers), 16, 16, 3), np.uint8)
-    for frame, (left, top) in zip(frames, centers, strict=True):
-        distance = np.hypot(x - left, y - top)
-        frame[..., 0] = 255 * np.clip(3.4 - distance, 0, 1)
-    return frames
 
 
 def test_a_row_without_a_new_task_is_replaced(tmp_path):
@@ -622,11 +602,6 @@ def test_rows_of_other_versions_are_refused(copied, capsys):
     path.write_text(path.read_text().replace("loss_16", "loss", 1))
     for flags in (["--report"], ["--list"], []):
         assert "has other columns" in refused(capsys, study, *flags, "--out", copied)
-
-
-def test_positions_on_other_data_need_its_videos(tmp_path, capsys):
-    message = refused(capsys, positions, "sprites", "--out", tmp_path)
-    assert "--data-path: expected the videos of sprites" in message
 
 
 def test_a_failing_script_is_a_one_line_error(tmp_path):
