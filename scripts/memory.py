@@ -157,6 +157,10 @@ def measure(name, flag, causal=False):
     }
 
 
+def read_rows():
+    return json.loads((PLACE / "memory.json").read_text())["rows"]
+
+
 def fitting_clips(row, frames, gb, ranks):
     """How many clips of so many frames a GPU of so many GB can train on at once."""
     once = 1e6 * row["peak_once_mb"]
