@@ -305,7 +305,7 @@ def write_folder(args, plan, parts, clips):
     """
     folder = Path(args.folder)
     previews = not args.no_previews
-    evaluations = torch.zeros(len(plan.names), dtype=torch.int64)
+    evaluations = torch.zeros(len(plan.conditions), dtype=torch.int64)
     energies = []
     # if this fails, the samples of an earlier call stay
     parts = itertools.chain([next(parts)], parts)
@@ -343,7 +343,7 @@ def write_folder(args, plan, parts, clips):
     (folder / UNFINISHED).unlink()
     kind = f"videos of {cli.plural(args.num_frames, 'frame')}" if args.video else "images"
     with_previews = ", previews" if previews else ""
-    say(f"{folder}: {len(plan.names)} {kind}{with_previews} and samples.npz")
+    say(f"{folder}: {len(plan.conditions)} {kind}{with_previews} and samples.npz")
 
 
 def videos_of(plan, folder, parts, evaluations, energies):
@@ -358,7 +358,7 @@ def videos_of(plan, folder, parts, evaluations, energies):
         energies.append(energy)
         if latents is not None:
             if file is None:
-                shape = (len(plan.names), *latents.shape[1:])
+                shape = (len(plan.conditions), *latents.shape[1:])
                 file = np.lib.format.open_memmap(folder / LATENTS, "w+", np.float32, shape)
             file[indices] = plan.vae.unscale(latents).numpy()
         yield indices, first, videos.numpy()

@@ -35,7 +35,8 @@ def check_runnable(flag, state, config):
     """Raise UserError if the page can't run a model, whose checkpoint is `state` and whose
     EqMConfig is `config`.
     """
-    for reason in obstacles(state, config):
+    reason = next(obstacles(state, config), None)
+    if reason:
         raise UserError(f"--html: {flag} {reason}; remove the flag to export a folder")
 
 

@@ -1,7 +1,6 @@
 """Shared by all tests: one thread each, the usual signals, data sets and checkpoints."""
 
 import os
-from shlex import split
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; other tests use the other cores
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # scripts/gpu_check.sh checks a GPU
@@ -52,7 +51,7 @@ def latents(shapes, tiny_vae, tmp_path_factory):
     from training import run_main
 
     out = tmp_path_factory.mktemp("cache") / "latents"
-    flags = split(f"--data-path {shapes} --vae {tiny_vae} --image-size 16 --out {out}")
+    flags = ["--data-path", shapes, "--vae", tiny_vae, "--image-size", 16, "--out", out]
     run_main(cache_latents, *flags, "--with-flips")
     return out
 

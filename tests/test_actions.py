@@ -85,7 +85,7 @@ def world(tmp_path_factory):
 def run(world, tmp_path_factory):
     """The results folder of a causal training run with actions, in two phases."""
     folder = tmp_path_factory.mktemp("run")
-    flags = split(f"--frames-schedule 2:2,4:3 --data-path {world}")
+    flags = ["--frames-schedule", "2:2,4:3", "--data-path", world]
     run_main(train, *TRAIN, *flags, "--results-dir", folder)
     return folder
 
@@ -128,7 +128,7 @@ def test_clips_carry_the_actions_between_their_frames_mirrored_with_them(world):
 def test_a_cache_carries_the_actions_and_drops_them_when_they_are_gone(world, tmp_path):
     root = write_world(tmp_path / "world")
     cache = tmp_path / "cache"
-    flags = split(f"--data-path {root} --out {cache} --vae none --image-size 8")
+    flags = ["--data-path", root, "--out", cache, "--vae", "none", "--image-size", 8]
     run_main(cache_latents, *flags)
     videos = clips_of(with_actions(root), 3)
     cached = clips_of(with_actions(cache), 3)
@@ -276,7 +276,7 @@ def test_spans_and_files_give_sequences(tmp_path):
 
 
 def test_actions_start_after_the_given_frames_and_set_the_length(run, world, tmp_path):
-    given = split(f"--given {world}/1.mkv --given-frames 0-2 --no-keep-background")
+    given = ["--given", world / "1.mkv", "--given-frames", "0-2", "--no-keep-background"]
     actions = ["--actions", "right*2,left", "none,stay*2"]
     clips, about = sample_here(checkpoint_of(run), tmp_path / "samples", *given, *actions)
     before = [NAMES[action] for action in np.load(world / "1.actions.npy")[1:3]]
@@ -292,7 +292,7 @@ def test_given_frames_have_no_actions_without_a_file_and_never_those_of_another_
     run, tmp_path, capsys
 ):
     root = write_world(tmp_path / "world")
-    flags = split(f"--given {root}/1.mkv --given-frames 0-2 --actions left")
+    flags = ["--given", root / "1.mkv", "--given-frames", "0-2", "--actions", "left"]
     (root / "actions.json").write_text('{"names": ["up", "down", "stay"]}')
     places = ["--video", "--ckpt", checkpoint_of(run), "--folder", tmp_path / "samples"]
     line = refused(capsys, sample_gd, *places, *flags, late=True)

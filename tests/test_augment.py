@@ -1,7 +1,5 @@
 """Copies of training videos that look different: which there are, and what is changed in them."""
 
-from shlex import split
-
 import numpy as np
 import pytest
 
@@ -21,7 +19,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def larger(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("more") / "out"
-    run_main(augment, *split(f"--data-path {data} --out {out} --copies 2"))
+    run_main(augment, "--data-path", data, "--out", out, "--copies", 2)
     return out
 
 
@@ -48,14 +46,14 @@ def test_only_training_videos_have_copies_and_no_two_are_equal(data, larger):
 
 def test_again_it_does_only_what_is_missing_and_makes_the_same_bytes(data, larger):
     copy = next(larger.rglob("*-copy2.mkv"))
-    check_second_run(copy, augment, *split(f"--data-path {data} --out {larger} --copies 2"))
+    check_second_run(copy, augment, "--data-path", data, "--out", larger, "--copies", 2)
 
 
 def test_a_full_disk_leaves_no_data_set_and_the_next_run_completes_it(
     data, larger, tmp_path, capsys, monkeypatch
 ):
     out = tmp_path / "out"
-    flags = split(f"--data-path {data} --out {out} --copies 2")
+    flags = ["--data-path", data, "--out", out, "--copies", 2]
     with monkeypatch.context() as patch:
         patch.setattr(augment, "write_lossless", no_space)
         run_main(augment, *flags, status=1)

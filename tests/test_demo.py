@@ -72,9 +72,9 @@ def test_the_world_obeys_its_actions_on_new_maps(tmp_path):
     flags = split(
         "--given-split val --given-frames 0 --no-keep-background --num-frames 9 --num-samples 8"
     )
-    walks = split(f"--given {data} --actions {data}/walks.npy")
+    walks = ["--given", data, "--actions", data / "walks.npy"]
     run_main(sample_gd, "--ckpt", WORLD, "--video", "--folder", samples, *walks, *flags)
-    flags = split(f"--metric world --samples {samples} --data-path {data}")
+    flags = ["--metric", "world", "--samples", samples, "--data-path", data]
     values = run(tmp_path / "world.json", *flags)["values"]
     for measure in ("moved", "blocked", "determined", "sharp", "agent"):
         assert values[measure] >= 0.9, measure

@@ -50,7 +50,7 @@ def previews_of(pattern):
 
 
 def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(shapes, tmp_path):
-    flags = [*VIDEO, *PREVIEWS, *split(f"--num-frames 4 --max-steps 3 --data-path {shapes}")]
+    flags = [*VIDEO, *PREVIEWS, "--num-frames", 4, "--max-steps", 3, "--data-path", shapes]
     run_main(train, *flags, "--grad-accum", 2, "--results-dir", tmp_path / "alone")
     by_torchrun("train.py", *flags, "--results-dir", tmp_path / "two")
     on_two_ranks(train, *flags, "--shard", "--results-dir", tmp_path / "sharded")
@@ -70,9 +70,9 @@ def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(shapes, tmp_pat
 
 def test_one_checkpoint_samples_16_and_24_frames_and_their_energies(places, tmp_path):
     sampling = [*SAMPLE, "--ckpt", places / "energy.pt", "--report-energy"]
-    run_main(sample_gd, *sampling, *split(f"--num-frames 16 24 --folder {tmp_path}/both"))
+    run_main(sample_gd, *sampling, "--num-frames", 16, 24, "--folder", tmp_path / "both")
     # all of it noise, as without
-    start = split(f"--init {places}/B/b.mp4 --init-gamma 0")
+    start = ["--init", places / "B/b.mp4", "--init-gamma", 0]
     run_main(sample_gd, *sampling, "--num-frames", 16, *start, "--folder", tmp_path / "alone")
     samples = (tmp_path / "alone/samples.npz").read_bytes()
     assert samples == (tmp_path / "both-f16/samples.npz").read_bytes()
@@ -101,7 +101,7 @@ WINDOWS = """
 
 
 def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(places, tmp_path, capsys):
-    given = split(f"--given {places}/B/b.mp4 --given-frames 0-2,9,14-15")
+    given = ["--given", places / "B/b.mp4", "--given-frames", "0-2,9,14-15"]
     sampling = [*split(WINDOWS), *given, "--ckpt", places / "energy.pt"]
     run_main(sample_gd, *sampling, "--folder", tmp_path / "1")
     on_two_ranks(sample_gd, *sampling, "--folder", tmp_path / "2")  # two batches and one

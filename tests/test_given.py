@@ -168,9 +168,7 @@ def test_the_class_is_the_folder_of_the_clip_else_the_flag_else_none(
 
 
 def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
-    clips, about = sample(
-        "pixels", *split(f"--given {places} --num-samples 8 --samples-per-clip 2")
-    )
+    clips, about = sample("pixels", "--given", places, "--num-samples", 8, "--samples-per-clip", 2)
     entries = about["given"][::2]
     names = [entry["source"][-5:] for entry in entries]
     assert names == ["a.png", "b.mp4", "c.mp4", "d.mp4"]  # not z.mp4
@@ -223,7 +221,7 @@ def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_p
     assert "trained without --forcing" in capsys.readouterr().out
     assert has_mark()
     path = places / "B/b.mp4"
-    flags = split(f"--init {path} --init-gamma 1 --stepsize 1e-9")
+    flags = ["--init", path, "--init-gamma", 1, "--stepsize", 1e-9]
     clips, about = sample_here(places / "plain.pt", tmp_path / "s", *flags)
     assert np.array_equal(clips[0], frames_of(path, range(8)))
     assert "given" not in about

@@ -1,7 +1,6 @@
 """hubconf.py: samples in another program, whose modules and search path stay as they are."""
 
 import sys
-from shlex import split
 
 import pytest
 import torch
@@ -53,14 +52,8 @@ def test_the_demo_samples_in_a_program_as_sample_gd_does(program, tmp_path, monk
     monkeypatch.syspath_prepend(ROOT / "EqM")
     for name in OWN_MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    flags = split(f"""
-        --video
-        --ckpt {ROOT}/results/demo
-        --folder {tmp_path}/samples
-        --classes CircleLeft SquareUp
-        --num-frames 8
-        --num-samples 3
-    """)
+    flags = ["--video", "--ckpt", ROOT / "results/demo", "--folder", tmp_path / "samples"]
+    flags += ["--classes", "CircleLeft", "SquareUp", "--num-frames", 8, "--num-samples", 3]
     run_main(sample_gd, *flags, "--num-sampling-steps", 3, "--no-previews")
     assert (clips.numpy() == read_samples("", tmp_path / "samples")[1]).all()
 

@@ -124,7 +124,7 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     other = checkpoint.load(path)
     other["ema"] = other["model"]  # --inflate takes the EMA weights
     checkpoint.save(tmp_path / "other.pt", other)
-    flags_of_other = split(f"--inflate {tmp_path}/other.pt --max-steps 2 --resume")
+    flags_of_other = ["--inflate", tmp_path / "other.pt", "--max-steps", 2, "--resume"]
     line = refused(capsys, train, *flags, *flags_of_other)
     assert f"which began from other weights ({path}); remove one of the two" in line
     run_main(train, *flags, "--ckpt", newest(tmp_path), "--num-frames", 6, "--max-steps", 2)
@@ -143,7 +143,7 @@ def test_an_exported_image_model_starts_clips_of_other_classes_at_the_rate_of_it
     run_main(export, tmp_path / "image.pt", tmp_path / "shared")
     videos = shutil.copytree(videos, tmp_path / "videos")
     (videos / "A").rename(videos / "C")
-    flags = [*VIDEOS, *split(f"--data-path {videos} --results-dir {tmp_path} --max-steps 1")]
+    flags = [*VIDEOS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 1]
     run_main(train, *flags, "--inflate", tmp_path / "shared", "--new-classes")
     (image, _, _), (video, config, _) = map(checkpoint.load_model, (path, newest(tmp_path)))
     assert config["data"]["classes"] == ["B", "C"]

@@ -2,7 +2,6 @@
 their tables.
 """
 
-import json
 import math
 from unittest.mock import patch
 
@@ -19,7 +18,7 @@ from runtime.memory import pinned_bytes
 from training import error_of
 
 TOKENS, WIDTH, HEADS = 2048, 384, 6  # of 16 frames in EqM-S/2
-ROWS = json.loads((memory.PLACE / "memory.json").read_text())["rows"]
+ROWS = memory.read_rows()
 
 
 def count(flag, clips=1, depth=1, settings=memory.SETTINGS):

@@ -3,7 +3,6 @@ to end.
 """
 
 import functools
-from shlex import split
 from typing import NamedTuple
 
 import numpy as np
@@ -157,7 +156,7 @@ def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(
     sheets = []
     monkeypatch.setattr(nearest, "write_sheet", lambda path, **sheet: sheets.append(sheet))
     folder = write_samples(tmp_path / "copies", clips, labels, classes, time_scale=3 / 25)
-    flags = split(f"--metric nearest --samples {folder} --data-path {shapes} --num-real 12")
+    flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 12]
     made = run(tmp_path / "n.json", *flags)
     pairs = made["result"]["pairs"]
     assert made["protocol"] == "nearest6_real12_8f" and made["result"]["training_videos"] == 12
@@ -187,7 +186,7 @@ def test_training_videos_that_cannot_be_decoded_are_named(shapes, tmp_path, monk
 
     record_calls(monkeypatch, Files, "decode", damaged)
     folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 2))
-    flags = split(f"--metric nearest --samples {folder} --data-path {shapes} --num-real 2")
+    flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 2]
     assert run(tmp_path / "n.json", *flags)["result"]["bad_training_videos"] == [*bad]
     assert f"{[*bad][0]} can't be decoded to its end" in capsys.readouterr().out
     bad.clear()

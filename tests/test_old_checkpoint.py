@@ -83,7 +83,7 @@ def test_it_resumes_bit_for_bit_as_the_tree_before_continues_it(videos, tmp_path
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "samples").mkdir()
     shutil.copy(BEFORE, folder / "checkpoints/latest.pt")
-    places = split(f"--data-path {videos} --results-dir {tmp_path}")
+    places = ["--data-path", videos, "--results-dir", tmp_path]
     run_main(train, *FLAGS, *places, "--max-steps", 6, "--resume")
     end = torch.load(END, weights_only=True)
     is_exact = end["machine"] == machine()  # others round otherwise
@@ -98,7 +98,7 @@ def test_it_resumes_bit_for_bit_as_the_tree_before_continues_it(videos, tmp_path
 
 
 def test_it_starts_a_new_phase_and_samples(videos, tmp_path):
-    places = split(f"--data-path {videos} --results-dir {tmp_path} --ckpt {BEFORE}")
+    places = ["--data-path", videos, "--results-dir", tmp_path, "--ckpt", BEFORE]
     run_main(train, *FLAGS, *places, "--num-frames", 6, "--max-steps", 5)
     state = checkpoint.load(tmp_path / "000-EqM-Ti-2-f6-rope/checkpoints/0000005.pt")
     assert state["step"] == 5

@@ -79,7 +79,7 @@ def places(tmp_path_factory):
 
 def student(places, *flags, teacher="pixels"):
     """Flags of train.py."""
-    data = split(f"--data-path {places}/{teacher}")
+    data = ["--data-path", places / teacher]
     start = ["--ckpt", places / f"{teacher}.pt"]
     return [*STUDENT, *data, *start, *flags]
 
@@ -128,14 +128,8 @@ def test_latents_are_kept_of_one_window_and_of_a_vae(places, tmp_path, capsys):
     sample_here(places / "pixels.pt", folder, "--save-latents")
     assert "works on pixels, which samples.npz has" in capsys.readouterr().out
     assert not (folder / "latents.npy").exists()
-    flags = split(f"""
-        --video
-        --save-latents
-        --num-frames 12
-        --window 8
-        --folder {folder}
-        --ckpt {places}/latents.pt
-    """)
+    flags = split("--video --save-latents --num-frames 12 --window 8")
+    flags += ["--folder", folder, "--ckpt", places / "latents.pt"]
     line = refused(capsys, sample_gd, *flags)
     assert "--save-latents: the 12 frames are made in windows of 8" in line
 
@@ -172,12 +166,8 @@ def test_samples_of_a_causal_model_have_noise_of_each_patch_and_their_actions(wo
 
 
 def test_a_causal_student_trains_on_the_samples_of_a_causal_teacher(world, tmp_path):
-    flags = split(f"""
-        --data-path {world}/samples
-        --ckpt {world}/teacher.pt
-        --results-dir {tmp_path}
-        --sample-every 0
-    """)
+    flags = ["--data-path", world / "samples", "--ckpt", world / "teacher.pt"]
+    flags += ["--results-dir", tmp_path, "--sample-every", 0]
     run_main(train, *STUDENT, *flags)
     (run,) = tmp_path.glob("000-*-causal")
     state = checkpoint.load(run / "checkpoints/best.pt")
@@ -364,7 +354,7 @@ def test_a_student_of_latents_encodes_nothing_and_samples_in_four_steps_without_
     assert len(steps) == STEPS
     (ckpt,) = results.glob("*/checkpoints/latest.pt")
     folder = tmp_path / "s"
-    run_main(sample_gd, *split(f"--video --ckpt {ckpt} --folder {folder} --num-samples 1"))
+    run_main(sample_gd, "--video", "--ckpt", ckpt, "--folder", folder, "--num-samples", 1)
     line = "student of a teacher with guidance 4; samples of 4 by euler, 4 evaluations, "
     assert line + "guidance 1" in capsys.readouterr().out
     source = read_json(folder / "samples.json")["source"]
@@ -399,7 +389,7 @@ def test_samples_whose_noise_does_not_fit_are_refused(places, tmp_path, capsys, 
 def test_samples_of_a_causal_teacher_need_its_actions_and_one_class(
     world, places, tmp_path, capsys
 ):
-    flags = split(f"--data-path {world}/samples --temporal-patch-size 1 --model EqM-Ti/4")
+    flags = ["--data-path", world / "samples", "--temporal-patch-size", 1, "--model", "EqM-Ti/4"]
     line = refused(capsys, train, *STUDENT, "--vae", "none", *flags)
     assert "no action 'left'; expected one of " in line
     assert "pass the model that made the samples as --ckpt" in line

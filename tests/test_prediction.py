@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from shlex import split
 
 import numpy as np
 import pytest
@@ -160,7 +159,7 @@ def stops(clip, number):
 
 
 def flags_of(folder, data):
-    return split(f"--metric prediction --samples {folder} --data-path {data}")
+    return ["--metric", "prediction", "--samples", folder, "--data-path", data]
 
 
 def test_samples_are_scored_against_the_clips_that_they_continue(shapes, tmp_path):

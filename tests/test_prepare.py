@@ -5,7 +5,6 @@ the right split.
 import random
 import shutil
 from pathlib import Path
-from shlex import split
 
 import numpy as np
 import pytest
@@ -60,7 +59,7 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
         for person in range(3):
             frames, fps = decode(out / f"{name}/person{person + 1}.mkv")
             assert fps == 25 and np.array_equal(frames, draw(person, number, 20))
-    flags = split(f"--source {strips} --out {out} --hold-out 1 2")
+    flags = ["--source", strips, "--out", out, "--hold-out", 1, 2]
     check_second_run(out / "JumpingJack/person2.mkv", prepare_weizmann, *flags)
 
 
@@ -71,7 +70,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, caps
 
     def refuse(line, held_out=3):
         before = snapshot(out)
-        flags = split(f"--source {own} --out {out} --hold-out {held_out}")
+        flags = ["--source", own, "--out", out, "--hold-out", held_out]
         assert line in refused(capsys, prepare_weizmann, *flags)
         assert snapshot(out) == before
 
@@ -161,7 +160,7 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
 ):
     # all 11,664 videos take half a minute
     monkeypatch.setattr(prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39})
-    flags = split(f"--source {sheets} --out {tmp_path}")
+    flags = ["--source", sheets, "--out", tmp_path]
     run_main(prepare_sprites, *flags)
     scan = scan_videos(str(tmp_path))
     train, val = split_videos(str(tmp_path), scan.videos, 0.5)

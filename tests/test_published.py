@@ -237,29 +237,18 @@ def rename_classes(data, names):
 def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tiny_name, capsys):
     path = write_file(tmp_path / "a.pt", STATE, "whole")
     vae = make_vae(tmp_path / "vae")
-    shared = split(f"--ckpt {path} --model {tiny_name} --vae {vae} --num-sampling-steps 3")
-    run_main(sample_gd, *shared, *split(f"--num-samples 3 --folder {tmp_path}/s --classes 7"))
+    shared = ["--ckpt", path, "--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
+    run_main(sample_gd, *shared, "--num-samples", 3, "--folder", tmp_path / "s", "--classes", 7)
     samples = np.load(tmp_path / "s/samples.npz")
     assert samples["arr_0"].shape == (3, 16, 16, 3)
     assert samples["labels"].tolist() == [7, 7, 7]
 
     data = make_images(tmp_path / "data", 4)
     rename_classes(data, {"A": "0", "B": "1"})
-    flags = split(f"""
-        --image-size 16
-        --num-classes 10
-        --val-clips 2
-        --global-batch-size 2
-        --lr 1e-9
-        --num-workers 0
-        --sample-every 2
-        --num-samples 2
-        --num-sampling-steps 3
-        --model {tiny_name}
-        --vae {vae}
-        --data-path {data}
-        --results-dir {tmp_path}/results
-    """)
+    flags = split("--image-size 16 --num-classes 10 --val-clips 2 --global-batch-size 2 --lr 1e-9")
+    flags += split("--num-workers 0 --sample-every 2 --num-samples 2 --num-sampling-steps 3")
+    flags += ["--model", tiny_name, "--vae", vae]
+    flags += ["--data-path", data, "--results-dir", tmp_path / "results"]
     run_main(train, *flags, "--max-steps", 2, "--ckpt", path)
     (folder,) = (tmp_path / "results").iterdir()
     trained = checkpoint.load(folder / "checkpoints/0000002.pt")
@@ -279,7 +268,7 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     for start in (path, tmp_path / "published"):
         run_main(train, *flags, "--max-steps", 3, "--ckpt", start, "--dry-run")
     latest = folder / "checkpoints/latest.pt"
-    for start in (["--ckpt", latest], split(f"--ckpt {tmp_path}/trained"), ["--resume"]):
+    for start in (["--ckpt", latest], ["--ckpt", tmp_path / "trained"], ["--resume"]):
         line = refused(capsys, train, *flags, "--max-steps", 3, *start)
         assert "has the classes cat, dog, " in line
         assert " has 0, 1; " in line
@@ -292,23 +281,10 @@ def test_a_published_file_starts_clips_with_the_field_of_the_published_code(
     path = write_file(tmp_path / "a.pt", STATE, "whole")
     vae = make_vae(tmp_path / "vae")
     data = write_equal_videos(tmp_path / "data", 10, size=(16, 16))
-    flags = split(f"""
-        --video
-        --use-rope
-        --image-size 16
-        --num-frames 4
-        --max-steps 1
-        --lr 1e-9
-        --global-batch-size 2
-        --num-workers 0
-        --sample-every 0
-        --val-clips 2
-        --inflate {path}
-        --model {tiny_name}
-        --vae {vae}
-        --data-path {data}
-        --results-dir {tmp_path}/results
-    """)
+    flags = split("--video --use-rope --image-size 16 --num-frames 4 --max-steps 1 --lr 1e-9")
+    flags += split("--global-batch-size 2 --num-workers 0 --sample-every 0 --val-clips 2")
+    flags += ["--inflate", path, "--model", tiny_name, "--vae", vae]
+    flags += ["--data-path", data, "--results-dir", tmp_path / "results"]
     assert "add --new-classes" in refused(capsys, train, *flags)
     with torch.enable_grad():
         run_main(train, *flags, "--new-classes")

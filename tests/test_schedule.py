@@ -59,10 +59,7 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(
     chain = []
     for frames, steps, batch in PHASES:  # separate runs
         phase = Training(shapes, tmp_path / str(frames), steps, flags=FLAGS)
-        flags = [
-            *split(f"--num-frames {frames} --global-batch-size {batch} --lr-decay-end 7"),
-            *ckpt,
-        ]
+        flags = ["--num-frames", frames, "--global-batch-size", batch, "--lr-decay-end", 7, *ckpt]
         if frames < 16:
             run_here(phase, *flags, stop_after=1)
         run_here(phase, *flags, "--resume")

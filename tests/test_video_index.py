@@ -66,7 +66,7 @@ def test_videos_or_images_directly_in_root_are_one_class_also_in_a_cache(tmp_pat
     scan = scan_videos(tmp_path, images=True)
     assert [video.key for video in scan.videos] == ["all/c"]
     cache = tmp_path.with_name("cache")
-    places = split(f"--data-path {tmp_path} --out {cache}")
+    places = ["--data-path", tmp_path, "--out", cache]
     run_main(cache_latents, *places, *split("--vae none --image-size 16"))
     assert [video.key for video in open_source(cache, 16).videos()] == ["all/a", "all/b"]
 

@@ -5,7 +5,6 @@ controls.
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
-from shlex import split
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from training import content
 from world_rules import ACTIONS, AGENT, GRASS, TREE, WATER
 
 EPISODES, HELD_OUT, FRAMES = 3, 5, 40
-SMALL = split(f"--episodes {EPISODES} --held-out {HELD_OUT} --frames {FRAMES} --map-size 16")
+SMALL = ["--episodes", EPISODES, "--held-out", HELD_OUT, "--frames", FRAMES, "--map-size", 16]
 STEPS = {"stay": (0, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # y, x
 
 
@@ -379,7 +378,7 @@ def test_samples_that_have_no_truth_are_refused(made, held_out, tmp_path, capsys
     if not change:
         out = Path(shutil.copytree(out, tmp_path / "copy"))
         (out / "world.npz").unlink()
-    flags = split(f"--metric world --samples {folder} --data-path {out}")
+    flags = ["--metric", "world", "--samples", folder, "--data-path", out]
     refused(capsys, tmp_path / "x.json", *flags, words=words)
 
 
@@ -389,7 +388,7 @@ def test_evaluate_scores_generated_frames_only(made, held_out, tmp_path, capsys)
     frames[:, 0] = 0  # it is given
     folder = sampled(made, held_out, tmp_path / "samples", frames)
     manifest = run(
-        tmp_path / "x.json", *split(f"--metric world --samples {folder} --data-path {out}")
+        tmp_path / "x.json", "--metric", "world", "--samples", folder, "--data-path", out
     )
     assert manifest["protocol"] == f"world{HELD_OUT}_each2_1of{FRAMES}f"
     values = manifest["values"]

@@ -73,7 +73,8 @@ class Samples:
 
     def check(self, metric, keep_background):
         """Raise UserError unless they can be scored with --metric and --keep-background."""
-        for problem in self.problems(metric, keep_background):
+        problem = next(self.problems(metric, keep_background), None)
+        if problem:
             raise UserError(f"{self.place}: {problem}")
 
     def check_classes(self, known, place):
