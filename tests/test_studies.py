@@ -71,12 +71,27 @@ def loss_difference(values, others):
         ([0.0, 0.0], [1.0, 1.0], "p < 0.001, by Holm < 0.001): lower."),
         ([1.0], [0.0], "one seed"),
         ([], [0.0], "- Loss, a minus b: not run yet."),
-        ([math.inf, 1.0], [0.0, 0.0], "one seed"),
+        ([math.inf, 1.0], [0.0, 0.0], "one seed, no interval; 1 of 2 diverged"),
+        ([math.nan, 1.0, 2.0], [0.0, 0.0, 0.0], "2 seeds; 1 of 3 diverged; p"),
+        ([math.nan], [0.0], "- Loss, a minus b: 1 of 1 diverged."),
     ],
 )
 def test_differences_are_paired_by_seed_with_the_p_value_of_students_t(values, others, text):
     (line,) = lab.compare([loss_difference(values, others)])
     assert text in line
+
+
+def test_cells_say_how_many_runs_diverged():
+    values = [{"": {"val_loss": 3}, "task": {"score": score}} for score in (0.1, 0.3)]
+    values.append({"": {"val_loss": math.inf}, "task": {}})
+    rows = [{"arm": "a", "seed": seed, "values": of_run} for seed, of_run in enumerate(values)]
+    rows.append({"arm": "b", "seed": 0, "values": values[-1]})
+    columns = [lab.Column("score (%)", "score", task="task"), lab.Column("loss", "val_loss", 1)]
+    *_, first, second, _ = lab.arm_table(rows, {"a": {"arm": "a"}, "b": {"arm": "b"}}, columns)
+    assert (
+        first == "| a | 20.0 (10.0 to 30.0); 1 of 3 diverged | 3.0 (3.0 to 3.0); 1 of 3 diverged |"
+    )
+    assert second == "| b | 1 of 1 diverged | 1 of 1 diverged |"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +206,7 @@ def test_a_report_shows_missing_and_diverged_runs(copied):
         "- Loss, 4-8-16 moving minus 16 moving intervals: not run yet.",
     ):
         assert line in text
-    interval = r"\(95% -0.\d+ to -0.\d+, 4 seeds; p .*, by Holm .*\): lower"
+    interval = r"\(95% -0.\d+ to -0.\d+, 4 seeds; 1 of 5 diverged; p .*, by Holm .*\): lower"
     assert re.search(f"Loss: 16 moving minus 16 fixed is -0.0.. {interval}", text)
 
 
@@ -420,6 +435,9 @@ def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):
     with counted_steps(train, stop_after=2):
         run_miniature(study, tmp_path, *flags, status=1)
     assert "the training was stopped; run the same command to continue" in capsys.readouterr().err
+    (metrics,) = tmp_path.glob("runs/*/*/metrics.jsonl")
+    with metrics.open("a") as file:  # as if killed between logging and saving the last step
+        file.write(f'{{"step": {MINIATURE.steps}, "val_loss": 0}}\n')
     run_miniature(study, tmp_path, *flags)
     assert numbers_of(tmp_path) == {TWO_ARMS[0]: numbers_of(trained)[TWO_ARMS[0]]}
 

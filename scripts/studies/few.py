@@ -30,6 +30,7 @@ import torch
 import checkpoint
 import disturb
 from make_moving_shapes import COLORS
+from runtime.atomic import write_file
 from runtime.cli import UserError, one_line_errors, wrong_input
 from runtime.rng import normal
 from shapes import (
@@ -315,6 +316,7 @@ def is_right(clip, name):
     return name == f"{shown.shape}{shown.direction}"
 
 
+@lab.one_thread()
 def select_right(folder, out):
     """Write the samples of a folder that are right to another folder, with their indices."""
     about, clips, labels = read_samples(f"{folder}", folder)
@@ -324,7 +326,7 @@ def select_right(folder, out):
         raise UserError(f"{folder}: the tracker accepts {len(rows)} of its samples, expected some")
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "samples.npz", arr_0=clips[rows], labels=labels[rows])
-    (out / "samples.json").write_text(json.dumps(about | {"indices": rows}))
+    write_file(out / "samples.json", json.dumps(about | {"indices": rows}).encode())
 
 
 @torch.no_grad()

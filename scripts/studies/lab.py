@@ -192,6 +192,20 @@ def cpu_seconds_of_children():
     return usage.ru_utime + usage.ru_stime
 
 
+@contextmanager
+def one_thread():
+    """Measure in this process without starting torch's threads.
+
+    They don't survive a fork, so the next script would wait for them forever.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run_script(path, flags, environment, log):
     """Run a script of the repository in this process, which a study forked for it."""
     distributed.die_with_parent(signal.SIGTERM)
@@ -280,22 +294,18 @@ class Run:
         return values
 
     def row(self):
-        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}}
+        metrics, *_ = read_metrics(max(self.folder.glob("*/metrics.jsonl")))
+        losses = [row["val_loss"] for row in metrics if row.get("val_loss") is not None]
+        values = {"": {"val_loss": losses[-1]}}
         values |= {task: self.values(task) for task in self.tasks}
         return self.about | self.more | {"values": values}
 
-    def validations(self):
-        """The rows of metrics.jsonl with a validation loss."""
-        paths = sorted(self.folder.glob("*/metrics.jsonl"))
-        if not paths:
-            return []
-        rows, *_ = read_metrics(paths[-1])
-        return [row for row in rows if row.get("val_loss") is not None]
-
     def checkpoint(self):
-        """The path of latest.pt if the training has reached its last step, else None."""
-        is_trained = any(row["step"] == self.last_step for row in self.validations())
-        return next(self.folder.glob("*/checkpoints/latest.pt"), None) if is_trained else None
+        """The path of latest.pt if the training has saved its last step, else None."""
+        folder = max(self.folder.glob("*/checkpoints"), default=None)
+        # metrics.jsonl may have a step that was not saved
+        is_trained = folder and Path(folder, f"{self.last_step:07d}.pt").exists()
+        return folder / "latest.pt" if is_trained else None
 
     def script(self, *words, **environment):
         """Run a script of the repository with a log in this folder.
@@ -414,7 +424,9 @@ def finish(runs):
                 words = ["--metric", metric, "--samples", *folders, "--num-workers", 0]
                 first.script("EqM/evaluate.py", *words, "--out", out, *flags)
         for run in runs:
-            add_rows(run.out, [run.row()], replaces=run.about)
+            with one_thread():
+                row = run.row()
+            add_rows(run.out, [row], replaces=run.about)
 
 
 def data_sets(folder, count, test_count, flags=("--seconds", 1.4)):
@@ -499,10 +511,18 @@ class Column:
 
 
 def by_seed(rows, about, column):
-    """{seed: number} of a Column, of the rows that contain the dict `about`."""
+    """{seed: number} of a Column, of the rows that contain the dict `about`.
+
+    NaN for runs that diverged before they had a score.
+    """
     numbers = {}
-    for row in sorted(rows_with(about, rows), key=itemgetter("seed")):
+    of_arm = sorted(rows_with(about, rows), key=itemgetter("seed"))
+    has_task = column.task in tasks_of(of_arm)
+    for row in of_arm:
         number = column.number(row)
+        loss = row["values"].get("", {}).get("val_loss", 0.0)
+        if number is None and has_task and not math.isfinite(loss):
+            number = math.nan
         if number is not None:
             numbers[row["seed"]] = number
     return numbers
@@ -523,15 +543,22 @@ def by_arm(rows, arms, column):
 # Tables -------------------------------------------------------------------------------------------
 
 
+def diverged_note(numbers, finite):
+    """What to add to a result of the finite numbers alone, such as "; 2 of 6 diverged"."""
+    lost = len(numbers) - len(finite)
+    return f"; {lost} of {len(numbers)} diverged" if lost else ""
+
+
 def mean_cell(values, digits):
-    """A table cell of {seed: value}: mean (lowest to highest)."""
-    if not values:
-        return ""
-    numbers = values.values()
-    mean = f"{statistics.mean(numbers):.{digits}f}"
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+    """A table cell of {seed: value}: mean (lowest to highest); how many diverged."""
+    finite = [*filter(math.isfinite, values.values())]
+    note = diverged_note(values, finite)
+    if not finite:
+        return note.removeprefix("; ")
+    mean = f"{statistics.mean(finite):.{digits}f}"
+    if len(finite) == 1:
+        return mean + note
+    return f"{mean} ({min(finite):.{digits}f} to {max(finite):.{digits}f}){note}"
 
 
 def heading(title, about):
@@ -570,11 +597,14 @@ def arm_table(rows, arms, columns):
 
 
 def gaps_of(values, pair):
-    """The differences of two arms of {arm: {seed: value}}, by seed, where both are finite."""
+    """(differences of two arms of {arm: {seed: value}}, by seed, where both are finite; a note if
+    others are not).
+    """
     firsts, seconds = (values.get(arm, {}) for arm in pair)
     seeds = sorted(firsts.keys() & seconds.keys())
     gaps = [firsts[seed] - seconds[seed] for seed in seeds]
-    return [gap for gap in gaps if math.isfinite(gap)]
+    finite = [*filter(math.isfinite, gaps)]
+    return finite, diverged_note(gaps, finite)
 
 
 def compare(cases):
@@ -584,16 +614,17 @@ def compare(cases):
     significant is decided by `holm` over all of them.
     """
     differences = [gaps_of(values, pair) for values, pair, *_ in cases]
-    adjusted = iter(holm([student_p(gaps) for gaps in differences if len(gaps) > 1]))
+    adjusted = iter(holm([student_p(gaps) for gaps, _ in differences if len(gaps) > 1]))
     lines = []
-    for (_, (first, second), what, digits), gaps in zip(cases, differences, strict=True):
+    for (_, (first, second), what, digits), (gaps, note) in zip(cases, differences, strict=True):
         mean, error = mean_and_error(gaps)
         if mean is None:
-            lines.append(f"- {what}, {first} minus {second}: not run yet.")
+            why = note.removeprefix("; ") or "not run yet"
+            lines.append(f"- {what}, {first} minus {second}: {why}.")
             continue
         line = f"- {what}: {first} minus {second} is {mean:+.{digits}f}"
         if error is None:
-            lines.append(f"{line} (one seed, no interval).")
+            lines.append(f"{line} (one seed, no interval{note}).")
             continue
         half = half95(gaps)
         interval = f"{mean - half:+.{digits}f} to {mean + half:+.{digits}f}"
@@ -602,8 +633,8 @@ def compare(cases):
         if p <= SIGNIFICANT:
             verdict = "higher" if mean > 0 else "lower"
         lines.append(
-            f"{line} (95% {interval}, {len(gaps)} seeds; p {p_text(student_p(gaps))}, by Holm "
-            f"{p_text(p)}): {verdict}."
+            f"{line} (95% {interval}, {len(gaps)} seeds{note}; p {p_text(student_p(gaps))}, by "
+            f"Holm {p_text(p)}): {verdict}."
         )
     return lines
 

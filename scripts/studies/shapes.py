@@ -1,5 +1,6 @@
 """Models of Moving Shapes for all studies: their sizes, recipes of equal compute, and samples."""
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,8 @@ def draw_lengths(path, rows, abouts, tasks):
     for index, ((name, about), color, marker) in enumerate(styles):
         points = []
         for frames, task in tasks.items():
-            shares = [*lab.by_seed(rows, about, BOTH_RIGHT.of(task)).values()]
+            values = lab.by_seed(rows, about, BOTH_RIGHT.of(task)).values()
+            shares = [*filter(math.isfinite, values)]
             if len(shares) > 1:
                 x = frames + 0.3 * (index - (len(abouts) - 1) / 2)  # intervals don't overlap
                 points.append((x, statistics.mean(shares), half95(shares)))

@@ -25,6 +25,7 @@ Models, samples and scores are in its folder runs (see lab.py).
 """
 
 import itertools
+import math
 import statistics
 from dataclasses import dataclass, replace
 from functools import partial
@@ -325,7 +326,8 @@ def choose(rows, way):
             values = lab.by_seed(rows, about, column.of(task))
             if not values:
                 raise UserError(f"{settings.name}: not tuned yet; run with --tune first")
-            shares.append(values[TUNING_SEED])
+            share = values[TUNING_SEED]
+            shares.append(share if math.isfinite(share) else 0.0)  # it diverged: nothing is right
         scores[settings, guidance] = statistics.mean(shares)
     return max(scores, key=scores.get)
 

@@ -55,6 +55,25 @@ run.script({str(script)!r})
     assert killed.wait() == -signal.SIGKILL
 
 
+def test_a_study_that_measured_with_several_threads_runs_more_scripts(tmp_path):
+    script = tmp_path / "threads.py"
+    script.write_text("import torch\ntorch.ones(2_000_000).exp()\nprint(torch.get_num_threads())")
+    code = f"""
+import lab, torch
+class Measured(lab.Run):
+    def row(self):
+        torch.ones(2_000_000).exp()
+        return self.about | {{"values": {{"": {{}}}}}}
+run = Measured(lab.Path({str(tmp_path / "rows.json")!r}), {{"seed": 0}})
+run.folder.mkdir(parents=True)
+lab.finish([run])
+run.script({str(script)!r})
+"""
+    environment = {"PYTHONPATH": str(Path(lab.__file__).parent), "OMP_NUM_THREADS": "2"}
+    end(spawn(sys.executable, "-c", code, environment=environment), timeout=60)
+    assert (tmp_path / "runs/0/threads.log").read_text() == "2\n"
+
+
 def test_a_tiny_quickstart_is_trained_and_scored(tmp_path):
     output = end(start(seeds, tmp_path, "--seeds", 0), timeout=600)
     assert "| frames | training shift | lowest direction accuracy (%) | median |" in output
