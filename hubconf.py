@@ -20,6 +20,23 @@ dependencies = ["torch", "torchvision", "numpy", "decord", "einops", "tqdm", "av
 _ROOT = Path(__file__).resolve().parent
 _OWN_NAMES = {path.stem for path in (_ROOT / "EqM").iterdir()}
 _own_modules = {}
+_FLAGS = [  # of sample_gd.py
+    "actions",
+    "cfg_scale",
+    "fps",
+    "mu",
+    "num_sampling_steps",
+    "overlap",
+    "precision",
+    "rope_scale",
+    "sampler",
+    "solver_shift",
+    "stepsize",
+    "stop_below",
+    "time_scale",
+    "weak_ckpt",
+    "window",
+]
 
 
 def demo(device=None):
@@ -50,16 +67,19 @@ class _Sampler:
             import plans
             import sample_gd
 
-            self.flags = sample_gd.parse_args(["--video", "--ckpt", str(ckpt)])
+            self.words = ["--video", "--ckpt", str(ckpt)]
             loaded = checkpoint.load_model(ckpt, video=True)
             self.model, self.config, self.step = loaded
             data = self.config["data"]
-            self.vae = plans.open_vae(self.flags, self.model.config, data)
+            flags = sample_gd.parse_args(self.words)
+            self.vae = plans.open_vae(flags, self.model.config, data)
         self.classes = data["classes"]
         self.model.to(self.device).requires_grad_(False)
         self.vae.to(self.device)
 
-    def __call__(self, classes=None, num_frames=None, num_samples=None, seed=0, **flags):
+    def __call__(
+        self, classes=None, num_frames=None, num_samples=None, seed=0, batch_size=16, **flags
+    ):
         """Sample clips: uint8 (N, T, H, W, 3), on the CPU.
 
         Args:
@@ -67,35 +87,39 @@ class _Sampler:
             num_frames: T; default: as in training.
             num_samples: N; default: one for each of `classes`.
             seed: of the noise.
-            flags: other flags of sample_gd.py, such as cfg_scale=2.0.
+            batch_size: samples at a time.
+            flags: of the sampler and of time, as those of sample_gd.py: cfg_scale=2.0,
+                num_sampling_steps=100, fps=25, weak_ckpt=FILE, actions=["right*8"] and so on.
         """
         with _imports():
             from generation import generate, whole_videos
             from plans import sampling_settings
 
-            words = [str(name) for name in classes or self.classes]
+            classes = classes or self.classes
             args, plan = self._plan(
-                classes=words,
+                flags,
+                classes=classes,
                 num_frames=num_frames,
-                num_samples=num_samples or len(words),
+                num_samples=num_samples or len(classes),
                 seed=seed,
-                **flags,
+                batch_size=batch_size,
             )
             indices = list(range(args.num_samples))
             parts = generate(
                 plan,
                 indices,
-                seed=seed,
+                seed=args.seed,
                 device=self.device,
                 settings=sampling_settings(args),
                 batch_size=args.batch_size,
             )
-            return whole_videos(plan, indices, parts)
+            with _products(args.precision):
+                return whole_videos(plan, indices, parts)
 
-    def stream(self, num_samples=1, seed=0, **flags):
+    def stream(self, num_samples=1, seed=0, classes=None, **flags):
         """Videos that a causal model makes step by step, without end: a `_Stream`.
 
-        Args: as in a call of the sampler.
+        Args: as in a call of the sampler. A step may name other classes.
         """
         with _imports():
             from generation import Stream
@@ -107,20 +131,32 @@ class _Sampler:
                     "stream: the model was trained without --causal, so it makes all frames of a "
                     "clip at once; call the sampler instead"
                 )
-            args, plan = self._plan(num_samples=num_samples, seed=seed, **flags)
-            indices = list(range(num_samples))
+            args, plan = self._plan(flags, classes=classes, num_samples=num_samples, seed=seed)
+            indices = list(range(args.num_samples))
             settings = sampling_settings(args)
-            return _Stream(Stream(plan, indices, settings, seed=seed, device=self.device))
+            return _Stream(Stream(plan, indices, settings, seed=args.seed, device=self.device))
 
-    def _plan(self, **flags):
-        """(flags of sample_gd.py, Plan) with these flags."""
+    def _plan(self, flags, classes, num_frames=None, **others):
+        """(flags of sample_gd.py, Plan) with these flags, which are checked as in its command."""
         from plans import make_plan
+        from sample_gd import parse_args
 
-        unknown = flags.keys() - vars(self.flags).keys()
-        if unknown:
-            raise TypeError(f"no flag of sample_gd.py: {', '.join(sorted(unknown))}")
-        args = self.flags.resolve(**flags)
+        for name in flags:
+            if name not in _FLAGS:
+                raise TypeError(f"{name}: no such argument; expected one of {', '.join(_FLAGS)}")
+        words = list(self.words)
+        for name, value in (flags | others | {"num_frames": num_frames, "actions": None}).items():
+            if value is not None:
+                words.append(f"--{name.replace('_', '-')}={value}")
+        args = parse_args(words, error=_refuse)
+        args = args.resolve(
+            classes=classes and [str(name) for name in classes],
+            actions=flags.get("actions"),
+            num_frames=args.num_frames and args.num_frames[0],
+        )
         values, plan = make_plan(args, self.model, config=self.config, step=self.step, vae=self.vae)
+        if plan.weak:
+            plan.weak.to(self.device).requires_grad_(False)
         return args.resolve(**values), plan
 
 
@@ -137,7 +173,7 @@ class _Stream:
         classes: of the clips, as in `step`. actions: a list of T `actions` of `step`, default:
         none. The same frames follow if all is the same.
         """
-        with _imports():
+        with _imports(), _products(self._stream.precision):
             conditions = []
             if clips is not None:
                 clips = clips.permute(0, 4, 1, 2, 3)
@@ -153,7 +189,7 @@ class _Stream:
         classes: names or indices, used in turn; default: one of each. "none" means no class.
         actions: likewise, of a model with actions; default: none.
         """
-        with _imports():
+        with _imports(), _products(self._stream.precision):
             frame = self._stream.num_patches * self._stream.plan.window
             return self._stream.step(self._condition(frame, classes, actions)).cpu()
 
@@ -165,6 +201,10 @@ class _Stream:
 
         plan = self._stream.plan
         indices = self._stream.indices
+        if classes is None and plan.spans is not None:
+            end = plan.spans.shape[1] * plan.window
+            if frame >= end:
+                _refuse(f"classes: the spans end after {end} frames; name the class of this step")
         order = torch.arange(len(indices))
         labels = None
         if classes is not None:
@@ -175,6 +215,29 @@ class _Stream:
             chosen = numbers_of(actions, plan.model.config.action_names)
             numbers = chosen[order % len(chosen)]
         return plan.condition_at(indices, frame, action=numbers, labels=labels)
+
+
+def _refuse(message):
+    from runtime.cli import UserError
+
+    raise UserError(message)
+
+
+@contextlib.contextmanager
+def _products(precision):
+    """Inside, float32 products have this --precision; outside, that of the program."""
+    import torch
+
+    from runtime.distributed import set_precision
+
+    of_products = torch.get_float32_matmul_precision()
+    of_convolutions = torch.backends.cudnn.allow_tf32
+    set_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(of_products)
+        torch.backends.cudnn.allow_tf32 = of_convolutions
 
 
 @contextlib.contextmanager

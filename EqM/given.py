@@ -82,7 +82,7 @@ def open_given(args, plan, clips, indices):
 
     Raises UserError. The class of a sample is the folder of its clip if the model has this class,
     else from --classes, else none, or with actions the only one. With --classes none, no sample has
-    a class.
+    a class. Spans of --classes name the class of each patch, also of the given ones.
     """
     num_clips = math.ceil(len(plan.conditions) / args.samples_per_clip)
     clips = clips[:num_clips]
@@ -102,7 +102,7 @@ def open_given(args, plan, clips, indices):
     clip_of_sample = [clips[number] for number in given.numbers]
     if isinstance(clips[0], DrawnClip):
         plan.time_scales = [clip.seconds for clip in clip_of_sample]
-    if args.classes != ["none"]:
+    if args.classes != ["none"] and plan.spans is None:
         labels_by_name = {name: label for label, name in enumerate(plan.classes)}
         labels = [NO_LABEL] * len(plan.conditions)
         # In training, clips without a class have no actions either

@@ -239,10 +239,12 @@ class Plan:
         their classes (n,), in place of the plan's.
         """
         config = self.model.config
-        y = self.conditions
-        if self.spans is not None:
-            y = self.spans[:, frame // config.temporal_patch_size]
-        y = y[indices] if labels is None else labels
+        if labels is not None:
+            y = labels
+        elif self.spans is not None:
+            y = self.spans[indices, frame // config.temporal_patch_size]
+        else:
+            y = self.conditions[indices]
         if config.actions:
             actions = torch.full((len(indices), self.window), NO_ACTION)
             planned = self.actions[indices, frame : frame + self.window]
@@ -277,7 +279,11 @@ def open_checkpoint(args):
         temporal_patch_size=args.temporal_patch_size,
         num_classes=args.num_classes,
     )
-    return make_plan(args, model, config=config, step=step)
+    values, plan = make_plan(args, model, config=config, step=step)
+    if rank() == 0:  # which writes samples.json
+        plan.weights_sha256 = checkpoint.weights_sha256(model.state_dict())
+        plan.weak_sha256 = plan.weak and checkpoint.weights_sha256(plan.weak.state_dict())
+    return values, plan
 
 
 def make_plan(args, model, config, step, vae=None):
@@ -325,7 +331,7 @@ def make_plan(args, model, config, step, vae=None):
         if network.config.use_rope:
             network.rope.stretch = stretch
     conditions = choose_labels(args, data["classes"]) if spans is None else spans[:, 0]
-    plan = Plan(
+    return values, Plan(
         model,
         vae=vae or open_vae(args, model.config, data),
         classes=data["classes"],
@@ -343,16 +349,12 @@ def make_plan(args, model, config, step, vae=None):
         spans=spans,
         actions=actions,
     )
-    if rank() == 0:  # which writes samples.json
-        plan.weights_sha256 = checkpoint.weights_sha256(model.state_dict())
-        plan.weak_sha256 = weak and checkpoint.weights_sha256(weak.state_dict())
-    return values, plan
 
 
 def open_weak(args, strong, data, window):
     """The model of --weak-ckpt, for autoguidance, or None.
 
-    Raises UserError unless it has the classes and latents of --ckpt.
+    Raises UserError unless it has the conditions and latents of --ckpt.
     """
     if args.weak_ckpt is None:
         return None
@@ -360,6 +362,9 @@ def open_weak(args, strong, data, window):
     def inputs(config, data):  # what both models must have in common
         return (
             config.objective,
+            config.causal,
+            config.actions,
+            args.report_energy and config.ebm != "none",
             config.level_frames,
             config.input_size,
             config.in_channels,
@@ -372,8 +377,9 @@ def open_weak(args, strong, data, window):
         model.config.check_num_frames(window)
         if inputs(model.config, config["data"]) != inputs(strong, data):
             raise ValueError(
-                f"has another objective, other classes or latents than --ckpt {args.ckpt}; "
-                "expected a weaker model of the same data; use an earlier checkpoint of the run"
+                "has another objective, energy or kind of attention, other classes, actions or "
+                f"latents than --ckpt {args.ckpt}; expected a weaker model of the same data; use "
+                "an earlier checkpoint of the run"
             )
     except (UserError, ValueError) as error:
         text = str(error).removeprefix(f"--ckpt {args.weak_ckpt}: ")

@@ -61,11 +61,15 @@ RATE = cli.number(float, least=LEAST_FPS, most=MOST_FPS)
 SECONDS = cli.number(float, least=1 / MOST_FPS, most=1 / LEAST_FPS)
 
 
-def parse_args(words=None):
-    """The Flags of a command line, by default of this process."""
+def parse_args(words=None, error=None):
+    """The Flags of a command line, by default of this process.
+
+    error: called with the message about a wrong flag, in place of ending this process.
+    """
     parser = ArgumentParser(
         description="Sample videos or images from a checkpoint by gradient descent."
     )
+    parser.error = error or parser.error
     group = parser.add_argument_group("samples")
     add = group.add_argument
     add_rate = group.add_mutually_exclusive_group().add_argument

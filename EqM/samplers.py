@@ -81,14 +81,16 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
     if momentum mu = 0.
 
     With stop_below, a sample stops before its next step once the root mean square of its f is below
-    stop_below. The mean is over the unmasked part, a share `moving` (B,) of the sample. Returns as
-    `sample` does.
+    stop_below. The mean is over the unmasked part, a share `moving` (B,) of the sample. A sample
+    that is masked completely rests from the start. Returns as `sample` does.
     """
     x = x.clone()
     last_f = torch.zeros_like(x)
+    evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     keep = torch.arange(len(x), device=x.device)
-    evaluations = torch.zeros_like(keep)
-    observe(x, keep)
+    if stop_below is not None:
+        keep = keep[moving > 0]
+    observe(x[keep], keep)
     for _ in range(num_steps - 1):
         f = field(x[keep] + step_size * momentum * last_f[keep], keep)
         evaluations[keep] += 1

@@ -25,7 +25,7 @@ from process import kill_all
 from runtime.cli import precisions
 from runtime.distributed import autocast, set_precision
 from test_models import distance as relative_error
-from training import PYTHON, TORCHRUN, Training
+from training import PYTHON, ROOT, TORCHRUN, Training
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -151,6 +151,17 @@ def test_outputs_and_gradients(case, precision, check):
     errors = network_errors(network, outputs_and_gradients(network, *inputs), inputs, precision)
     for part, error, limit in zip(("output", "gradients"), errors, ERRORS[precision], strict=True):
         check(f"{precision}, {case}: {part}", error, limit)
+
+
+def test_hub(check):
+    """A clip of torch.hub on the device against the CPU, fp32: mean difference in gray levels."""
+    demo = ROOT / "results/demo"
+    flags = {"classes": ["CircleLeft"], "num_frames": 8, "precision": "fp32", "weak_ckpt": demo}
+    clips = []
+    for device in (DEVICE, "cpu"):
+        sampler = torch.hub.load(str(ROOT), "demo", source="local", device=device)
+        clips.append(sampler(**flags).float())
+    check("demo", (clips[0] - clips[1]).abs().mean().item(), 1.0)
 
 
 # Training runs ------------------------------------------------------------------------------------

@@ -363,6 +363,9 @@ def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
     assert (both[0, :8] == same[0, :8]).all() and (both[0, 8:] != same[0, 8:]).any()
     assert (both[1] == same[1]).all()
     assert about["spans"][0] == [0, 0, 1]
+    given = ["--classes", "1*12", "--given", tmp_path / "same"]
+    _, about = sample_here(checkpoint, tmp_path / "given", *flags, *given)
+    assert [entry["class"] for entry in about["given"]] == ["B", "B"]  # not those of the clips
 
 
 # Training -----------------------------------------------------------------------------------------

@@ -81,14 +81,42 @@ def test_the_stream_of_a_causal_model_makes_the_samplers_videos_step_by_step(tmp
     stream.reset(steps[0], ["B", "A"])
     again = stream.step(["B", "A"])
     assert (again.float() - steps[1].float()).abs().mean() < 2  # the given frames are rounded
+    stream = sampler.stream(classes=["B*4"], seed=2, **FEW)
+    assert torch.equal(stream.step(), steps[0][:1])
+    assert not torch.equal(stream.step(["A"]), steps[1][:1])
+    with pytest.raises(Exception, match="the spans end after 4 frames; name the class"):
+        stream.step()
     with pytest.raises(Exception, match="stream: the model was trained without --causal"):
         load("demo").stream()
 
 
+def test_models_run_on_the_device_and_in_the_precision_of_the_call(places):
+    sampler = load("model", ckpt=places / "plain.pt", device="meta")
+    with pytest.raises(RuntimeError, match="meta tensor"):  # at the end: it has no values
+        sampler(num_samples=1, weak_ckpt=places / "plain.pt", **FEW)
+    sampler = load("model", ckpt=places / "plain.pt", device="cpu")
+    seen = set()
+    sampler.model.register_forward_pre_hook(
+        lambda *_: seen.add(torch.backends.cudnn.allow_tf32) and None
+    )
+    before = torch.backends.cudnn.allow_tf32
+    for precision in ("fp32", "bf16"):
+        sampler(num_samples=1, precision=precision, **FEW)
+    assert seen == {False, True}
+    assert torch.backends.cudnn.allow_tf32 is before
+
+
 def test_mistakes_are_exceptions_for_the_program():
     sampler = load("demo")
-    with pytest.raises(TypeError, match="no flag of sample_gd.py: cfg$"):
-        sampler(cfg=2)
-    with pytest.raises(Exception, match="--classes Heart: no such class; expected one of") as error:
-        sampler(classes=["Heart"])
-    assert type(error.value).__name__ == UserError.__name__
+    for name in ("cfg", "given", "no_ema"):
+        with pytest.raises(TypeError, match=f"{name}: no such argument; expected one of actions, "):
+            sampler(**{name: "x"})
+    for flags, words in (
+        ({"classes": ["Heart"]}, "--classes Heart: no such class; expected one of"),
+        ({"sampler": "NGD"}, "argument --sampler: invalid choice: 'NGD'"),
+        ({"num_sampling_steps": 1}, "--num-sampling-steps: got 1, expected an integer at least 2"),
+        ({"num_frames": [8, 16]}, "--num-frames: got .8, 16., expected an integer"),
+    ):
+        with pytest.raises(Exception, match=words) as error:
+            sampler(**flags)
+        assert type(error.value).__name__ == UserError.__name__

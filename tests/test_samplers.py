@@ -225,10 +225,10 @@ def test_masked_values_stay_and_the_others_move_as_if_alone(method):
 
 
 def test_a_sample_stops_by_the_field_of_its_unmasked_part():
-    # The root mean square is that of 5, 8 and 2 values, which halve in each step
-    start = torch.full((3, 8), 8.0)
-    mask = torch.stack([GIVEN, torch.zeros(8, dtype=torch.bool), torch.arange(8) < 6])
-    given = torch.full((3, 8), 9.0)
+    # The root mean square is that of 5, 8, 2 and 0 values, which halve in each step
+    start = torch.full((4, 8), 8.0)
+    mask = torch.arange(8) < torch.tensor([3, 0, 6, 8])[:, None]
+    given = torch.full((4, 8), 9.0)
     x, evaluations = sample(
         halve,
         start,
@@ -238,7 +238,7 @@ def test_a_sample_stops_by_the_field_of_its_unmasked_part():
         given=given,
         mask=mask,
     )
-    assert evaluations.tolist() == [5, 5, 5]
+    assert evaluations.tolist() == [5, 5, 5, 0]
     assert torch.equal(x, torch.where(mask, 9.0, 0.5))
 
 
