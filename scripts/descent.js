@@ -479,10 +479,18 @@ class Cache {
     this.patch = height * width;  // tokens
     this.places = Math.floor(context / pt) + 1;
     this.tokens = this.places * this.patch;
+    this.memory = network.memory;
+    this.begin = this.memory.top;
     this.heads = Array.from({length: depth * heads}, () => network.keysAndValues(this.tokens));
     this.count = 0;  // patches that were made; the next one replaces the oldest
-    network.end = network.memory.top;  // which `prepare` leaves alone
+    network.end = this.memory.top;  // which `prepare` leaves alone
+    this.last = network.end;
     network.N = undefined;
+  }
+
+  clear() {
+    this.count = 0;
+    this.memory.floats.fill(0, this.begin, this.last);  // 0 x NaN is NaN
   }
 
   get first() {  // token of the next patch

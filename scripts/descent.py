@@ -174,7 +174,7 @@ def slider_values(training):
     """Return the first values of the sliders: the checkpoint's sampler with few evaluations."""
     settings = sampler_settings(training)
     if settings["sampler"] not in DESCENTS:
-        settings = plans.SAMPLER
+        settings = plans.SAMPLER | {"cfg_scale": settings["cfg_scale"]}
     length = (settings["num_sampling_steps"] - 1) * settings["stepsize"]
     return {
         "stepSize": max(settings["stepsize"], length / EVALUATIONS),

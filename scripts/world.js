@@ -11,7 +11,7 @@ let caches = [];  // with the condition and, for guidance, without one
 function restart({guidance}) {
   const count = guidance === 1 ? 1 : 2;
   while (caches.length < count) caches.push(new Cache(network));
-  for (const cache of caches) cache.count = 0;
+  for (const cache of caches) cache.clear();
 }
 
 // Continue with a clean patch x (C, pt, H, W), whose settings are those of `field`.

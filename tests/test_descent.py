@@ -138,6 +138,9 @@ def test_many_short_steps_become_few_long_ones_of_the_same_path():
     values = descent.slider_values({"sampler": "gd", "num_sampling_steps": 250, "stepsize": 0.002})
     assert values["stepSize"] * descent.EVALUATIONS == pytest.approx(249 * 0.002)
     assert values["momentum"] == 0  # that of ngd
+    student = descent.slider_values({"sampler": "euler", "num_sampling_steps": 5, "cfg_scale": 1.0})
+    assert student == descent.slider_values({"cfg_scale": 1.0})
+    assert student["guidance"] == 1.0
 
 
 def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatch):
@@ -226,6 +229,10 @@ def test_a_small_weak_model_gets_other_words_and_wrong_calls_say_what_they_expec
     }.items():
         call = call.replace("zeros", "new Array(192).fill(0)")
         assert browser.ask(f"eqm.field({call}).catch(error => error.message)") == words
+    values = {"stepSize": 0.0261, "momentum": 0.33, "guidance": 7.5, "stopBelow": 3}
+    browser.ask(f"facts.sampler = {values}; facts.frames.most = 1; connectSliders()")
+    assert browser.ask("SETTINGS.map(id => Number($(id).value))") == [*values.values()]
+    assert browser.ask("document.querySelector('[data-region=later]').hidden")
 
 
 # Whole trajectories -------------------------------------------------------------------------------

@@ -186,7 +186,11 @@ def test_keys_fingers_the_picture_and_a_gamepad_make_a_frame_each(page):
         page.ask("window.pad = still")
         page.wait("held === null && !playing")
     assert page.ask("[...new Set(requested)]") == ["up", "left"]  # one that stays repeats
-    page.ask("window.pad = null; requested = []; world.frames = 1")
+    page.ask("window.pad = {...still, axes: [1, 0]}")
+    page.wait("held !== null")
+    page.ask("window.pad = null")  # pulled out
+    page.wait("held === null && !playing")
+    page.ask("requested = []; world.frames = 1")
     page.ask("$('letters').click()")
     press(page, "w")
     press(page, "n")
@@ -224,10 +228,26 @@ def test_a_new_world_begins_with_the_start_again_and_the_same_steps_make_the_sam
         images = page.ask("world.recent.map(image => [...image.data])")
         assert set(images[0]) == {255}
         frames.append(images[1])
-        page.ask("begin(0); tap(2); setDreaming(true); setDreaming(false)")  # too early
+        page.ask("begin(1); begin(0); tap(2); setDreaming(true); setDreaming(false)")  # too early
         page.wait("world.isReady && !playing")
-        assert page.ask("world.frames") == 1
+        assert page.ask("[world.frames, world.patches]") == [1, 1]
     assert frames[0] == frames[1] != images[0]
+
+
+def test_a_new_world_begins_after_frames_that_are_not_finite_and_errors_are_said(page):
+    huge = "x: new Float32Array(1200).fill(3e38), evaluations: 1, shift: 1"
+    assert (
+        page.ask(f"ask('make', {{...settings(0), {huge}}}).then(x => x.every(Number.isFinite))")
+        is False
+    )
+    press(page, "n")
+    page.wait("world.number === 1 && world.isReady")
+    press(page, "ArrowLeft")
+    page.wait("world.frames === 2 || $('line').textContent.includes('ended')")
+    assert page.ask("world.frames") == 2
+    page.ask("ask = () => Promise.reject(Error('no memory'))")
+    press(page, "n")
+    page.wait("$('line').textContent === 'The world has ended: no memory.'")
 
 
 def test_a_gif_has_the_last_64_frames(page):
