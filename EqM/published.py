@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from models import EqMConfig, model_name, model_shape, position_table
 from runtime.cli import UserError
 from runtime.untrusted import read_json
+from video.samples import model_of
 
 # of an exported folder
 WEIGHTS = "model.safetensors"
@@ -23,7 +24,7 @@ CARD = "README.md"
 VAE_FOLDER = "vae"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # mean nothing on another machine
-LOCAL_FLAGS = {"recipe", "data_path", "results_dir", "ckpt", "inflate", "vae"}
+LOCAL_FLAGS = {"recipe", "data_path", "real_data", "results_dir", "ckpt", "inflate", "vae"}
 
 # Exported folders: the EMA weights and their configuration, to share ------------------------------
 
@@ -37,12 +38,15 @@ def write_export(folder, state, dtype, card, vae=None):
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
     flags = config["training"].items()
+    training = {name: value for name, value in flags if name not in LOCAL_FLAGS}
+    if teacher := training.get("teacher"):
+        training["teacher"] = teacher | {"checkpoint": model_of(teacher["checkpoint"]).name}
     about = {
         "version": state["version"],
         "step": state["step"],
         "dtype": dtype,
         **config,
-        "training": {name: value for name, value in flags if name not in LOCAL_FLAGS},
+        "training": training,
     }
     if vae:
         about["data"] = config["data"] | {"vae": VAE_FOLDER, "vae_sha256": vae.sha256}

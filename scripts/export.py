@@ -158,6 +158,9 @@ def check_places(args):
                 f"--html {args.html or repr('')}: not a file; expected the name of an HTML file"
             )
         check_writable("--html", Path(args.html).parent)
+        page = os.path.abspath(args.html)
+        if args.folder and Path(os.path.abspath(args.folder)).is_relative_to(page):
+            raise UserError(f"--html {args.html}: becomes the folder of DIR; name another file")
 
 
 def open_starts(args, flag, data, config):
@@ -243,7 +246,8 @@ def facts(state, config, dtype, vae):
     yield "sampler", ", ".join(settings)
     teacher = training.get("teacher")
     if teacher:
-        yield "student of", f"{teacher['checkpoint']}, guidance {teacher['guidance']:g}"
+        name = model_of(teacher["checkpoint"]).name
+        yield "student of", f"{name}, guidance {teacher['guidance']:g}"
     if math.isfinite(state["best_loss"]):
         yield "validation loss", f"{state['best_loss']:.4f}, the lowest of the last phase"
 

@@ -329,9 +329,12 @@ def write_picture(args):
     with wrong_input():
         if args.data_path:
             raise UserError(f"--data-path {args.data_path}: a picture has no real clips; remove it")
+        if Path(args.png).is_dir():
+            raise UserError(f"--png {args.png}: a folder; expected the name of a PNG file")
         check_writable("--png", Path(args.png).parent)
         parts = [draw_rows(Samples(folder, "FOLDER"), args.rows) for folder in args.folders]
     picture = Image.fromarray(stack(*parts))
+    Path(args.png).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.png) as file:
         picture.save(file, "PNG", optimize=True)
     say(f"{args.png}: {picture.width} x {picture.height} px")

@@ -362,6 +362,7 @@ export: export
         rope.pt new --scores cache/latents.json => has format 1
         rope.pt new --scores no/such.json | rope.pt new --scores list.json => can't be read
         rope.pt --html '' | rope.pt --html videos => expected the name of an HTML file
+        rope.pt new --html new | rope.pt new/x --html new => --html new: becomes the folder of DIR
         rope.pt --html file/x.html => --html file: ; not a writable folder
         energy-clips.pt --html new.html => has an energy (ebm dot)
         flow.pt --html new.html => learned objective flow
@@ -425,6 +426,7 @@ gallery: gallery
 picture: gallery --png new.png
         begun => not finished: run sample_gd.py again
         shown --out new.html => not allowed with
+        shown --png videos => --png videos: a folder
         shown --data-path videos => a picture has no real clips; remove it
 plot: plot_metrics --out new/loss.png
         no/such => no/such: no metrics.jsonl

@@ -19,7 +19,13 @@ from tiny_data import make_images, make_vae, random_checkpoint
 from training import content, differences, names, no_space, refused, run_main, sample_here
 
 FILES = ["README.md", "config.json", "model.safetensors"]
-LOCAL = {"data_path": "/home/somebody/videos", "results_dir": "results", "lr": 1e-4}
+LOCAL = {
+    "data_path": "/home/somebody/videos",
+    "real_data": "/home/somebody/real",
+    "results_dir": "results",
+    "lr": 1e-4,
+    "teacher": {"checkpoint": "/home/somebody/000-teacher/checkpoints/best.pt", "guidance": 4.0},
+}
 VIDEO = {"num_frames": 4, "use_rope": True}
 CARD = """EqM-(depth 1, width 48
 weights of step 10
@@ -31,6 +37,7 @@ weights of step 10
 | none, the model works on pixels |
 --video --use-rope
 sampler gd
+| student of | 000-teacher, guidance 4 |
 No scores yet."""
 
 

@@ -226,8 +226,8 @@ def test_a_page_of_many_samples_shows_the_first_and_says_so(samples, tmp_path, r
 def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_path):
     short = make_samples(tmp_path / "short")
     long = make_samples(tmp_path / "long", LABELS[:2], num_frames=23, size=128, given="0-3")
-    run_main(gallery, short, long, "--rows", 2, "--png", tmp_path / "picture.png")
-    pixels = np.array(Image.open(tmp_path / "picture.png")).astype(int)
+    run_main(gallery, short, long, "--rows", 2, "--png", tmp_path / "new/picture.png")
+    pixels = np.array(Image.open(tmp_path / "new/picture.png")).astype(int)
     step = gallery.SIDE + gallery.GAP
     title = len(text_line("title"))
     half = len(pixels) // 2

@@ -310,7 +310,7 @@ def test_a_student_begins_with_averaged_weights_and_records_its_teacher(places, 
     assert recorded["pairs"] == "own"
     config = EqMConfig(**state["config"]["model"])
     card = dict(export.facts(state, config, "fp32", None))
-    assert card["student of"] == f"{places / 'pixels.pt'}, guidance 4"
+    assert card["student of"] == "pixels.pt, guidance 4"
     assert state["phase"]["ema_start"] == teacher["step"] == 10
     # clips of --frame-interval 1 2, which pairs don't have
     data = state["config"]["data"]
