@@ -225,7 +225,7 @@ def main():
 
     device = distributed.start()
     if rank() == 0:
-        begin_cache(args, settings, plan[0])
+        begin_cache(args, settings, *plan[:2])
     files, todo, bad_videos = distributed.broadcast(plan)
     if todo:
         say(
@@ -245,12 +245,13 @@ def main():
     distributed.stop()
 
 
-def begin_cache(args, settings, files):
-    """Mark --out as unfinished unless it is complete, and remove temporary files of a crash."""
+def begin_cache(args, settings, files, todo):
+    """Mark --out as unfinished unless nothing is to do, and remove temporary files of a crash."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / LATENTS_FILE).exists():
+    if todo or not (out / LATENTS_FILE).exists():
         write_file(out / PARTIAL_FILE, json.dumps(settings, indent=1).encode())
+        (out / LATENTS_FILE).unlink(missing_ok=True)
     remove_temporary_files(out)
     index.save_index(files.scan, args.data_path, out)
 

@@ -236,9 +236,10 @@ def load(path, parts=PARTS, model=None, ebm=None):
             f"--ckpt {path}: has format version {state['version']}, this code reads version "
             f"{VERSION}"
         )
-    lacking = [
-        part for part, names in SETTINGS.items() if not names <= state["config"][part].keys()
-    ]
+    config = state["config"]
+    if "model" not in config:
+        raise UserError(f"--ckpt {path}: holds a VAE; expected a model, of train.py")
+    lacking = [part for part, names in SETTINGS.items() if not names <= config[part].keys()]
     if lacking or not isinstance(state["step"], int):
         # the last commit that reads them
         raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")
@@ -520,6 +521,8 @@ def find_start(args, name):
     """
     ckpt = args.ckpt or args.inflate
     start = find_resumed(args, name, ckpt)
+    if start.resumes:
+        check_same_data(start, args)
     # a restart repeats a command that was checked
     if start.resumes and ckpt and not start.restarts and distributed.rank() == 0:
         check_began_from(start, args, Path(ckpt))
@@ -593,6 +596,19 @@ def check_last_step(args, step, least):
         f"{flag} {args.max_steps}: the checkpoint is at step {step} already; steps are counted "
         "over all phases; give a larger number"
     )
+
+
+def check_same_data(start, args):
+    """Raise UserError if a student would continue the run of its teacher, which has the same name,
+    or the other way round.
+    """
+    trained = "pairs" if start.resumed_flag("pairs") else "videos"
+    asked = "pairs" if args.pairs else "videos"
+    if asked != trained:
+        raise UserError(
+            f"--resume: continues {start.folder}, which trains on {trained}, this command on "
+            f"{asked}; name another --results-dir, or {'remove' if args.pairs else 'add'} --pairs"
+        )
 
 
 def check_began_from(start, args, path):

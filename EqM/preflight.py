@@ -23,7 +23,7 @@ from published import is_published
 from runtime import cli, distributed
 from runtime.cli import UserError, flag_text, plural, say
 from runtime.distributed import local_rank, rank, world_size
-from runtime.runs import check_job
+from runtime.runs import check_job, newest_run
 from samplers import SOLVERS
 from schedule import Phase, clip_lengths, fill_batches, frames_flag
 from vae import check_same, load_vae, surely_differ
@@ -67,6 +67,7 @@ def check_run(args):
             tokens=config.num_tokens,
             parts=world_size() * args.grad_accum,
         )
+        schedule.check_disp(args, min(phase.batch_size for phase in phases))
     # only rank 0 opens the data, which tells the classes and, without a schedule, the phase
     if rank() == 0:
         data = open_all_data(args, start, source, lengths)
@@ -194,12 +195,19 @@ def naming_real_data(args):
 def resolve_causal(args):
     """Flags with --causal as the model of --ckpt has it, unless it is given.
 
-    Only with --use-rope, which causal models need: `checkpoint.check` asks for it.
+    Without that model, a run to resume may tell it. Only with --use-rope, which causal models need:
+    `checkpoint.check` asks for it.
     """
-    if args.causal is None and args.ckpt and args.use_rope:
+    if args.causal is not None or not args.use_rope:
+        return args
+    if args.ckpt:
         with suppress(UserError):  # `find_start` reports a checkpoint that can't be read
             state = checkpoint.load(args.ckpt, [], args.model, args.ebm)
             return args.resolve(causal=state["config"]["model"].get("causal", False))
+    if args.resume and not newest_run(args.results_dir, run.run_name(args)):
+        causal = args.resolve(causal=True)
+        if newest_run(args.results_dir, run.run_name(causal)):
+            return causal
     return args
 
 
@@ -442,23 +450,26 @@ def only_phase(args, start, data):
     last_step = args.max_steps or math.inf
     if args.epochs or not args.max_steps:
         clips = (args.epochs or USUAL_EPOCHS) * len(data.train[args.num_frames])
-        steps = math.ceil(clips / args.global_batch_size)
-        last_step = min(last_step, start.progress.first_step + steps)
-    # If videos were removed, the same --epochs end earlier: the resumed run is then finished, which
-    # is no error
-    has_new_epochs = args.epochs and args.epochs != start.resumed_flag("epochs")
-    if has_new_epochs and start.progress.step > last_step:
-        raise UserError(
-            f"--epochs {args.epochs}: the checkpoint is at step {start.progress.step}, these "
-            f"epochs end at step {last_step}; give more"
-        )
+        if args.real_data:  # which takes part of each batch
+            clips = math.ceil(clips / args.pairs_share)
+        # a resumed run may have another batch size than before
+        left = math.ceil((clips - start.progress.position) / args.global_batch_size)
+        # If videos were removed, the same --epochs end earlier: the resumed run is then finished,
+        # which is no error
+        if left < 0 and args.epochs not in (None, start.resumed_flag("epochs")):
+            raise UserError(
+                f"--epochs {args.epochs}: {plural(clips, 'clip')}, but the checkpoint has trained "
+                f"on {start.progress.position} in this phase; give more"
+            )
+        last_step = min(last_step, start.progress.step + max(left, 0))
     return Phase(args.num_frames, last_step, args.global_batch_size)
 
 
 def fit_classes(args, config, start, classes):
     """The config with the classes of the data. Raises UserError if the checkpoint has others."""
-    num_classes = args.num_classes or len(classes)
     before = start.config["data"].get("classes", classes)
+    usual = config.num_classes if start.state and before == classes else len(classes)
+    num_classes = args.num_classes or usual
     if num_classes < len(classes):
         raise UserError(
             f"--num-classes {args.num_classes}: expected at least the {len(classes)} of --data-path"

@@ -152,22 +152,24 @@ def make_run_config(args, config, phase, data, vae):
     training = vars(args) | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size}
     if args.frames_schedule:
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
-    # Real clips may have several frame intervals; pairs have one
-    videos = data.files.train[phase.num_frames]
 
-    def time_scale(interval):  # median seconds between two frames of a clip
+    def time_scale(part, interval):  # median seconds between two frames of a clip
         return statistics.median_low(
-            fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos
+            fitting_interval(video, phase.num_frames, interval) / video.fps
+            for video in part.train[phase.num_frames]
         )
+
+    # a student samples as its teacher did, but knows the longest time scale of its real clips
+    longest = max(time_scale(part, args.frame_interval[-1]) for part in (data, data.files))
 
     about_data = {
         "vae": vae.name,
         "vae_sha256": vae.sha256,
         "image_size": args.image_size,
-        "fps": statistics.median(video.fps for video in videos),
+        "fps": statistics.median(video.fps for video in data.train[phase.num_frames]),
         "frame_interval": args.frame_interval,
-        "time_scale": time_scale(args.frame_interval[0]),
-        "longest_time_scale": time_scale(args.frame_interval[-1]),
+        "time_scale": time_scale(data, args.frame_interval[0]),
+        "longest_time_scale": longest,
         "classes": data.scan.classes,
     }
     return {

@@ -78,20 +78,19 @@ def current_phase(phases, first_step):
 
 
 def frames_of_steps(phases, phase, step, first_step, mix, seed):
-    """Return the frames per clip of each step from step + 1 to the end of a phase from first_step.
+    """Yield the frames per clip of each step from step + 1 to the end of a phase from first_step.
 
     A share `mix` of the steps uses the frames of an earlier phase. The choice depends only on seed,
     phase and step.
     """
-    steps = range(step + 1, phase.last_step + 1)
     earlier = [one.num_frames for one in phases if one.last_step <= first_step]
-    if not (mix and earlier):
-        return [phase.num_frames] * len(steps)
-    chances = (uniform(seed, "mix", first_step, [step]).item() / mix for step in steps)
-    return [
-        earlier[int(chance * len(earlier))] if chance < 1 else phase.num_frames
-        for chance in chances
-    ]
+    for number in range(step + 1, phase.last_step + 1):
+        num_frames = phase.num_frames
+        if mix and earlier:
+            chance = uniform(seed, "mix", first_step, [number]).item() / mix
+            if chance < 1:
+                num_frames = earlier[int(chance * len(earlier))]
+        yield num_frames
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -164,7 +163,14 @@ def check_flags(args):
             f"--global-batch-size {args.global_batch_size}: not a multiple of {ranks}; use a "
             f"multiple of {parts}"
         )
-    if args.disp and args.global_batch_size == parts:
+    if not args.frames_schedule:
+        check_disp(args, args.global_batch_size)
+
+
+def check_disp(args, batch_size):
+    """Raise UserError if --disp would compare clips, but each rank has one at a time."""
+    if args.disp and batch_size == world_size() * args.grad_accum:
         raise UserError(
-            "--disp: compares clips, but each rank has one at a time; raise --global-batch-size"
+            "--disp: compares clips, but each rank has one at a time; raise --global-batch-size, "
+            "or the batch sizes of --frames-schedule"
         )

@@ -461,15 +461,16 @@ def start_phase(args, data, phases, phase, progress, device):
     )
     micro_batches = rank_batches(
         progress.position,
-        len(clip_lengths),
+        phase.last_step - progress.step,
         global_batch=phase.batch_size,
         rank=rank(),
         world_size=world_size(),
         micro_batches=args.grad_accum,
     )
     batches = (  # the loader takes pairs (number of frames, index)
-        [(clip_lengths[number // args.grad_accum], index) for index in indices]
-        for number, indices in enumerate(micro_batches)
+        [(num_frames, index) for index in next(micro_batches)]
+        for num_frames in clip_lengths
+        for _ in range(args.grad_accum)
     )
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)
     if not args.shard:  # with it, all ranks must call the network equally often

@@ -12,7 +12,8 @@
 #   RECIPE=scripts/recipes/few.txt  other flags of train.py
 #   REAL                            a data set whose clips make up 30% of the training; default: none
 #   DATA=datasets/moving-shapes     the data set for scores; this one is made if it is missing
-#   METRIC=motion, SAMPLES=192      a metric of evaluate.py, samples of each score
+#   METRIC=motion                   or consistency, nearest, classifier, census: a metric of evaluate.py
+#   SAMPLES=192                     samples of each score
 #   EVALUATIONS="1 2 4 8"           of the student; the teacher samples as it is used to
 #   SEED=0                          of the student and of the samples that are scored; the pairs have the next one
 #   GPUS, PRECISION                 processes, bf16 or fp32; default: what suits the machine
@@ -25,8 +26,12 @@ EVALUATIONS=${EVALUATIONS:-1 2 4 8} SEED=${SEED:-0}
 counts PAIRS EPOCHS SAMPLES
 must "not counts; expected one or more, as in '2 4'" '([1-9][0-9]* *)+' EVALUATIONS
 must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
+must "not a metric; see --help" "motion|consistency|nearest|classifier|census" METRIC
 [[ -e $CKPT ]] || complain "CKPT=$(printf %q "$CKPT"): not found; expected a checkpoint or an exported folder"
-begin CKPT PAIRS EPOCHS RECIPE REAL DATA METRIC SAMPLES SEED
+[[ -f $RECIPE ]] || complain "RECIPE=$(printf %q "$RECIPE"): no such file; expected flags of train.py"
+[[ -z $REAL || -d $REAL ]] || complain "REAL=$(printf %q "$REAL"): no such folder; expected videos"
+[[ -d $DATA || $DATA == datasets/moving-shapes ]] || complain "DATA=$(printf %q "$DATA"): no such folder; expected videos"
+begin CKPT PAIRS EPOCHS RECIPE REAL DATA SAMPLES SEED
 mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
 [[ -d $DATA || $DATA != datasets/moving-shapes ]] || python datasets/make_moving_shapes.py --out="$DATA" --seconds 1.4
 BEST=$CKPT OUT=samples/$EXP

@@ -46,6 +46,7 @@ stop() { # SIGNAL STATUS: pass the signal on to the command, which saves and end
 set -m && trap 'stop INT 130' INT && trap 'stop TERM 143' TERM USR1 HUP # -m: Ctrl-C reaches this script only
 run() { "$@" & wait $!; }
 
+shopt -s extglob # a causal run has one more word in its name
 activate # then find the mistakes of all phases, as the cache and phase 1 may take hours
 WORLD_SIZE=${EQM_RANKS:-$GPUS} python "${TRAIN[@]}" "${FLAGS[@]}" "${FROM[@]}" --data-path="$DATA" \
   --frames-schedule="$(IFS=, && echo "${PHASES[*]}")" --dry-run >/dev/null
@@ -55,7 +56,7 @@ if [[ $CACHE != 0 && ! -f $DATA/latents.json ]]; then
   DATA=$CACHE
 fi
 for index in "${!PHASES[@]}"; do # the phases before the last one that has a checkpoint are done, and may be deleted
-  SAVED=("results/$EXP"/[0-9]*-EqM-*-f"${PHASES[index]%%:*}"-rope/checkpoints/*.pt)
+  SAVED=("results/$EXP"/[0-9]*-EqM-*-f"${PHASES[index]%%:*}"-rope?(-causal)/checkpoints/*.pt)
   [[ ! -f ${SAVED[0]} ]] || BEGUN=$index
 done
 for index in "${!PHASES[@]}"; do
@@ -63,7 +64,7 @@ for index in "${!PHASES[@]}"; do
   every=$(((last - BEFORE + 19) / 20)) BEFORE=$last
   [[ $index -lt $BEGUN ]] || run "${RUN[@]}" "${TRAIN[@]}" --val-every="$every" --sample-every="$every" "${FLAGS[@]}" \
     --data-path="$DATA" --num-frames="$frames" --max-steps="$last" --global-batch-size="$clips" --resume "${FROM[@]}"
-  RUNS=("results/$EXP"/[0-9]*-EqM-*-f"$frames"-rope)
+  RUNS=("results/$EXP"/[0-9]*-EqM-*-f"$frames"-rope?(-causal))
   FROM=(--ckpt="${RUNS[-1]}/checkpoints/$(printf %07d "$last").pt")
 done
 echo "$SCRIPT: done; sample the model with: EXP=$(printf %q "$EXP") bash scripts/sample.sh"

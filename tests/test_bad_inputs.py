@@ -183,6 +183,7 @@ train actions: train {model} {steps} --video --use-rope --vae none --image-size 
         --data-path twice => differ
         --data-path half-mirrored => the same backward
 schedule: train {model} {pixels} --video --use-rope --global-batch-size 4 --data-path videos
+        --disp --frames-schedule 4:2:2,8:3:1 => --disp: compares clips; --frames-schedule
         --frames-schedule 4:10,8:5 => 8:5; increase
         --frames-schedule four => 'four'
         --frames-schedule 4 | --frames-schedule 4:x | --frames-schedule 4:10:2:1 \

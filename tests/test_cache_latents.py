@@ -20,7 +20,7 @@ from runtime.untrusted import read_json
 from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
 from tiny_videos import clips_of, scribble, write_ucf_list, write_video
-from training import content, no_space, record_calls, run_main
+from training import content, error_of, names, no_space, record_calls, run_main
 from vae import VAE, load_vae
 from video import index, source
 from video.files import UnreadableError
@@ -181,6 +181,10 @@ def test_a_cache_copies_the_ucf_split_lists_as_writable_files(videos, vae, tmp_p
     train, val = split_videos(out, open_source(out, SIZE).videos(), 0.05)
     assert [video.key for video in train] == ["Jump/d", "Run/a", "Run/b.c"]
     assert [video.key for video in val] == ["Jump/e", "Run/b"]
+    lists.chmod(0o755)
+    shutil.rmtree(lists)
+    run(videos, vae, out)
+    assert names(out / "ucfTrainTestlist") == []
 
 
 @pytest.mark.skipif(
@@ -255,7 +259,7 @@ def test_a_complete_cache_is_reported_and_opens_no_video(
 
 
 def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(
-    videos, vae, tmp_path, encode
+    videos, vae, tmp_path, encode, monkeypatch
 ):
     out = tmp_path / "out"
     out.mkdir()
@@ -266,7 +270,15 @@ def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(
     (videos / "Jump/e.avi").unlink()
     (out / "Run/a.safetensors").unlink()
     truncate(out / "Run/b.safetensors")
+    # until then, nothing trains on it
+    unfinished = record_calls(
+        monkeypatch,
+        cache_latents,
+        "finish_cache",
+        lambda args, *_: error_of(latents_settings, args.out),
+    )
     again = encode(videos, vae, out)
+    assert "a cache that is not complete" in unfinished[0]
     assert sorted(again) == ["Jump/d.avi", "Run/a.avi", "Run/b.mkv", "Swim/f.avi"]
     run(videos, vae, tmp_path / "fresh")
     (out / "Jump/e.safetensors").unlink()

@@ -384,9 +384,14 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
     (folder,) = (tmp_path / "causal").glob("000-*")
     assert probe(folder / "samples", "", "0000002.mp4").num_frames == 8  # all patches
     assert folder.name == "000-EqM-Ti-4-f8-rope-causal"
-    phase("causal", "--max-steps", 3, "--ckpt", folder / "checkpoints/0000002.pt", *more)
-    names = {path.name for path in (tmp_path / "causal").glob("0*")}
-    assert names == {folder.name, folder.name.replace("000", "001")}
+    start = folder / "checkpoints/0000002.pt"
+    phase("causal", "--max-steps", 3, "--ckpt", start, *more)
+    start.unlink()
+    phase("causal", "--max-steps", 4, "--ckpt", start, "--resume", *more)
+    phase("causal", "--max-steps", 5, "--resume", *more)
+    second = folder.with_name(folder.name.replace("000", "001"))
+    assert {*(tmp_path / "causal").glob("0*")} == {folder, second}
+    assert (second / "checkpoints/0000005.pt").exists()
 
 
 def test_lengths_may_grow_and_mix_from_an_image_model(shapes, tmp_path):

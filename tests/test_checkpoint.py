@@ -225,6 +225,8 @@ def test_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, recwarn)
     for other in others:
         torch.save(other, path)
         assert "not a checkpoint of this project" in load_refusal(path)
+    torch.save(state | {"config": {"training": {}}}, path)  # of train_vae.py
+    assert "holds a VAE; expected a model" in load_refusal(path)
     torch.save(state | {"version": 2}, path)
     assert "format version 2, this code reads version 1" in load_refusal(path)
     assert len(recwarn) == 0

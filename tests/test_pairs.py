@@ -24,8 +24,10 @@ from samplers import sample
 from tiny_data import make_vae, random_checkpoint
 from tiny_videos import write_equal_videos
 from training import (
+    TINY,
     Training,
     compare,
+    content,
     counted_steps,
     losses_of,
     mistakes,
@@ -71,7 +73,7 @@ def places(tmp_path_factory):
     random_checkpoint(folder / "pixels.pt", **settings)
     random_checkpoint(folder / "latents.pt", vae=vae, **settings)
     flags = split("--num-samples 10 --seed 3 --batch-size 4")
-    sample_here(folder / "pixels.pt", folder / "pixels", *flags)
+    sample_here(folder / "pixels.pt", folder / "pixels", *flags, "--fps", 12.5)
     sample_here(folder / "latents.pt", folder / "latents", *flags, *NO_STEP, "--save-latents")
     write_equal_videos(folder / "real", 10, size=(16, 16))
     return folder
@@ -312,9 +314,9 @@ def test_a_student_begins_with_averaged_weights_and_records_its_teacher(places, 
     card = dict(export.facts(state, config, "fp32", None))
     assert card["student of"] == "pixels.pt, guidance 4"
     assert state["phase"]["ema_start"] == teacher["step"] == 10
-    # clips of --frame-interval 1 2, which pairs don't have
+    # the time scale of the pairs, and that of the real clips with --frame-interval 1 2
     data = state["config"]["data"]
-    assert data["longest_time_scale"] == 2 * data["time_scale"]
+    assert data["time_scale"] == data["longest_time_scale"] == pytest.approx(2 / 25)
 
 
 def test_a_stopped_student_resumes_and_ends_the_same(whole, tmp_path):
@@ -323,6 +325,15 @@ def test_a_stopped_student_resumes_and_ends_the_same(whole, tmp_path):
     assert run_here(parts, "--resume", "--num-workers", 1, stop_after=1) == 1
     assert run_here(parts, "--resume") == STEPS - 3
     assert compare(whole, parts) == []
+
+
+def test_a_student_does_not_continue_the_run_of_its_teacher(places, whole, capsys):
+    videos = ["--data-path", places / "real", "--results-dir", whole.results, "--resume"]
+    before = content(whole.folder / "checkpoints")
+    line = refused(capsys, train, *TINY, *videos)
+    assert f"--resume: continues {whole.folder}, which trains on pairs, this" in line
+    assert "add --pairs" in line
+    assert content(whole.folder / "checkpoints") == before
 
 
 def test_two_ranks_train_the_same_student(places, tmp_path):

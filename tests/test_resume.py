@@ -132,7 +132,7 @@ def test_a_resume_links_a_checkpoint_to_its_missing_names(copy):
             ["--max-steps", 5],
             "the checkpoint is at step 7 already; steps are counted over all phases; give",
         ),
-        (["--epochs", 1], "the checkpoint is at step 7, these epochs end at step 3; give more"),
+        (["--epochs", 1], "12 clips, but the checkpoint has trained on 28 in"),
     ],
 )
 def test_a_run_that_is_past_the_last_step_of_the_flags_is_refused(end, words, copy, capsys):

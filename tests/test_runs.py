@@ -26,6 +26,7 @@ def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
         ("EqM-S-4-f8", "--use-rope"),
         ("EqM-S-4-f4-8-16-rope", "--num-frames"),
         ("EqM-XL-2-f8-rope", "--model"),
+        ("EqM-S-4-f8-rope-causal", "--causal"),
     ],
 )
 def test_a_run_that_differs_in_one_flag_is_named(name, flag, tmp_path):

@@ -98,6 +98,10 @@ VAE=none sprites.sh => VAE=none: no such folder; unset VAE
 few.sh please => please; --help
 CKPT=none.pt few.sh => CKPT=none.pt: not found; expected a checkpoint
 EVALUATIONS=few CKPT=scripts few.sh => EVALUATIONS=few: not counts
+METRIC=fvd few.sh => METRIC=fvd: not a metric
+RECIPE=none CKPT=scripts few.sh => RECIPE=none: no such file
+REAL=none RECIPE=scripts/few.sh CKPT=scripts few.sh => REAL=none: no such folder
+DATA=none RECIPE=scripts/few.sh CKPT=scripts few.sh => DATA=none: no such folder
 GPUS=0 quickstart.sh => GPUS=0:
 STEPS_1='1 2' quickstart.sh => STEPS_1=1\ 2:
 STEPS_1=$'1\n' quickstart.sh => STEPS_1=$'1\n':
@@ -239,14 +243,15 @@ def recorded(bash, tmp_path_factory):
 PHASES = {"EXP": ODD, "CACHE": "0", "SCHEDULE": "4:50:256 8:90:128 16:91:64"}
 
 
-def make_run(root, frames, *names):
+def make_run(root, frames, *names, ending=""):
     """Make a run of one phase with these checkpoints."""
-    folder = root / f"results/{ODD}/{frames:03d}-EqM-S-4-f{frames}-rope/checkpoints"
+    folder = root / f"results/{ODD}/{frames:03d}-EqM-S-4-f{frames}-rope{ending}/checkpoints"
     folder.mkdir(parents=True)
     for name in names:
         (folder / f"{name}.pt").touch()
 
 
+@pytest.mark.parametrize("ending", ["", "-causal"])
 @pytest.mark.parametrize(
     "runs, frames",
     [  # {frames: checkpoints}; the frames of the phases that it trains
@@ -258,10 +263,10 @@ def make_run(root, frames, *names):
     ],
 )
 def test_train_progressive_repeats_no_phase_before_one_with_checkpoints(
-    runs, frames, recorded, tmp_path
+    runs, frames, ending, recorded, tmp_path
 ):
     for number, names in runs.items():
-        make_run(tmp_path, number, *names)
+        make_run(tmp_path, number, *names, ending=ending)
     done, (check, *calls) = recorded("train_progressive.sh", **PHASES)
     assert done.returncode == 0, done.stderr
     assert "--dry-run" in check
@@ -276,7 +281,7 @@ def test_train_progressive_repeats_no_phase_before_one_with_checkpoints(
             (before,) = [number for number in starts if call[-1].endswith(starts[number])]
             assert f"--num-frames={2 * before}" in call
             if before in runs:
-                folder = f"results/{ODD}/{before:03d}-EqM-S-4-f{before}-rope"
+                folder = f"results/{ODD}/{before:03d}-EqM-S-4-f{before}-rope{ending}"
                 assert call[-1] == f"--ckpt={folder}{starts[before]}"
 
 

@@ -75,13 +75,30 @@ def test_too_many_processes_are_one_line_from_the_first_rank(training, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("max_steps", "epochs", "expected"),
-    [(70, None, 70), (None, 3, 50 + 8), (55, 3, 55), (None, None, 50 + 3500)],
+    "max_steps, epochs, position, pairs_share, expected",
+    [
+        (70, None, 0, None, 70),
+        (None, 3, 0, None, 50 + 8),
+        (55, 3, 0, None, 55),
+        (None, None, 0, None, 50 + 3500),
+        (None, 3, 18, None, 50 + 3),  # a resumed run whose batches were larger before
+        (None, 3, 32, None, 50),
+        (None, 3, 0, 0.5, 50 + 15),  # real clips take half of each batch
+    ],
 )
-def test_a_run_ends_at_its_global_step_or_after_its_epochs(max_steps, epochs, expected):
-    args = SimpleNamespace(max_steps=max_steps, epochs=epochs, num_frames=8, global_batch_size=4)
+def test_a_run_ends_at_its_global_step_or_after_its_epochs(
+    max_steps, epochs, position, pairs_share, expected
+):
+    args = SimpleNamespace(
+        max_steps=max_steps,
+        epochs=epochs,
+        num_frames=8,
+        global_batch_size=4,
+        pairs_share=pairs_share,
+        real_data="videos" if pairs_share else None,
+    )
     data = SimpleNamespace(train={8: range(10)})
-    progress = checkpoint.Progress(step=50, first_step=50)
+    progress = checkpoint.Progress(step=50, first_step=50, position=position)
     assert preflight.only_phase(args, checkpoint.Start(progress), data).last_step == expected
 
 
@@ -358,6 +375,7 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
         --forcing 0.5
         --vae {vae}
         --image-size 8
+        --num-classes 5
         --max-steps 1
         --resume
     """)
@@ -397,10 +415,11 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     model = checkpoint.load(ckpt_of_phase)["config"]["model"]
     assert model["position_table"] == "space"
     assert model["rope_speed"] == 0.5
+    assert model["num_classes"] == 5
     shutil.move(vae, tmp_path / "moved")
     line = f"VAE {vae}: not found; pass its new path with --vae"
     assert line in refused(capsys, train, *flags, "--max-steps", 3, "--ckpt", ckpt)
-    assert line in refused(capsys, sample_gd, "--video", "--ckpt", ckpt)
+    assert line in refused(capsys, sample_gd, "--video", "--ckpt", ckpt, "--folder", tmp_path / "s")
 
 
 @pytest.mark.parametrize("part", ["training", "validation", "neither: it can't be opened"])

@@ -3,6 +3,7 @@
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,18 +240,19 @@ def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix)
 
 
 def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
-    bad_videos = CorruptVideos(Scan([None] * 297, [], ["a", "b", "c"]), 0.01)
+    videos = [SimpleNamespace(path=f"{number}.mp4") for number in range(297)]
+    bad_videos = CorruptVideos(Scan(videos, [], ["a", "b", "c"]), 0.01)
     assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
     assert bad_videos.add(["b", "c"]) == ["c"]
     assert bad_videos.add([]) == []
     message = "0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"
     with pytest.raises(CorruptDataError, match=message):
         bad_videos.add("defgh")
-    bad_videos = CorruptVideos(Scan([None] * 2, [], []), 0.0, known=["a"])
-    assert bad_videos.add(["a"]) == []
+    bad_videos = CorruptVideos(Scan(videos[:2], [], []), 0.0, known=["0.mp4", "deleted.mp4"])
+    assert bad_videos.add(["0.mp4"]) == []
     assert str(bad_videos) == "corrupt so far: 1 of 2"
     with pytest.raises(CorruptDataError, match="--max-bad-fraction"):
-        bad_videos.add(["b"])
+        bad_videos.add(["1.mp4"])
 
 
 @pytest.mark.parametrize("world_size, micro_batches", [(1, 1), (3, 2), (4, 3)])

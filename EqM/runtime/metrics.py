@@ -219,12 +219,13 @@ class StepStats:
     """Statistics of the training steps since the last line of metrics.
 
     They stay on the device until that line is due, so no step waits for the device. earlier: the
-    result of `averaged` from before an interruption, for steps that were not logged.
+    result of `averaged` from before an interruption, for steps that were not logged. These don't
+    count if later steps have values of other names, because the flags have changed.
     """
 
     def __init__(self, earlier=None):
-        self.names = earlier["names"] if earlier else []
-        self.earlier = earlier["rows"] if earlier else torch.empty(0, 0)
+        self.earlier = earlier or {"names": [], "rows": torch.empty(0, 0)}
+        self.names = self.earlier["names"]
         # of each step: (k,) on the device; paths of its videos
         self.rows = []
         self.files = []
@@ -235,7 +236,7 @@ class StepStats:
 
     def __len__(self):
         """The number of steps."""
-        return len(self.earlier) + len(self.rows)
+        return len(self.earlier["rows"]) + len(self.rows)
 
     def add(self, files, flops=0.0, **scalars):
         """Add a step: paths of its videos, FLOPs of all ranks, scalars (0-dimensional, the same
@@ -265,7 +266,7 @@ class StepStats:
         except in skipped steps.
         """
         if not self.rows:
-            return {"names": self.names, "rows": self.earlier}
+            return self.earlier
         rows = distributed.average(torch.stack(self.rows)).cpu()
         nonfinite = ~rows.isfinite()
         if "skipped" in self.names:
@@ -273,8 +274,9 @@ class StepStats:
         if nonfinite.any():
             index = nonfinite.any(1).nonzero()[0].item()
             self.raise_nonfinite(step, rows, index)
-        earlier = self.earlier.reshape(-1, rows.shape[1])
-        return {"names": self.names, "rows": torch.cat([earlier, rows])}
+        if self.earlier["names"] == self.names:
+            rows = torch.cat([self.earlier["rows"], rows])
+        return {"names": self.names, "rows": rows}
 
     def raise_nonfinite(self, step, rows, index):
         """Raise UserError, on all ranks, for a value of row `index` that is not finite.

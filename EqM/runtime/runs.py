@@ -13,7 +13,9 @@ from pathlib import Path
 from runtime.cli import UserError, say, writing
 
 # a run of train.py
-RUN_NAME = re.compile(r"[0-9]+-(?P<model>EqM-.+?)-f(?P<num_frames>[0-9-]+)(?P<use_rope>-rope)?")
+RUN_NAME = re.compile(
+    r"[0-9]+-(?P<model>EqM-.+?)-f(?P<num_frames>[0-9-]+)(?P<use_rope>-rope)?(?P<causal>-causal)?"
+)
 LOCK_TIMEOUT = 10  # seconds in which the processes of a killed run end
 
 _locks = []  # open files; a lock lasts as long as its file is open

@@ -279,11 +279,16 @@ def find_ucf_lists(root, videos):
 
 
 def copy_ucf_lists(root, videos, folder):
-    """Copy the UCF lists that split these videos, if any, to another data folder."""
+    """Copy the UCF lists that split these videos, if any, to another data folder.
+
+    Removes those of an earlier call.
+    """
     lists, _ = find_ucf_lists(root, videos)
+    copies = Path(folder, UCF_LISTS)
+    for copy in copies.glob("*.txt"):
+        copy.unlink()
     if lists is None:
         return
-    copies = Path(folder, UCF_LISTS)
     copies.mkdir(exist_ok=True)
     for file in lists.glob("*.txt"):
         # not its mode: a later run must overwrite it
@@ -389,9 +394,11 @@ class CorruptVideos:
     """Counts corrupt videos, each once, and raises CorruptDataError when there are too many."""
 
     def __init__(self, scan, max_fraction, known=()):
-        self.total = len(scan.videos) + len(scan.unreadable)
+        paths = {video.path for video in scan.videos} | {*scan.unreadable}
+        self.total = len(paths)
         self.max_fraction = max_fraction
-        self.paths = dict.fromkeys(known)
+        # a user may have deleted others
+        self.paths = dict.fromkeys(path for path in known if path in paths)
 
     def __str__(self):
         return f"corrupt so far: {len(self.paths)} of {self.total}"
