@@ -4,9 +4,10 @@
 
 A model that has seen only six people in front of six walls fails on a seventh person. Copies are
 lossless videos, <Class>/<stem>-copy1.mkv and so on, with the size and frame rate of the original.
-All frames of a copy are changed in the same way. OUT also holds the original videos, and their
-split in OUT/ucfTrainTestlist. Validation videos have no copies. The script is safe to run again: it
-only makes missing files. A new OUT is .OUT.partial until it is complete.
+All frames of a copy are changed in the same way, and its actions are those of the original. OUT
+also holds the original videos, and their split in OUT/ucfTrainTestlist. Validation videos have no
+copies. The script is safe to run again: it only makes missing files. A new OUT is .OUT.partial
+until it is complete.
 """
 
 import os
@@ -22,11 +23,13 @@ from runtime import cli
 from runtime.atomic import write_file
 from runtime.cli import Bar, UserError, check_writable, say, wrong_input
 from runtime.rng import generator
+from video.actions import copy_actions, open_actions
 from video.files import UnreadableError
 from video.index import split_videos
 from video.source import check_data_path, open_source
 from video.writers import write_lossless
 
+SEED_FILE = "seed.txt"  # in OUT
 ZOOM = 0.15  # largest zoom; the crop is drawn for each copy
 
 
@@ -87,19 +90,38 @@ def changed_frames(source, video, random):
 
 
 def plan_copies(source, args):
-    """({file in --out: (video, copy number; 0: original)}, training videos, validation videos)."""
+    """({file in --out: (video, copy number; 0: original)}, training videos, validation videos).
+
+    Raises UserError if a copy would have the name of another video.
+    """
     train, val = split_videos(args.data_path, source.videos(), args.val_fraction)
+    keys = {video.key for video in (*train, *val)}
     copies = {}
     train_names = []
     for video, copy in product(train, range(args.copies + 1)):
         file = video.path
         if copy > 0:
             file = f"{os.path.splitext(file)[0]}-copy{copy}.mkv"
+            key = f"{video.key}-copy{copy}"
+            if key in keys:
+                raise UserError(
+                    f"--data-path {args.data_path}: has another {key}, the name of a copy; rename "
+                    "that video, or name the folder without copies"
+                )
+            keys.add(key)
         copies[file] = video, copy
         train_names.append(f"{video.class_name}/{Path(file).name}")
     copies |= {video.path: (video, 0) for video in val}
     val_names = [f"{video.class_name}/{Path(video.path).name}" for video in val]
     return copies, sorted(train_names), sorted(val_names)
+
+
+def write_actions(root, copies, folder):
+    """Copy the actions of all videos, if they have some, to their copies in a folder."""
+    for number in {copy for _, copy in copies.values()}:
+        files = {video.path: file for file, (video, copy) in copies.items() if copy == number}
+        videos = [video for video, copy in copies.values() if copy == number]
+        copy_actions(root, videos, folder, path_of=lambda video, files=files: files[video.path])
 
 
 @cli.one_line_errors(UnreadableError)
@@ -111,12 +133,22 @@ def main():
             raise UserError(f"--out {args.out}: the same as --data-path; expected another folder")
         check_data_path(args.data_path, cached=False)
         source = open_source(args.data_path, image_size=None)
+        open_actions(args.data_path, source.videos())  # raises UserError if some are wrong
         copies, train, val = plan_copies(source, args)
         out = Path(args.out).absolute()
         folder = out if out.exists() else out.with_name(f".{out.name}.partial")
         missing = missing_videos(folder, copies)
+        seed_file = folder / SEED_FILE
+        seed = seed_file.read_text().strip() if seed_file.exists() else f"{args.seed}"
+        if seed != f"{args.seed}":
+            raise UserError(
+                f"--seed {args.seed}: --out {args.out} has copies of seed {seed}; name another"
+            )
+    for path in source.scan.unreadable:
+        say(f"{path} can't be opened; it is skipped")
     folder.mkdir(parents=True, exist_ok=True)
     with cli.writing(folder):
+        seed_file.write_text(f"{args.seed}\n")
         write_lists(folder, train, val)  # first: new copies must not validate
     for file in Bar(missing, desc="copying", unit="video"):
         video, copy = copies[file]
@@ -128,6 +160,8 @@ def main():
             else:
                 random = generator(args.seed, "copies", video.key, copy)
                 write_lossless(path, changed_frames(source, video, random), video.fps)
+    with cli.writing(folder):
+        write_actions(args.data_path, copies, folder)
     folder.replace(out)
     before = len(train) // (args.copies + 1)
     after = len(train)

@@ -1,12 +1,16 @@
 """Copies of training videos that look different: which there are, and what is changed in them."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 import augment
 from test_prepare import check_second_run
 from tiny_videos import decode, write_equal_videos
-from training import content, no_space, run_main
+from training import content, no_space, refused, run_main
+from video.actions import open_actions
 from video.index import scan_videos, split_videos
 
 
@@ -47,6 +51,26 @@ def test_only_training_videos_have_copies_and_no_two_are_equal(data, larger):
 def test_again_it_does_only_what_is_missing_and_makes_the_same_bytes(data, larger):
     copy = next(larger.rglob("*-copy2.mkv"))
     check_second_run(copy, augment, "--data-path", data, "--out", larger, "--copies", 2)
+
+
+def test_copies_have_actions_and_corrupt_videos_are_named(data, tmp_path, capsys):
+    root = shutil.copytree(data, tmp_path / "data")
+    (root / "A/torn.avi").write_bytes(b"RIFF")
+    (root / "actions.json").write_text(json.dumps({"names": ["stay"]}))
+    for number, video in enumerate(scan_videos(str(root)).videos):
+        np.save(root / f"{video.key}.actions.npy", np.full(6, -(number % 2)))
+    flags = ["--data-path", root, "--out", tmp_path / "out", "--copies", 1]
+    run_main(augment, *flags)
+    assert "A/torn.avi can't be opened; it is skipped" in capsys.readouterr().out
+    videos = scan_videos(str(tmp_path / "out")).videos
+    actions = open_actions(tmp_path / "out", videos)
+    originals = {video.key: actions.of_video(video) for video in videos}
+    assert len(videos) > 4
+    for key, of_video in originals.items():
+        assert np.array_equal(of_video, originals[key.removesuffix("-copy1")])
+    assert "has copies of seed 0" in refused(capsys, augment, *flags, "--seed", 1)
+    flags = ["--data-path", tmp_path / "out", "--out", tmp_path / "again", "--copies", 1]
+    assert "-copy1, the name of a copy" in refused(capsys, augment, *flags)
 
 
 def test_a_full_disk_leaves_no_data_set_and_the_next_run_completes_it(
