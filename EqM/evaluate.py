@@ -379,6 +379,7 @@ def score(args, samples, out, against, detector, device, corrupt):
         detector=detector,
         cached=frechet.cache_path(folder, new, clips),
         device=device,
+        corrupt=corrupt,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import models
 from runtime import distributed, runs
+from runtime.atomic import write_file
 from runtime.cli import (
     COUNT,
     NATURAL,
@@ -85,8 +86,9 @@ class Run:
 
     def write_config(self, run_config):
         if rank() == 0:
-            with writing(self.folder / "config.json"):
-                (self.folder / "config.json").write_text(json.dumps(run_config, indent=2))
+            path = self.folder / "config.json"
+            with writing(path):
+                write_file(path, json.dumps(run_config, indent=2).encode())
 
     def report_corrupt(self, paths, step):
         """Name each corrupt video that a rank has found once.

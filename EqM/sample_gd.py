@@ -220,6 +220,11 @@ def open_split(args, plan):
         ckpt=args.ckpt,
         images=False,
     )
+    if args.num_samples % args.samples_per_clip:
+        say(
+            f"note: --num-samples {args.num_samples}: the last clip has fewer samples than "
+            "--samples-per-clip, so --metric prediction and world can't score them"
+        )
     count = math.ceil(args.num_samples / args.samples_per_clip)
     return clips, about | {"num_clips": count, "samples_per_clip": args.samples_per_clip}
 

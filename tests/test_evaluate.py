@@ -17,9 +17,10 @@ from process import PATH, end, spawn
 from runtime import distributed
 from runtime.untrusted import file_sha256, read_json
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
-from scoring import frechet, manifest
+from scoring import frechet, manifest, sources
 from tiny_data import make_images, random_checkpoint
 from training import ROOT, on_two_ranks, record_calls, sample_here
+from video.files import UnreadableError
 from video.source import Files
 
 
@@ -158,14 +159,22 @@ def test_scores_repeat_and_real_features_are_cached_until_the_file_or_the_data_c
     shapes, fvd, tmp_path, monkeypatch, capsys
 ):
     fvd[5] = shutil.copytree(shapes, tmp_path / "data")
-    reads = record_calls(monkeypatch, Files, "read", lambda files, video, *_: video)
+
+    def read(files, video, *_):
+        if "Square" in video.path:
+            raise UnreadableError(video.path)
+        return video
+
+    reads = record_calls(monkeypatch, Files, "read", read)
 
     def again():
         reads.clear()
         made = run(tmp_path / "a.json", *fvd)
-        return (made["values"], made["result"]["interval95"]), len(reads) > 0
+        found = made["values"], made["result"]["interval95"], made["real"]["bad_videos"]
+        return found, len(reads) > 0
 
     first, has_read = again()
+    assert first[-1]  # the corrupt videos, also if the cache replaces all
     assert has_read and again() == (first, False)
     (cached,) = (tmp_path / "evaluate-cache").iterdir()
     content = cached.read_bytes()
@@ -181,7 +190,7 @@ def test_scores_repeat_and_real_features_are_cached_until_the_file_or_the_data_c
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
+def test_consistency_finds_the_seams_of_samples(shapes, tmp_path, monkeypatch):
     clips, labels, classes = read_clips(shapes, "val", 12, frames=12)
     clips = clips.copy()
     for first in range(4, 12, 4):  # each temporal patch is a few px further along than it should be
@@ -189,11 +198,14 @@ def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 12, "--samples"]
     scores = {}
     for patch in (4, 5):
-        source = {"temporal_patch_size": patch}
+        source = {"temporal_patch_size": patch, "context": 8, "window": patch, "overlap": 0}
         folder = write_samples(tmp_path / f"{patch}", clips, labels, classes, source=source)
         values = run(tmp_path / f"{patch}.json", *flags, folder)["values"]
         scores[patch] = values["seam_score"]
+        assert "window_seam_score" not in values  # a causal model has no windows
     assert scores[4] > 1.5 and scores[5] < 1  # the seams are not at the borders of patches of 5
+    monkeypatch.chdir(folder)
+    assert sources.Samples(".").provenance()["samples"] == str(folder)
 
 
 def test_images_of_sample_gd_get_a_fid(detector, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import test_transport
+from runtime.atomic import atomic_write
 from runtime.cli import UserError
 from scoring import frechet
 from scoring.frechet import frechet_distance
@@ -93,6 +94,14 @@ def test_image_detectors_get_frames_in_order():
     features = frechet.extract(detector, clips, Namespace(metric="fid", batch_size=5))
     of_first_row = clips[:, :, 0].float().mean(dim=2)  # (B, T, C)
     torch.testing.assert_close(features, of_first_row)
+
+
+def test_processes_may_write_the_same_moments_at_once(tmp_path):
+    path = tmp_path / "moments"
+    with atomic_write(path, shared=True) as first, atomic_write(path, shared=True) as second:
+        first.write(b"the same")
+        second.write(b"the same")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the same"]
 
 
 @pytest.mark.parametrize(

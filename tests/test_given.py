@@ -198,14 +198,17 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
     assert len({entry["source"] for entry in about["given"]}) == 2  # one for two samples
     real = {"split": "val", "val_fraction": 0.6, "num_clips": 2, "samples_per_clip": 2}
     assert about["real"].items() >= real.items()
+    assert "note: --num-samples" not in capsys.readouterr().out
 
     def read(files, video, *settings):
         if video == val[0]:
             raise UnreadableError(video.path)
 
     record_calls(monkeypatch, Files, "read", read)
-    sample("pixels", *flags, status=2)
-    assert f"{val[0].path} can't be decoded" in capsys.readouterr().err
+    sample("pixels", *flags, "--num-samples", 3, "--samples-per-clip", 2, status=2)
+    output = capsys.readouterr()
+    assert "note: --num-samples 3: the last clip has fewer samples" in output.out
+    assert f"{val[0].path} can't be decoded" in output.err
 
 
 def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_path, capsys):

@@ -205,7 +205,7 @@ MISTAKES = {
     "too few samples": (
         {"real": {"num_clips": 9, "samples_per_clip": 2}},
         [],
-        ["2 samples for each of 9 clips"],
+        ["2 samples for each of 9 clips", "--num-samples 18"],
     ),
     "kept background": (
         KEPT,

@@ -21,6 +21,8 @@ UNITS = [  # what is of one unit
     ["WalkLeft/character0123.mkv", "SlashFront/character0123.mkv, clip 2663"],
     ["Makeup/v_Makeup_g08_c01.avi", "Makeup/v_Makeup_g08_c05.avi"],  # of UCF-101
     ["Makeup/v_Makeup_g09_c01.avi"],
+    ["s/samples.npz, sample 3"],
+    ["s/samples.npz, sample 4"],
     [0],  # samples that continue no video
     [7, 7],
 ]
@@ -108,6 +110,7 @@ SPRITES = [f"{name}/character{number:04}.mkv" for name in ("Walk", "Slash") for 
             "; no interval of shares: fewer than 10 videos",
         ),
         ("", ["a/1.mkv", "a/1.mkv", "b/2.mkv"], "2 videos", ""),
+        ("", [f"s/samples.npz, sample {clip % 2}" for clip in range(4)], "2 videos", ""),
         ("", ["a/1.mkv"] * 3, "3 clips", "; no interval: fewer than 2 videos"),
         ("shares", SPRITES, "12 groups of videos", ""),
         ("shares", ["a/1.mkv"], "1 clips", "; no interval of means: fewer than 2 clips"),

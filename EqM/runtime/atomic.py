@@ -10,13 +10,15 @@ FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 
 
 @contextmanager
-def atomic_write(path):
+def atomic_write(path, shared=False):
     """Open a binary file for writing.
 
-    `path` keeps its old content until the new content is complete and on disk.
+    `path` keeps its old content until the new content is complete and on disk. shared: several
+    processes may write it at once, so each has a temporary file of its own.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    unique = f".{os.urandom(4).hex()}" if shared else ""
+    temporary = path.with_name(f"{path.name}{unique}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -32,9 +34,9 @@ def atomic_write(path):
         raise
 
 
-def write_file(path, data):
-    """Write bytes to a file, all or nothing."""
-    with atomic_write(path) as file:
+def write_file(path, data, shared=False):
+    """Write bytes to a file, all or nothing. shared: see `atomic_write`."""
+    with atomic_write(path, shared) as file:
         file.write(data)
 
 

@@ -15,13 +15,14 @@ features (B, D).
 
 import functools
 import itertools
+import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from runtime import distributed
 from runtime.atomic import write_file
@@ -40,7 +41,7 @@ CALLS = {  # arguments of the detector of each metric
     "fid": {"return_features": True},
 }
 RESAMPLES = 50  # of the bootstrap: enough for its standard deviation to 1 / sqrt(2 * 50) = 10%
-CACHE_FORMAT = 2  # of files of moments
+CACHE_FORMAT = 3  # of files of moments
 
 
 def cache_path(folder, about, clips):
@@ -54,24 +55,28 @@ def cache_path(folder, about, clips):
     return Path(folder, f"{key}.safetensors")
 
 
-def score_frechet(generated, real, args, detector, cached, device):
+def score_frechet(generated, real, args, detector, cached, device, corrupt):
     """Score two streams of clips with --metric fvd or fid.
 
-    cached: the `cache_path`. Real clips are read only if this file is missing or damaged.
+    cached: the `cache_path`. Real clips are read only if this file is missing or damaged. corrupt:
+    the list of corrupt real videos, to which `real`, or else this file, adds.
     """
     features_of = functools.partial(
         all_features, detector=detector.to(device), args=args, device=device
     )
     reference = None
     if distributed.rank() == 0 and cached.exists():
-        reference = read_moments(cached)
+        reference, bad_videos = read_moments(cached)
+        corrupt += bad_videos
     from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
         features = features_of(real)
+        bad_videos = sorted(set(distributed.gather_items(corrupt)))
         if distributed.rank() == 0:
             reference = moments_of(features)
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write_file(cached, safetensors.torch.save(reference))
+            metadata = {"bad_videos": json.dumps(bad_videos)}
+            write_file(cached, safetensors.torch.save(reference, metadata), shared=True)
     features = features_of(generated)
     if distributed.rank() != 0:
         return None
@@ -131,12 +136,14 @@ def all_features(stream, detector, args, device):
 
 
 def read_moments(path):
-    """The moments in a file; None if it is damaged."""
+    """(moments in a file, corrupt videos that others replaced); (None, []) if it is damaged."""
     try:
-        return safetensors.torch.load_file(path)
+        with safe_open(path, "pt") as file:
+            moments = {name: file.get_tensor(name) for name in ("count", "mean", "cov")}
+            return moments, json.loads(file.metadata()["bad_videos"])
     except (OSError, SafetensorError) as error:
         say(f"{path} is damaged ({error}); computing it again")
-        return None
+        return None, []
 
 
 def moments_of(features):

@@ -109,9 +109,10 @@ class Samples:
             if real is None:
                 yield f"does not continue the clips of a data set; {again}"
             if len(self) != real["num_clips"] * real["samples_per_clip"]:
+                count = real["num_clips"] * real["samples_per_clip"]
                 yield (
                     f"does not have {real['samples_per_clip']} samples "
-                    f"for each of {real['num_clips']} clips; {again}"
+                    f"for each of {real['num_clips']} clips; {again} --num-samples {count}"
                 )
             if self.source.get("keep_background") and not keep_background:
                 yield (
@@ -121,8 +122,10 @@ class Samples:
 
     def provenance(self):
         """The manifest's record: how they were made (samples.json), and samples.npz's SHA-256."""
+        folder = self.folder.resolve()
         record = {
-            "samples": str(self.folder),
+            # sample_gd.py removes the scores of the folder's name, which "." does not tell
+            "samples": str(self.folder if self.folder.name == folder.name else folder),
             "samples_sha256": file_sha256(self.folder / "samples.npz"),
         }
         for name, value in self.about.items():

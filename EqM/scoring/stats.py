@@ -27,6 +27,7 @@ Z95 = 1.96  # 95% of a normal distribution are within so many standard deviation
 RESAMPLES = 1000  # of the bootstrap
 FEWEST = 10  # units: ratios, and shares of clips that share units, need as many for an interval
 COPY = re.compile(r"-copy\d+$")  # at the end of a copy's name, from datasets/augment.py
+SAMPLE = re.compile(r"\bsamples\.npz, sample \d+$")
 UCF_NAME = re.compile(r"(v_\w+_g\d+)_c\d+")
 DRAWN_NAME = re.compile(  # of Moving Shapes
     r"v_(Circle|Square|Triangle)(Left|Right|Up|Down|Horizontal|Vertical)_g\d+_c\d+"
@@ -56,9 +57,10 @@ def unit_of(video):
       the same person or character. If they don't, intervals are wider than necessary.
     - Videos of one group of UCF-101, v_Class_gNN_cNN, are one unit: they show the same scene.
     - So are a video and its copies by datasets/augment.py.
+    - Samples of a samples.npz are independent.
     - Moving Shapes has names like those of UCF-101, but its videos are drawn independently.
     """
-    if not isinstance(video, str):
+    if not isinstance(video, str) or SAMPLE.search(video):
         return video
     name = COPY.sub("", PurePosixPath(video).stem)
     group = UCF_NAME.fullmatch(name)
@@ -105,8 +107,8 @@ def count_units(videos, lacking):
     noun = "clips"
     if is_clustered:
         paths = [PurePosixPath(str(video)) for video in videos]
-        num_videos = len({(path.parent, path.stem) for path in paths})
-        noun = "videos" if count == num_videos else "groups of videos"
+        names = {(path.parent, path.name.partition(", clip ")[0]) for path in paths}
+        noun = "videos" if count == len(names) else "groups of videos"
     over = f"{count} {noun}"
     if count == 1 and is_clustered:
         return f"{len(videos)} clips", f"; no interval: fewer than 2 {noun}"
