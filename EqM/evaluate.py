@@ -342,11 +342,7 @@ def score(args, samples, out, against, detector, device, corrupt):
         )
     if args.metric == "prediction":
         return prediction.score_prediction(
-            samples=samples,
-            real=real,
-            clips=clips,
-            out=out,
-            truth=truth,
+            samples=samples, real=real, clips=clips, out=out, truth=truth
         )
     if args.metric == "classifier":
         return classifier.score_classifier(
