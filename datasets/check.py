@@ -300,6 +300,8 @@ def describe_skipped(args, scan, corrupt):
         name = str(path.relative_to(args.data_path))
         if is_sample_folder(path.parent):  # the scan has named this folder
             continue
+        if any(part.startswith(".") for part in Path(name).parts):  # in a hidden folder
+            continue
         if has_suffix("video", name) and name not in scanned and path.is_file():
             skipped.append((name, "too deep; expected DIR/<class>/<video>"))
         elif path.suffix.lower() in (".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):

@@ -11,8 +11,8 @@ the relative loss: 1 is the loss of a zero prediction.
 
 import engine  # noqa: F401
 import itertools
-import json
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from runtime.cli import (
     wrong_input,
 )
 from runtime.metrics import read_metrics
+from runtime.untrusted import read_json
 from scoring.plots import COLORS, plt, save_figure
 from video.drawing import drawable
 
@@ -86,7 +87,7 @@ class Curve:
 def load_runs(folders):
     """{run folder: its rows of metrics.jsonl, at least one} of all runs in these folders.
 
-    Raises UserError.
+    Skips runs of train_vae.py in a folder of runs. Raises UserError.
     """
     runs = {}
     for folder in map(Path, folders):
@@ -96,7 +97,9 @@ def load_runs(folders):
         logged = {}
         for file in files:
             rows, torn = read_metrics(file)
-            if rows:
+            if rows and file.parent != folder and "ckpt" not in flags_of(file.parent):
+                say(f"{file.parent}: a run of train_vae.py is skipped; name its folder to plot it")
+            elif rows:
                 logged[file.parent.resolve()] = rows
             if torn:
                 say(f"{file}: {plural(torn, 'torn line')} skipped")
@@ -107,6 +110,17 @@ def load_runs(folders):
             )
         runs |= logged
     return runs
+
+
+def flags_of(folder):
+    """{flag: value} of a run, from its config.json. Raises UserError."""
+    try:
+        return dict(read_json(folder / "config.json")["training"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"RUN {folder}: its config.json is not that of a run ({error!r}); restore it, or name "
+            "other runs"
+        ) from error
 
 
 def make_curves(runs):
@@ -121,16 +135,12 @@ def find_start(folder, runs):
 
     None if the folder is not in `runs`.
     """
-    config = json.loads((folder / "config.json").read_text())
-    ckpt = config["training"]["ckpt"]
+    ckpt = flags_of(folder).get("ckpt")
     if not ckpt:
         return None  # from scratch
     ckpt = Path(ckpt)
     run = ckpt.parts[-4:-2]  # EXP/RUN of EXP/RUN/checkpoints/FILE; folders above EXP may have moved
-    first = runs[folder][0]
-    step = first["step"] - 1
-    if ckpt.stem.isdecimal():  # best.pt has no step in its name
-        step = int(ckpt.stem)
+    step = start_step(folder, ckpt, runs[folder])
     candidates = [
         other
         for other, rows in runs.items()
@@ -144,6 +154,17 @@ def find_start(folder, runs):
         return None
     # its own experiment first
     return step, min(candidates, key=lambda other: other.parent != folder.parent)
+
+
+def start_step(folder, ckpt, rows):
+    """The step of the checkpoint that a run started from."""
+    if ckpt.stem.isdecimal():
+        return int(ckpt.stem)
+    # best.pt and latest.pt have no step in their names, but the log begins with it
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    began = re.search(r"steps (\d+) to \d+$", text, re.MULTILINE)
+    return int(began[1]) if began else rows[0]["step"] - 1
 
 
 def make_curve(folder, runs, starts):

@@ -434,6 +434,7 @@ plot: plot_metrics --out new/loss.png
         runs/E/0-f4/metrics.jsonl | videos => no metrics.jsonl
         runs/empty => no step yet
         runs/other-f4 => no train_loss
+        runs/cut-f4 => runs/cut-f4: its config.json is not that of a run
         runs/E --relative => no train_loss_rel
         runs/E --out loss.pdf => loss.pdf: not the name of a PNG file
         runs/E --out taken.png => taken.png: not the name of a PNG file
@@ -596,6 +597,7 @@ def world(tmp_path_factory):
     for name, last in (("E", 50), ("empty", 0)):
         make_run(root / f"runs/{name}/0-f4", 0, last)
     make_run(root / "runs/other-f4", 0, 0, torn='{"step": 1}\n')
+    (make_run(root / "runs/cut-f4", 0, 10) / "config.json").write_text('{"training": {')
     for name, text in (TEXTS | dict.fromkeys(split(EMPTY), "")).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)

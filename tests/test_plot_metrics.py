@@ -120,6 +120,14 @@ def test_a_phase_from_the_middle_of_another_is_a_curve_that_branches_off(tmp_pat
     assert (dotted.get_color(), dotted.get_xdata()) == (COLORS[1], [60, 60])
 
 
+def test_the_log_says_where_a_phase_from_latest_pt_began(tmp_path):
+    one = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 100) / "checkpoints/latest.pt"
+    two = make_run(tmp_path / "E/001-EqM-S-4-f8-rope", 80, 120, one)
+    (two / "log.txt").write_text("a run, steps 60 to 120\nresumed, steps 90 to 120\n")
+    (curve,) = curves_of(tmp_path / "E")
+    assert steps(curve) == {"f4": (10, 60), "f8": (90, 120)}
+
+
 def test_a_phase_whose_start_is_not_given_is_a_curve_and_a_line_says_so(tmp_path, capsys):
     root = make_phases(tmp_path / "EXP")
     (curve,) = curves_of(root / "002-EqM-S-4-f16-rope")
@@ -193,10 +201,14 @@ def test_validation_losses_of_one_clip_length_are_absolute_and_of_several_phases
 def test_lines_say_what_was_not_drawn_and_odd_names_are_shown_as_they_are(tmp_path, capsys):
     folder = make_run(tmp_path / "_a$b_{$/000-EqM-S-4-f4-rope", 0, 50, torn='{"step": 60, "train')
     vae = make_run(tmp_path / "b/000-vae-f1", 0, 50, cost=(1,))
+    other = make_run(folder.parent / "001-VAE-f1", 0, 50)
+    for run in (vae, other):
+        (run / "config.json").write_text('{"training": {}}')
     out = tmp_path / "new/loss.png"
     run_main(plot_metrics, folder.parent, vae, "--out", out)
     assert capsys.readouterr().out.splitlines() == [
         f"{folder / 'metrics.jsonl'}: 1 torn line skipped",
+        f"{other}: a run of train_vae.py is skipped; name its folder to plot it",
         "no flops logged, so no curves against training compute: b/000-vae-f1",
         f"{out}: 2 curves",
     ]

@@ -1,11 +1,14 @@
 """Run folders: their numbers, what is kept in them, what is cleaned up."""
 
+import os
 from unittest.mock import Mock
 
 import pytest
 
+from run import Run
 from runtime import runs
-from training import names
+from runtime.cli import UserError
+from training import names, no_space
 
 
 def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
@@ -18,6 +21,15 @@ def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
     (root / "notes.txt").write_text("")
     (root / "041-a-rope").mkdir()
     assert runs.make_run_folder(root, "x").name == "042-x"
+
+
+def test_a_config_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    config = tmp_path / "config.json"
+    config.write_text("old")
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UserError, match="No space left"):
+        Run.write_config(Mock(folder=tmp_path), {"new": 1})
+    assert config.read_text() == "old"
 
 
 @pytest.mark.parametrize(
