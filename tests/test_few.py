@@ -3,6 +3,7 @@ and a miniature.
 """
 
 import itertools
+import os
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ import few
 from runtime.untrusted import read_json
 from sample_folders import SOURCE, read_clips, write_samples
 from test_studies import SEED, commands, run_miniature  # noqa: F401
-from training import error_of
+from training import error_of, no_space
 from video.pairs import OF_TEACHER, Pairs
 
 
@@ -75,7 +76,7 @@ def test_recall_is_the_share_of_the_real_places_that_are_covered():
 
 
 def test_selected_pairs_keep_the_noise_of_their_samples_and_real_clips_cover_themselves(
-    shapes, tmp_path
+    shapes, tmp_path, monkeypatch
 ):
     clips, labels, classes = read_clips(shapes, "all", 12, frames=16, stream="recall")
     labels[3] = (labels[3] + 1) % 12  # another direction
@@ -84,6 +85,10 @@ def test_selected_pairs_keep_the_noise_of_their_samples_and_real_clips_cover_the
     source |= {"seed": 1000, "window": 16, "num_frames": 16, "image_size": 16}
     folder = write_samples(tmp_path / "s", clips, labels, classes, source=source)
     few.select_right(folder, tmp_path / "right")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", no_space)
+        few.select_right(folder, tmp_path / "cut")
+    assert not (tmp_path / "cut/samples.json").exists()  # which marks a complete folder
     pairs = Pairs(tmp_path / "right").pairs
     rows = [row for row in range(12) if row not in (3, 7)]
     assert list(pairs.values()) == [(1000, row, 16) for row in rows]

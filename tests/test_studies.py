@@ -566,6 +566,8 @@ def test_streams_take_the_settings_with_the_best_mean_of_both_shares(monkeypatch
         rows.append({**about, "values": values})
     assert streaming.choose(rows, "causal") == (settings[1], streaming.GUIDANCES[1])
     assert "not tuned yet" in error_of(streaming.choose, rows[1:], "causal")
+    rows[1]["values"] = {"": {"val_loss": math.inf}} | dict.fromkeys(rows[1]["values"], {})
+    assert streaming.choose(rows, "causal") == (settings[0], streaming.GUIDANCES[0])
 
 
 @pytest.mark.parametrize("data", streaming.COLUMNS)
