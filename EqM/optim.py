@@ -150,7 +150,7 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
     norms = norms.clamp(min=1e-7)
     x = x / norms.bfloat16()
-    if not distributed.has_fast_bf16(x.device):
+    if not distributed.has_fast_bf16(x.device.type):
         x = x.float()
     for _ in range(steps):
         gram = x.mT @ x if is_tall else x @ x.mT  # of the shorter side

@@ -15,6 +15,8 @@ import time
 import uuid
 import warnings
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -154,11 +156,17 @@ def autocast(device, precision):
     )
 
 
-def has_fast_bf16(device):
-    """Whether products in bfloat16 are as fast as in float32: on a CPU without AVX-512 they take
-    ten times as long.
+@cache
+def has_fast_bf16(device_type):
+    """Whether products in bfloat16 are faster than in float32. device_type: "cuda" or "cpu".
+
+    On a CPU, AMX makes them fast. With AVX-512 alone they take twice as long (measured), without
+    it ten times.
     """
-    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if device_type != "cpu":
+        return True
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "amx_bf16" in flags.read_text()
 
 
 def parallel(model):
