@@ -6,7 +6,6 @@ suit() { # set GPUS and PRECISION to what suits this machine, unless they are se
   if ! command -v nvidia-smi >/dev/null; then
     gpus=2 # on a CPU, two processes of one thread are faster than one of two
     grep -qs amx_bf16 /proc/cpuinfo && best=bf16 || best=fp32 # on CPUs without AMX, bf16 is slower
-    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 # keep memory for the next step
   fi
   GPUS=${GPUS:-$gpus} PRECISION=${PRECISION:-$best}
   counts GPUS
