@@ -116,6 +116,7 @@ TABLES = {  # in results/
     "studies/few/few_tuning": few.tuning_markdown,
     "studies/objectives/given_frames": given_frames.markdown,
     "old/sprites-2h": sprites.markdown,
+    "studies/objectives/control_tuning": control.tuning_markdown,
     "studies/objectives/disturb": disturb.markdown,
     "studies/objectives/disturb-few": disturb.markdown,
     "studies/objectives/few": partial(objectives.few_markdown, MAIN_ROWS),

@@ -282,7 +282,8 @@ def tuning_markdown(rows):
         "Tuning of the control",
         "`scripts/studies/control.py --tune` wrote this table. Cells: directions and shapes both "
         f"right (%), the mean over {len(PRIMARY_FRAMES)} lengths and {len(TUNING_SEEDS)} seeds; "
-        "bold: chosen.",
+        f"bold: chosen. {len(rows)} of {len(TUNED) * len(CONFIGURATIONS) * len(TUNING_SEEDS)} runs "
+        "are done.",
     )
     cells = []
     for name in TUNED:
