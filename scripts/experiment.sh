@@ -5,7 +5,8 @@ suit() { # set GPUS and PRECISION to what suits this machine, unless they are se
   local gpus=1 best= # train.py knows the best precision of a GPU
   if ! command -v nvidia-smi >/dev/null; then
     gpus=2 # on a CPU, two processes of one thread are faster than one of two
-    grep -qs amx_bf16 /proc/cpuinfo && best=bf16 || best=fp32 # on CPUs without AMX, bf16 is slower
+    # On other CPUs, bf16 is slower than fp32; -z: all as one line
+    grep -qszE "amx_bf16|AuthenticAMD.*avx512_bf16" /proc/cpuinfo && best=bf16 || best=fp32
   fi
   GPUS=${GPUS:-$gpus} PRECISION=${PRECISION:-$best}
   counts GPUS

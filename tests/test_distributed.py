@@ -2,14 +2,35 @@
 
 import os
 import signal
+import subprocess
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.utils._pytree import tree_map
 
 from process import run_ranks
 from runtime import distributed, signals
 from runtime.distributed import own_indices, rank
+from training import ROOT
+
+
+@pytest.mark.parametrize(
+    "maker, flags, is_fast",
+    [
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2", False),
+    ],
+)
+def test_python_and_the_shell_know_the_processors_with_fast_bf16(maker, flags, is_fast):
+    about = f"vendor_id\t: {maker}\nmodel name\t: a processor\nflags\t\t: fpu {flags} sse\n"
+    pattern = distributed.FAST_BF16.pattern
+    assert bool(distributed.FAST_BF16.search(about)) == is_fast
+    grep = f'grep -qszE "{pattern}" '
+    assert f"{grep}/proc/cpuinfo" in (ROOT / "scripts/experiment.sh").read_text()
+    assert (subprocess.run(["bash", "-c", grep], input=about, text=True).returncode == 0) == is_fast
 
 
 def exchange():

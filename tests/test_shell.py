@@ -192,7 +192,7 @@ def test_mistakes_in_any_phase_are_found_before_the_cache(bash):
 
 
 @pytest.mark.parametrize("status, precision", [(0, "bf16"), (1, "fp32")])
-def test_a_cpu_without_amx_trains_in_fp32(status, precision):
+def test_a_cpu_without_fast_bf16_trains_in_fp32(status, precision):
     code = (
         f"set -eu; grep() {{ return {status}; }}; source scripts/experiment.sh; suit; echo $GPUS "
         "$PRECISION $MIXED"

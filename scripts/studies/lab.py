@@ -58,7 +58,7 @@ from scoring.stats import half95, mean_and_error
 
 refuse_to_run(__name__, "another script in scripts/studies/")
 
-# --precision of training and sampling. On a CPU without AMX, bf16 is slower than fp32.
+# --precision of training and sampling. On some CPUs, bf16 is slower than fp32.
 PRECISION = "bf16" if distributed.has_fast_bf16("cpu") else "fp32"
 SIGNIFICANT = 0.05  # the largest p value, adjusted by `holm`, of a significant difference
 FORK = multiprocessing.get_context("fork")
