@@ -119,7 +119,7 @@ class _Sampler:
     def stream(self, num_samples=1, seed=0, classes=None, **flags):
         """Videos that a causal model makes step by step, without end: a `_Stream`.
 
-        Args: as in a call of the sampler. A step may name other classes.
+        Args: num_samples; the others as in a call of the sampler. A step may name other classes.
         """
         with _imports():
             from generation import Stream
@@ -186,7 +186,8 @@ class _Stream:
     def step(self, classes=None, actions=None):
         """Sample the next frames, one temporal patch: uint8 (N, pt, H, W, 3), on the CPU.
 
-        classes: names or indices, used in turn; default: one of each. "none" means no class.
+        classes: names or indices, used in turn; default: those of `stream`, else one of each.
+            "none" means no class.
         actions: likewise, of a model with actions; default: none.
         """
         with _imports(), _products(self._stream.precision):

@@ -120,8 +120,8 @@ def parse_args(words=None):
     add(
         "--num-real",
         type=number(int, least=2),
-        help="number of real clips; census: of each split; prediction, classifier: all; default: "
-        f"{counts}",
+        help="number of real clips; census: of each split; not for prediction, classifier, world; "
+        f"default: {counts}",
     )
     add(
         "--keep-background",
