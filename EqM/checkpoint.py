@@ -287,7 +287,7 @@ def load_inflated(args):
     return from_elsewhere(inflated, model=weights, ema=weights, step=0)
 
 
-def read_file(path, parts=()):
+def read_file(path, parts=None):
     """The content of a file of torch.save. parts: names, as in `read_torch`. Raises UserError."""
     try:
         return read_torch(path, parts)

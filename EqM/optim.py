@@ -186,7 +186,7 @@ def check_fp16(grad_norm, losses):
 
     The number is 1.0 if the skip is no error. It is an error only if a loss is not finite either:
     in fp16, gradients overflow now and then, and the scaler then lowers its scale. All ranks have
-    the same gradient, so they agree.
+    the same gradient, so they agree on the skip. The number is about this rank's losses alone.
     """
     skip = not grad_norm.isfinite()
     tolerated = skip and all(loss.isfinite() for loss in losses)

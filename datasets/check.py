@@ -78,6 +78,7 @@ def parse_args():
     parser.set_defaults(
         video=True,
         epochs=None,
+        real_data=None,
         use_rope=True,
         num_classes=1,
         frames_schedule=None,

@@ -262,6 +262,14 @@ def test_only_readers_of_a_damaged_part_refuse_the_file(tmp_path, part):
             assert torch.equal(model.state_dict()[WEIGHT], make_state()[weights][WEIGHT])
 
 
+def test_a_rank_that_reads_for_itself_finds_the_damage(tmp_path, monkeypatch):
+    path = tmp_path / "latest.pt"
+    save_damaged(path, "model")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    checkpoint.load(path)  # the first rank of the machine would refuse it
+    assert f"{path}: damaged" in error_of(checkpoint.read_file, path)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
     model = EqM(CONFIG)

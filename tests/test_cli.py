@@ -151,6 +151,7 @@ def test_warnings_are_lines_and_the_log_has_the_earlier_ones(capsys, tmp_path):
             "lower --num-workers",
         ),
         (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
+        (RuntimeError("[gloo/x] Timed out waiting 3000ms"), 1, "waited too long for the others"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory\nat"),
             1,

@@ -190,3 +190,5 @@ def test_skipped_steps_are_counted_but_not_averaged():
     assert np.isnan(fill([float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # no step left
     failed = fill([float("nan"), float("nan")], skipped=[1, 0])
     assert "step 2 is not finite" in error_of(failed.summary, step=2, global_batch=8)
+    of_one_rank = fill([float("nan")], skipped=[0.5])  # the mean: finite on one of two ranks
+    assert "step 1 is not finite" in error_of(of_one_rank.summary, step=1, global_batch=8)

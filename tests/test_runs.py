@@ -1,5 +1,6 @@
 """Run folders: their numbers, what is kept in them, what is cleaned up."""
 
+import json
 import os
 from unittest.mock import Mock
 
@@ -48,6 +49,18 @@ def test_a_run_that_differs_in_one_flag_is_named(name, flag, tmp_path):
     assert text == f"; 001-{name} differs only in {flag}: change it to resume that run"
     assert runs.name_similar(tmp_path, "VAE-1px") == ""
     assert "--model" not in runs.name_similar(tmp_path, "EqM-*-f8-rope")  # not known yet
+
+
+def test_a_restarted_rank_waits_until_the_lock_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    lock = tmp_path / "lock"
+    lock.write_text("")  # rank 0 is writing it
+
+    def write(seconds):
+        lock.write_text(json.dumps({"job": runs.job_name()}))
+
+    monkeypatch.setattr(runs.time, "sleep", write)
+    assert runs.is_restarted(tmp_path)
 
 
 def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys):

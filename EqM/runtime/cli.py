@@ -37,6 +37,7 @@ LOST = {  # pattern of an error's text -> its meaning
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited": (
         "another rank has ended: see its error"
     ),
+    r"Timed out waiting": "a rank waited too long for the others",
     r"^Dist\w*Error|gloo": (
         "the ranks can't reach each other: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
     ),
@@ -268,7 +269,8 @@ def check_writable(flag, folder):
     while not os.path.lexists(parent):  # a broken link blocks a folder, as a file does
         parent = parent.parent
     try:
-        os.rmdir(tempfile.mkdtemp(dir=parent))  # os.access allows root to write to /proc
+        # os.access allows root to write to /proc. Hidden: another rank may list the folder
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=parent))
     except OSError as error:
         raise UserError(
             f"{flag} {folder}: {parent} is not a writable folder; name another"

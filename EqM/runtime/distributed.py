@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # timeout while one rank has more to do: it opens all videos, samples a last batch
 SHARE_TIME = timedelta(hours=1)
+WORK_TIME = timedelta(days=30)  # in other scripts: a rank may have far more to do than the others
 STEP_TIME = timedelta(minutes=10)  # timeout in training, where all ranks do the same
 STORE_TIME = 30  # seconds for torchrun to answer
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # values of --precision that use autocast
@@ -54,7 +55,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
     die_with_parent(signal.SIGTERM)
 
 
-def start(timeout=SHARE_TIME):
+def start(timeout=WORK_TIME):
     """Join the process group, if torchrun started this process.
 
     Returns this rank's device. timeout: of collectives.

@@ -270,7 +270,8 @@ class StepStats:
         rows = distributed.average(torch.stack(self.rows)).cpu()
         nonfinite = ~rows.isfinite()
         if "skipped" in self.names:
-            nonfinite &= rows[:, self.names.index("skipped"), None] == 0
+            # 1 only if no rank has a loss that is not finite
+            nonfinite &= rows[:, self.names.index("skipped"), None] < 1
         if nonfinite.any():
             index = nonfinite.any(1).nonzero()[0].item()
             self.raise_nonfinite(step, rows, index)

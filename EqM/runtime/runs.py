@@ -161,6 +161,9 @@ def is_restarted(folder):
         and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     ):
         return False
-    with suppress(OSError, ValueError):  # no lock yet, or an empty one
-        return json.loads(Path(folder, "lock").read_text())["job"] == job_name()
+    with suppress(OSError, ValueError):  # no lock yet, or a damaged one
+        for _ in range(10):
+            if text := Path(folder, "lock").read_text():
+                return json.loads(text)["job"] == job_name()
+            time.sleep(0.1)  # rank 0 may be writing it
     return False

@@ -46,11 +46,12 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_torch(path, names=()):
+def read_torch(path, names=None):
     """The content of a file of torch.save: tensors, which are mapped into memory, and plain values.
 
     names: the parts of a dict that the caller needs; if it has none of them, all. The first rank of
     each machine compares their tensors with the file's CRCs; nothing reads the other tensors.
+    None: every rank compares all tensors, so that each of them knows whether the file is damaged.
     Raises pickle.UnpicklingError if the file is of another kind or holds code, OSError if it can't
     be read, and any other Exception if it is corrupt. If someone shortens a mapped file, its reader
     dies of SIGBUS; our own files are replaced by renaming.
@@ -72,10 +73,10 @@ def read_torch(path, names=()):
         # torch's warnings on foreign pickles; the error says enough
         warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
-    if local_rank() == 0:
+    if names is None or local_rank() == 0:
         sums = {(member.file_size, member.CRC) for member in members}
         parts = []
-        if isinstance(content, dict):
+        if names and isinstance(content, dict):
             parts = [content[name] for name in names if name in content]
         check_tensors(parts or content, sums)
     return content
