@@ -146,7 +146,7 @@ def test_each_of_several_sample_folders_gets_a_manifest(
         refused(capsys, out, *flags, *folders, words=words)
     refused(capsys, folders[0] / "sheet.json", *flags, folders[0], words=words)
 
-    def deny(dir):
+    def deny(dir, **_):
         if dir == folders[1]:
             raise PermissionError
 
