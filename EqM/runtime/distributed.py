@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-# timeout while one rank has more to do: it opens all videos, samples a last batch
-SHARE_TIME = timedelta(hours=1)
-WORK_TIME = timedelta(days=30)  # in other scripts: a rank may have far more to do than the others
-STEP_TIME = timedelta(minutes=10)  # timeout in training, where all ranks do the same
+# Timeouts of ranks that wait for others
+STEP_TIME = timedelta(minutes=10)  # in training, where all ranks do the same
+SHARE_TIME = timedelta(hours=1)  # in training, while one rank has more to do: it opens all videos
+WORK_TIME = timedelta(days=30)  # in other scripts, where one rank may encode or sample for hours
 STORE_TIME = 30  # seconds for torchrun to answer
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # values of --precision that use autocast
 FAST_BF16 = re.compile("amx_bf16|AuthenticAMD.*avx512_bf16", re.DOTALL)  # in /proc/cpuinfo
@@ -163,8 +163,9 @@ def autocast(device, precision):
 def has_fast_bf16(device_type):
     """Whether products in bfloat16 are faster than in float32. device_type: "cuda" or "cpu".
 
-    AMX makes them fast, as do the bf16 instructions of AMD's processors. Intel's own without AMX
-    take twice as long as float32 (measured), other CPUs up to ten times.
+    AMX makes them fast, as do the bf16 instructions of AMD's processors. On a Xeon with such
+    instructions but without AMX, they take twice as long as in float32; on other CPUs, up to ten
+    times.
     """
     if device_type != "cpu":
         return True
