@@ -84,6 +84,15 @@ class Objective:
         """Return the regression target at x_gamma: x - noise times `factor`."""
         return (x - noise) * self.factor(_broadcast(gamma))
 
+    def weight(self, gamma):
+        """Return the weight of the squared errors, shaped as gamma.
+
+        A target without decay is noise that clean frames (gamma = 1) do not show, so it is 0 there.
+        """
+        if self.is_weighted:
+            return decay(gamma).square() / MEAN_SQUARED_DECAY
+        return torch.ones_like(gamma) if self.has_decay else (gamma < 1).float()
+
     def velocity(self, f, gamma):
         """Return dx/dgamma on the path of `interpolate`, f / `factor`. gamma: a single number."""
         return f / self.factor(gamma).item()
@@ -109,9 +118,6 @@ class Objective:
         squared error of each clip over its frames from `first` on. The mean square covers all
         frames, so for first = 0 it is the loss of a network that predicts zero. features: (B, N, D)
         or None. clean: what a causal network sees of earlier frames, like x.
-
-        Without decay or weight, clean frames (gamma = 1) do not count: their target is noise that
-        x_gamma does not show.
         """
         inputs = {"gamma": gamma} if self.is_told else {}
         if clean is not None:
@@ -120,17 +126,10 @@ class Objective:
         output = network(x_gamma, y, time_scale, return_features=return_features, **inputs)
         f, features = output if return_features else (output, None)
         target = self.target(x, noise, gamma)
-        squares = (f.float() - target).square()
-        zero_squares = target.square()
-        if self.is_weighted:
-            weight = decay(_broadcast(gamma)).square() / MEAN_SQUARED_DECAY
-            squares = squares * weight
-            zero_squares = zero_squares * weight
-        squares = squares[:, :, first:]
-        if self.has_decay or self.is_weighted or gamma.dim() == 1:
-            return squares.flatten(1).mean(dim=1), zero_squares.mean(), features
-        errors = _mean_of_noisy(squares, gamma[:, first:])
-        return errors, _mean_of_noisy(zero_squares, gamma).mean(), features
+        weight = self.weight(_broadcast(gamma))
+        squares = (f.float() - target).square() * weight
+        zero_squares = target.square() * weight
+        return squares[:, :, first:].flatten(1).mean(dim=1), zero_squares.mean(), features
 
     def data_errors(self, errors, gamma):
         """Return the mean squared errors (B,) of x, as a network predicts it at x_gamma, from its
@@ -182,15 +181,6 @@ def dispersive_loss(features):
     distances = (squares[:, None] + squares - 2 * z @ z.T).clamp(min=0) / dim  # (B, B)
     distances = distances.masked_fill(torch.eye(B, dtype=torch.bool, device=z.device), 0)
     return 0.5 * (distances.neg().flatten().logsumexp(dim=0) - 2 * math.log(B))
-
-
-def _mean_of_noisy(squares, gamma):
-    """The mean (B,) of squares (B, C, T, H, W) over the frames with gamma (B, T) below 1.
-
-    Regions, with gamma (B, T, H, W), need an objective with equilibria, which has decay.
-    """
-    is_noisy = (gamma < 1).float()
-    return (squares.mean(dim=(1, 3, 4)) * is_noisy).sum(dim=1) / is_noisy.sum(dim=1)
 
 
 def _broadcast(gamma):

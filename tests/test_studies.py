@@ -94,6 +94,11 @@ def test_cells_say_how_many_runs_diverged():
     assert second == "| b | 1 of 1 diverged | 1 of 1 diverged |"
 
 
+def test_a_table_says_with_what_its_rows_were_made():
+    rows = [{"code": "0123456789ab", "machine": "a CPU", "precision": "fp32"}, {"machine": "a CPU"}]
+    assert lab.made_with(rows) == "Made with precision ?, fp32; machine a CPU; code 0123456789, ?."
+
+
 @pytest.mark.parametrize(
     "p_values, adjusted",
     [
@@ -443,12 +448,14 @@ def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):
     assert numbers_of(tmp_path) == {TWO_ARMS[0]: numbers_of(trained)[TWO_ARMS[0]]}
 
 
-def test_a_study_goes_on_after_a_diverged_run(tmp_path, monkeypatch):
-    def diverge(run):
-        raise UserError("the loss is not finite")
+@pytest.mark.parametrize("diverges", ["train", "sample"])
+def test_a_study_goes_on_after_a_diverged_run(tmp_path, monkeypatch, diverges):
+    def diverge(*args):
+        raise UserError("the loss is not finite, or samples are not finite")
 
-    monkeypatch.setattr(lab.Run, "make_data", lambda run: None)
-    monkeypatch.setattr(lab.Run, "train", diverge)
+    for step in ("make_data", "train"):
+        monkeypatch.setattr(lab.Run, step, lambda run: None)
+    monkeypatch.setattr(lab.Run, diverges, diverge)
     run_miniature(study, tmp_path, "--only", *TWO_ARMS, *SEED)
     losses = [values[""]["val_loss"] for values in numbers_of(tmp_path).values()]
     assert losses == [math.inf, math.inf]
@@ -603,6 +610,8 @@ def test_a_row_without_a_new_task_is_replaced(tmp_path):
     run = lab.Run(tmp_path / "rows.json", about={"seed": 0}, tasks=tasks)
     for seed in (0, 1):
         lab.add_rows(run.out, [{"seed": seed, "values": {"old": {}}}])
+    assert not run.has_row
+    lab.add_rows(run.out, [{"seed": 0, "size": "miniature", "values": tasks}])
     assert not run.has_row
     lab.add_rows(run.out, [{"seed": 0, "values": tasks}], replaces=run.about)
     assert run.has_row

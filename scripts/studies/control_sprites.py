@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import lab
 import positions
+from control import loss_scale
 from lab import Column
 from runtime.cli import UserError, one_line_errors
 from shapes import TABLE
@@ -56,7 +57,7 @@ def make_run(args, name, shift, seed, tasks, table):
         args,
         replace(positions.DATA_SETS["sprites"], name=table, tasks=tasks),
         about={"objective": name, "shift": shift, "seed": seed},
-        flags=f"{TABLE} {ARMS[name]} --gamma-shift {shift}",
+        flags=f"{TABLE} {ARMS[name]} --gamma-shift {shift} --clip-grad {loss_scale(name):g}",
     )
 
 

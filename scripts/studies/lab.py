@@ -148,7 +148,7 @@ def tuned_runs(args, table, cases, main_run):
 def run_study(args, runs, markdown):
     """Run what is missing and write the table of all rows. markdown(rows): its lines."""
     if not runs:
-        fail(f"--seeds {args.seeds[0]}: expected smaller ones")
+        fail(f"--seeds {args.seeds[0]}: these arms have other seeds; remove the flag")
     out = runs[0].out
     if args.list:
         done = sum(run.is_done for run in runs)
@@ -261,7 +261,9 @@ class Run:
     @property
     def has_row(self):
         """Whether the rows have all tasks, which are not measured again."""
-        known = tasks_of(rows_with(self.about, self.rows()))
+        size = self.about.get("size")
+        rows = [row for row in self.rows() if row.get("size") == size]
+        known = tasks_of(rows_with(self.about, rows))
         return bool(known) and self.tasks.keys() <= known.keys()
 
     @property
@@ -365,15 +367,15 @@ class Run:
         began = time.monotonic()
         try:
             ckpt = self.train()
+            for task in self.tasks:
+                if not self.path(task).exists():
+                    self.sample(ckpt, task)
         except UserError as error:
-            if "is not finite" not in str(error):
+            if "not finite" not in str(error):
                 raise
             lost = {"values": {"": {"val_loss": math.inf}} | dict.fromkeys(self.tasks, {})}
             add_rows(self.out, [self.about | self.more | lost], replaces=self.about)
             return
-        for task in self.tasks:
-            if not self.path(task).exists():
-                self.sample(ckpt, task)
         self.more["seconds"] = time.monotonic() - began  # since the last interruption
         if not self.is_scored_last:
             finish([self])
@@ -559,6 +561,17 @@ def mean_cell(values, digits):
     if len(finite) == 1:
         return mean + note
     return f"{mean} ({min(finite):.{digits}f} to {max(finite):.{digits}f}){note}"
+
+
+def made_with(rows):
+    """A sentence: with which precision, on which machines and by which code the rows were made."""
+    kinds = []
+    for name in ("precision", "machine", "code"):
+        values = sorted({row.get(name, "?") for row in rows})
+        if name == "code":
+            values = [commit[:10] for commit in values]
+        kinds.append(f"{name} {', '.join(values)}")
+    return f"Made with {'; '.join(kinds)}."
 
 
 def heading(title, about):

@@ -204,7 +204,7 @@ def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
             "consistency": ["--data-path", videos, *real],
             "prediction": ["--data-path", test],
         },
-        more={"flops": flops} | (more or {}),
+        more={"flops": flops, "precision": lab.PRECISION} | (more or {}),
     )
 
 
