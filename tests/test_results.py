@@ -3,6 +3,7 @@ writes it today.
 """
 
 import csv
+import itertools
 import re
 import shutil
 import subprocess
@@ -59,14 +60,17 @@ def has_full_history():
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "false"
 
 
-def test_the_commits_of_results_exist():
-    codes = {record.get("code", "none") for path in FILES for record in records_of(path)}
-    asked = "".join(f"{code}\n" for code in sorted(codes))
+def test_the_commits_of_results_exist_and_have_the_script_that_made_them():
+    asked = set()
+    for record in itertools.chain.from_iterable(map(records_of, FILES)):
+        script = re.search(r"\S+\.(py|sh)\b", record["command"])
+        asked.add(f"{record['code']}:{script[0]}")
     if has_full_history():  # neither a shallow clone nor an archive
         words = ["git", "-C", str(ROOT), "cat-file", "--batch-check"]
-        done = subprocess.run(words, input=asked, capture_output=True, text=True, check=True)
-        assert all(" commit " in line for line in done.stdout.splitlines())
-    assert len(codes) > 10
+        lines = "\n".join(asked)
+        done = subprocess.run(words, input=lines, capture_output=True, text=True, check=True)
+        assert all(" blob " in line for line in done.stdout.splitlines()), done.stdout
+    assert len(asked) > 10
 
 
 # What scripts write -------------------------------------------------------------------------------
