@@ -146,7 +146,7 @@ def parse_args(words=None):
         "--seed",
         type=NATURAL,
         default=0,
-        help="seed of classifier and of the bootstrap of fvd and fid",
+        help="seed of classifier, of the real clips of census, and of the bootstrap of fvd and fid",
     )
     add(
         "--vae",
@@ -158,7 +158,7 @@ def parse_args(words=None):
         type=NATURAL,
         default=frechet.RESAMPLES,
         help="bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 "
-        "clips); 0 = none",
+        "clips); 0 or 1 = none",
     )
     add = parser.add_argument_group("run").add_argument
     add(
@@ -202,8 +202,10 @@ def check_flags(args):
             f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove "
             "the flag"
         )
-    if os.path.isdir(args.out):
-        raise UserError(f"--out {args.out}: a folder; expected the name of a JSON file")
+    if os.path.isdir(args.out) or not args.out.lower().endswith(".json"):
+        raise UserError(
+            f"--out {args.out}: expected the name of a JSON file, such as {args.metric}.json"
+        )
     has_folder = Path(args.out).name != args.out
     for folder in map(Path, args.samples):
         out = out_path(args, folder)
@@ -236,6 +238,11 @@ def find_real(args, samples, detector):
         continued = samples.about["real"]
         split = continued["split"]
         share = continued["val_fraction"]
+        if "val_fraction" in args.typed and args.val_fraction != share:
+            raise UserError(
+                f"--val-fraction {args.val_fraction}: the samples continue clips of a split by "
+                f"{share}; remove the flag"
+            )
         count = continued["num_clips"]
     elif metric == "classifier":
         num_frames = min(num_frames, classifier.MOST_FRAMES)

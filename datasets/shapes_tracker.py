@@ -141,8 +141,9 @@ class Bounce(NamedTuple):
     shape: str
     axis: int  # 0: horizontal, 1: vertical
     speed: float  # px per frame
-    low: float  # where the centroid turns
-    high: float
+    # where the centroids turn: least and most, as objects have different sizes
+    low: tuple[float, float]
+    high: tuple[float, float]
 
 
 class Truth:
@@ -155,7 +156,8 @@ class Truth:
             self.size = shapes["size"]
             self.videos = list(shapes["videos"].values())
             self.bounces = bool(shapes.get("settings", {}).get("bounce"))
-        except (OSError, ValueError, KeyError) as error:
+            self.classes = {video["class"] for video in self.videos}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path}: not the shapes.json of a Moving Shapes data set ({error!r}); make "
                 "one with datasets/make_moving_shapes.py"
@@ -165,7 +167,7 @@ class Truth:
         """What clips of a class, of this height in px, should show: a Track, or a Bounce."""
         videos = [video for video in self.videos if video["class"] == class_name]
         scale = height / self.size
-        if not videos:
+        if class_name not in self.classes:
             raise UserError(
                 f"{self.path}: no class {class_name}; pass the data set of the training as "
                 "--data-path"
@@ -174,6 +176,10 @@ class Truth:
         def mean(key):
             return float(np.mean([video[key] for video in videos]))
 
+        def span(key):
+            of_videos = [scale * video[key] for video in videos]
+            return min(of_videos), max(of_videos)
+
         first = videos[0]
         speed = scale * mean("speed") * time_scale
         if self.bounces:
@@ -181,8 +187,8 @@ class Truth:
                 shape=first["shape"],
                 axis=AXES.index(first["axis"]),
                 speed=speed,
-                low=scale * mean("low"),
-                high=scale * mean("high"),
+                low=span("low"),
+                high=span("high"),
             )
         return Track(
             direction=first["direction"],
@@ -217,8 +223,8 @@ class Truth:
 def find_truth(args, samples, classes):
     """The Truth for --metric motion, and for prediction of straight motion; else None.
 
-    Raises UserError if Samples are too short, or if a class has no truth (for prediction: one of
-    all `classes`).
+    Raises UserError if Samples are too short, or if a class of theirs or of real clips (`classes`)
+    has no truth.
     """
     exists = Path(args.data_path, "shapes.json").exists()
     if args.metric == "motion" and not exists:
@@ -236,8 +242,7 @@ def find_truth(args, samples, classes):
             f"{samples.place}: bouncing shapes need at least {WINDOW} frames, got "
             f"{samples.num_frames}"
         )
-    names = classes if args.metric == "prediction" else set(samples.names)
-    for name in names:
+    for name in {*classes, *samples.names} - {None}:
         truth(name, samples.image_size, samples.time_scale)
     return truth
 
@@ -466,15 +471,17 @@ def follow(clip, truth):
     path = []
     speeds = []
     first = None
-    for start in range(0, len(clip) - WINDOW + 1, WINDOW):
+    # the last window ends with the clip, so it may overlap the one before
+    starts = [*range(0, len(clip) - WINDOW, WINDOW), len(clip) - WINDOW]
+    for number, start in enumerate(starts):
         try:
             centers, _, shape, color = look(clip[start : start + WINDOW])
             first = color if first is None else first
             if shape != truth.shape or np.linalg.norm(color - first) > MIN_CONTRAST:
                 raise ValueError("another object")
         except ValueError as reason:
-            return {"window": start // WINDOW, "reason": str(reason)}, speeds, False
-        path.append(centers)
+            return {"window": number, "reason": str(reason)}, speeds, False
+        path.append(centers[number * WINDOW - start :])
         steps = np.abs(np.diff(centers[:, truth.axis]))
         speeds.append(float(np.median(steps)) / truth.speed)
     return None, speeds, turns_are_right(np.concatenate(path), truth, clip.shape[1] / 16)
@@ -489,10 +496,11 @@ def turns_are_right(centers, truth, unit):
 
     path = centers[:, truth.axis]
     near = NEAR * unit
-    is_right = truth.low - near <= path.min() and path.max() <= truth.high + near
-    for sign, border in ((1, truth.high), (-1, truth.low)):
+    is_right = truth.low[0] - near <= path.min() and path.max() <= truth.high[1] + near
+    for sign, (least, most) in ((1, truth.high), (-1, truth.low)):
         peaks, _ = find_peaks(sign * path, prominence=near)  # less is jitter
-        is_right = is_right and (np.abs(path[peaks] - border) <= near).all()
+        turns = path[peaks]
+        is_right = is_right and (turns >= least - near).all() and (turns <= most + near).all()
     across = centers[:, 1 - truth.axis].std()
     return bool(is_right and across <= ACROSS * unit)
 

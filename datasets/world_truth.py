@@ -10,7 +10,8 @@ drifts to another world is right as long as it obeys the rules there:
 - determined: the tiles that the frame before and the action determine. The place that the agent has
   left is grass.
 - moved, blocked, stayed: transitions in which an action should move the view; does not, because of
-  water or a tree; or is "stay". A transition is right if no other move explains more tiles.
+  water or a tree; or is "stay". A transition is right if its move explains more tiles than
+  any other.
   Transitions that look the same for two moves do not count.
 - neighbors, shares: how far the pairs of neighboring tiles, and the kinds of tiles, are from those
   of the real frames for the same actions (half of the sum of absolute differences).
@@ -24,9 +25,11 @@ The truth, world.npz, has maps and positions. So the real frames are drawn for a
 are made of them: each must lose what it lacks.
 """
 
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -87,7 +90,15 @@ class Truth:
                 self.maps = arrays["maps"].astype(int)
                 self.positions = arrays["positions"].astype(int)
                 self.agents = arrays["agents"].astype(int)
-        except (OSError, ValueError, KeyError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            BadZipFile,
+            zlib.error,
+        ) as error:
             raise UserError(
                 f"--metric world: {self.path} can't be read ({error!r}); make the data set with "
                 "datasets/make_world.py"

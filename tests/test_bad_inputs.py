@@ -340,7 +340,7 @@ evaluate: evaluate --metric=motion --samples=samples --data-path videos --out ne
         --metric nearest --vae v => needs no VAE
         --out file/a.json | --out no/such/../../file/a.json => is not a writable folder
         --cache file/a => is not a writable folder
-        --out empty => a folder
+        --out empty | --out a.png => the name of a JSON file, such as motion.json
         --data-path empty => no videos found
         --data-path cache => a latent cache; name the folder of its videos
         --metric fvd => --detector; --metric fvd

@@ -274,11 +274,11 @@ def test_real_windows_have_the_frame_interval_of_samples_and_repeat_bit_for_bit(
 def test_corrupt_videos_are_skipped_unless_too_few_remain(data, tmp_path, monkeypatch, capsys):
     corrupt = ["Up/person3.mp4"]
 
-    def read(source, video, frames):
+    def decode(source, video):
         if video.path in corrupt:
             raise UnreadableError(video.path)
 
-    record_calls(monkeypatch, Files, "read", read)
+    record_calls(monkeypatch, Files, "decode", decode)
     flags = [*FLAGS, data, "--classifier-steps", 2, "--samples", make_samples(tmp_path / "s")]
     made = run(tmp_path / "c.json", *flags)
     assert made["real"]["bad_videos"] == corrupt and made["result"]["real"]["clips"] == 5

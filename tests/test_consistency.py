@@ -76,6 +76,14 @@ def test_the_statistics_of_a_frame_are_mean_contrast_and_sharpness():
     assert change.tolist() == pytest.approx([((93**2 + 7**2) / 2 / 3 + 7**2 * 2 / 3) ** 0.5])
 
 
+def test_frames_with_the_same_pixels_in_other_places_have_no_deviation():
+    pixels = (255 * random(8 * 8, 3)).byte()
+    orders = [torch.randperm(64, generator=torch.Generator().manual_seed(n)) for n in range(90)]
+    real = torch.stack([pixels[order].reshape(8, 8, 3) for order in orders]).reshape(10, 9, 8, 8, 3)
+    found = consistency.summarize(measure_all(real // 2), measure_all(real), 4)
+    assert found["drift"]["contrast red"]["drift"] is None
+
+
 @pytest.mark.parametrize("patch", [2, 3])
 def test_jumps_at_borders_set_the_seam_score_and_other_jumps_do_not(patch):
     place = (torch.arange(23) + 1) % patch

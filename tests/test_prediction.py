@@ -14,11 +14,11 @@ from scipy.special import stdtrit
 from skimage.metrics import structural_similarity
 
 from sample_folders import FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
-from scoring import prediction, sources
-from scoring.plots import plot_prediction
+from scoring import plots, prediction, sources
 from scoring.stats import psnr
 from test_shapes_tracker import noisy
 from tiny_data import write_npz
+from video.writers import write_mp4
 
 
 def test_prediction_scores_equal_their_definitions():
@@ -123,8 +123,17 @@ def test_predictions_of_one_unit_have_no_interval_and_a_plot(tmp_path):
         assert len(intervals) == 12 and set(intervals.values()) == {None}
         assert result["psnr_by_frame"]["half95"] == [None, None]
         place = tmp_path / f"{count}.png"
-        plot_prediction(place, result | {"predicted_frames": [1, 2]}, 3, prediction.KINDS)
+        plots.plot_prediction(place, result | {"predicted_frames": [1, 2]}, 3, prediction.KINDS)
         assert place.stat().st_size > 1000
+
+
+def test_bins_of_evaluations_are_equally_wide(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    plots.plot_evaluations(tmp_path / "e.png", np.arange(75), budget=74)
+    (axes,) = figures[0].axes
+    assert {(bar.get_width(), bar.get_height()) for bar in axes.patches[:-1]} == {(2, 2)}
+    plots.plt.close(figures[0])
 
 
 # Sample folders that continue real clips ----------------------------------------------------------
@@ -156,6 +165,24 @@ def stops(clip, number):
         clip[2:6] = clip[1]
         clip[7] = clip[6]
     return clip
+
+
+def test_a_given_clip_has_its_own_time_between_frames(shapes, tmp_path):
+    given = [{"source": "x", "frames": "0", "time_scale": seconds} for seconds in (0.04, 0.08)]
+    folder = write_predictions(tmp_path / "s", shapes, stops, count=1, time_scale=0.05)
+    about = json.loads((folder / "samples.json").read_text())
+    (folder / "samples.json").write_text(json.dumps(about | {"given": given}))
+    stream = sources.generated_stream(sources.Samples(folder))
+    assert [seconds for *_, seconds, _ in stream] == [0.04, 0.08]
+
+
+def test_a_note_says_where_real_frames_are_further_apart_or_closer(tmp_path, capsys):
+    (tmp_path / "A").mkdir()
+    for number, fps in enumerate((25, 25, 50)):
+        write_mp4(tmp_path / f"A/{number}.mp4", np.zeros((8, 16, 16, 3), np.uint8), fps)
+    sources.find_real(tmp_path, "all", 0.05, 4, 1 / 25, 16)
+    text = "frames are 0.02 to 0.02 s apart in 1 of 3 real videos, generated frames 0.04 s"
+    assert text in capsys.readouterr().out
 
 
 def flags_of(folder, data):

@@ -173,8 +173,13 @@ def test_the_truth_of_shapes_json_is_scaled_to_the_clip(shapes, tmp_path):
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
     assert truth.area == pytest.approx(math.pi * 2.88**2)
-    error = error_of(shapes_tracker.Truth, tmp_path)
-    assert "shapes.json: not the shapes.json of a Moving Shapes data set" in error
+    about = json.loads((shapes / "shapes.json").read_text())
+    others = [[], about | {"videos": []}, about | {"settings": None}, about | {"videos": {"a": {}}}]
+    for other in (None, *others):
+        if other is not None:
+            (tmp_path / "shapes.json").write_text(json.dumps(other))
+        error = error_of(shapes_tracker.Truth, tmp_path)
+        assert "shapes.json: not the shapes.json of a Moving Shapes data set" in error
 
 
 def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
@@ -244,6 +249,17 @@ def draw(video, **changes):
     return drawing.draw_clip(video | changes, 32, 160)
 
 
+def test_objects_of_different_sizes_turn_at_different_places(tmp_path):
+    _, videos = plan(*BOUNCING.split(), *["--radius", "0.1", "0.19"])
+    about = {"size": 32, "videos": videos, "settings": {"bounce": True}}
+    (tmp_path / "shapes.json").write_text(json.dumps(about))
+    truth = shapes_tracker.Truth(tmp_path)
+    for video in videos.values():
+        expected = truth(video["class"], 32, 1 / 25)
+        lost, _, turns = shapes_tracker.follow(draw(video), expected)
+        assert turns and not lost
+
+
 @pytest.mark.parametrize("video", VIDEOS[::2])
 def test_bouncing_shapes_move_like_a_ball_between_two_walls(video):
     step = video["speed"] / drawing.FPS
@@ -271,6 +287,8 @@ def test_true_bouncing_clips_have_one_object_the_right_speed_and_right_turns(fol
         lost, speeds, turns = follow(draw(video, path=path), video)
         assert lost is None and turns and len(speeds) == 10
         assert jitter or speeds == pytest.approx([1.0] * 10, abs=0.06)
+        lost, speeds, turns = follow(draw(video, path=path)[:150], video)
+        assert lost is None and turns and len(speeds) == 10  # the last two windows overlap
 
 
 def switched(video, frame, **changes):
@@ -292,6 +310,10 @@ SPOILED = {  # a clip of a video, the window in which it is lost
     "nothing": (
         lambda video: np.concatenate([draw(video)[:32], np.zeros((128, 32, 32, 3), np.uint8)]),
         2,
+    ),
+    "nothing at the end": (
+        lambda video: np.concatenate([draw(video)[:149], np.zeros((1, 32, 32, 3), np.uint8)]),
+        9,
     ),
     "turns early": (lambda video: draw(video, path=early_turns(video)), -1),
     "leaves": (
@@ -320,7 +342,14 @@ def test_spoiled_bouncing_clips_are_recognized(follow, kind):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "is_right"), [(2, 8, True), (0, 8, False), (2, 10, False), (4, 8, False)]
+    ("low", "high", "is_right"),
+    [
+        ((2, 2), (8, 8), True),
+        ((0, 0), (8, 8), False),
+        ((2, 2), (10, 10), False),
+        ((4, 4), (8, 8), False),
+        ((0, 2), (8, 10), True),  # of objects of different sizes
+    ],
 )
 def test_turns_are_the_extremes_of_a_path_despite_jitter(low, high, is_right):
     path = np.array([3, 2.6, 3.1, 5, 4.6, 8, 7.6, 8.2, 8.1, 6, 2, 2.5, 1.8, 2, 4.0])

@@ -151,3 +151,6 @@ def test_an_interval_is_around_the_value_that_is_printed_beside_it():
     assert low < mean < high and mean == pytest.approx(0.91)
     low, high = stats.mean_interval(hits.double().numpy(), videos)
     assert (low + high) / 2 == pytest.approx(0.91)
+    errors = torch.where(hits, 0.5, 1.0)
+    low, high = stats.ratio_interval(operator.truediv, (errors, hits + 1.0), (videos, videos))
+    assert low < errors.mean() / (hits + 1.0).mean() < high

@@ -382,6 +382,21 @@ def test_samples_that_have_no_truth_are_refused(made, held_out, tmp_path, capsys
     refused(capsys, tmp_path / "x.json", *flags, words=words)
 
 
+def test_a_damaged_truth_and_another_split_are_refused(made, held_out, tmp_path, capsys):
+    out, _ = made
+    folder = sampled(made, held_out, tmp_path / "samples")
+    flags = ["--metric", "world", "--samples", folder, "--data-path"]
+    other = ["--val-fraction", 0.9]
+    refused(
+        capsys, tmp_path / "x.json", *flags, out, *other, words=["--val-fraction 0.9", "remove"]
+    )
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    content = (copy / "world.npz").read_bytes()
+    (copy / "world.npz").write_bytes(content[:-50])
+    words = ["world.npz can't be read", "make_world.py"]
+    refused(capsys, tmp_path / "x.json", *flags, copy, words=words)
+
+
 def test_evaluate_scores_generated_frames_only(made, held_out, tmp_path, capsys):
     out, _ = made
     frames = world_rules.draw(held_out[0])

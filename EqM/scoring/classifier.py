@@ -185,12 +185,13 @@ def read_real(clips, num_workers, corrupt):
 
     def read(video):
         try:
-            frames = clips.source.read(video, range(video.num_frames)).transpose(0, 1)
+            # a few frames at a time: those of a long video may not fit into memory
+            grays = [prepare(clips.source.fit(part)) for part in clips.source.decode(video)]
         except UnreadableError:
             corrupt.append(video.path)
             return None
         return Real(
-            windows=every_window(prepare(frames), clips.num_frames, clips.frame_interval[0]),
+            windows=every_window(torch.cat(grays), clips.num_frames, clips.frame_interval[0]),
             label=clips.classes.index(video.class_name),
             group=unit_of(video.path),
             video=video,

@@ -1,6 +1,7 @@
 """Plots: PNG files, readable at half size: the set-up of all figures, and figures of samples."""
 
 import itertools
+import math
 
 import matplotlib
 import numpy as np
@@ -31,8 +32,8 @@ def save_figure(figure, path):
 def plot_evaluations(path, evaluations, budget):
     """A histogram of the number of evaluations (N,) of each sample, at most `budget`."""
     figure, axes = plt.subplots()
-    edges = np.unique(np.linspace(0, budget + 1, min(budget + 2, 51)).round())
-    axes.hist(evaluations, edges)
+    width = math.ceil((budget + 1) / 50)
+    axes.hist(evaluations, np.arange(0, budget + 1 + width, width))
     axes.axvline(
         evaluations.mean(), color="black", linestyle="--", label=f"mean {evaluations.mean():.1f}"
     )

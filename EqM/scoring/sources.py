@@ -52,6 +52,9 @@ class Samples:
         given = self.about.get("given", ())
         # numbers of frames
         self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(labels)
+        # samples that continue clips of a data set have theirs
+        seconds = [entry.get("time_scale", self.time_scale) for entry in given]
+        self.time_scales = seconds or [self.time_scale] * len(labels)
         self.videos = [entry["source"] for entry in given] or range(len(labels))
         # of the model that guides instead of the class, or None
         self.weak = self.source.get("weak_sha256")
@@ -175,10 +178,12 @@ def find_real(
             f"{plural(longest, 'frame')}; expected at least {span} for {num_frames} frames that "
             f"are {interval} apart; sample fewer frames"
         )
-    if abs(interval / fps - time_scale) > 0.01 * time_scale:
+    distances = [interval / video.fps for video in usable]
+    off = [seconds for seconds in distances if abs(seconds - time_scale) > 0.01 * time_scale]
+    if off:
         say(
-            f"note: real frames are {interval / fps:.3g} s apart, generated frames "
-            f"{time_scale:.3g} s"
+            f"note: frames are {min(off):.3g} to {max(off):.3g} s apart in {len(off)} of "
+            f"{plural(len(usable), 'real video')}, generated frames {time_scale:.3g} s"
         )
     clips = Clips(
         source=source,
@@ -230,7 +235,7 @@ def generated_stream(samples):
             index,
             np.array(samples.clips[index]),
             samples.names[index],
-            samples.time_scale,
+            samples.time_scales[index],
             samples.videos[index],
         )
 

@@ -14,6 +14,7 @@ results/studies/statistics/coverage.md shows how often these intervals hold the 
 import itertools
 import math
 import re
+from collections import Counter
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -194,14 +195,19 @@ def ratio_interval(ratio, values, videos, *key):
     """The 95% interval of ratio(means of generated clips, means of real clips), by a bootstrap.
 
     values: of generated clips (N, ...) and of real clips (M, ...); videos: those of both. The key
-    seeds the bootstrap. None for fewer than FEWEST units.
+    seeds the bootstrap, which draws units with all their clips. None for fewer than FEWEST units.
     """
-    generated, real = map(by_unit, values, videos)
-    if min(len(generated), len(real)) < FEWEST:
-        return None
-    means = bootstrap(generated, *key, "generated")
-    real_means = bootstrap(real, *key, "real")
-    return interval95(ratio(means, real_means))
+    means = []
+    for of_kind, of_videos, kind in zip(values, videos, ("generated", "real"), strict=True):
+        units = by_unit(of_kind, of_videos)
+        if len(units) < FEWEST:
+            return None
+        counts = Counter(map(unit_of, of_videos)) or dict.fromkeys(range(len(units)), 1)
+        sizes = torch.tensor([*counts.values()], dtype=torch.float64)
+        sizes = sizes.reshape(-1, *[1] * (units.dim() - 1))
+        sums = bootstrap(units * sizes, *key, kind)
+        means.append(sums / bootstrap(sizes, *key, kind))
+    return interval95(ratio(*means))
 
 
 def bootstrap(units, *key):
