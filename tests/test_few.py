@@ -54,14 +54,14 @@ def test_the_control_is_tuned_as_much_as_the_pairs_on_another_seed():
 
 def test_the_tables_compare_students_with_15_guided_evaluations_of_the_teacher():
     text = "\n".join(few.markdown(main_rows()))
-    compared = text.split("## Differences from the teacher")[1]
+    pairs, control = text.split(", differences")[1:]
     # 16 frames: 1, 2, 4 evaluations; other lengths: 4; healing
-    assert compared.count("pairs minus teacher is -0.9") == 6
-    assert compared.count("independent noise minus teacher is -9.9") == 6
-    assert compared.count("teacher is -11.00 (95%") == 4  # recall and PSNR: 4 - 15
-    assert "pairs minus independent noise is +9.00" in compared
-    assert "16 frames, evaluations 4 (student) and 15 (teacher): pairs minus teacher" in compared
-    assert "second round" not in compared  # it has no rows
+    assert pairs.count("pairs minus teacher is -0.9") == 6
+    assert control.count("independent noise minus teacher is -9.9") == 6
+    assert text.count("teacher is -11.00 (95%") == 4  # recall and PSNR: 4 - 15
+    assert control.count("independent noise minus pairs is -9.00") == 6
+    assert "- 16 frames, 4 evaluations: pairs minus teacher" in pairs
+    assert "Second round" not in text  # it has no rows
     assert "| pairs | 94.1 (94.0 to 94.2) |" in text
     assert text.count("| teacher | 95.0 (95.0 to 95.0) |") == 3
     assert "| pairs | 2 | 3 | 90.0 |" in "\n".join(few.tuning_markdown(tuning_rows(best=5)))
@@ -93,7 +93,8 @@ def test_selected_pairs_keep_the_noise_of_their_samples_and_real_clips_cover_the
     rows = [row for row in range(12) if row not in (3, 7)]
     assert list(pairs.values()) == [(1000, row, 16) for row in rows]
     covered = few.recall(folder, shapes, 12)
-    assert covered == pytest.approx(11 / 12)  # all but the black clip
+    # the black clip does not count, so a place of the others may have a larger share
+    assert 11 / 12 <= covered < 1
 
 
 def test_a_miniature_of_the_study_trains_tunes_and_measures_students(

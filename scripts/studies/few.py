@@ -8,7 +8,12 @@ follow the recommended curriculum of study.py, and also learn to complete given 
 regions. The other arms change one thing each: see ARMS. The arms "pairs" and "independent noise"
 are tuned with the same configurations; the others take those of "pairs". The endpoints are fixed:
 clips whose direction and shape are both right, by 1, 2 and 4 evaluations of the student without
-guidance, minus 15 guided ones of its teacher.
+guidance, minus 15 guided ones of its teacher. Holm's correction is over the endpoints of an arm, so
+it does not depend on how many arms are done.
+
+"The second round" trains on samples of the students "pairs", so for twice as many steps in all.
+"told" has the settings of "pairs", except that clipping is in units of eqm's gradients (see
+control.py).
 
 A teacher takes about 23 minutes of one core with its samples, a student 10. The script writes
 few.md and .json in results/studies/few, with --tune few_tuning.md and .json. Models, samples and
@@ -29,10 +34,12 @@ import torch
 
 import checkpoint
 import disturb
+from control import loss_scale, without_diverged
 from make_moving_shapes import COLORS
 from runtime.atomic import write_file
 from runtime.cli import UserError, one_line_errors, wrong_input
 from runtime.rng import normal
+from samplers import SOLVERS
 from shapes import (
     BOTH_RIGHT,
     GUIDANCE,
@@ -57,13 +64,18 @@ FRAMES = (16, 24, 32)
 COUNTS = (1, 2, 4, 8, USUAL)  # evaluations
 GIVEN_COUNTS = (4, USUAL)
 MAIN = 4  # evaluations of a student
+CLOSER = (1, 2, MAIN, USUAL)  # evaluations at which recall and copies are measured, too
 CELLS = 3  # recall: rows and columns of start positions
 PAIRS = "pairs"  # the samples of a model that students train on
 CHEAP = "pairs by 8 Euler steps"
 TRACKED = "pairs that the tracker accepts"
 PAIRS_SEED = 1000  # plus the seed of the run: other noise than that of scored samples
+SECOND_SEED = 2000  # the same, of the second round
 REAL_SHARE = 0.3  # of the clips
-PASSES = {PAIRS: 2 * USUAL, TRACKED: 2 * USUAL, CHEAP: 2 * 8}  # of the network, for a sample
+# passes of the network for a sample of a teacher, and of a student
+PASSES = {PAIRS: 2 * USUAL, TRACKED: 2 * USUAL, CHEAP: 2 * 8}
+PASSES_AGAIN = 8
+TOLD = f"--clip-grad {loss_scale('told-w'):g}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Arm:
 
 TEACHERS = {
     "teacher": Teacher(f"{SKILLS} --gamma-shift 1", PATH_LENGTH),
-    "told teacher": Teacher("--forcing 0.5 --objective told-w --gamma-shift 1", "heun"),
+    "told teacher": Teacher(f"--forcing 0.5 --objective told-w --gamma-shift 1 {TOLD}", "heun"),
 }
 ARMS = {
     "pairs": Arm(),
@@ -93,9 +105,8 @@ ARMS = {
     "no pure noise": Arm("--pure-noise 0"),
     "cheap pairs": Arm(pairs=CHEAP),
     "second round": Arm(teacher="pairs"),
-    "told": Arm(teacher="told teacher"),
+    "told": Arm(TOLD, teacher="told teacher"),
 }
-CONTROLLED = ("pairs", "independent noise")
 TUNED = [name for name, arm in ARMS.items() if arm.tuned_as == name]
 TUNING_SEEDS = (100,)
 
@@ -153,7 +164,7 @@ class Model(lab.Run):
         usual = task_of(16, USUAL)
         if usual in values:  # not in tuning
             _, test = self.data
-            for task in (task_of(16, MAIN), usual):
+            for task in [task_of(16, count) for count in CLOSER if count in COUNTS]:
                 values[task]["recall"] = recall(self.path(task).parent, test, self.num_clips)
             values[disturb.LEFT] = heal(self, self.path(usual).parent)
         return row
@@ -165,11 +176,16 @@ class Student(Model):
 
     teacher: Model | None = None
     pairs: str = PAIRS
-    cost: float = 0.0  # FLOPs of pairs and training over those of the teacher's training
+    cost: float = 0.0  # FLOPs of all pairs and students over those of the teacher's training
 
     def make_data(self):
         super().make_data()
         with lab.file_lock(self.teacher.folder / "lock"):
+            if self.teacher.checkpoint() is None and self.teacher.has_row:
+                raise UserError(
+                    f"{self.teacher.folder}: the model of a row in {self.teacher.out} is gone; to "
+                    "add arms, train all of them in another folder (--out)"
+                )
             if self.teacher.checkpoint() is None or not self.teacher.is_sampled:
                 self.teacher.run()
             accepted = self.teacher.path(TRACKED).parent
@@ -193,36 +209,45 @@ def scored_tasks(args, way, guidance):
     _, test = data_of(args)
     tasks = {}
     for frames, count in itertools.product(FRAMES, COUNTS):
-        is_short = frames == 16 and count in (MAIN, USUAL)
+        is_closer = frames == 16 and count in CLOSER
+        one = way if count == USUAL else "euler"
         tasks[task_of(frames, count)] = make_task(
-            way if count == USUAL else "euler",
+            one,
             size.clips,
             evaluations=count,
             frames=frames,
             guidance=guidance,
-            more=f"--window {frames}",
-            metrics=("motion", "nearest") if is_short else ("motion",),
+            more=f"--window {frames} {even_steps(one)}",
+            metrics=("motion", "nearest") if is_closer else ("motion",),
         )
     given = f"--given {test} --given-split all --given-frames 0-7 --no-keep-background"
     for count in GIVEN_COUNTS:
+        one = way if count == USUAL else "euler"
         tasks[given_task(count)] = make_task(
-            way if count == USUAL else "euler",
+            one,
             size.clips,
             evaluations=count,
             guidance=guidance,
-            more=given,
+            more=f"{given} {even_steps(one)}",
             metrics=("prediction",),
         )
     return tasks
 
 
+def even_steps(way):
+    """Flags, so that the steps of a solver don't follow the shift of the training, as those of an
+    objective without equilibria would.
+    """
+    return "--solver-shift 1" if way in SOLVERS else ""
+
+
 def add_pairs(args, run, seed, ways):
-    """Let a run make samples to train on. ways: {task: (way, evaluations)}."""
+    """Let a run make samples to train on. ways: {task: (way, evaluations)}; seed: of the noise."""
     for task, (way, evaluations) in ways.items():
         words, _ = make_task(
             way, student_size(args).pairs, evaluations=evaluations, guidance=run.guidance
         )
-        more = f"--seed {PAIRS_SEED + seed} --precision {lab.PRECISION} --batch-size 32"
+        more = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32"
         run.tasks[task] = (words + more.split(), ())
 
 
@@ -236,7 +261,8 @@ def teacher_run(args, name, seed):
         flags=teacher.flags,
     )
     run = Model(**vars(run), num_clips=size_of(args).clips)
-    add_pairs(args, run, seed, {PAIRS: (teacher.way, USUAL), CHEAP: ("euler", 8)})
+    ways = {PAIRS: (teacher.way, USUAL), CHEAP: ("euler", 8)}
+    add_pairs(args, run, PAIRS_SEED + seed, ways)
     return run
 
 
@@ -258,7 +284,7 @@ def model_run(args, name, seed, tuning):
         teacher=model_run(args, ARMS[name].teacher, seed, tuning),
     )
     if name == "pairs":  # the teacher of the second round
-        add_pairs(args, student, seed, {PAIRS: ("euler", 8)})
+        add_pairs(args, student, SECOND_SEED + seed, {PAIRS: ("euler", PASSES_AGAIN)})
     return student
 
 
@@ -294,16 +320,23 @@ def student_run(args, name, number, about, tasks, teacher):
     training += CONFIGURATIONS[number].training_flags().split() + arm.flags.split()
     of_clip = config_of(size_of(args)).training_flops(16)
     flops = steps * BATCH * of_clip
+    passes = PASSES[arm.pairs]
+    cost = 0.0
+    trained = teacher.more["flops"]
+    if isinstance(teacher, Student):
+        passes = PASSES_AGAIN
+        cost = teacher.cost
+        trained = teacher.teacher.more["flops"]
     # a training step takes about three times a pass of the network
-    of_pairs = student_size(args).pairs * PASSES[arm.pairs] * of_clip / 3
-    more = {"settings": asdict(CONFIGURATIONS[number]), "flops": flops}
+    of_pairs = student_size(args).pairs * passes * of_clip / 3
+    more = run.more | {"settings": asdict(CONFIGURATIONS[number]), "flops": flops}
     return Student(
         **vars(run) | {"training": training, "last_step": last_step, "more": more},
         guidance=1.0,
         num_clips=size_of(args).clips,
         teacher=teacher,
         pairs=arm.pairs,
-        cost=(flops + of_pairs) / teacher.more["flops"],
+        cost=cost + (flops + of_pairs) / trained,
     )
 
 
@@ -391,7 +424,10 @@ def overlap(places, real):
 
 
 def recall(folder, test, num_clips):
-    """How much of the colors and start positions of real clips the samples in a folder cover."""
+    """How much of the colors and start positions of real clips the samples in a folder cover.
+
+    Samples that do not show one object do not count, so this is not another accuracy.
+    """
     _, clips, _ = read_samples(f"{folder}", folder)
     size = clips.shape[2]
     source = open_source(str(test), size)
@@ -404,7 +440,8 @@ def recall(folder, test, num_clips):
         stream="recall",
     )
     real = [stream[index]["clip"].permute(1, 2, 3, 0).numpy() for index in range(num_clips)]
-    return overlap((places_of(clips), len(clips)), (places_of(real), len(real)))
+    places = places_of(clips)
+    return overlap((places, max(1, places.total())), (places_of(real), len(real)))
 
 
 # Tuning -------------------------------------------------------------------------------------------
@@ -473,26 +510,37 @@ def markdown(rows):
             columns.append(lab.Column(f"{count}", "both_accuracy", task=task_of(frames, count)))
         lines += [f"## {frames} frames, by evaluations", "", *lab.arm_table(rows, arms, columns)]
     lines += [f"## Other endpoints, {MAIN} evaluations", "", *lab.arm_table(rows, arms, OTHERS)]
-    cases = []
-    done = [name for name in ARMS if lab.rows_with(arms[name], rows)]
-    for (what, of_student, of_teacher), name in itertools.product(endpoints(), done):
-        values = {
-            name: lab.by_seed(rows, arms[name], of_student),
-            "teacher": lab.by_seed(rows, arms["teacher"], of_teacher),
-        }
-        cases.append((values, (name, "teacher"), what, 2))
-    values = lab.by_arm(rows, arms, right_at(16, MAIN))
-    cases.append((values, CONTROLLED, f"16 frames, {MAIN} evaluations", 2))
-    return [*lines, "## Differences from the teacher", "", *lab.compare(cases)]
+    for name in [name for name in ARMS if lab.rows_with(arms[name], rows)]:
+        lines += [f"## {name.capitalize()}, differences", ""]
+        teacher = ARMS[name].teacher if ARMS[name].teacher in TEACHERS else "teacher"
+        cases = []
+        of_pairs = []
+        for what, of_student, of_teacher in endpoints():
+            values = {
+                name: share_by_seed(rows, arms[name], of_student),
+                teacher: share_by_seed(rows, arms[teacher], of_teacher),
+                "pairs": share_by_seed(rows, arms["pairs"], of_student),
+            }
+            cases.append((values, (name, teacher), what, 2))
+            of_pairs.append((values, (name, "pairs"), what, 2))
+        lines += [f"Teachers with {USUAL} evaluations:", "", *lab.compare(cases), ""]
+        if name != "pairs":
+            lines += ["Students with as many:", "", *lab.compare(of_pairs), ""]
+    return lines
+
+
+def share_by_seed(rows, about, column):
+    """lab.by_seed, but no clip of a model that diverged is right."""
+    values = {"": lab.by_seed(rows, about, column)}
+    return (without_diverged(values) if column.value == BOTH_RIGHT.value else values)[""]
 
 
 def endpoints():
     """[(what is compared, the student's Column, the teacher's Column)]"""
     compared = []
     for frames, count in ((16, 1), (16, 2), (16, MAIN), (24, MAIN), (32, MAIN)):
-        what = f"{frames} frames, evaluations {count} (student) and {USUAL} (teacher)"
-        compared.append((what, right_at(frames, count), right_at(frames, USUAL)))
-    what = f"evaluations {MAIN} (student) and {USUAL} (teacher)"
+        compared.append((task_of(frames, count), right_at(frames, count), right_at(frames, USUAL)))
+    what = f"{MAIN} evaluations"
     compared.append((f"{GAIN.title}, {what}", GAIN, GAIN.of(given_task(USUAL))))
     compared.append((HEALS.title, HEALS, HEALS))
     compared.append((f"{RECALL.title}, {what}", RECALL, RECALL.of(task_of(16, USUAL))))
