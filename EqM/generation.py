@@ -284,11 +284,18 @@ class Stream:
         if model.config.learns.is_told:
             told["gamma"] = torch.ones(len(y), device=self.device)
         self.cache.rows = slice(None)
+        kept = [dict(vars(block)) for block in self.cache.blocks]
         self.cache.fills = True
-        # a compiled graph that fills a cache would serve one pass per patch
-        with distributed.autocast(self.device, self.precision), model.without_graphs():
-            model(latents, y, time_scale, cache=self.cache, **told)
-        self.cache.fills = False
+        try:
+            # a compiled graph that fills a cache would serve one pass per patch
+            with distributed.autocast(self.device, self.precision), model.without_graphs():
+                model(latents, y, time_scale, cache=self.cache, **told)
+        except BaseException:  # such as Ctrl+C, after which a program may repeat the step
+            for block, values in zip(self.cache.blocks, kept, strict=True):
+                vars(block).update(values)
+            raise
+        finally:
+            self.cache.fills = False
         self.num_patches += 1
 
 

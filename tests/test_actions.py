@@ -23,7 +23,7 @@ from test_generation import make_plan
 from test_models import TINY, clip, distance, randomized
 from tiny_data import random_checkpoint
 from tiny_videos import clips_of, frame_indices_of
-from training import ROOT, record_calls, refused, run_main, sample_here
+from training import ROOT, error_of, record_calls, refused, run_main, sample_here
 from vae import VAE
 from validation import GOLDEN_RATIO
 from video.actions import NO_ACTION, find_sequences, open_actions, parse_spans
@@ -273,6 +273,19 @@ def test_spans_and_files_give_sequences(tmp_path):
     np.save(tmp_path / "rows.npy", np.array([[0, -1], [1, 2]]))
     words = [str(tmp_path / "lines.txt"), "right*2", str(tmp_path / "rows.npy")]
     assert find_sequences(words, NAMES).tolist() == [[1, 1], [0, 2], [2, 2], [0, -1], [1, 2]]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (2, 0)])
+def test_a_file_without_actions_is_refused(tmp_path, shape):
+    np.save(tmp_path / "rows.npy", np.zeros(shape, np.int64))
+    error = error_of(find_sequences, [str(tmp_path / "rows.npy")], NAMES)
+    assert "--actions: has no actions" in error
+
+
+def test_actions_of_videos_with_a_variable_frame_rate_are_refused(tmp_path):
+    root = write_world(tmp_path / "world")
+    videos = [replace(video, varies=True) for video in with_actions(root).videos()]
+    assert "1.mkv has a variable frame rate" in error_of(open_actions, root, videos[1:])
 
 
 def test_actions_start_after_the_given_frames_and_set_the_length(run, world, tmp_path):

@@ -284,6 +284,28 @@ def test_a_stream_follows_the_guided_field_of_a_pass_over_all_frames():
         clean[:, :, frames] = latents
 
 
+def test_a_step_of_a_stream_that_was_interrupted_can_be_repeated(monkeypatch):
+    model = network()
+    plan = plan_of(model, count=1, num_frames=8)
+    few = {"method": "gd", "num_steps": 2, "step_size": 0.1}
+    stream, other = (Stream(plan, [0], SETTINGS | few) for _ in range(2))
+    assert stream.step(None).equal(other.step(None))
+    last = model.blocks[-1]
+    forward = last.forward
+
+    def interrupt(*args, **kwargs):
+        if stream.cache.fills:  # the other blocks have kept the patch
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            stream.step(None)
+    for _ in range(2):
+        assert stream.step(None).equal(other.step(None))
+
+
 def test_samples_of_a_stream_stop_without_a_change_to_the_others():
     model = network()
     plan = plan_of(model, count=4, num_frames=8)

@@ -116,6 +116,9 @@ def test_a_gif_lasts_as_long_as_the_video_unless_browsers_slow_it_down(tmp_path,
     frames, delays = read_gif(tmp_path / "static.gif")  # equal frames may be stored as one
     assert sum(delays) == 400
     assert (frames == 77).all()
+    write_gif(tmp_path / "slow.gif", levels([[77] * 64])[0], fps=0.001)
+    _, delays = read_gif(tmp_path / "slow.gif")
+    assert 600_000 < sum(delays) <= 655_350  # the longest delay
 
 
 def test_a_gif_is_exact_if_no_frame_has_more_than_256_colors(tmp_path):

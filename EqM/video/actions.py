@@ -108,6 +108,12 @@ def open_actions(root, videos):
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{prefix}: its {ACTIONS_FILE} is wrong: {error}; change it") from error
     for video in videos:
+        if video.varies:
+            raise UserError(
+                f"{prefix}: {video.path} has a variable frame rate, so its frames have no "
+                "actions of their own; convert it (ffmpeg -i FILE -fps_mode cfr FILE.mp4), with an "
+                "action for each new frame"
+            )
         try:
             read_actions(actions_path(root, video), video.num_frames, names)
         except FileNotFoundError as error:
@@ -200,6 +206,8 @@ def find_sequences(words, names):
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"--actions {word}: {reason}") from error
     lengths = sorted({len(row) for row in rows})
+    if lengths in ([], [0]):
+        raise UserError(f"--actions: has no actions; expected spans such as {names[0]}*8")
     if len(lengths) > 1:
         raise UserError(
             f"--actions: sequences of {' and '.join(map(str, lengths))} actions; expected the same "

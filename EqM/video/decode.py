@@ -29,7 +29,7 @@ def find_keyframes(file, num_frames):
     times = []
     keyframes = []
     latest = -float("inf")
-    stream = file.streams.video[0]
+    stream = file.streams.best("video")
     is_avi = file.format.name == "avi"
     codec = stream.codec_context.name
     if codec not in (AVI_CODECS if is_avi else CODECS):
@@ -62,7 +62,7 @@ def decode_from(file, keyframe, height, width):
     # waiting: a heap of the time stamps whose frames have not come out yet
     waiting = []
     graph = None
-    stream = file.streams.video[0]
+    stream = file.streams.best("video")
     context = stream.codec_context
     if context.width * context.height != height * width:
         raise ValueError("the size has changed since the scan")

@@ -239,7 +239,8 @@ def split_videos(root, videos, val_fraction):
 
     Raises UserError if there are fewer than two videos. UCF-101's first list makes the split if it
     is in or beside ROOT and names some but not all of these videos. Without it, a hash of
-    Class/stem does: videos that are added, removed or converted do not move others to another part.
+    Class/stem does: videos that are added, removed or converted do not move others to another part,
+    unless so few are there that only the one with the lowest hash validates.
     """
     if len(videos) < 2:
         raise UserError(

@@ -32,6 +32,7 @@ from video.drawing import (
 MAX_ROWS = 16  # most videos on a sheet
 MAX_COLUMNS = 32  # most frames of a video on a sheet
 GIF_FRAMES = 64  # most frames in the GIF of a long video
+MOST_DELAY = 65_535  # of a GIF, in 1/100 s
 # Most videos whose mp4s grow with each part. Each of them takes an open file and an encoder.
 MOST_GROWING = 16
 PALETTE_PIXELS = 2**14  # random pixels of a video, from which its GIF gets a palette
@@ -207,10 +208,12 @@ def write_gif(path, video, fps):
     Colors are exact if no frame has more than 256. Otherwise all frames share a palette without
     dithering: faster than a palette per frame, and no pixel flickers that keeps its color. Delays
     are in 1/100 s, so at 30 fps they alternate between 3 and 4. Browsers slow down delays below 2,
-    so above 50 fps the GIF plays slower.
+    so above 50 fps the GIF plays slower. The longest delay is 655 s, and Pillow adds up those of
+    equal frames, so a GIF that would last longer may play faster.
     """
     ends = np.round(np.arange(len(video) + 1) * 100 / fps)
-    delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
+    longest = max(2, MOST_DELAY // len(video))
+    delays = np.clip(np.diff(ends), 2, longest).astype(int) * 10  # ms
     frames = [Image.fromarray(frame) for frame in enlarge(video)]
     if any(frame.getcolors(256) is None for frame in frames):  # None: more than 256 colors
         pixels = video.reshape(-1, 3)
