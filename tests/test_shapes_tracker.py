@@ -250,7 +250,7 @@ def draw(video, **changes):
 
 
 def test_objects_of_different_sizes_turn_at_different_places(tmp_path):
-    _, videos = plan(*BOUNCING.split(), *["--radius", "0.1", "0.19"])
+    _, videos = plan(*BOUNCING.split(), "--radius", "0.1", "0.19")
     about = {"size": 32, "videos": videos, "settings": {"bounce": True}}
     (tmp_path / "shapes.json").write_text(json.dumps(about))
     truth = shapes_tracker.Truth(tmp_path)
