@@ -10,9 +10,8 @@ drifts to another world is right as long as it obeys the rules there:
 - determined: the tiles that the frame before and the action determine. The place that the agent has
   left is grass.
 - moved, blocked, stayed: transitions in which an action should move the view; does not, because of
-  water or a tree; or is "stay". A transition is right if its move explains more tiles than
-  any other.
-  Transitions that look the same for two moves do not count.
+  water or a tree; or is "stay". A transition is right if its move explains more tiles than any
+  other. Transitions that look the same for two moves do not count.
 - neighbors, shares: how far the pairs of neighboring tiles, and the kinds of tiles, are from those
   of the real frames for the same actions (half of the sum of absolute differences).
 - remembered: of the tiles that come back into view, the share that shows the same kind as before.

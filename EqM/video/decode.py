@@ -29,7 +29,7 @@ def find_keyframes(file, num_frames):
     times = []
     keyframes = []
     latest = -float("inf")
-    stream = file.streams.best("video")
+    stream = _video_stream(file)
     is_avi = file.format.name == "avi"
     codec = stream.codec_context.name
     if codec not in (AVI_CODECS if is_avi else CODECS):
@@ -54,6 +54,14 @@ def find_keyframes(file, num_frames):
     return [[numbers[time], time, seek_time] for time, seek_time in keyframes]
 
 
+def _video_stream(file):
+    """The video stream that players choose. Raises ValueError if a container has none."""
+    stream = file.streams.best("video")
+    if stream is None:
+        raise ValueError("no video stream")
+    return stream
+
+
 def decode_from(file, keyframe, height, width):
     """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8
     (height, width, 3).
@@ -62,7 +70,7 @@ def decode_from(file, keyframe, height, width):
     # waiting: a heap of the time stamps whose frames have not come out yet
     waiting = []
     graph = None
-    stream = file.streams.best("video")
+    stream = _video_stream(file)
     context = stream.codec_context
     if context.width * context.height != height * width:
         raise ValueError("the size has changed since the scan")

@@ -21,7 +21,6 @@ in its folder runs (see lab.py). control_sprites.py repeats three of the arms on
 """
 
 import itertools
-import math
 import random
 import statistics
 import time
@@ -41,6 +40,7 @@ from shapes import (
     data_of,
     draw_lengths,
     make_task,
+    scores_by_seed,
     shapes_run,
     size_of,
 )
@@ -366,9 +366,9 @@ def markdown(rows):
     gains = {f"{task}: {PSNR_GAIN.title}": PSNR_GAIN.of(task) for task in GIVEN}
     values = {}
     for title, column in (columns | gains).items():
-        values[title] = lab.by_arm(rows, abouts, column)
-        if column.value == BOTH_RIGHT.value:
-            values[title] = without_diverged(values[title])
+        values[title] = {}
+        for name, about in abouts.items():
+            values[title][name] = scores_by_seed(rows, about, column)
     for frames in PRIMARY_FRAMES:
         if by_solver := values.get(solver_task(frames)):
             for name, usual in values[frames_task(frames)].items():
@@ -382,16 +382,6 @@ def markdown(rows):
     secondary += itertools.product(gains, FORCED_PAIRS)
     lines += ["## Co-primary endpoints", "", *compare(values, primary), "", *equality(values), ""]
     return [*lines, "## Secondary", "", *compare(values, secondary)]
-
-
-def without_diverged(values):
-    """{arm: {seed: share}} with 0 for NaN: no clip of a model that diverged is right."""
-    shares = {}
-    for name, of_seed in values.items():
-        shares[name] = {
-            seed: 0.0 if math.isnan(share) else share for seed, share in of_seed.items()
-        }
-    return shares
 
 
 def equality(values):

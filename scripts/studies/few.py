@@ -34,7 +34,7 @@ import torch
 
 import checkpoint
 import disturb
-from control import loss_scale, without_diverged
+from control import loss_scale
 from make_moving_shapes import COLORS
 from runtime.atomic import write_file
 from runtime.cli import UserError, one_line_errors, wrong_input
@@ -48,6 +48,7 @@ from shapes import (
     config_of,
     data_of,
     make_task,
+    scores_by_seed,
     shapes_run,
     size_of,
 )
@@ -517,9 +518,9 @@ def markdown(rows):
         of_pairs = []
         for what, of_student, of_teacher in endpoints():
             values = {
-                name: share_by_seed(rows, arms[name], of_student),
-                teacher: share_by_seed(rows, arms[teacher], of_teacher),
-                "pairs": share_by_seed(rows, arms["pairs"], of_student),
+                name: scores_by_seed(rows, arms[name], of_student),
+                teacher: scores_by_seed(rows, arms[teacher], of_teacher),
+                "pairs": scores_by_seed(rows, arms["pairs"], of_student),
             }
             cases.append((values, (name, teacher), what, 2))
             of_pairs.append((values, (name, "pairs"), what, 2))
@@ -527,12 +528,6 @@ def markdown(rows):
         if name != "pairs":
             lines += ["Students with as many:", "", *lab.compare(of_pairs), ""]
     return lines
-
-
-def share_by_seed(rows, about, column):
-    """lab.by_seed, but no clip of a model that diverged is right."""
-    values = {"": lab.by_seed(rows, about, column)}
-    return (without_diverged(values) if column.value == BOTH_RIGHT.value else values)[""]
 
 
 def endpoints():

@@ -208,6 +208,14 @@ def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
     )
 
 
+def scores_by_seed(rows, about, column):
+    """lab.by_seed, but no clip of a model that diverged is right: such a share is 0, not NaN."""
+    numbers = lab.by_seed(rows, about, column)
+    if column.value != BOTH_RIGHT.value:
+        return numbers
+    return {seed: 0.0 if math.isnan(number) else number for seed, number in numbers.items()}
+
+
 def draw_lengths(path, rows, abouts, tasks):
     """Draw the clips of each length that are right, with 95% intervals over seeds.
 
