@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from runtime.cli import COUNT, SHARE, UserError, flag_text, plural, say
 from runtime.distributed import rank
 from video.actions import NO_ACTION, find_actions
-from video.inputs import find_clips
+from video.inputs import closest_frames, find_clips
 from video.samples import NO_LABEL
 from video.source import check_data_path
 
+SAME_RATE = 0.05  # relative difference of frame rates that does not count
 KEPT_CLIPS = 32  # clips in the memory of a ClipReader
 NOT_FORCED = (
     "was trained without --forcing, or on clips of one temporal patch, which are not forced"
@@ -145,27 +146,38 @@ def set_given_actions(plan, given):
 def recorded_actions(plan, clip, frames):
     """The actions of some frames of a clip, (n,) int64. Raises UserError."""
     none = torch.full((len(frames),), NO_ACTION)
-    path, num_frames, stored = stored_frames(clip, frames, plan.time_scale)
+    path, num_frames, stored, has_same_rate = stored_frames(clip, frames, plan.time_scale)
     try:
         actions = find_actions(path, num_frames, plan.model.config.action_names)
     except (OSError, ValueError) as error:
         raise UserError(f"{clip.flag}: the actions of {path}: {error}; write them again") from error
     if actions is None:
         return none
-    if stored[-1] - stored[0] != frames[-1] - frames[0]:
+    if not has_same_rate:
         say(f"note: {clip.flag}: {path} has another frame rate than the model, so no actions")
         return none
     return torch.tensor(actions[stored])
 
 
 def stored_frames(clip, frames, seconds_per_frame):
-    """(path of a clip's file, its number of frames, the numbers in it of some frames)."""
+    """(path of a clip's file, its number of frames, the numbers in it of some frames, whether
+    these follow each other as the frames do).
+    """
     if isinstance(clip, DrawnClip):
         video, indices, _ = clip.clips.draw(clip.index)
         path = os.path.join(clip.clips.source.root, video.path)
-        return path, video.num_frames, [indices[frame] for frame in frames]
-    num_frames, seconds, _ = clip.open()
-    return clip.path, num_frames, [round(frame * seconds_per_frame / seconds) for frame in frames]
+        num_frames = video.num_frames
+        stored = [indices[frame] for frame in frames]
+        ratio = 1.0  # the model is told the rate of the clip
+    else:
+        path = clip.path
+        num_frames, seconds, _ = clip.open()
+        stored = closest_frames(frames, seconds_per_frame, seconds)
+        ratio = seconds_per_frame / seconds
+    is_as_long = stored[-1] - stored[0] == frames[-1] - frames[0]
+    # two frames at another rate can be as long, by rounding
+    has_same_rate = is_as_long and abs(ratio - 1) < SAME_RATE
+    return path, num_frames, stored, has_same_rate
 
 
 def choose_frames(args, plan, clip):

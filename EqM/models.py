@@ -970,7 +970,10 @@ def add_flags(parser):
         "--context",
         type=COUNT,
         metavar="N",
-        help="frames before its own that a temporal patch sees, if causal; default: a whole clip",
+        help=(
+            "frames before its own that a temporal patch sees, if causal; default: all others of "
+            "the longest clip"
+        ),
     )
     add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
 

@@ -291,16 +291,20 @@ def check_made(args, start, place, made):
         )
 
 
-def attention_settings(args, start, lengths):
-    """{name: value} of the fields of EqMConfig that say which patches see each other.
+def with_attention(config, args, start, lengths):
+    """The EqMConfig with the fields that say which patches see each other. Raises ValueError.
 
     No weight depends on them, so a checkpoint may have others.
     """
     if not args.causal:
-        return {"causal": False, "context": None}
-    trained = start.config["model"].get("context") or 0
-    usual = trained if start.resumes else max(trained, *lengths)
-    return {"causal": True, "context": args.context or usual}
+        return replace(config, causal=False, context=None)
+    usual = start.config["model"].get("context") or 0
+    if not start.resumes:
+        # the last patch of a clip sees all others: with one more, sampling would be new to the model
+        patch = config.temporal_patch_size
+        others = (math.ceil(max(lengths) / patch) - 1) * patch
+        usual = max(usual, others, patch)
+    return replace(config, causal=True, context=args.context or usual)
 
 
 def make_config(args, vae, start, lengths):
@@ -316,8 +320,7 @@ def make_config(args, vae, start, lengths):
         raise UserError(
             f"--image-size {args.image_size}: not a multiple of {unit} (VAE and patch); use {near}"
         )
-    attention = attention_settings(args, start, lengths)
-    flags = {*models.FLAGS, "num_classes"} - attention.keys()
+    flags = {*models.FLAGS, "num_classes"} - {"causal", "context"}
     names = sorted(name for name in flags if getattr(args, name) is not None)
     settings = {name: getattr(args, name) for name in ("num_frames", "use_rope", *names)}
     settings["input_size"] = args.image_size // vae.downsample
@@ -325,14 +328,15 @@ def make_config(args, vae, start, lengths):
     try:
         if start.state is None:
             name_in_error = model
-            config = model_config(model, **settings | attention)
+            config = model_config(model, **settings)
         else:
             name_in_error = start.path
             if args.new_classes and not start.resumes:
                 settings.pop("num_classes", None)
             asked = model_shape(args.model) | settings  # no shape without --model
             saved = checkpoint.config_of(start.origin, start.state, video=args.video, **asked)
-            config = replace(saved, num_frames=args.num_frames, **attention)
+            config = replace(saved, num_frames=args.num_frames)
+        config = with_attention(config, args, start, lengths)
         for num_frames in (*lengths, *args.val_frames):
             config.check_num_frames(num_frames)
     except ValueError as error:

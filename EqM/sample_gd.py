@@ -325,7 +325,7 @@ def write_folder(args, plan, parts, clips):
         videos_of(plan, folder, parts, evaluations, energies),
         plan.num_frames,
         labels=plan.conditions,
-        fps=1 / plan.time_scale,
+        fps=[1 / seconds for seconds in plan.time_scales],
         names=plan.names,
         marked=marked,
         previews=previews,

@@ -63,13 +63,13 @@ def config(**changes):
     return replace(TINY, **settings | changes)
 
 
-def write_world(root, count=4, mirror=MIRROR):
+def write_world(root, count=4, mirror=MIRROR, fps=25):
     """Videos whose frame k is gray 4 k, with random actions. Returns root."""
     root.mkdir()
     (root / "actions.json").write_text(json.dumps({"names": NAMES, "mirror": mirror}))
     for index in range(count):
         frames = np.repeat(np.arange(T, dtype=np.uint8) * 4, 8 * 8 * 3).reshape(T, 8, 8, 3)
-        write_lossless(root / f"{index}.mkv", frames, fps=25)
+        write_lossless(root / f"{index}.mkv", frames, fps)
         actions = np.random.default_rng(index).integers(len(NAMES), size=T)
         np.save(root / f"{index}.actions.npy", actions)
     return root
@@ -313,6 +313,15 @@ def test_given_frames_have_no_actions_without_a_file_and_never_those_of_another_
     os.remove(root / "1.actions.npy")
     _, about = sample_here(checkpoint_of(run), tmp_path / "samples", *flags)
     assert about["actions"][0] == ["none", "none", "none", "left"]
+
+
+def test_given_frames_of_another_rate_have_no_actions(run, tmp_path, capsys):
+    """At 20 frames per second, frames 0 and 1 of the model are closest to frames 0 and 1."""
+    root = write_world(tmp_path / "world", fps=20)
+    flags = ["--given", root / "1.mkv", "--given-frames", "0-1", "--actions", "left"]
+    _, about = sample_here(checkpoint_of(run), tmp_path / "samples", *flags)
+    assert about["actions"][0] == ["none", "none", "left"]
+    assert "has another frame rate than the model, so no actions" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ def only(path):
     [
         (25, 2 / 25, [0, 2, 4, 6]),
         (30, 1 / 25, [0, 1, 2, 4]),  # the nearest in time: 0, 1.2, 2.4, 3.6
+        (12.5, 1 / 25, [0, 1, 1, 2]),  # of two equally close, the later one: 0, 0.5, 1, 1.5
         (10, 1 / 25, [0, 0, 1, 1]),  # a slower video repeats frames: 0, 0.4, 0.8, 1.2
     ],
 )
@@ -194,6 +195,12 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
         assert entry["time_scale"] == pytest.approx(1 / video.fps)
         grays = clip[frames, :, :6].mean(axis=(1, 2, 3))
         assert np.diff(grays) == pytest.approx([4, 4, 20], abs=2)
+    again = find_clips("--given", tmp_path / "s", BOTH)
+    for number, entry in enumerate(about["given"]):
+        movie = only(tmp_path / f"s/{number:06d}.mp4")
+        for one in (movie, again[number]):
+            _, seconds, _ = one.open()
+            assert seconds == pytest.approx(entry["time_scale"], rel=1e-4)
     assert np.array_equal(clips[::2, frames], clips[1::2, frames])
     assert len({entry["source"] for entry in about["given"]}) == 2  # one for two samples
     real = {"split": "val", "val_fraction": 0.6, "num_clips": 2, "samples_per_clip": 2}

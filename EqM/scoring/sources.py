@@ -21,7 +21,7 @@ from video.clips import Clips, collate
 from video.drawing import drawable
 from video.index import split_videos
 from video.loader import batches_of, worker_settings
-from video.samples import class_name, read_samples
+from video.samples import class_name, read_samples, time_scales_of
 from video.source import open_source
 
 # of the start frames of real clips: predictions are compared with the clips they continue
@@ -52,9 +52,7 @@ class Samples:
         given = self.about.get("given", ())
         # numbers of frames
         self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(labels)
-        # samples that continue clips of a data set have theirs
-        seconds = [entry.get("time_scale", self.time_scale) for entry in given]
-        self.time_scales = seconds or [self.time_scale] * len(labels)
+        self.time_scales = time_scales_of(self.about, len(labels))
         self.videos = [entry["source"] for entry in given] or range(len(labels))
         # of the model that guides instead of the class, or None
         self.weak = self.source.get("weak_sha256")

@@ -3,6 +3,7 @@
 Frames are scaled and cropped as in training, and taken at the frame rate of the model's clips.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from runtime.cli import UserError, plural
 from video.files import SUFFIXES, UnreadableError, probe, read_frames, resize_and_crop
 from video.index import list_files
-from video.samples import class_name, read_samples
+from video.samples import class_name, read_samples, time_scales_of
 
 
 @dataclass
@@ -42,7 +43,7 @@ class InputClip:
         Raises UserError.
         """
         num_frames, seconds, read_stored = self.open()
-        closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
+        closest = closest_frames(frames, seconds_per_frame, seconds)
         if closest[-1] >= num_frames:
             raise UserError(
                 f"{self.flag}: {self} has {plural(self.count(seconds_per_frame), 'frame')} of "
@@ -69,6 +70,16 @@ class InputClip:
             return function(*arguments)
         except UnreadableError as error:
             raise UserError(f"{self.flag}: {self} can't be decoded; name another file") from error
+
+
+def closest_frames(frames, seconds_per_frame, stored_seconds):
+    """The numbers of the stored frames that are closest in time to some frames.
+
+    Of two that are equally close, always the later one: at half the rate, every frame then shows
+    twice. `round` would take the even one, so that frames show three times and once in turn.
+    """
+    ratio = seconds_per_frame / stored_seconds
+    return [math.floor(frame * ratio + 0.5 + 1e-6) for frame in frames]  # 1e-6: of rounding
 
 
 def find_clips(flag, path, kinds, cleared=None):
@@ -109,13 +120,15 @@ def find_clips(flag, path, kinds, cleared=None):
 def sampled_clips(flag, path):
     """The samples in a samples.npz. Raises UserError."""
     about, videos, labels = read_samples(flag, os.path.dirname(path))
-    return [
-        InputClip(
+    time_scales = time_scales_of(about, len(videos))
+    clips = []
+    for number, (video, label) in enumerate(zip(videos, labels.tolist(), strict=True)):
+        clip = InputClip(
             flag=flag,
             path=path,
             class_name=class_name(about["classes"], label),
             number=number,
-            stored=(len(video), about["time_scale"], video.__getitem__),
+            stored=(len(video), time_scales[number], video.__getitem__),
         )
-        for number, (video, label) in enumerate(zip(videos, labels.tolist(), strict=True))
-    ]
+        clips.append(clip)
+    return clips

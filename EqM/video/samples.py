@@ -71,6 +71,15 @@ def class_names(classes, labels):
     return [class_name(classes, label) or "none" for label in labels.tolist()]
 
 
+def time_scales_of(about, count):
+    """The seconds per frame of each of `count` samples, by the content of samples.json. Samples
+    that continue clips of a data set have those of their clips.
+    """
+    usual = about["time_scale"]
+    seconds = [entry.get("time_scale", usual) for entry in about.get("given", ())]
+    return seconds or [usual] * count
+
+
 def read_samples(here, folder):
     """(content of samples.json, clips uint8 (N, T, H, W, 3) mapped into memory, labels (N,) int64)
     of a sample folder.

@@ -44,9 +44,10 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
     parts: an iterator, in order, over (numbers of samples, first frame, frames uint8 (n, k, H, W,
     3) from there). Each part is written before the next one is made, and players can show the
     growing mp4s of the first videos.
-    labels: (N,) integers; names and marked: those of `write_sheet`; previews: whether to write
-    GIFs, grid and sheet.
+    labels: (N,) integers; fps: of all videos, or (N,); names and marked: those of `write_sheet`;
+    previews: whether to write GIFs, grid and sheet.
     """
+    rates = np.broadcast_to(fps, len(labels))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     growing = {}  # movies by the numbers of their videos
@@ -59,7 +60,7 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
                 file.seek((number * num_frames + first) * frames[0].size)
                 file.write(np.ascontiguousarray(frames))
                 if first == 0 and not is_last and len(growing) < MOST_GROWING:
-                    growing[number] = growing_mp4(folder / f"{number:06d}.mp4", fps)
+                    growing[number] = growing_mp4(folder / f"{number:06d}.mp4", rates[number])
                 if number in growing:
                     growing[number].add(map(enlarge, frames))
             file.flush()
@@ -69,7 +70,7 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
                 write_videos(
                     folder=folder,
                     videos=videos[numbers[0] :],
-                    fps=fps,
+                    fps=rates[numbers[0] : count],
                     first=numbers[0],
                     gifs=previews,
                     gif_frames=GIF_FRAMES if first else num_frames,
@@ -82,7 +83,7 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
         if not previews:
             return
         if num_frames > 1:
-            write_grid(folder / "grid.gif", videos, fps)
+            write_grid(folder / "grid.gif", videos, float(np.median(rates)))
         write_sheet(
             path=folder / ("sheet.png" if num_frames > 1 else "grid.png"),
             videos=videos,
@@ -105,14 +106,15 @@ def write_grid(path, videos, fps):
 def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growing=()):
     """Write 000000.mp4 (images: .png) and so on, from number `first`.
 
-    gifs: also GIFs of at most gif_frames frames. growing: Movies by number, which have all
+    fps: of all videos, or (N,); gifs: also GIFs of at most gif_frames frames. growing: Movies by number, which have all
     frames already; they are ended and removed.
     """
     folder = Path(folder)
     T = videos.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
     shown = evenly_spaced(T, gif_frames or T)
-    for index, video in enumerate(videos, start=first):
+    rates = np.broadcast_to(fps, len(videos)).tolist()
+    for index, (video, rate) in enumerate(zip(videos, rates, strict=True), start=first):
         if T == 1:
             Image.fromarray(video[0]).save(folder / f"{index:06d}.png")
             continue
@@ -121,9 +123,9 @@ def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growi
             movie.finish()
             movie.file.close()
         else:
-            write_mp4(folder / f"{index:06d}.mp4", video, fps)
+            write_mp4(folder / f"{index:06d}.mp4", video, rate)
         if gifs:
-            gif_fps = fps * len(shown) / T
+            gif_fps = rate * len(shown) / T
             write_gif(folder / f"{index:06d}.gif", video[shown], gif_fps)
 
 
