@@ -94,8 +94,9 @@ class _Sampler:
         with _imports():
             from generation import generate, whole_videos
             from plans import sampling_settings
+            from preflight import check_overlap
 
-            classes = classes or self.classes
+            classes = _listed(classes) or self.classes
             args, plan = self._plan(
                 flags,
                 classes=classes,
@@ -104,6 +105,7 @@ class _Sampler:
                 seed=seed,
                 batch_size=batch_size,
             )
+            check_overlap(args, [plan])
             indices = list(range(args.num_samples))
             parts = generate(
                 plan,
@@ -144,14 +146,16 @@ class _Sampler:
         for name in flags:
             if name not in _FLAGS:
                 raise TypeError(f"{name}: no such argument; expected one of {', '.join(_FLAGS)}")
+        if self.device.type != "cuda":
+            flags = {"precision": "fp32"} | flags  # not the best one of a GPU beside it
         words = list(self.words)
         for name, value in (flags | others | {"num_frames": num_frames, "actions": None}).items():
             if value is not None:
                 words.append(f"--{name.replace('_', '-')}={value}")
         args = parse_args(words, error=_refuse)
         args = args.resolve(
-            classes=classes and [str(name) for name in classes],
-            actions=flags.get("actions"),
+            classes=classes and [str(name) for name in _listed(classes)],
+            actions=_listed(flags.get("actions")),
             num_frames=args.num_frames and args.num_frames[0],
         )
         values, plan = make_plan(args, self.model, config=self.config, step=self.step, vae=self.vae)
@@ -209,13 +213,18 @@ class _Stream:
         order = torch.arange(len(indices))
         labels = None
         if classes is not None:
-            chosen = [label_of(str(name), plan.classes) for name in classes]
+            chosen = [label_of(str(name), plan.classes) for name in _listed(classes)]
             labels = torch.tensor(chosen)[order % len(chosen)]
         numbers = None
         if actions is not None:
             chosen = numbers_of(actions, plan.model.config.action_names)
             numbers = chosen[order % len(chosen)]
         return plan.condition_at(indices, frame, action=numbers, labels=labels)
+
+
+def _listed(names):
+    """A list of names, of which the caller may have given a single one; None stays None."""
+    return [names] if isinstance(names, str) else names
 
 
 def _refuse(message):

@@ -165,6 +165,13 @@ def resolve_sampler(args, training, objective):
             )
         else:
             values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
+    for name, samplers in {"stepsize": DESCENTS, "mu": ["ngd"]}.items():
+        if name in typed and values["sampler"] not in samplers:
+            # no error: it may be of a recipe, in which only --sampler was replaced
+            say(
+                f"note: --{name} {typed[name]:g}: applies to {' and '.join(samplers)}, not to "
+                f"{values['sampler']}"
+            )
     values["stop_below"] = values["stop_below"] or None
     values["guidance_chosen"] = "cfg_scale" in typed or bool(training.get("guidance_chosen"))
     return values
@@ -321,6 +328,11 @@ def make_plan(args, model, config, step, vae=None):
             forcing=forcing,
         )
     weak = open_weak(args, model.config, data, window)
+    if weak is not None and values["cfg_scale"] == 1:
+        raise UserError(
+            f"--weak-ckpt {args.weak_ckpt}: does nothing with --cfg-scale 1; expected guidance; "
+            "set --cfg-scale, such as 1.5, or remove --weak-ckpt"
+        )
     stretch = rope_stretch(
         args,
         model.config,

@@ -300,7 +300,7 @@ def with_attention(config, args, start, lengths):
         return replace(config, causal=False, context=None)
     usual = start.config["model"].get("context") or 0
     if not start.resumes:
-        # the last patch of a clip sees all others: with one more, sampling would be new to the model
+        # the last patch of a clip sees all others; one more would be new to the model in sampling
         patch = config.temporal_patch_size
         others = (math.ceil(max(lengths) / patch) - 1) * patch
         usual = max(usual, others, patch)
@@ -598,12 +598,17 @@ def resolve_sampling(args):
         plans.say_plan(flags, plan)
         check_plan(flags, plan)
         runs.append((flags, plan))
-    if args.overlap is not None and all(len(plan.window_starts) == 1 for _, plan in runs):
+    check_overlap(args, [plan for _, plan in runs])
+    return runs
+
+
+def check_overlap(args, all_plans):
+    """Raise UserError for an overlap where none of the Plans has several windows."""
+    if args.overlap is not None and all(len(plan.window_starts) == 1 for plan in all_plans):
         raise UserError(
             f"--overlap {args.overlap}: applies to several windows, but the "
-            f"{runs[0][1].num_frames} frames are made in one; add --window, or remove it"
+            f"{all_plans[0].num_frames} frames are made in one; add --window, or remove it"
         )
-    return runs
 
 
 def check_plan(args, plan):

@@ -315,6 +315,7 @@ def write_folder(args, plan, parts, clips):
     folder = Path(args.folder)
     previews = not args.no_previews
     evaluations = torch.zeros(len(plan.conditions), dtype=torch.int64)
+    windows = torch.zeros_like(evaluations)
     energies = []
     # if this fails, the samples of an earlier call stay
     parts = itertools.chain([next(parts)], parts)
@@ -322,7 +323,7 @@ def write_folder(args, plan, parts, clips):
     marked = clips.given and [clips.given.frames[number] for number in clips.given.numbers]
     write_samples(
         folder,
-        videos_of(plan, folder, parts, evaluations, energies),
+        videos_of(plan, folder, parts, evaluations, windows, energies),
         plan.num_frames,
         labels=plan.conditions,
         fps=[1 / seconds for seconds in plan.time_scales],
@@ -331,7 +332,7 @@ def write_folder(args, plan, parts, clips):
         previews=previews,
     )
     if args.stop_below is not None or args.report_energy:
-        write_reports(args, plan.names, evaluations, energies, len(plan.window_starts))
+        write_reports(args, plan.names, evaluations, energies, windows.max().item())
     given_frames = args.given_frames and as_ranges(args.given_frames)
     about = {
         "classes": plan.classes,
@@ -355,15 +356,16 @@ def write_folder(args, plan, parts, clips):
     say(f"{folder}: {len(plan.conditions)} {kind}{with_previews} and samples.npz")
 
 
-def videos_of(plan, folder, parts, evaluations, energies):
-    """Yield (indices, first frame, videos) of parts, and add what they took to `evaluations` and
-    their energies to `energies`. Latents go to LATENTS, float32 (N, C, T, h, w), as the VAE decodes
-    them.
+def videos_of(plan, folder, parts, evaluations, windows, energies):
+    """Yield (indices, first frame, videos) of parts. Add what they took to `evaluations`, the
+    windows that were not given as a whole to `windows`, and their energies to `energies`. Latents
+    go to LATENTS, float32 (N, C, T, h, w), as the VAE decodes them.
     """
     file = None
     for indices, first, videos, spent, energy, latents in parts:
         indices = list(indices)
         evaluations[indices] += spent
+        windows[indices] += spent > 0
         energies.append(energy)
         if latents is not None:
             if file is None:

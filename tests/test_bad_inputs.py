@@ -217,6 +217,7 @@ sample: sample_gd --video --ckpt rope.pt --folder new
         --ckpt cut-export | --ckpt code.pt | --ckpt wide-export | --ckpt stepless-export
         --weak-ckpt no/such.pt | --overlap 0
         --weak-ckpt flow.pt => --weak-ckpt flow.pt: has another objective
+        --weak-ckpt rope.pt --cfg-scale 1 => --weak-ckpt rope.pt: does nothing with --cfg-scale 1
         --weak-ckpt actions.pt => --weak-ckpt actions.pt: has another objective
         --weak-ckpt rope.pt --ckpt energy-clips.pt --report-energy => rope.pt: has another
         --sampler gd --ckpt flow.pt => a model of --objective flow has no equilibria to descend to

@@ -378,6 +378,15 @@ def test_memory_does_not_grow_with_the_film(checkpoint, tmp_path, monkeypatch):
     assert sizes == [2, 2]  # two given patches
 
 
+def test_given_patches_take_no_evaluations(checkpoint, tmp_path, capsys):
+    flags = split("--num-samples 2 --num-frames 12 --stop-below 1e-9 --num-sampling-steps 4")
+    sample_here(checkpoint, tmp_path / "s", *flags)
+    assert "mean 9.0 of 9" in capsys.readouterr().out
+    given = ["--given", tmp_path / "s", "--given-frames", "0-7"]
+    sample_here(checkpoint, tmp_path / "given", *flags, *given)
+    assert "mean 3.0 of 3" in capsys.readouterr().out
+
+
 def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
     flags = split("--num-samples 2 --cfg-scale 2")
     both, about = sample_here(checkpoint, tmp_path / "both", *flags, "--classes", "0*8,1*4", "0*12")

@@ -356,6 +356,18 @@ def resolve(training, **typed):
     )
 
 
+def test_flags_of_another_sampler_are_noted(capsys):
+    """They may be of a recipe, so they are no errors."""
+    resolve({}, sampler="euler", stepsize=0.1, mu=0.5)
+    resolve({}, sampler="gd", stepsize=0.1, mu=0.5)
+    resolve(TUNED, mu=0.5)
+    assert capsys.readouterr().out.splitlines() == [
+        "note: --stepsize 0.1: applies to gd and ngd, not to euler",
+        "note: --mu 0.5: applies to ngd, not to euler",
+        "note: --mu 0.5: applies to ngd, not to gd",
+    ]
+
+
 def test_flags_override_training_settings_which_override_defaults():
     assert resolve({}) == SAMPLER | {"guidance_chosen": False}  # such as a published model
     # A training default, which the user did not set

@@ -106,6 +106,20 @@ def test_models_run_on_the_device_and_in_the_precision_of_the_call(places):
     assert torch.backends.cudnn.allow_tf32 is before
 
 
+def test_a_cpu_beside_a_gpu_keeps_the_precision_of_cpus(places, monkeypatch):
+    sampler = load("model", ckpt=places / "plain.pt", device="cpu")
+    of_cpu = sampler(num_samples=1, **FEW)
+    modules = sampler._plan.__globals__["_own_modules"]
+    monkeypatch.setattr(modules["runtime.cli"], "precisions", lambda: ["bf16", "fp32"])
+    assert torch.equal(sampler(num_samples=1, **FEW), of_cpu)
+    assert not torch.equal(sampler(num_samples=1, precision="bf16", **FEW), of_cpu)
+
+
+def test_a_single_name_is_a_list_of_one(places):
+    sampler = load("model", ckpt=places / "plain.pt")
+    assert torch.equal(sampler(classes="none", **FEW), sampler(classes=["none"], **FEW))
+
+
 def test_mistakes_are_exceptions_for_the_program():
     sampler = load("demo")
     for name in ("cfg", "given", "no_ema"):
@@ -115,6 +129,7 @@ def test_mistakes_are_exceptions_for_the_program():
         ({"classes": ["Heart"]}, "--classes Heart: no such class; expected one of"),
         ({"sampler": "NGD"}, "argument --sampler: invalid choice: 'NGD'"),
         ({"num_sampling_steps": 1}, "--num-sampling-steps: got 1, expected an integer at least 2"),
+        ({"overlap": 4}, "--overlap 4: applies to several windows"),
         ({"num_frames": [8, 16]}, "--num-frames: got .8, 16., expected an integer"),
     ):
         with pytest.raises(Exception, match=words) as error:

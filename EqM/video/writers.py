@@ -106,8 +106,8 @@ def write_grid(path, videos, fps):
 def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growing=()):
     """Write 000000.mp4 (images: .png) and so on, from number `first`.
 
-    fps: of all videos, or (N,); gifs: also GIFs of at most gif_frames frames. growing: Movies by number, which have all
-    frames already; they are ended and removed.
+    fps: of all videos, or (N,); gifs: also GIFs of at most gif_frames frames. growing: Movies by
+    number, which have all frames already; they are ended and removed.
     """
     folder = Path(folder)
     T = videos.shape[1]
