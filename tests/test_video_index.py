@@ -220,7 +220,7 @@ def test_at_least_one_video_trains_and_one_validates(tmp_path):
         assert train != val
 
 
-def test_lists_in_root_come_first_unless_they_name_none_or_all_videos(tmp_path):
+def test_lists_in_root_come_first_unless_they_name_none_or_all_videos(tmp_path, capsys):
     videos = [tiny.make_video(f"A/s{index}", suffix=".mp4") for index in range(4)]
     keys = [video.key for video in videos]
     by_hash = split_videos(tmp_path / "data", videos, 0.2)
@@ -232,7 +232,10 @@ def test_lists_in_root_come_first_unless_they_name_none_or_all_videos(tmp_path):
 
     assert split(keys[:1], keys[1:2]) == (videos[:1], videos[1:])
     assert split([], [*keys[2:], "A/t"]) == (videos[2:], videos[:2])
-    assert split(["B/s0"], keys) == by_hash
+    assert "note" not in capsys.readouterr().out
+    for inside, amount in [(["B/s0"], "none"), (keys, "all")]:
+        assert split(inside, keys) == by_hash
+        assert f"trainlist01.txt: names {amount} of the 4 usable files" in capsys.readouterr().out
 
 
 def test_a_list_may_name_videos_with_spaces_and_bytes_that_are_not_utf8(tmp_path):
@@ -243,6 +246,15 @@ def test_a_list_may_name_videos_with_spaces_and_bytes_that_are_not_utf8(tmp_path
     train, val = split_videos(tmp_path, [tiny.make_video(name) for name in names], 0.5)
     assert [video.key for video in train] == names[:2]
     assert [video.key for video in val] == names[2:]
+
+
+def test_a_list_may_begin_with_a_mark_and_name_videos_without_a_class_folder(tmp_path):
+    videos = [tiny.make_video(f"all/v{index}") for index in range(3)]
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    path = tmp_path / "ucfTrainTestlist/trainlist01.txt"
+    path.write_text("v2.avi\nv0.avi 1\n", encoding="utf-8-sig")
+    train, _ = split_videos(tmp_path, videos, 0.5)
+    assert [video.key for video in train] == ["all/v0", "all/v2"]
 
 
 def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):

@@ -21,6 +21,7 @@ from video.samples import folders_of_samples
 
 UNLABELLED = "all"  # the class of files directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
+TRAIN_LIST = "trainlist01.txt"
 INDEX_FILE = ".video_index-{}.json"  # with a hash of the data's path; in the folder of the runs
 INDEX_FORMAT = 3
 SPARES = 100  # most training videos that may replace validation videos
@@ -238,7 +239,8 @@ def split_videos(root, videos, val_fraction):
     """(training, validation) videos, at least one each.
 
     Raises UserError if there are fewer than two videos. UCF-101's first list makes the split if it
-    is in or beside ROOT and names some but not all of these videos. Without it, a hash of
+    is in or beside ROOT and names some but not all of these videos; a note says if one in ROOT does
+    not. Without it, a hash of
     Class/stem does: videos that are added, removed or converted do not move others to another part,
     unless so few are there that only the one with the lowest hash validates.
     """
@@ -249,12 +251,24 @@ def split_videos(root, videos, val_fraction):
         )
     _, train_keys = find_ucf_lists(root, videos)
     if not train_keys:
+        note_unused_list(root, videos)
         num_val = sum(hash_fraction(video) < val_fraction for video in videos)
         num_val = min(max(num_val, 1), len(videos) - 1)
         train_keys = {video.key for video in sorted(videos, key=hash_fraction)[num_val:]}
     train = [video for video in videos if video.key in train_keys]
     val = [video for video in videos if video.key not in train_keys]
     return train, val
+
+
+def note_unused_list(root, videos):
+    """Say if ROOT has a list of its own, which names none or all of the videos."""
+    path = Path(root, UCF_LISTS, TRAIN_LIST)
+    if path.is_file():
+        amount = "all" if videos[0].key in read_keys(path) else "none"
+        say(
+            f"note: {path}: names {amount} of the {plural(len(videos), 'usable file')}, so a hash "
+            "of their names splits them; expected some, one Class/name.avi per line"
+        )
 
 
 def hash_fraction(video):
@@ -265,18 +279,23 @@ def hash_fraction(video):
 def find_ucf_lists(root, videos):
     """(folder of UCF lists that split these videos, Class/stem of the first), or (None, set())."""
     for folder in (Path(root, UCF_LISTS), Path(os.path.abspath(root)).parent / UCF_LISTS):
-        train_list = folder / "trainlist01.txt"
+        train_list = folder / TRAIN_LIST
         if not train_list.is_file():
             continue
-        # as Python decodes names
-        text = train_list.read_text(encoding="utf-8", errors="surrogateescape")
-        # "Archery/v_Archery_g08_c01.avi 3"
-        names = [re.sub(r"\s+\d+$", "", line.strip()) for line in text.splitlines()]
-        train_keys = {os.path.splitext(name)[0] for name in names}
+        train_keys = read_keys(train_list)
         num_train = sum(video.key in train_keys for video in videos)
         if 0 < num_train < len(videos):
             return folder, train_keys
     return None, set()
+
+
+def read_keys(path):
+    """The Class/stem of each line of a list such as "Archery/v_Archery_g08_c01.avi 3"."""
+    # as Python decodes names; editors on Windows begin files with a mark of their encoding
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    names = [re.sub(r"\s+\d+$", "", line.strip()) for line in text.splitlines()]
+    stems = [os.path.splitext(name)[0] for name in names]
+    return {stem if "/" in stem else f"{UNLABELLED}/{stem}" for stem in stems}
 
 
 def copy_ucf_lists(root, videos, folder):
