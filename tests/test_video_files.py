@@ -226,6 +226,19 @@ def test_frames_that_an_edit_list_removes_do_not_count(tmp_path, b_frames):
         read_frames(tmp_path, video, [25])
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_frames_after_the_end_of_an_edit_list_do_not_count(tmp_path, codec):
+    write_video(tmp_path / "v.mp4", 40, codec=codec)
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    struct.pack_into(">I", data, data.index(b"elst") + 12, 800)  # ms, of 1600
+    (tmp_path / "v.mp4").write_bytes(data)
+    video = probe(tmp_path, "all", "v.mp4")
+    assert (video.num_frames, video.fps) == (20, 25)
+    assert video.keyframes
+    assert read_frame_indices(tmp_path, video, range(20)) == list(range(20))
+    assert read_frame_indices(tmp_path, video, [12, 19]) == [12, 19]
+
+
 def test_a_video_is_read_upright_however_the_phone_was_held(tmp_path):
     one = 0x10000
     matrices = {  # clockwise

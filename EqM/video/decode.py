@@ -18,40 +18,45 @@ FRAME_START = b"\0\0\1\xb6"  # of a frame of mpeg4
 TRANSPOSES = {90: ["cclock"], 180: ["clock", "clock"], 270: ["clock"]}
 
 
-def find_keyframes(file, num_frames):
-    """The keyframes of a video in a container of PyAV, if several: a list of [frame number, time
-    stamp, time to seek to].
+def read_packets(file, num_frames):
+    """(number of frames, keyframes) of a video in a container of PyAV, in which decord counts
+    num_frames. Keyframes, if several, are a list of [frame number, time stamp, time to seek to].
 
     Frames are numbered in the order of their time stamps. All frames from a keyframe's number on
     decode from there; in an open GOP, frames before it follow it in the file. The list is empty
-    unless each of num_frames packets is a frame.
+    unless each packet is a frame. decord also counts frames after the end that an edit list sets.
     """
     times = []
     keyframes = []
+    num_after_end = 0
     latest = -float("inf")
     stream = _video_stream(file)
     is_avi = file.format.name == "avi"
     codec = stream.codec_context.name
     if codec not in (AVI_CODECS if is_avi else CODECS):
-        return []
+        return num_frames, []
     for packet in file.demux(stream):
-        # the end of the file; a frame that an edit list removes
-        if not packet.size or packet.is_discard:
+        if packet.is_discard:  # an edit list removes it
+            num_after_end += 1
+        if not packet.size or packet.is_discard:  # without size: the end of the file
             continue
+        num_after_end = 0
         # XviD: two frames in one
         is_packed = codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1
         if packet.pts is None or packet.is_corrupt or is_packed:
-            return []
+            return num_frames, []
         if packet.is_keyframe and packet.pts > latest:
             seek_time = packet.dts if is_avi else packet.pts
             keyframes.append((packet.pts, seek_time))
         times.append(packet.pts)
         latest = max(latest, packet.pts)
     numbers = {time: number for number, time in enumerate(sorted(times))}
-    is_certain = len(numbers) == len(times) == num_frames
-    if len(keyframes) < 2 or not is_certain:
-        return []
-    return [[numbers[time], time, seek_time] for time, seek_time in keyframes]
+    num_kept = num_frames - num_after_end
+    if not len(numbers) == len(times) == num_kept:
+        return num_frames, []
+    if len(keyframes) < 2:
+        return num_kept, []
+    return num_kept, [[numbers[time], time, seek_time] for time, seek_time in keyframes]
 
 
 def _video_stream(file):

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image
 
 from runtime.cli import plural
 from runtime.untrusted import FPS, check_regular
-from video.decode import decode_from, find_keyframes
+from video.decode import decode_from, read_packets
 
 SUFFIXES = {
     "video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"),
@@ -129,7 +129,7 @@ def probe(root, class_name, path):
                 width=width,
                 varies=stored is not None,
             )
-            return replace(video, keyframes=_usable_keyframes(packets, video, reader))
+            return _with_packets(packets, video, reader)
 
 
 def why_unreadable(path):
@@ -146,20 +146,23 @@ def why_unreadable(path):
     return "can't be opened; repair or remove it"
 
 
-def _usable_keyframes(packets, video, reader):
-    """The keyframes of a video that both PyAV (packets) and decord (reader) have opened.
+def _with_packets(packets, video, reader):
+    """The Video that both PyAV (packets) and decord (reader) have opened, with its keyframes.
 
-    () if they are uncertain, or if PyAV and decord differ in the first frame.
+    Without them if they are uncertain, or if PyAV and decord differ in the first frame.
     """
     with suppress(*NO_VIDEO):
-        keyframes = find_keyframes(packets, video.num_frames)
+        num_frames, keyframes = read_packets(packets, video.num_frames)
+        if not video.varies:
+            video = replace(video, num_frames=num_frames)
+        with_keyframes = replace(video, keyframes=keyframes)
         frames = decode_from(packets, keyframes[0], video.height, video.width)
         pixels = next(frames)()
         with suppress(*NO_VIDEO):  # decord fails if one packet of HEVC releases several frames
             is_same = np.array_equal(pixels, _pixels(reader.next()))
-            return keyframes if is_same else ()
-        return keyframes
-    return ()
+            return with_keyframes if is_same else video
+        return with_keyframes
+    return video
 
 
 def _open_packets(path):
