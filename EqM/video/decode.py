@@ -28,7 +28,7 @@ def read_packets(file, num_frames):
     """
     times = []
     keyframes = []
-    num_after_end = 0
+    removed = []  # time stamps of frames that an edit list removes
     latest = -float("inf")
     stream = _video_stream(file)
     is_avi = file.format.name == "avi"
@@ -36,11 +36,11 @@ def read_packets(file, num_frames):
     if codec not in (AVI_CODECS if is_avi else CODECS):
         return num_frames, []
     for packet in file.demux(stream):
-        if packet.is_discard:  # an edit list removes it
-            num_after_end += 1
-        if not packet.size or packet.is_discard:  # without size: the end of the file
+        if not packet.size:  # the end of the file
             continue
-        num_after_end = 0
+        if packet.is_discard:
+            removed.append(packet.pts)
+            continue
         # XviD: two frames in one
         is_packed = codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1
         if packet.pts is None or packet.is_corrupt or is_packed:
@@ -51,7 +51,7 @@ def read_packets(file, num_frames):
         times.append(packet.pts)
         latest = max(latest, packet.pts)
     numbers = {time: number for number, time in enumerate(sorted(times))}
-    num_kept = num_frames - num_after_end
+    num_kept = num_frames - sum(time > latest for time in removed)
     if not len(numbers) == len(times) == num_kept:
         return num_frames, []
     if len(keyframes) < 2:

@@ -23,7 +23,7 @@ UNLABELLED = "all"  # the class of files directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
 TRAIN_LIST = "trainlist01.txt"
 INDEX_FILE = ".video_index-{}.json"  # with a hash of the data's path; in the folder of the runs
-INDEX_FORMAT = 3
+INDEX_FORMAT = 4
 SPARES = 100  # most training videos that may replace validation videos
 
 
