@@ -133,7 +133,9 @@ class _Sampler:
                     "stream: the model was trained without --causal, so it makes all frames of a "
                     "clip at once; call the sampler instead"
                 )
-            args, plan = self._plan(flags, classes=classes, num_samples=num_samples, seed=seed)
+            args, plan = self._plan(
+                flags, classes=_listed(classes), num_samples=num_samples, seed=seed
+            )
             indices = list(range(args.num_samples))
             settings = sampling_settings(args)
             return _Stream(Stream(plan, indices, settings, seed=args.seed, device=self.device))
@@ -154,7 +156,7 @@ class _Sampler:
                 words.append(f"--{name.replace('_', '-')}={value}")
         args = parse_args(words, error=_refuse)
         args = args.resolve(
-            classes=classes and [str(name) for name in _listed(classes)],
+            classes=classes and [str(name) for name in classes],
             actions=_listed(flags.get("actions")),
             num_frames=args.num_frames and args.num_frames[0],
         )

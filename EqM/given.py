@@ -146,22 +146,22 @@ def set_given_actions(plan, given):
 def recorded_actions(plan, clip, frames):
     """The actions of some frames of a clip, (n,) int64. Raises UserError."""
     none = torch.full((len(frames),), NO_ACTION)
-    path, num_frames, stored, has_same_rate = stored_frames(clip, frames, plan.time_scale)
+    path, num_frames, stored = stored_frames(clip, frames, plan.time_scale)
     try:
         actions = find_actions(path, num_frames, plan.model.config.action_names)
     except (OSError, ValueError) as error:
         raise UserError(f"{clip.flag}: the actions of {path}: {error}; write them again") from error
     if actions is None:
         return none
-    if not has_same_rate:
+    if stored is None:
         say(f"note: {clip.flag}: {path} has another frame rate than the model, so no actions")
         return none
     return torch.tensor(actions[stored])
 
 
 def stored_frames(clip, frames, seconds_per_frame):
-    """(path of a clip's file, its number of frames, the numbers in it of some frames, whether
-    these follow each other as the frames do).
+    """(path of a clip's file, its number of frames, the numbers in it of some frames, or None if
+    these do not follow each other as the frames do).
     """
     if isinstance(clip, DrawnClip):
         video, indices, _ = clip.clips.draw(clip.index)
@@ -177,7 +177,7 @@ def stored_frames(clip, frames, seconds_per_frame):
     is_as_long = stored[-1] - stored[0] == frames[-1] - frames[0]
     # two frames at another rate can be as long, by rounding
     has_same_rate = is_as_long and abs(ratio - 1) < SAME_RATE
-    return path, num_frames, stored, has_same_rate
+    return path, num_frames, stored if has_same_rate else None
 
 
 def choose_frames(args, plan, clip):

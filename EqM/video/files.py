@@ -153,7 +153,7 @@ def _with_packets(packets, video, reader):
     """
     with suppress(*NO_VIDEO):
         num_frames, keyframes = read_packets(packets, video.num_frames)
-        if not video.varies:
+        if not video.varies:  # else its frames are chosen from all that decord counts
             video = replace(video, num_frames=num_frames)
         with_keyframes = replace(video, keyframes=keyframes)
         frames = decode_from(packets, keyframes[0], video.height, video.width)
