@@ -31,29 +31,6 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def losses_of(f, x, noise, gamma, first=0):
-    """The loss (B,) of a network that returns f and checks its inputs."""
-
-    def network(x_gamma, *others, return_features):
-        assert torch.equal(x_gamma, transport.interpolate(x, noise, gamma))
-        assert others == ("y", "time_scale")
-        assert return_features
-        return f, "features"
-
-    loss, _, features = EQM.losses(
-        network,
-        x,
-        noise,
-        gamma=gamma,
-        y="y",
-        time_scale="time_scale",
-        first=first,
-        return_features=True,
-    )
-    assert features == "features"
-    return loss
-
-
 def test_the_decay_is_4_up_to_gamma_0_8_then_falls_to_0():
     assert_close(transport.decay(torch.tensor([0.4, 0.8, 0.95])), torch.tensor([4.0, 4.0, 1.0]))
     assert_close(transport.decay(GAMMA), torch.tensor(DECAY))
@@ -64,30 +41,17 @@ def test_the_decay_is_4_up_to_gamma_0_8_then_falls_to_0():
 
 
 def test_gamma_per_frame_is_the_noise_level_of_that_frame():
-    x, noise, f = (normal(4, 2, 3, 5, 5, seed=seed) for seed in range(3))
-    levels = torch.rand(4, 3, generator=torch.Generator().manual_seed(3))
+    x, noise = (normal(4, 2, 3, 5, 5, seed=seed) for seed in range(2))
+    levels = torch.rand(4, 3)
     levels[0, 1] = 1
     same = GAMMA[:, None].expand(4, 3)
     for function in (transport.interpolate, EQM.target):
         frames = [function(x[:, :, [t]], noise[:, :, [t]], levels[:, t]) for t in range(3)]
         assert torch.equal(function(x, noise, levels), torch.cat(frames, dim=2))
         assert torch.equal(function(x, noise, GAMMA), function(x, noise, same))
-    assert torch.equal(losses_of(f, x, noise, GAMMA), losses_of(f, x, noise, same))
     # A clean frame is the data, and its target is zero
     assert torch.equal(transport.interpolate(x, noise, levels)[0, :, 1], x[0, :, 1])
     assert not EQM.target(x, noise, levels)[0, :, 1].any()
-
-
-def test_the_loss_is_the_mean_squared_error_per_clip_in_float32():
-    x = normal(4, 2, 3, 4, 4)
-    noise = normal(4, 2, 3, 4, 4, seed=1)
-    truth = EQM.target(x, noise, GAMMA)
-    offsets = torch.arange(4.0)
-    losses = losses_of(truth + offsets.reshape(4, 1, 1, 1, 1), x, noise, GAMMA)
-    assert_close(losses, offsets.square(), atol=1e-5, rtol=1e-5)
-    assert losses_of(truth.bfloat16(), x, noise, GAMMA).dtype == torch.float32
-    truth[:, :, :2] = torch.nan  # frames before `first` do not count
-    assert not losses_of(truth, x, noise, GAMMA, first=2).any()
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (5, 4, 6)])
@@ -146,7 +110,6 @@ def test_shifted_gamma_keeps_its_ends_and_has_the_closed_form_density(shift):
     # du/dgamma of u = S gamma / (1 + (S - 1) gamma)
     density = shift / (1 + (shift - 1) * middle).square()
     assert_close(u.diff() / gamma.diff(), density, atol=0, rtol=1e-5)
-    assert_close(shift_gamma(gamma, 1 / shift), u)  # its inverse
 
 
 def test_logit_normal_gammas_are_the_sigmoid_of_a_standard_normal():
@@ -215,7 +178,7 @@ def test_some_clips_are_clean_except_for_a_rectangle_of_their_gamma():
 @pytest.mark.parametrize("num_frames", [2, 3, 4, 16])
 def test_given_frames_may_end_anywhere_but_are_never_all_or_none(num_frames):
     frames = range(num_frames)
-    draws = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    draws = torch.rand(4000, 3).tolist()
     masks = Counter(tuple(sorted(clean_frames(*draw, num_frames))) for draw in draws)
     extremes = (0.0, 1 - 2**-24)
     for ends in itertools.product((0.0, 0.6, 0.8, 0.9), extremes, extremes):
@@ -259,8 +222,7 @@ def test_noise_levels_depend_only_on_seed_and_sample_index():
 @pytest.mark.parametrize("name", ["eqm", "told-w"])
 def test_an_own_context_is_what_the_network_makes_of_noisy_frames(name):
     objective = OBJECTIVES[name]
-    generator = torch.Generator().manual_seed(0)
-    clean = torch.randn(64, 3, 4, 5, 5, generator=generator)
+    clean = torch.randn(64, 3, 4, 5, 5)
     u = uniform(7, "own context level", 0, range(64))
     gamma = transport.OWN_LEAST + (transport.OWN_MOST - transport.OWN_LEAST) * u
     broadcast = gamma.view(-1, 1, 1, 1, 1)
