@@ -159,36 +159,6 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
     assert_close(x, data)
 
 
-@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
-def test_the_error_of_a_solver_falls_with_its_order(method, order):
-    gammas = []
-
-    class Unscaled(transport.Objective):  # dx/dgamma = f
-        def velocity(self, f, gamma):
-            gammas.append(gamma.item())
-            return f
-
-    objective = Unscaled("unscaled", "", has_decay=True, is_told=False)
-    start = normal(2, 3, dtype=torch.float64)
-
-    def error(num_steps):
-        x, _ = sample(halve, start, method, num_steps=num_steps, objective=objective)
-        return (x - start / torch.e).norm()
-
-    assert torch.log2(error(41) / error(81)).item() == pytest.approx(order, abs=0.1)
-    gammas.clear()
-    sample(
-        halve,
-        start,
-        method,
-        num_steps=7,
-        start_gamma=0.4,
-        objective=objective,
-    )
-    # Equal steps, never at gamma 1
-    assert sorted(set(gammas)) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-
-
 @every_method
 def test_masked_values_stay_and_the_others_move_as_if_alone(method):
     start = normal(3, 8)
