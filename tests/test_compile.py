@@ -135,7 +135,7 @@ def test_compiled_causal_models_can_use_flex_attention(no_code, monkeypatch):
 def test_a_compiled_causal_model_streams_the_same_videos(no_code):
     model, compiled = (tiny(causal=True, context=8, depth=1) for _ in range(2))
     compiled.compile_blocks()
-    settings = SETTINGS | {"guidance": 2.0, "method": "gd", "num_steps": 3, "step_size": 0.1}
+    settings = SETTINGS | {"guidance": 2.0, "num_steps": 3}
     plans = [plan_of(network, count=2, num_frames=24) for network in (model, compiled)]
     streams = [Stream(plan, [0, 1], settings) for plan in plans]
     for frame in range(0, 24, 4):
