@@ -2,9 +2,9 @@
 controls.
 """
 
+import os
 import shutil
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,7 +93,6 @@ def test_a_world_is_made_of_its_flags_alone_and_has_the_layout_of_ucf101(tmp_pat
 
 def test_videos_show_exactly_what_a_walk_on_the_map_sees(made):
     out, truth = made
-    pictures = world_rules.TEXTURES
     for number, name in enumerate(truth["names"]):
         frames, _ = decode(out / f"{name}.mkv")
         y, x = truth["positions"][number, 0].astype(int)
@@ -106,14 +105,13 @@ def test_videos_show_exactly_what_a_walk_on_the_map_sees(made):
                 if tiles[y + dy, x + dx] == GRASS:
                     y += dy
                     x += dx
-            for row in range(5):
-                for column in range(5):
-                    kind = tiles[y + row - 2, x + column - 2]
-                    if row == column == 2:
-                        assert kind == GRASS
-                        kind = agent
-                    shown = frames[t, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-                    assert (shown == pictures[kind]).all()
+            for row, column in np.ndindex(5, 5):
+                kind = tiles[y + row - 2, x + column - 2]
+                if row == column == 2:
+                    assert kind == GRASS
+                    kind = agent
+                shown = frames[t, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+                assert (shown == world_rules.TEXTURES[kind]).all()
 
 
 def test_walks_differ_and_use_all_actions_walls_and_ways(made, held_out):
@@ -169,12 +167,11 @@ def naive_transition(before, after, action):
 
     def outcome(dy, dx):
         shown = {}
-        for y in range(5):
-            for x in range(5):
-                inside = 0 <= y + dy < 5 and 0 <= x + dx < 5
-                if (y, x) != (2, 2) and inside:
-                    was_agent = (y + dy, x + dx) == (2, 2)
-                    shown[y, x] = GRASS if was_agent else before[y + dy][x + dx]
+        for y, x in np.ndindex(5, 5):
+            inside = 0 <= y + dy < 5 and 0 <= x + dx < 5
+            if (y, x) != (2, 2) and inside:
+                was_agent = (y + dy, x + dx) == (2, 2)
+                shown[y, x] = GRASS if was_agent else before[y + dy][x + dx]
         return shown
 
     shares = {}
@@ -236,20 +233,17 @@ def test_memory_equals_a_naive_version():
                 if tiles[clip, t - 1, 2 + dy, 2 + dx] == GRASS:
                     y += dy
                     x += dx
-            for row in range(5):
-                for column in range(5):
-                    place = (y + row, x + column)
-                    kind = GRASS if row == column == 2 else frame[row][column]
-                    was_in_view = 0 <= place[0] - old[0] < 5 and 0 <= place[1] - old[1] < 5
-                    if t and not was_in_view:
-                        inner = frame[row - y + old[0]][column - x + old[1]]
-                        drawn[inner][kind] += 1
-                        if place in seen:
-                            returned.append((inner, kind, *seen[place], t))
-            for row in range(5):
-                for column in range(5):
-                    kind = GRASS if row == column == 2 else frame[row][column]
-                    seen[y + row, x + column] = (kind, t)
+            frame[2][2] = GRASS  # below the agent
+            for row, column in np.ndindex(5, 5):
+                place = (y + row, x + column)
+                kind = frame[row][column]
+                was_in_view = 0 <= place[0] - old[0] < 5 and 0 <= place[1] - old[1] < 5
+                if t and not was_in_view:
+                    inner = frame[row - y + old[0]][column - x + old[1]]
+                    drawn[inner][kind] += 1
+                    if place in seen:
+                        returned.append((inner, kind, *seen[place], t))
+                seen[place] = (kind, t)
     entries = world_truth.find_entries(tiles, actions)
     for within in (None, 6):
         back = [row for row in returned if within is None or row[4] - row[3] <= within]
@@ -298,27 +292,6 @@ def test_real_episodes_are_right_and_each_control_loses_what_it_lacks(held_out):
     assert dull["remembered"] > 0.9 and dull["above_chance"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_world_that_forgets_is_right_by_chance_only():
-    """What comes into view depends on its neighbor alone, whatever was there before."""
-    random = np.random.default_rng(3)
-    table = np.array([[0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.5, 0.2, 0.3]])
-    N, T = 200, 60
-    tiles = np.zeros((N, T, 5, 5), int)
-    actions = random.integers(1, 5, (N, T))
-    for t in range(1, T):
-        moves = world_truth.expected_moves(tiles[:, t - 1], actions[:, t])
-        for move in np.unique(moves, axis=0):
-            these = np.flatnonzero((moves == move).all(axis=1))
-            tiles[these, t] = world_truth.shifted(tiles[these, t - 1], move)
-        tiles[:, t, 2, 2] = GRASS
-        number, y, x, inner_y, inner_x = world_truth.edges(moves)
-        cumulative = table.cumsum(axis=1)[tiles[number, t, inner_y, inner_x]]
-        tiles[number, t, y, x] = (random.random((len(number), 1)) > cumulative).sum(axis=1)
-    memory = world_truth.remember(world_truth.find_entries(tiles, actions))
-    assert memory["returns"] > 10_000 and memory["remembered"] > 0.5
-    assert memory["above_chance"] == pytest.approx(0, abs=0.03)
-
-
 def test_columns_cover_all_generated_frames_once_and_means_skip_what_does_not_count(held_out):
     assert world_truth.columns(1) == {1: slice(0, 1)}
     real, actions = held_out
@@ -364,37 +337,24 @@ def sampled(made, held_out, folder, frames=None, **about):
     )
 
 
-@pytest.mark.parametrize(
-    "words, change",
-    [
-        (("has no actions",), {"actions": None}),
-        (("frame 1 of sample 0", "'none'", "--actions"), {"actions": [["none"] * FRAMES] * 10}),
-        (("world.npz", "make_world.py"), {}),
-    ],
-)
-def test_samples_that_have_no_truth_are_refused(made, held_out, tmp_path, capsys, words, change):
+def test_samples_without_a_truth_and_another_split_are_refused(made, held_out, tmp_path, capsys):
     out, _ = made
-    folder = sampled(made, held_out, tmp_path / "samples", **change)
-    if not change:
-        out = Path(shutil.copytree(out, tmp_path / "copy"))
-        (out / "world.npz").unlink()
-    flags = ["--metric", "world", "--samples", folder, "--data-path", out]
-    refused(capsys, tmp_path / "x.json", *flags, words=words)
-
-
-def test_a_damaged_truth_and_another_split_are_refused(made, held_out, tmp_path, capsys):
-    out, _ = made
-    folder = sampled(made, held_out, tmp_path / "samples")
-    flags = ["--metric", "world", "--samples", folder, "--data-path"]
-    other = ["--val-fraction", 0.9]
-    refused(
-        capsys, tmp_path / "x.json", *flags, out, *other, words=["--val-fraction 0.9", "remove"]
-    )
-    copy = Path(shutil.copytree(out, tmp_path / "copy"))
-    content = (copy / "world.npz").read_bytes()
-    (copy / "world.npz").write_bytes(content[:-50])
-    words = ["world.npz can't be read", "make_world.py"]
-    refused(capsys, tmp_path / "x.json", *flags, copy, words=words)
+    samples = sampled(made, held_out, tmp_path / "samples")
+    plain = sampled(made, held_out, tmp_path / "plain", actions=None)
+    idle = sampled(made, held_out, tmp_path / "idle", actions=[["none"] * FRAMES] * 10)
+    lacking = shutil.copytree(out, tmp_path / "lacking")
+    (lacking / "world.npz").unlink()
+    cut = shutil.copytree(out, tmp_path / "cut")
+    os.truncate(cut / "world.npz", 2000)
+    for folder, data, words in (
+        (plain, [out], ["has no actions"]),
+        (idle, [out], ["frame 1 of sample 0", "'none'", "--actions"]),
+        (samples, [lacking], ["world.npz", "make_world.py"]),
+        (samples, [cut], ["world.npz can't be read", "make_world.py"]),
+        (samples, [out, "--val-fraction", 0.9], ["--val-fraction 0.9", "remove"]),
+    ):
+        flags = ["--metric", "world", "--samples", folder, "--data-path", *data]
+        refused(capsys, tmp_path / "x.json", *flags, words=words)
 
 
 def test_evaluate_scores_generated_frames_only(made, held_out, tmp_path, capsys):
