@@ -94,3 +94,15 @@ def press(browser, key, **details):
     text = key if len(key) == 1 else ""
     for kind in ("keyDown", "keyUp"):
         browser.call("Input.dispatchKeyEvent", type=kind, key=key, text=text, **details)
+
+
+def drag(browser, selector, *places):
+    """Press the mouse at the first place of a part of the page, and move it to the others."""
+    box = browser.ask(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
+    mouse = {"button": "left", "clickCount": 1, "buttons": 1, "type": "mousePressed"}
+    for x, y in places:
+        mouse["x"] = box["x"] + box["width"] * x
+        mouse["y"] = box["y"] + box["height"] * y
+        browser.call("Input.dispatchMouseEvent", **mouse)
+        mouse["type"] = "mouseMoved"
+    browser.call("Input.dispatchMouseEvent", **mouse | {"type": "mouseReleased", "buttons": 0})

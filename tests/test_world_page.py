@@ -13,10 +13,11 @@ from PIL import Image
 
 import export
 import world_rules
-from browser import press
-from causal import Cache
+from browser import drag, press
+from generation import Stream
 from models import Condition
-from samplers import guided, sample
+from runtime.rng import normal
+from test_causal import SETTINGS, plan_of
 from test_descent import STILL, TIME_SCALE, write_page
 from tiny_data import random_checkpoint
 from tiny_videos import picture, save
@@ -51,39 +52,6 @@ def ask(browser, task, **values):
     return browser.ask(f"ask('{task}', {call}).then(x => x && [...x])")
 
 
-def torch_patches(model, first, noises, conditions, guidance, evaluations, shift):
-    """The patches of a stream in float64, which begins with `first` and its condition."""
-    model = model.double().requires_grad_(False)
-    config = model.config
-    pt = config.temporal_patch_size
-    (_, height, width) = config.grid(pt)
-    cache = Cache(config.depth, config.context_patches, height * width)
-    time_scale = torch.tensor([TIME_SCALE]).double()
-    patches = []
-    for number, condition in enumerate(conditions):
-        x = first.double()
-        if number:
-            x, _ = sample(
-                guided(
-                    lambda *inputs: model(*inputs, cache=cache), condition, time_scale, guidance
-                ),
-                noises[number].double(),
-                "euler",
-                num_steps=evaluations + 1,
-                objective=config.learns,
-                shift=shift,
-            )
-            patches.append(x)
-        both = condition.y
-        if guidance != 1:
-            both = torch.cat([condition.null().y, condition.y])
-        n = len(both)
-        cache.fills = True
-        model(x.double().repeat(n, 1, 1, 1, 1), both, time_scale.repeat(n), cache=cache)
-        cache.fills = False
-    return torch.cat(patches, dim=2)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
     browser, tmp_path, name
@@ -93,8 +61,6 @@ def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
     config = model.config
     pt = config.temporal_patch_size
     count = 1 + (config.context + 64) // pt
-    shape = (count, 1, config.in_channels, pt, config.input_size, config.input_size)
-    noises = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     conditions = []
     words = []  # of the page
     for number in range(count):
@@ -106,10 +72,14 @@ def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
         conditions.append(Condition.of(rows, config))
         known = [None if value < 0 else value for value in y]
         words.append(dict(zip(("label", "action"), known, strict=False)))
+    settings = SETTINGS | {"method": "euler", "num_steps": evaluations + 1}
+    settings |= {"guidance": guidance, "shift": shift}
+    stream = Stream(plan_of(model.requires_grad_(False), 1, pt), [0], settings)
+    shape = (config.in_channels, pt, config.input_size, config.input_size)
+    noises = [normal(0, "sample", number, [0], shape) for number in range(count)]
     first = noises[0].clamp(-1, 1)
-    expected = torch_patches(
-        model, first, noises, conditions, guidance=guidance, evaluations=evaluations, shift=shift
-    )
+    stream.remember(first, conditions[0])
+    expected = torch.cat([stream.step(condition) for condition in conditions[1:]], dim=2)
     about = {"guidance": guidance, "numFrames": pt, "timeScale": TIME_SCALE}
     for kernel, query in (("wasm", ""), ("plain", "?plain")):
         browser.open(page, READY, query=query, **STILL)
@@ -168,11 +138,8 @@ def test_keys_fingers_the_picture_and_a_gamepad_make_a_frame_each(page):
         press(page, key)
         page.wait("!playing")
     made("left", "up", "right", "stay")
-    for selector, x, y in (("#pad :nth-child(5)", 0.5, 0.5), ("#screen", 0.9, 0.5)):
-        box = page.ask(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
-        mouse = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
-        for kind in ("mousePressed", "mouseReleased"):
-            page.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **mouse)
+    for selector, x in (("#pad :nth-child(5)", 0.5), ("#screen", 0.9)):
+        drag(page, selector, (x, 0.5))
         page.wait("!playing")
     made("down", "right")
     page.ask(
@@ -267,25 +234,21 @@ def test_the_map_follows_blocked_and_free_moves_and_marks_the_tile_that_changed(
     tiles = np.random.default_rng(0).choice([0, 0, 0, 1, 2], size=(20, 20))
     tiles[10, 4:16] = world_rules.GRASS
     tiles[9:12, 16] = world_rules.TREE
-    walk = ["right"] * 9 + ["left"] * 9
-    maps = np.repeat(tiles[None], len(walk) + 1, axis=0)
-    maps[10:, 9, 8] = world_rules.WATER if tiles[9, 8] != world_rules.WATER else world_rules.TREE
-    position = np.array([[10, 8]])
-    kind = np.array([world_rules.AGENT + 2])
-    frames = []
-    positions = []
-    for number, name in enumerate([None, *walk]):
-        if name:
-            action = np.array([world_rules.ACTIONS.index(name)])
-            position, kind = world_rules.step(maps[:1], np.array([0]), position, kind, action)
-        view = world_rules.views(maps[number][None], position[None], kind[None])
-        frames.append(world_rules.draw(view)[0, 0])
-        positions.append(position[0].tolist())
-    assert positions[9] == [10, 15] and positions[-1] == [10, 6]  # two of the moves were blocked
+    changed = tiles.copy()
+    changed[9, 8] = world_rules.WATER if tiles[9, 8] != world_rules.WATER else world_rules.TREE
+    walk = ["stay", *["right"] * 9, *["left"] * 9]
+    actions = np.array([[world_rules.ACTIONS.index(name) for name in walk]])
+    start = np.array([[10, 8]])
+    agents = np.array([world_rules.AGENT + 2])
+    positions, agents = world_rules.simulate(tiles[None], start, agents, actions)
+    # two of the moves are blocked
+    assert positions[0, 9].tolist() == [10, 15] and positions[0, -1].tolist() == [10, 6]
+    kinds = world_rules.views(tiles[None], positions, agents)[0]
+    kinds[10:] = world_rules.views(changed[None], positions, agents)[0, 10:]
     page.ask("clearMap(); world.recent = []")
-    for name, frame in zip([None, *walk], frames, strict=True):
+    for t, frame in enumerate(world_rules.draw(kinds)):
         pixels = np.dstack([frame, np.full((20, 20, 1), 255, np.uint8)]).flatten().tolist()
-        choice = "null" if name is None else world_rules.ACTIONS.index(name)
+        choice = actions[0, t] if t else "null"
         page.ask(f"showFrame(new ImageData(Uint8ClampedArray.from({pixels}), 20), {choice})")
     state = page.ask("eqm.state()")
     assert state["tile"] == 4
