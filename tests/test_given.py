@@ -95,9 +95,9 @@ def test_frame_ranges_are_parsed_and_printed():
 def sample(places, tmp_path):
     """A function that returns (samples, content of samples.json) of a checkpoint and flags."""
 
-    def sample(model, *flags, folder="s", status=0):
+    def sample(model, *flags, status=0):
         ckpt = places / f"{model}.pt"
-        return sample_here(ckpt, tmp_path / folder, "--no-previews", *flags, status=status)
+        return sample_here(ckpt, tmp_path / "s", "--no-previews", *flags, status=status)
 
     return sample
 
@@ -201,8 +201,6 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
         for one in (movie, again[number]):
             _, seconds, _ = one.open()
             assert seconds == pytest.approx(entry["time_scale"], rel=1e-4)
-    assert np.array_equal(clips[::2, frames], clips[1::2, frames])
-    assert len({entry["source"] for entry in about["given"]}) == 2  # one for two samples
     real = {"split": "val", "val_fraction": 0.6, "num_clips": 2, "samples_per_clip": 2}
     assert about["real"].items() >= real.items()
     assert "note: --num-samples" not in capsys.readouterr().out
@@ -239,10 +237,9 @@ def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_p
     assert not has_mark()
 
 
-def random_video(frames, low=50, high=200, seed=0):
+def random_video(frames, low=50, high=200):
     """Random frames of two samples, uint8 (2, T, 4, 4, 3)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high, (2, frames, 4, 4, 3), generator=generator).byte()
+    return torch.randint(low, high, (2, frames, 4, 4, 3)).byte()
 
 
 def details(real, mask, **settings):
@@ -273,7 +270,7 @@ def test_without_given_frames_or_loss_clips_are_shown_as_decoded():
 @pytest.mark.parametrize("given", [(0, 1), (3,), (0, 7), ()])
 def test_details_do_not_depend_on_windows(given):
     decoded = random_video(8, 100, 120)
-    real = random_video(8, 100, 120, seed=2)
+    real = random_video(8, 100, 120)
     mask = torch.zeros(2, 8, dtype=torch.bool)
     mask[0, list(given)] = True
     mask[1, 0] = True
@@ -287,7 +284,7 @@ def test_details_do_not_depend_on_windows(given):
 
 
 def test_the_nearest_given_frame_is_the_previous_one_or_else_the_first():
-    mask = torch.rand(50, 9, generator=torch.Generator().manual_seed(3)) < 0.3
+    mask = torch.rand(50, 9) < 0.3
     for row, nearest in zip(mask, nearest_given(mask).tolist(), strict=True):
         given = row.nonzero().flatten().tolist()
         for frame in range(9 if given else 0):

@@ -101,7 +101,7 @@ def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding_and_takes_convoluti
 def test_on_a_cpu_without_fast_bfloat16_muon_computes_in_float32_and_returns_nearly_the_same(
     monkeypatch,
 ):
-    matrices = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
+    matrices = torch.randn(2, 24, 40)
     directions = {}
     for is_fast in (False, True):
         monkeypatch.setattr(distributed, "has_fast_bf16", lambda _, is_fast=is_fast: is_fast)

@@ -10,6 +10,7 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import autoencoder
 import train_vae
@@ -93,7 +94,7 @@ def test_the_color_change_of_a_frame_is_affine_and_depends_on_its_index():
     for before, after in zip(x.flatten(2).mT, changed.flatten(2).mT, strict=True):  # (64, 3)
         pixels = torch.cat([before, torch.ones(64, 1)], dim=1)
         change = torch.linalg.lstsq(pixels, after).solution
-        torch.testing.assert_close(pixels @ change, after, atol=1e-4, rtol=0)
+        assert_close(pixels @ change, after, atol=1e-4, rtol=0)
         assert (after - before).abs().max() > 0.02
     assert jitter_colors(torch.ones(6, 3, 8, 8), 0, range(6), share=1).max() <= 1
 
@@ -104,12 +105,12 @@ def test_at_first_residual_blocks_change_nothing_and_latents_have_little_noise()
     for block in residual_blocks(model):
         x = torch.randn(2, block.in_channels, 8, 8)
         expected = block.conv_shortcut(x) if block.conv_shortcut else x
-        torch.testing.assert_close(block(x, None), expected)
+        assert_close(block(x, None), expected)
     frames = torch.rand(2, 3, 32, 32) * 2 - 1
     decoded, mean, logvar = Autoencoder(model)(frames, torch.zeros(2, 4, 8, 8))
     assert mean.shape == logvar.shape == (2, 4, 8, 8)
     assert 0.01 < (logvar / 2).exp().mean() < 0.1 < mean.std()
-    torch.testing.assert_close(decoded, model.decode(mean).sample)  # without noise
+    assert_close(decoded, model.decode(mean).sample)  # without noise
 
 
 def test_muon_trains_all_convolutions_of_a_vae_but_the_first_and_last_ones():
