@@ -65,6 +65,7 @@ def test_a_sampler_of_any_checkpoint_keeps_one_model_for_all_lengths(places):
     assert len(short[0]) == 4 and len(long[0]) == 8
     assert torch.equal(short, sampler(num_samples=1, num_frames=4, **FEW))
     assert not torch.equal(short, sampler(num_samples=1, num_frames=4, seed=1, **FEW))
+    assert torch.equal(sampler(classes="none", **FEW), sampler(classes=["none"], **FEW))
 
 
 def test_the_stream_of_a_causal_model_makes_the_samplers_videos_step_by_step(tmp_path, monkeypatch):
@@ -113,11 +114,6 @@ def test_a_cpu_beside_a_gpu_keeps_the_precision_of_cpus(places, monkeypatch):
     monkeypatch.setattr(modules["runtime.cli"], "precisions", lambda: ["bf16", "fp32"])
     assert torch.equal(sampler(num_samples=1, **FEW), of_cpu)
     assert not torch.equal(sampler(num_samples=1, precision="bf16", **FEW), of_cpu)
-
-
-def test_a_single_name_is_a_list_of_one(places):
-    sampler = load("model", ckpt=places / "plain.pt")
-    assert torch.equal(sampler(classes="none", **FEW), sampler(classes=["none"], **FEW))
 
 
 def test_mistakes_are_exceptions_for_the_program():

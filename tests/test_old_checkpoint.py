@@ -104,12 +104,7 @@ def test_it_starts_a_new_phase_and_samples(videos, tmp_path):
     assert state["step"] == 5
     assert state["phase"]["first_step"] == 4
     assert state["optimizer"]["states"][0]["state"][0]["step"] == 5  # AdamW's state was loaded
-    sampling = split("""
-        --video
-        --num-frames 7
-        --num-samples 2
-        --num-sampling-steps 3
-    """)
+    sampling = split("--video --num-frames 7 --num-samples 2 --num-sampling-steps 3")
     run_main(sample_gd, *sampling, "--ckpt", BEFORE, "--folder", tmp_path)
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 7, 8, 8, 3)
 
