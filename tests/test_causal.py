@@ -154,8 +154,7 @@ def test_flops_equal_the_count_of_torch(changes, monkeypatch):
 @both_objectives
 def test_the_flops_of_a_stream_count_the_pass_that_fills_the_cache(changes):
     model = network(**changes)
-    plan = plan_of(model, count=2, num_frames=9)
-    stream = Stream(plan, [0, 1], SETTINGS | {"num_steps": 4, "method": "euler"})
+    stream = stream_of(model, [0, 1], num_steps=4, method="euler")
 
     def film():
         for _ in range(5):
@@ -167,35 +166,33 @@ def test_the_flops_of_a_stream_count_the_pass_that_fills_the_cache(changes):
 # Streams ------------------------------------------------------------------------------------------
 
 
-SETTINGS = {
-    "method": "gd",
-    "num_steps": 2,
-    "step_size": 0.1,
-    "momentum": None,
-    "stop_below": None,
-    "shift": 1.0,
-    "guidance": 1.0,
-    "precision": "fp32",
-}
-
-
-def plan_of(model, count, num_frames):
-    """A Plan of samples of one class, whose latents are their pixels."""
-    return Plan(
+def stream_of(model, indices, seed=0, **changes):
+    """A Stream of samples of one class, whose latents are their pixels."""
+    plan = Plan(
         model,
         SimpleNamespace(decode=lambda latents: latents, downsample=1),
         classes=["a"],
-        conditions=torch.zeros(count, dtype=torch.int64),
-        num_frames=num_frames,
+        conditions=torch.zeros(4, dtype=torch.int64),
+        num_frames=8,
         time_scale=0.04,
     )
+    settings = {
+        "method": "gd",
+        "num_steps": 2,
+        "step_size": 0.1,
+        "momentum": None,
+        "stop_below": None,
+        "shift": 1.0,
+        "guidance": 1.0,
+        "precision": "fp32",
+    }
+    return Stream(plan, indices, settings | changes, seed)
 
 
 @both_objectives
 def test_a_stream_follows_the_guided_field_of_a_pass_over_all_frames(changes):
     model = network(**changes)
-    plan = plan_of(model, count=1, num_frames=8)
-    stream = Stream(plan, [0], SETTINGS | {"method": "euler", "guidance": 3.0}, seed=5)
+    stream = stream_of(model, [0], seed=5, method="euler", guidance=3.0)
     told = {"gamma": torch.zeros(1)} if changes else {}
     step = 1 if changes else 1 / 4  # c(0) = 4
     clean = torch.zeros(1, 2, 8, 4, 4)
@@ -216,8 +213,7 @@ def test_a_stream_follows_the_guided_field_of_a_pass_over_all_frames(changes):
 
 def test_a_step_of_a_stream_that_was_interrupted_can_be_repeated(monkeypatch):
     model = network()
-    plan = plan_of(model, count=1, num_frames=8)
-    stream, other = (Stream(plan, [0], SETTINGS) for _ in range(2))
+    stream, other = (stream_of(model, [0]) for _ in range(2))
     assert stream.step(None).equal(other.step(None))
     last = model.blocks[-1]
     forward = last.forward
@@ -237,7 +233,6 @@ def test_a_step_of_a_stream_that_was_interrupted_can_be_repeated(monkeypatch):
 
 def test_samples_of_a_stream_stop_without_a_change_to_the_others():
     model = network()
-    plan = plan_of(model, count=4, num_frames=8)
     x = normal(0, "sample", 0, range(4), (2, 2, 4, 4))
     with torch.no_grad():
         f, f_null = (model(x, torch.full((4,), y), clean=x) for y in (0, 3))
@@ -245,9 +240,8 @@ def test_samples_of_a_stream_stop_without_a_change_to_the_others():
         sizes = (f_null + guidance * (f - f_null)).square().flatten(1).mean(dim=1).sqrt()
         # some of the samples stop at once
         few = {"num_steps": 4, "stop_below": sizes.mean().item(), "guidance": guidance}
-        settings = SETTINGS | few
-        streams = [Stream(plan, [index], settings) for index in range(4)]
-        together = Stream(plan, [0, 1, 2, 3], settings)
+        streams = [stream_of(model, [index], **few) for index in range(4)]
+        together = stream_of(model, [0, 1, 2, 3], **few)
         evaluations = []
         for _ in range(3):
             latents = together.step(None)

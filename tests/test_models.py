@@ -82,19 +82,10 @@ MOVES = {
 }
 
 
-@pytest.fixture(
-    params=[(32, True), (36, True), (32, False)], ids=["head_dim 32", "head_dim 36", "fixed"]
-)
+@pytest.fixture(params=["rotary", "fixed"])
 def shallow(request):
     """A model of one block with 4 x 3 x 3 patches, and a clip."""
-    head_dim, use_rope = request.param
-    model = tiny(
-        input_size=6,
-        temporal_patch_size=2,
-        depth=1,
-        hidden_size=2 * head_dim,
-        use_rope=use_rope,
-    )
+    model = tiny(**KINDS[request.param], input_size=6, temporal_patch_size=2, depth=1)
     return model, clip(8, model.config)
 
 

@@ -3,7 +3,6 @@
 from shlex import split
 
 import pytest
-import torch
 
 import train
 from models import EqMConfig
@@ -51,7 +50,7 @@ def run_schedule(schedule, data, results, *flags, stops=(None,)):
 
 def saved(training, name):
     """(checkpoint of a run, without its settings and measured time; its settings)."""
-    state = torch.load(training.folder / "checkpoints" / name, weights_only=True)
+    state = training.saved(name)
     state["phase"].pop("seconds")
     return state, state.pop("config")
 

@@ -14,10 +14,9 @@ from PIL import Image
 import export
 import world_rules
 from browser import drag, press
-from generation import Stream
 from models import Condition
 from runtime.rng import normal
-from test_causal import SETTINGS, plan_of
+from test_causal import stream_of
 from test_descent import STILL, TIME_SCALE, write_page
 from tiny_data import random_checkpoint
 from tiny_videos import picture, save
@@ -72,9 +71,8 @@ def test_frames_far_beyond_the_context_equal_those_of_torch_in_both_kernels(
         conditions.append(Condition.of(rows, config))
         known = [None if value < 0 else value for value in y]
         words.append(dict(zip(("label", "action"), known, strict=False)))
-    settings = SETTINGS | {"method": "euler", "num_steps": evaluations + 1}
-    settings |= {"guidance": guidance, "shift": shift}
-    stream = Stream(plan_of(model.requires_grad_(False), 1, pt), [0], settings)
+    steps = {"method": "euler", "num_steps": evaluations + 1, "shift": shift}
+    stream = stream_of(model.requires_grad_(False), [0], guidance=guidance, **steps)
     shape = (config.in_channels, pt, config.input_size, config.input_size)
     noises = [normal(0, "sample", number, [0], shape) for number in range(count)]
     first = noises[0].clamp(-1, 1)
