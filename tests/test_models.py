@@ -390,13 +390,11 @@ def test_patches_are_embedded_like_a_convolution_and_put_back_in_place(monkeypat
 # Energies -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    params=[("dot", True, 6), ("dot", False, 8), ("l2", True, 8), ("l2", False, 6)]
-)  # 6 frames are padded
+@pytest.fixture(params=[("dot", 6), ("l2", 8)])  # 6 frames are padded
 def energy(request):
     """(a model with an energy, the same network without one, clips)."""
-    ebm, use_rope, num_frames = request.param
-    settings = {"use_rope": use_rope, "num_frames": num_frames, "qk_norm": True}
+    ebm, num_frames = request.param
+    settings = {"num_frames": num_frames, "qk_norm": True}
     model = tiny(ebm=ebm, **settings).double()
     plain = tiny(**settings).double()
     return model, plain, clip(num_frames, batch=2).double()
