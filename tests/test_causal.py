@@ -18,11 +18,10 @@ from causal import Cache, attention_masks, count_pairs, mask_function
 from generation import Stream
 from models import EqM, EqMConfig
 from plans import Plan
-from runtime.metrics import read_metrics
 from runtime.rng import normal
 from test_models import clip, counted_flops, distance, randomized
 from tiny_data import random_checkpoint
-from training import ANY_LENGTH, TINY, refused, run_main, sample_here
+from training import ANY_LENGTH, TINY, Training, refused, run_main, sample_here
 from video.files import probe
 from video.writers import write_mp4
 
@@ -326,9 +325,9 @@ def test_a_class_may_change_with_the_patches(checkpoint, tmp_path):
 
 
 def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, capsys):
-    def phase(name, *flags, **expected):
+    def phase(name, *flags):
         folder = ["--data-path", shapes, "--results-dir", tmp_path / name]
-        return run_main(train, *TINY, *folder, "--sample-every", 0, *flags, **expected)
+        run_main(train, *TINY, *folder, "--sample-every", 0, *flags)
 
     phase("both", "--max-steps", 1)
     ckpt = tmp_path / "both/000-EqM-Ti-4-f4-rope/checkpoints/0000001.pt"
@@ -350,16 +349,13 @@ def test_training_continues_in_causal_phases_and_never_back(shapes, tmp_path, ca
 
 def test_lengths_may_grow_and_mix_from_an_image_model(shapes, tmp_path):
     image = random_checkpoint(tmp_path / "image.pt", hidden_size=96, num_classes=12)
-    base = ["--data-path", shapes, "--results-dir", tmp_path, *ANY_LENGTH, "--sample-every", 0]
+    run = Training(shapes, tmp_path, None, base=ANY_LENGTH)
     schedule = "--frames-schedule 2:2:4,6:6:4 --mix 0.5 --temporal-patch-size 2 --causal"
-    more = "--new-classes --log-every 1 --context-noise 0.2"
-    run_main(train, *base, *split(f"{schedule} {more}"), "--inflate", image)
-    (folder,) = tmp_path.glob("000-*")
-    assert folder.name == "000-EqM-Ti-4-f2-6-rope-causal"
-    rows, _ = read_metrics(folder / "metrics.jsonl")
-    state = torch.load(folder / "checkpoints/latest.pt", weights_only=True)
-    config = EqMConfig(**state["config"]["model"])
+    more = "--new-classes --log-every 1 --context-noise 0.2 --sample-every 0"
+    run_main(train, *run.command_flags(*split(f"{schedule} {more}"), "--inflate", image))
+    assert run.folder.name == "000-EqM-Ti-4-f2-6-rope-causal"
+    config = EqMConfig(**run.saved()["config"]["model"])
     assert (config.causal, config.context) == (True, 4)  # the last patch sees two others
     flops = {config.training_flops(frames) * 4 for frames in (2, 6)}
-    totals = [row["flops"] for row in rows if "flops" in row]
+    totals = [row["flops"] for row in run.rows() if "flops" in row]
     assert {b - a for a, b in itertools.pairwise(totals[2:])} <= flops

@@ -4,7 +4,6 @@ faults/test_readme.py runs the commands of the README.
 """
 
 import json
-from glob import glob
 from shlex import split
 
 import numpy as np
@@ -13,52 +12,44 @@ from PIL import Image
 
 import sample_gd
 import train
-from runtime.metrics import read_metrics
-from training import by_torchrun, content, on_two_ranks, run_main
+from training import Training, by_torchrun, content, on_two_ranks, run_main
 
-TINY = split("""
+VIDEO = split("""
     --model EqM-Ti/4
     --depth 1
+    --video
     --use-rope
+    --no-flip
+    --num-frames 4
     --vae none
     --image-size 16
     --lr 1e-2
     --num-workers 0
     --log-every 1
     --val-clips 4
-    --sample-every 0
     --global-batch-size 4
-""")
-VIDEO = [*TINY, "--video", "--no-flip"]
-PREVIEWS = split("--sample-every 3 --num-samples 3 --num-sampling-steps 3")  # two and one
+    --sample-every 3
+    --num-samples 3
+    --num-sampling-steps 3
+""")  # the samples are two of a rank and one of the other
 SAMPLE = split("--video --window 24 --num-samples 3 --num-sampling-steps 6 --stepsize 0.01")
 
 
-def one(pattern):
-    (path,) = glob(str(pattern))
-    return path
-
-
-def rows_of(pattern):
-    rows, _ = read_metrics(one(pattern))
-    return rows
-
-
-def previews_of(pattern):
+def previews_of(run):
     """The sheet of the samples after step 3, a row per sample, as integers (H, W, 3)."""
-    return np.asarray(Image.open(one(pattern / "samples/0000003.png")).convert("RGB")).astype(int)
+    return np.asarray(Image.open(run.folder / "samples/0000003.png").convert("RGB")).astype(int)
 
 
 def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(shapes, tmp_path):
-    flags = [*VIDEO, *PREVIEWS, "--num-frames", 4, "--max-steps", 3, "--data-path", shapes]
-    run_main(train, *flags, "--grad-accum", 2, "--results-dir", tmp_path / "alone")
-    by_torchrun("train.py", *flags, "--results-dir", tmp_path / "two")
-    on_two_ranks(train, *flags, "--shard", "--results-dir", tmp_path / "sharded")
-    alone = rows_of(tmp_path / "alone/*/metrics.jsonl")
-    samples = previews_of(tmp_path / "alone/*")
-    for run in (tmp_path / "two/*", tmp_path / "sharded/*"):
-        rows = rows_of(run / "metrics.jsonl")
-        for row, row_alone in zip(rows, alone, strict=True):
+    alone, two, sharded = (
+        Training(shapes, tmp_path / name, 3, base=VIDEO) for name in ("alone", "two", "sharded")
+    )
+    run_main(train, *alone.command_flags("--grad-accum", 2))
+    by_torchrun("train.py", *two.command_flags())
+    on_two_ranks(train, *sharded.command_flags("--shard"))
+    samples = previews_of(alone)
+    for run in (two, sharded):
+        for row, row_alone in zip(run.rows(), alone.rows(), strict=True):
             for key in ("train_loss", "grad_norm", "val_loss"):
                 assert row.get(key, 0) == pytest.approx(row_alone.get(key, 0), rel=1e-4)
         assert previews_of(run).shape == samples.shape  # each sample once

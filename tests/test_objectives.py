@@ -31,7 +31,10 @@ def optimal_velocity(z, gamma, mean, variance):
 @pytest.mark.parametrize("method, error", [("euler", 0.03), ("heun", 1e-3)])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("start_gamma", [0.0, 0.5])
-def test_flow_moves_noise_along_the_exact_path_of_gaussian_data(method, error, shift, start_gamma):
+@pytest.mark.parametrize("objective", [FLOW, OBJECTIVES["told-c"]], ids=["flow", "told-c"])
+def test_solvers_move_noise_along_the_exact_path_of_gaussian_data(
+    method, error, shift, start_gamma, objective
+):
     # The solution is affine: x(gamma) = gamma mean + sqrt(gamma^2 S + (1 - gamma)^2) eps, which at
     # 1 is data.
     mean = normal(6, dtype=torch.float64)
@@ -41,11 +44,12 @@ def test_flow_moves_noise_along_the_exact_path_of_gaussian_data(method, error, s
 
     def field(z, keep, gamma):
         told.append(gamma.unique().item())
-        return optimal_velocity(z, gamma, mean, std**2)
+        return optimal_velocity(z, gamma, mean, std**2) * objective.factor(gamma)
 
     scale = ((start_gamma * std) ** 2 + (1 - start_gamma) ** 2).sqrt()
     start = start_gamma * mean + scale * noise
-    x, _ = sample(field, start, method, 161, start_gamma=start_gamma, objective=FLOW, shift=shift)
+    settings = {"start_gamma": start_gamma, "shift": shift, "objective": objective}
+    x, _ = sample(field, start, method, 161, **settings)
     assert_close(x, mean + std * noise, atol=error, rtol=0)
     u = torch.tensor(told, dtype=torch.float64).unique()
     u = transport.shift_gamma(u, 1 / shift)

@@ -134,31 +134,6 @@ def test_a_diverging_sample_does_not_stop_early(method):
     assert evaluations.tolist() == [9, 9, 9]  # 0 never stops
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
-@pytest.mark.parametrize("num_steps", [2, 10])
-@pytest.mark.parametrize("start_gamma", [0.0, 0.9])
-def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, start_gamma):
-    noise = normal(3, 5, dtype=torch.float64)
-    data = normal(3, 5, seed=1, dtype=torch.float64)
-    path = data - noise
-
-    # of one data point and a known noise: the position of x on the line between them gives gamma
-    def field(x, keep):
-        gamma = ((x - noise) * path).sum(dim=1) / path.square().sum(dim=1)
-        return transport.decay(gamma)[:, None] * path
-
-    start = noise + start_gamma * path
-    x, _ = sample(
-        field,
-        start,
-        method,
-        num_steps=num_steps,
-        start_gamma=start_gamma,
-        objective=EQM,
-    )
-    assert_close(x, data)
-
-
 @every_method
 def test_masked_values_stay_and_the_others_move_as_if_alone(method):
     start = normal(3, 8)
