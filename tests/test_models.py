@@ -2,9 +2,9 @@
 FLOPs.
 """
 
-import dataclasses
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -49,7 +49,7 @@ TWO = labels(2)
 
 
 def tiny(**changes):
-    return randomized(EqM(dataclasses.replace(TINY, **changes)))
+    return randomized(EqM(replace(TINY, **changes)))
 
 
 @torch.no_grad()
@@ -290,7 +290,7 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(
     [{"qk_norm": True}, {"use_rope": False, "hidden_size": 8}, {"ebm": "dot"}, {"ebm": "l2"}],
 )
 def test_a_new_model_predicts_zero_and_has_a_gradient_to_learn_from(changes):
-    model = EqM(dataclasses.replace(TINY, **changes))
+    model = EqM(replace(TINY, **changes))
     x = clip(8, batch=2)
     f = model(x, TWO, torch.tensor([0.04, 0.1]))
     # the square of a zero output would have no gradient
@@ -316,7 +316,7 @@ def test_a_model_name_sets_size_and_patches_and_overrides_win():
     )
     assert config == expected
     config = EqM_models["EqM-S/4"](depth=1, temporal_patch_size=2).config
-    assert config == dataclasses.replace(expected, temporal_patch_size=2, num_frames=2)
+    assert config == replace(expected, temporal_patch_size=2, num_frames=2)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_model_name_sets_size_and_patches_and_overrides_win():
 )
 def test_an_inconsistent_configuration_is_refused(message, changes):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **changes)
+        replace(TINY, **changes)
 
 
 def test_a_width_below_the_values_per_token_warns(recwarn):
@@ -400,15 +400,6 @@ def energy(request):
     return model, plain, clip(num_frames, batch=2).double()
 
 
-def slope(function, weights, seed, h=1e-5):
-    """(a random direction, the derivative of a function along it by finite differences)."""
-    direction = normal(*weights.shape, seed=seed, dtype=weights.dtype)
-    after = function(weights.add_(h * direction))
-    before = function(weights.sub_(2 * h * direction))
-    weights += h * direction
-    return direction, (after - before) / (2 * h)
-
-
 def test_the_field_is_minus_the_gradient_of_the_defined_energy(energy):
     model, plain, x = energy
     scale = torch.tensor([0.04, 0.1])
@@ -423,29 +414,11 @@ def test_the_field_is_minus_the_gradient_of_the_defined_energy(energy):
         assert_close(energy_of(x), terms.sum(dim=(1, 2, 3, 4)))
         with pytest.raises(ValueError, match="no energy"):
             plain.energy(x, TWO, scale)
-        for seed in range(4):
-            direction, expected = slope(energy_of, x, seed)
+        for _ in range(4):
+            direction = torch.randn_like(x)
+            change = energy_of(x + 1e-5 * direction) - energy_of(x - 1e-5 * direction)
             along = (f * direction).sum(dim=(1, 2, 3, 4))
-            assert_close(along, -expected, rtol=1e-5, atol=1e-6)
-
-
-def test_training_gradients_of_an_energy_equal_finite_differences(energy):
-    model, _, x = energy
-    target = normal(*x.shape, seed=3, dtype=x.dtype)
-
-    def loss(_=None):
-        return (model(x, TWO) - target).square().mean()
-
-    loss().backward()
-    for weight in (
-        model.blocks[0].attn.qkv.weight,
-        model.blocks[1].mlp.fc1.weight,
-        model.x_embedder.proj.weight,
-        model.final_layer.linear.bias,
-    ):
-        direction, expected = slope(loss, weight.data, 4)
-        along = (weight.grad * direction).sum()
-        assert along.item() == pytest.approx(expected.item(), rel=1e-4)
+            assert_close(along, -change / 2e-5, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ebm", ["dot", "l2"])

@@ -207,17 +207,16 @@ def test_a_pair_is_interpolated_with_its_own_noise_and_keeps_its_label(places):
     gamma = transport.shift_gamma(uniform(5, "gamma", 7, indices), 3.0)
     is_pure = uniform(5, "pure noise", 7, indices) < 0.25
     assert 0 < is_pure.sum() < len(indices)
-    total = 0.0
-    for row, (seed, number, _) in enumerate(batch["pairs"]):
-        assert seed == SEED
-        x = torch.from_numpy(samples["arr_0"][number]).permute(3, 0, 1, 2).float() / 127.5 - 1
-        (eps,) = normal(SEED, "sample", 0, [number], x.shape)
-        level = 0.0 if is_pure[row] else gamma[row]
-        assert torch.equal(x_gamma[row], level * x + (1 - level) * eps)
-        assert y[row] == samples["labels"][number]
-        factor = transport.decay(torch.as_tensor(level))
-        total += ((x - eps) * factor).square().mean().item()
-    assert losses["train_loss"].item() == pytest.approx(total / len(indices), rel=1e-5)
+    seeds, numbers, _ = zip(*batch["pairs"], strict=True)
+    assert {*seeds} == {SEED}
+    numbers = list(numbers)
+    x = torch.from_numpy(samples["arr_0"][numbers]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    eps = normal(SEED, "sample", 0, numbers, x.shape[1:])
+    level = gamma.masked_fill(is_pure, 0.0)
+    assert torch.equal(x_gamma, transport.interpolate(x, eps, level))
+    assert y.tolist() == samples["labels"][numbers].tolist()
+    target = transport.OBJECTIVES["eqm"].target(x, eps, level)
+    assert losses["train_loss"].item() == pytest.approx(target.square().mean().item(), rel=1e-5)
     independent = Pairs(places / "pixels", "independent")
     assert independent.pairs == {} and independent.has_samples
 
