@@ -361,12 +361,9 @@ def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
     seen = []
     model.t_embedder.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0]))
     model(clip(4, batch=3), torch.tensor([0, 1, 2]), torch.tensor([1 / 25, 2 / 25, 1 / 100]))
-    frequencies = [10_000 ** (-j / 128) for j in range(128)]
-    naive = []
-    for octaves in (0, 1, -2):
-        angles = [octaves * frequency for frequency in frequencies]
-        naive.append([*map(math.cos, angles), *map(math.sin, angles)])
-    assert_close(seen[0], torch.tensor(naive), atol=1e-6, rtol=0)
+    octaves = torch.tensor([[0], [1], [-2]])
+    angles = octaves * 10_000 ** (-torch.arange(128) / 128)
+    assert_close(seen[0], torch.cat([angles.cos(), angles.sin()], dim=1), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
