@@ -5,11 +5,15 @@ import shutil
 import socket
 import subprocess
 import time
+from pathlib import Path
 
+import axe_core_python
 import pytest
 
 WHICH = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
 CHROMIUM = next(filter(None, WHICH), None)
+# the rules of axe-core, as a command that returns a number
+AXE = Path(axe_core_python.__file__).with_name("axe.min.js").read_text() + ";0"
 TIMEOUT = 60  # seconds to wait before a test fails
 # also of the security policy
 ERRORS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")

@@ -186,8 +186,8 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
         write_video(data / f"{name}.avi", 20, rate, size=(16, 16))
     _, val = split_videos(data, scan_videos(data).videos, 0.6)
     flags = split("--given-split val --val-fraction 0.6 --given-frames 0-2,7")
-    flags += ["--given", data]
-    clips, about = sample("pixels", *flags, "--samples-per-clip", 2, "--num-samples", 4)
+    flags += ["--given", data, "--samples-per-clip", 2, "--num-samples"]
+    clips, about = sample("pixels", *flags, 4)
     for clip, entry in zip(clips, about["given"], strict=True):
         (video,) = (video for video in val if entry["source"].startswith(f"{video.path}, clip "))
         assert entry["frames"] == "0-2,7"
@@ -201,6 +201,8 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
         for one in (movie, again[number]):
             _, seconds, _ = one.open()
             assert seconds == pytest.approx(entry["time_scale"], rel=1e-4)
+    assert np.array_equal(clips[::2, frames], clips[1::2, frames])
+    assert len({entry["source"] for entry in about["given"]}) == 2  # one for two samples
     real = {"split": "val", "val_fraction": 0.6, "num_clips": 2, "samples_per_clip": 2}
     assert about["real"].items() >= real.items()
     assert "note: --num-samples" not in capsys.readouterr().out
@@ -210,7 +212,7 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
             raise UnreadableError(video.path)
 
     record_calls(monkeypatch, Files, "read", read)
-    sample("pixels", *flags, "--num-samples", 3, "--samples-per-clip", 2, status=2)
+    sample("pixels", *flags, 3, status=2)
     output = capsys.readouterr()
     assert "note: --num-samples 3: the last clip has fewer samples" in output.out
     assert f"{val[0].path} can't be decoded" in output.err

@@ -442,16 +442,13 @@ def loss_and_gradients(model, x, y, gamma=None):
 
 
 @pytest.mark.parametrize(
-    "kind, ebm, precision",
+    "kind, ebm, precision, use_rope",
     [
-        ("full", "none", "bf16"),
-        ("full", "dot", "fp32"),
-        ("selective", "none", "fp32"),
-        ("selective", "none", "bf16"),
+        ("full", "none", "bf16", True),
+        ("full", "dot", "fp32", False),
+        ("selective", "none", "fp32", True),
+        ("selective", "none", "bf16", False),
     ],
-)
-@pytest.mark.parametrize(
-    "use_rope", [True, False]
 )  # --compile: test_compile.py; --shard: test_sharding.py
 def test_grad_checkpointing_changes_neither_loss_nor_gradient(kind, ebm, precision, use_rope):
     model = tiny(ebm=ebm, use_rope=use_rope)
