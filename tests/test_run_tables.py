@@ -135,8 +135,10 @@ def test_each_run_is_a_column_by_hours_and_seed_and_may_share_its_vae():
     second = first | {"seed": 1, "steps": 9, "objective": "flow"}
     write_sprites("first", first)
     write_sprites("second", second, vae="results/first/000-VAE-64px/vae")
+    write_sprites("short", short | {"steps": 1})
+    tabulate(sprites, "short", "second")
     write_sprites("short", short)
-    runs, table = tabulate(sprites, "second", "short", "first")
+    runs, table = tabulate(sprites, "short", "first")  # the second stays, the short is replaced
     assert list(map(numbers_of, runs)) == [short, first, second]
     assert table[""] == [" HOURS=0.5, seed 0 ", " HOURS=2, seed 0 ", " HOURS=2, seed 1, flow "]
     assert table["steps of the VAE; of the model"] == [" 7; 8 ", " 7; 8 ", " 7; 9 "]
