@@ -13,9 +13,9 @@ import checkpoint
 from models import model_config
 from optim import make_optimizers, update_ema
 from runtime import distributed
-from runtime.cli import UserError
 from runtime.rng import normal
 from sharding import full_tensor, is_sharded, make_networks
+from training import differences, error_of
 
 SMALL = {
     "input_size": 8,
@@ -54,9 +54,16 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 class Run:
     """A small model with its EMA and optimizers, sharded or not."""
 
-    def __init__(self, shard, micro_batches=1, optimizer="adamw", precision="fp32", **settings):
-        grad_checkpoint = settings.pop("grad_checkpoint", None)
-        gathered = settings.pop("gathered", precision)
+    def __init__(
+        self,
+        shard,
+        micro_batches=1,
+        optimizer="adamw",
+        precision="fp32",
+        gathered=None,
+        grad_checkpoint=None,
+        **settings,
+    ):
         self.shard = shard
         self.micro_batches = micro_batches
         self.precision = precision
@@ -66,7 +73,7 @@ class Run:
         if self.config.causal:
             self.told["clean"] = normal(0, "clean", 0, [1, 2], (1, 4, 8, 8))
         torch.manual_seed(0)
-        self.model, self.ema = make_networks(self.config, CPU, shard, gathered)
+        self.model, self.ema = make_networks(self.config, CPU, shard, gathered or precision)
         self.model.grad_checkpoint = grad_checkpoint
         flags = SimpleNamespace(optimizer=optimizer, lr=1e-3, muon_lr=1e-3, weight_decay=0.1)
         self.optimizers = make_optimizers(self.model, flags)
@@ -86,8 +93,8 @@ class Run:
             update_ema(self.ema, self.model, 0.5)
             # as validation does: this must not leave full weights behind
             with torch.no_grad(), distributed.autocast(CPU, self.precision):
-                self.model(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
-                self.ema(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
+                for model in (self.model, self.ema):
+                    model(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
         states = tree_leaves([optimizer.state_dict()["state"] for optimizer in self.optimizers])
         states = [state for state in states if state.dim()]
         weights = [*self.model.parameters(), *self.ema.parameters()]
@@ -159,8 +166,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            tensors = [part for part in tree_leaves(args) if torch.is_tensor(part)]
-            self.bytes += max([tensor.nbytes for tensor in tensors], default=0)
+            sizes = [part.nbytes for part in tree_leaves(args) if torch.is_tensor(part)]
+            self.bytes += max(sizes, default=0)
         return func(*args, **(kwargs or {}))
 
 
@@ -208,14 +215,12 @@ def save_and_load(folder, usual, run):
 
 def save_without_memory(folder, run):
     checkpoint.free_bytes = lambda: 1000
-    try:
-        checkpoint.Writer(folder).write(run.state(), [], before=None, after=None)
-    except UserError as error:
-        return str(error)
+    write = checkpoint.Writer(folder).write
+    return error_of(write, run.state(), [], before=None, after=None)
 
 
 def overflow():
-    """Return (scale, whether a weight has changed) after a step whose gradient overflows only on
+    """Return (scale, which weights have changed) after a step whose gradient overflows only on
     rank 1.
     """
     run = Run(True, **KINDS["accumulation"])
@@ -229,9 +234,7 @@ def overflow():
     scaler.unscale_(adamw)
     scaler.step(adamw)
     scaler.update()
-    pairs = zip(tree_leaves(before), tree_leaves(run.weights()), strict=True)
-    has_changed = not all(torch.equal(old, new) for old, new in pairs)
-    return scaler.get_scale(), has_changed
+    return scaler.get_scale(), differences(before, run.weights())
 
 
 def main(folder):

@@ -333,13 +333,16 @@ def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(training, tmp_pa
     assert config_of()["training"]["precision"] == "bf16"
     assert config_of()["training"]["num_workers"] == 1
 
-    run_main(train, *flags, "--resume", "--lr", 1e-3, "--precision", "fp32")
+    recipe = tmp_path / "my.txt"
+    recipe.write_text("--lr 1e-3  # faster\n--precision fp32")
+    run_main(train, *flags, "--resume", f"@{recipe}")
     rows, _ = metrics.read_metrics(run / "metrics.jsonl", notes=True)
     (note,) = column(rows, "note")
     assert note == "resumed with other flags: lr 0.0001 -> 0.001, precision bf16 -> fp32"
     assert log.read_text().count(note) == 1
     assert config_of("config-until-0000002.json")["training"]["lr"] == 1e-4
     assert config_of()["training"]["lr"] == 1e-3
+    assert config_of()["training"]["recipe"] == recipe.read_text()
     run_main(train, *flags, "--max-steps", 4, "--resume")  # without these flags
     assert "max_steps 3 -> 4, lr 0.001 -> 0.0001" in log.read_text()
     assert config_of()["training"]["precision"] == "fp32"  # a run keeps its own

@@ -17,6 +17,7 @@ from process import GONE_WITHIN, descendants, end, kill, kill_all, ranks, wait_g
 from training import TORCHRUN, Training, compare, make_data
 
 EVERY = 10  # steps from one checkpoint of a storm to the next
+STEPS_PER_HIT = 45  # of the run; raise it on a faster machine
 FLAGS = split(f"""
     --log-every 1
     --val-every 50
@@ -38,10 +39,9 @@ def storm(training, hits, seed=0, from_step=1.5):
     seen = []
     step = 0
     for hit in hits:
-        if rng.random() < 0.5:
-            first = 0
-            seconds = 6
-        else:
+        first = 0
+        seconds = 6
+        if rng.random() >= 0.5:
             first = min(step + 1, training.steps)
             seconds = from_step
         process = training.start("--resume", until=first)
@@ -108,10 +108,6 @@ def main():
     )
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of torchrun, a rank or all")
     parser.add_argument("--stops", type=int, default=10, help="SIGTERMs of torchrun")
-    parser.add_argument(
-        "--steps-per-hit", type=int, default=45, help="length of the run; more on a faster machine"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", default="results/faults.md", help="where the table goes")
     parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
@@ -123,12 +119,12 @@ def main():
             ("SIGKILL", args.kills, kill_something),
             ("SIGTERM", args.stops, stop_launcher),
         ):
-            steps = max(100, args.steps_per_hit * count)
+            steps = max(100, STEPS_PER_HIT * count)
             whole = Training(data, Path(root, name, "whole"), steps, TORCHRUN, flags)
             whole.run(timeout=1800)
             stormy = replace(whole, results=Path(root, name, "stormy"))
-            seen = storm(stormy, count * [hit], args.seed)
-            assert len(seen) == count, "the run ended too early: raise --steps-per-hit"
+            seen = storm(stormy, count * [hit])
+            assert len(seen) == count, "the run ended too early: raise STEPS_PER_HIT"
             changes = compare(whole, stormy)
             print(*changes, sep="\n")
             lines += rows_of(seen, len(changes))
