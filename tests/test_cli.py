@@ -1,7 +1,6 @@
 """Flags, and messages of one line."""
 
 import argparse
-import os
 import pickle
 import re
 import shutil
@@ -19,7 +18,7 @@ from runtime import cli
 from runtime.atomic import link
 from runtime.cli import UserError, number
 from runtime.runs import make_run_folder
-from training import ROOT
+from training import ROOT, record_calls
 from video.index import CorruptDataError
 
 # Flags --------------------------------------------------------------------------------------------
@@ -258,16 +257,11 @@ def test_a_second_loader_process_that_ends_does_not_hide_the_error(monkeypatch, 
     def worker_failed(*_):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-    def fail(*args, fail=cli.fail, **settings):
-        os.kill(os.getpid(), signal.SIGCHLD)
-        fail(*args, **settings)
-
     before = signal.signal(signal.SIGCHLD, worker_failed)
-    monkeypatch.setattr(cli, "fail", fail)
+    record_calls(monkeypatch, cli, "fail", lambda *_, **__: signal.raise_signal(signal.SIGCHLD))
     try:
-        with pytest.raises(SystemExit) as ended, cli.one_line_errors():
+        with pytest.raises(SystemExit, match="^1$"), cli.one_line_errors():
             worker_failed()
     finally:
         signal.signal(signal.SIGCHLD, before)
-    assert ended.value.code == 1
     assert "a loader process has ended" in capsys.readouterr().err

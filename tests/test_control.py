@@ -63,6 +63,9 @@ def test_tuning_chooses_the_configuration_and_the_way_that_did_best():
     assert number != 5
 
 
+ARGS = Namespace(out="out", miniature=False, compile=False)
+
+
 def test_other_numbers_of_evaluations_are_measured_for_the_best_configuration(
     tmp_path, monkeypatch
 ):
@@ -70,8 +73,8 @@ def test_other_numbers_of_evaluations_are_measured_for_the_best_configuration(
     path.write_text(json.dumps(tuning_rows("eqm", best=5, way="heun")))
     asked = []
     monkeypatch.setattr(lab, "run_study", lambda args, runs, markdown: asked.append(runs))
-    args = Namespace(out=tmp_path, miniature=False, compile=False, arms=["eqm", "flow"], minutes=9)
-    control.tune(args)
+    args = vars(ARGS) | {"out": tmp_path, "arms": ["eqm", "flow"], "minutes": 9}
+    control.tune(Namespace(**args))
     everything, best = asked
     assert len(everything) == 2 * 8 * 2
     assert {*everything[0].tasks} == {
@@ -96,30 +99,26 @@ def test_clipping_shortens_the_gradients_of_all_objectives_alike():
 
 
 def test_eqm_is_also_measured_with_the_solver_that_did_best_if_a_descent_was_better():
-    args = Namespace(out="out", miniature=False, compile=False)
     tuning = tuning_rows("eqm", best=5, way=PATH_LENGTH)
     for row in tuning:
         if row["configuration"] == 5:
             row["values"]["16 frames, 15 evaluations, euler"]["both_accuracy"] = 0.6
-    tasks = control.main_run(args, "eqm", 200, tuning).tasks
+    tasks = control.main_run(ARGS, "eqm", 200, tuning).tasks
     words, _ = tasks["32 frames, 15 evaluations, by a solver"]
     assert words[words.index("--sampler") + 1] == "euler"
     words, _ = tasks["32 frames, 15 evaluations"]
     assert words[words.index("--sampler") + 1] == "ngd"
     tuning = tuning_rows("flow", best=5, way="euler")
-    assert (
-        "16 frames, 15 evaluations, by a solver"
-        not in control.main_run(args, "flow", 200, tuning).tasks
-    )
+    tasks = control.main_run(ARGS, "flow", 200, tuning).tasks
+    assert "16 frames, 15 evaluations, by a solver" not in tasks
 
 
 def test_forced_arms_alone_are_measured_with_given_frames():
-    args = Namespace(out="out", miniature=False, compile=False)
     tuning = []
     for name in control.TUNED:
         tuning += tuning_rows(name, best=5, way="euler")
     for name, arm in control.ARMS.items():
-        run = control.main_run(args, name, 0, tuning)
+        run = control.main_run(ARGS, name, 0, tuning)
         assert ({*run.tasks} == {*control.GIVEN}) == arm.is_forced
         assert ("--forcing" in run.training) == arm.is_forced
 
@@ -204,7 +203,7 @@ def test_sprites_take_the_shift_and_the_guidance_with_most_valid_samples():
 
 
 def test_main_runs_on_sprites_sample_with_the_chosen_guidance():
-    args = Namespace(out="out", miniature=False, compile=False, data_path="DIR", latents="LATENTS")
+    args = Namespace(**vars(ARGS), data_path="DIR", latents="LATENTS")
     tuning = sprites_tuning("told-w", best=(2, 1.5))
     run = control_sprites.main_run(args, "told-w", 0, tuning)
     assert run.out.name == "control_sprites.json"

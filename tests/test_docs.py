@@ -25,9 +25,7 @@ WRITTEN = [  # by hand; other pages of results/ are written by scripts
     *ROOT.glob("docs/*.md"),
     ROOT / "datasets/README.md",
     ROOT / "results/README.md",
-    ROOT / "results/demo/README.md",
-    ROOT / "results/demo-few/README.md",
-    ROOT / "results/demo-world/README.md",
+    *ROOT.glob("results/demo*/README.md"),
     *ROOT.glob("results/studies/*/README.md"),
 ]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(WRITTEN)}

@@ -80,18 +80,23 @@ SCRIPTS = modules(ROOT / "scripts") | modules(ROOT / "datasets")
 ROOMS = {name.split(".")[0] for name in MODULES}
 
 
+def imported(nodes):
+    """The dotted names that the imports among syntax nodes import."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports have no room name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
 @functools.cache
 def own_imports(tree):
     """The modules of EqM that a module imports, also inside functions."""
-    targets = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            targets |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports have no room name"
-            targets |= {f"{node.module}.{alias.name}" for alias in node.names}
     modules = set()
-    for target in targets:
+    for target in imported(ast.walk(tree)):
         room, *parts = target.split(".")
         dotted = ".".join([room, *parts[:1]])
         if dotted in MODULES:
@@ -124,20 +129,14 @@ def test_imports_go_down_without_a_cycle_and_never_to_an_entry_script():
 
 def test_packages_that_load_slowly_are_imported_inside_functions():
     for name in MODULES.keys() - {"scoring.plots"}:  # which is imported inside functions
-        for node in MODULES[name].body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                modules = [getattr(node, "module", ""), *(alias.name for alias in node.names)]
-                assert not SLOW & {module.split(".")[0] for module in modules}, name
+        assert not SLOW & set(map(room_of, imported(MODULES[name].body))), name
 
 
 def test_what_is_true_of_one_data_set_is_imported_by_evaluate_alone_and_only_for_its_metric():
     of_data_sets = modules(ROOT / "datasets").keys()
     for name, tree in MODULES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
-                is_late = name == "evaluate" and node not in tree.body
-                assert is_late or not names & of_data_sets, f"{name}, line {node.lineno}"
+        nodes = tree.body if name == "evaluate" else ast.walk(tree)
+        assert not set(map(room_of, imported(nodes))) & of_data_sets, name
 
 
 def test_no_module_hides_one_that_is_installed_or_in_the_standard_library():

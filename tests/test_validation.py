@@ -18,13 +18,7 @@ from video.index import Scan
 from video.loader import ClipsByFrames
 from video.source import Files, open_source
 
-CHUNKS = [
-    [(4, 0), (4, 1), (4, 2)],
-    [(4, 3), (4, 4), (4, 5)],
-    [(4, 6), (4, 7)],
-    [(8, 0), (8, 1)],
-    [(8, 2)],
-]
+CHUNKS = [[(4, 0), (4, 1)], [(4, 2), (4, 3)], [(4, 4)], [(8, 0), (8, 1)], [(8, 2)]]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from models import EqM, model_config
+from video.files import Video
 from video.source import LATENTS_FORMAT
 
 
@@ -46,9 +48,10 @@ def make_images(root, count, suffix=".png"):
     root.
     """
     for index in range(count):
-        (root / "AB"[index % 2]).mkdir(parents=True, exist_ok=True)
+        folder = root / "AB"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "AB"[index % 2] / f"{index}{suffix}")
+        Image.fromarray(pixels).save(folder / f"{index}{suffix}")
     return root
 
 
@@ -74,16 +77,8 @@ def make_latents(folder):
             for part in ("mean", "std", "mean_flipped", "std_flipped")
         }
         save_file(parts, folder / f"A/{name}.safetensors", metadata={"source_bytes": str(size)})
-        videos.append(
-            {
-                "path": f"A/{name}.safetensors",
-                "class_name": "A",
-                "num_frames": 6,
-                "fps": 25.0,
-                "height": 16,
-                "width": 16,
-            }
-        )
+        video = Video(f"A/{name}.safetensors", "A", 6, 25.0, 16, 16)
+        videos.append(asdict(video))
     counts = {"num_videos": 3, "num_frames": 18, "classes": ["A"], "unreadable": []}
     content = LATENTS_SETTINGS | counts | {"videos": videos}
     (folder / "latents.json").write_text(json.dumps(content, indent=1))
@@ -97,14 +92,14 @@ def make_state(step=10, **settings):
         "EqM-Ti/4",
         **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings),
     )
-    time_scales = dict.fromkeys(("time_scale", "longest_time_scale"), 0.04)
     data = {
         "vae": "none",
         "image_size": 16,
         "fps": 25.0,
         "frame_interval": [1],
         "classes": ["A", "B"],
-        **time_scales,
+        "time_scale": 0.04,
+        "longest_time_scale": 0.04,
     }
     training = {
         "model": "EqM-Ti/4",
@@ -159,11 +154,7 @@ def write_npz(path, videos, labels):
 
 def make_samples(folder):
     """Write a sample folder of two clips, as sample_gd.py does."""
-    np.savez(
-        folder / "samples.npz",
-        arr_0=np.zeros((2, 3, 8, 8, 3), np.uint8),
-        labels=np.zeros(2, np.int64),
-    )
+    write_npz(folder / "samples.npz", np.zeros((2, 3, 8, 8, 3), np.uint8), labels=[0, 0])
     (folder / "samples.json").write_text(
         json.dumps({"classes": ["A"], "time_scale": 0.04, "flags": {"video": True}})
     )

@@ -16,14 +16,21 @@ from video.files import Video, read_frames
 
 
 def write_video(
-    path, num_frames=20, rate=25, codec="mpeg4", times=None, size=(64, 48), sound=False, **options
+    path,
+    num_frames=20,
+    rate=25,
+    codec="mpeg4",
+    times=None,
+    size=(64, 48),
+    sound=False,
+    pixel_format="yuv420p",
+    tag=None,
+    noise=0,
+    **options,
 ):
     """times: a time stamp in ms for each frame, for a variable frame rate; size: width, height in
-    px. Options, beside those of the codec: pixel_format; tag, its name in the file; noise: in the
-    right half, which moves."""
-    pixel_format = options.pop("pixel_format", "yuv420p")
-    tag = options.pop("tag", None)
-    noise = options.pop("noise", 0)
+    px. tag: the name of the codec in the file; noise: in the right half, which moves. Options are
+    those of the codec."""
     right = 255 - np.random.default_rng(0).integers(
         0, noise + 1, (size[1], size[0] - size[0] // 2, 3)
     )

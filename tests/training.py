@@ -120,9 +120,9 @@ class Training:
 
     def command_flags(self, *flags):
         paths = ["--data-path", self.data, "--results-dir", self.results]
-        if self.steps is None:  # a schedule or --epochs sets the end
-            return [*self.base, *paths, *self.flags, *flags]
-        return [*self.base, *paths, "--max-steps", self.steps, *self.flags, *flags]
+        # without, a schedule or --epochs sets the end
+        end = ["--max-steps", self.steps] if self.steps else []
+        return [*self.base, *paths, *end, *self.flags, *flags]
 
     def start(self, *flags, until=0):
         """Start the launcher and wait until it has logged the step `until`. Returns the process."""
@@ -177,7 +177,7 @@ def record_calls(monkeypatch, owner, name, note):
 
 
 @contextmanager
-def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), signal.SIGTERM)):
+def counted_steps(script, stop_after=None, act=lambda: signal.raise_signal(signal.SIGTERM)):
     """A list that grows at each step of a training script. After stop_after steps, act() runs:
     SIGTERM by default.
     """
@@ -197,7 +197,7 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
 
     def interrupt(*arguments, **_):
         if stop_in != "latents_of" or "validation" in arguments:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     script = train if training.script == "train.py" else train_vae
     with pytest.MonkeyPatch.context() as patch, counted_steps(script, stop_after) as steps:
