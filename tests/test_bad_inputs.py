@@ -462,20 +462,18 @@ def cases():
             yield pytest.param(command, flags, words, id=f"{name} {flags}")
 
 
-TEXTS = {  # file: all that is in it
-    "text.png": "hello",
-    "list.json": "[1, 2]",
-    "bad/A/x.avi": "no video",
-    "bad/B/y.mp4": "no video",
-    "broken/a.avi": "RIFF and no more",
-    "broken/b.mp4": "RIFF and no more",
-    "no-format/latents.json": "{}",
-    "not-json/latents.json": "[",
-    "quote.txt": "--lr 'a",
-    "unknown.txt": "--lrr 1",
-    "lacking.txt": "--lr",
-}
-EMPTY = """
+FILES = """
+    text.png                hello
+    list.json               [1, 2]
+    bad/A/x.avi             no video
+    bad/B/y.mp4             no video
+    broken/a.avi            RIFF and no more
+    broken/b.mp4            RIFF and no more
+    no-format/latents.json  {}
+    not-json/latents.json   [
+    quote.txt               --lr 'a
+    unknown.txt             --lrr 1
+    lacking.txt             --lr
     file
     begun/samples.unfinished
     mine/000000.mp4
@@ -491,7 +489,7 @@ EMPTY = """
     deep/train/A/x.avi
     deep/train/B/y.m4v
     deep/train/x/A/x.png
-"""
+"""  # a file and all that is in it
 LACKING = """
     bare        samples  samples.json
     code-vae    vae      diffusion_pytorch_model.safetensors
@@ -547,8 +545,8 @@ def world(tmp_path_factory):
         write_video(root / f"{name}.avi", 10, size=(16, 16))
     for letter in "ab":
         write_video(root / f"long/A/{letter * 245}.avi", 10, size=(16, 16))
-    copy("videos", "bad")
-    copy("videos", "larger")
+    for name in ("bad", "larger"):
+        copy("videos", name)
     write_ucf_list(copy("videos", "listed"), ["A/a", "A/b"])  # B has no training video, A no other
     make_images(root / "images", 4)
     make_vae(root / "vae")
@@ -575,33 +573,35 @@ def world(tmp_path_factory):
     make_samples(root / "samples")
     os.truncate(copy("samples", "cut-samples") / "samples.npz", 200)
     clips = np.load(root / "samples/samples.npz")["arr_0"]
-    for name, changed, label in (
-        ("one-clip", clips[:1], 0),
-        ("image-samples", clips[:, 0], 0),
-        ("floats", clips / 255, 0),
-        ("label-99", clips, 99),
-        ("unlabeled", clips, -1),
-        ("no-clips", clips[:0], 0),
-        ("no-frames", clips[:, :0], 0),
-        ("no-rows", clips[:, :, :0], 0),
-        ("gray", clips[..., :1], 0),
-        ("code-samples", np.array([Code(), Code()]), 0),
-    ):
-        labels = np.full(len(changed), label)
-        np.savez(copy("samples", name) / "samples.npz", arr_0=changed, labels=labels)
+    labels = {"label-99": 99, "unlabeled": -1}
+    for name, changed in {
+        "one-clip": clips[:1],
+        "image-samples": clips[:, 0],
+        "floats": clips / 255,
+        "label-99": clips,
+        "unlabeled": clips,
+        "no-clips": clips[:0],
+        "no-frames": clips[:, :0],
+        "no-rows": clips[:, :, :0],
+        "gray": clips[..., :1],
+        "code-samples": np.array([Code(), Code()]),
+    }.items():
+        of_clips = np.full(len(changed), labels.get(name, 0))
+        np.savez(copy("samples", name) / "samples.npz", arr_0=changed, labels=of_clips)
     make_shown(root / "shown", [0, 1], ["A", 'Cirque\ndu "soleil"'])
     make_shown(root / "longer", [0, 1], ["A", "B"], num_frames=11)
     copy("shown", "sampled/shown")
     for name, folder, file in map(str.split, LACKING.strip().splitlines()):
         (copy(folder, name) / file).unlink()
     torch.save({"decoder.conv_out.bias": Code()}, root / "code-vae/diffusion_pytorch_model.bin")
-    for name, last in (("E", 50), ("empty", 0)):
-        make_run(root / f"runs/{name}/0-f4", 0, last)
+    make_run(root / "runs/E/0-f4", 0, 50)
+    make_run(root / "runs/empty/0-f4", 0, 0)
     make_run(root / "runs/other-f4", 0, 0, torn='{"step": 1}\n')
     (make_run(root / "runs/cut-f4", 0, 10) / "config.json").write_text('{"training": {')
-    for name, text in (TEXTS | dict.fromkeys(split(EMPTY), "")).items():
+    for line in FILES.strip().splitlines():
+        name, *text = line.split(maxsplit=1)
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        (root / name).write_text("".join(text))
     for line in VARIANTS.strip().splitlines():
         place, _, new = line.partition(" => ")
         name, folder, file, old = place.split(maxsplit=3)
