@@ -218,6 +218,11 @@ def cells(row):
     return [cell.strip() for cell in row.strip().strip("|").split("|")]
 
 
+def table_rows(text):
+    """The cells of each row of the tables in a text."""
+    return [cells(line) for line in text.splitlines() if line.startswith("|")]
+
+
 def is_in(number, source):
     """Whether a number, as text, is one of a text, rounded as it is."""
     value = float(number.replace(",", ""))
@@ -235,12 +240,10 @@ def missing(kind, block, source):
         numbers = re.findall(rf"{NUMBER}(?=%| points| MB)|(?<![\w.])\d+\.\d+", block)
         return [number for number in numbers if not is_in(number, source)]
     texts = defaultdict(str)  # of the rows of the source by their first cell
-    for line in source.splitlines():
-        if line.startswith("|"):
-            name, *values = cells(line)
-            texts[name] += " ".join(["", *values])
+    for name, *values in table_rows(source):
+        texts[name] += " ".join(["", *values])
     lacking = []
-    for name, *values in map(cells, block.splitlines()[2:]):
+    for name, *values in table_rows(block)[2:]:
         for number in re.findall(NUMBER, " ".join(values)):
             if not is_in(number, texts[name]):
                 lacking.append(f"{name}: {number}")
@@ -258,11 +261,7 @@ def count_parameters(module):
 
 
 def test_the_table_of_models_has_their_parameters():
-    rows = {}
-    for line in PAGES["README.md"].splitlines():
-        if line.startswith("|"):
-            size, *row = cells(line)
-            rows[size] = row
+    rows = {size: row for size, *row in table_rows(PAGES["README.md"])}
     for name, build in EqM_models.items():
         size, patch = name.split("/")
         config = model_config(name)

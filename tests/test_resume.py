@@ -83,7 +83,7 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), 8)
 
 
-@pytest.mark.parametrize(("data", "base", "flags"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("data, base, flags", KINDS.values(), ids=KINDS)
 def test_every_kind_of_training_resumes_bit_for_bit(data, base, flags, request, tmp_path):
     data = request.getfixturevalue(data)
     whole = Training(data, tmp_path / "whole", STEPS, base=base, flags=split(flags))
@@ -126,7 +126,7 @@ def test_a_resume_links_a_checkpoint_to_its_missing_names(copy):
 
 
 @pytest.mark.parametrize(
-    ("end", "words"),
+    "end, words",
     [
         (
             ["--max-steps", 5],

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from shlex import split
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    "flags, expected",
     [  # narrow, as two backward passes take long, above all in bf16
         ("--ebm l2 --precision bf16 --hidden-size 96 --num-heads 2", ("l2", 1, "none")),
         ("--use-rope --disp --grad-accum 2", ("none", 1, "none")),
@@ -171,7 +172,7 @@ def plain(training, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("flags", "tolerance"),
+    "flags, tolerance",
     [  # --compile: test_compile.py; --grad-checkpoint: test_models.py
         (["--grad-accum", 4], 1e-4),
         (["--precision", "bf16"], 3e-2),
@@ -217,18 +218,12 @@ def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(plain, tra
 
 
 @pytest.mark.parametrize(
-    ("forcing", "regions", "disp"), [(0.0, 0.0, True), (1.0, 0.0, False), (0.5, 0.5, False)]
+    "forcing, regions, disp", [(0.0, 0.0, True), (1.0, 0.0, False), (0.5, 0.5, False)]
 )
 def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regions, disp):
-    calls = []
-
-    def network(x_gamma, y, time_scales, return_features):
-        calls.append((x_gamma, y, time_scales, return_features))
-        f = torch.zeros_like(x_gamma)
-        features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-        return (f, features) if disp else f
-
     clips = torch.randint(256, (8, 3, 6, 16, 16)).byte()
+    f = torch.zeros(clips.shape)
+    network = Mock(return_value=(f, torch.arange(4.0).unsqueeze(1)) if disp else f)
     batch = batch_of(clips)
     config = replace(CONFIG, class_dropout_prob=0.5)
     flags = {"disp": disp, "forcing": forcing, "forcing_regions": regions}
@@ -250,16 +245,15 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regi
     )
     is_dropped = uniform(5, "label drop", 7, indices) < transport.condition_dropout(gamma, 0.5)
     assert is_dropped.any() and not is_dropped.all()
-    ((x_gamma, y, time_scales, return_features),) = calls
+    ((x_gamma, y, time_scales), others) = network.call_args
+    assert others == {"return_features": disp}
     level = gamma.reshape(8, 1, -1, *gamma.shape[2:] or (1, 1))
     assert torch.equal(x_gamma, level * x + (1 - level) * noise)
     assert torch.equal(y, torch.where(is_dropped, 2, batch["y"]))
     assert torch.equal(time_scales, batch["time_scales"])
-    assert return_features == disp
     assert ("disp_loss" in losses) == disp
-    expected = (
-        OBJECTIVES["eqm"].target(x, noise, gamma).square().mean()
-    )  # as the network predicts zero
+    # as the network predicts zero
+    expected = OBJECTIVES["eqm"].target(x, noise, gamma).square().mean()
     torch.testing.assert_close(losses["train_loss"], expected)
     torch.testing.assert_close(target_square, expected)
 
@@ -281,11 +275,9 @@ def test_training_from_a_cache_equals_encoding_on_the_fly(shapes, latents, tiny_
     fast, state = run_training(tmp_path / "fast", *shared, "--data-path", latents)
     for name in ("train_loss", "grad_norm", "val_loss"):
         assert column(fast, name) == pytest.approx(column(slow, name), rel=1e-3)
-    data = state["config"]["data"]
-    assert data["vae"] == str(tiny_vae)
-    assert data["image_size"] == 16
-    assert data["classes"] == sorted(CLASSES)
-    assert data["vae_sha256"] == load_vae(str(tiny_vae)).sha256
+    expected = {"vae": str(tiny_vae), "image_size": 16, "classes": sorted(CLASSES)}
+    expected["vae_sha256"] = load_vae(str(tiny_vae)).sha256
+    assert state["config"]["data"].items() >= expected.items()
 
 
 def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(latents, tmp_path, capsys):
@@ -399,10 +391,9 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     assert rows[-1]["muon_lr"] == 0.01
 
     flags += ["--max-steps", 2]
-    for other in (["--position-table", "none"], ["--rope-speed", 0.25]):
-        line = refused(capsys, train, *flags, "--resume", *other)
-        assert f"--resume of {ckpt}" in line
-        assert other[0] in line
+    line = refused(capsys, train, *flags, "--resume", "--rope-speed", 0.25)
+    assert f"--resume of {ckpt}" in line
+    assert "--rope-speed" in line
     (data / "B").rename(data / "C")
     classes = f"has the classes A, C, --resume of {ckpt} has A, B; pass its data"
     assert classes in refused(capsys, train, *flags, "--resume")
@@ -416,9 +407,8 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     assert "note: --ckpt was trained with --forcing 0.5, this phase is not, so it may" in printed
     (ckpt_of_phase,) = results.glob("001*/checkpoints/latest.pt")
     model = checkpoint.load(ckpt_of_phase)["config"]["model"]
-    assert model["position_table"] == "space"
-    assert model["rope_speed"] == 0.5
-    assert model["num_classes"] == 5
+    expected = {"position_table": "space", "rope_speed": 0.5, "num_classes": 5}
+    assert model.items() >= expected.items()
     shutil.move(vae, tmp_path / "moved")
     line = f"VAE {vae}: not found; pass its new path with --vae"
     assert line in refused(capsys, train, *flags, "--max-steps", 3, "--ckpt", ckpt)

@@ -105,7 +105,7 @@ def test_a_second_interrupt_ends_the_process_at_once(make):
 
 
 @pytest.mark.parametrize(
-    ("script", "base", "number"),
+    "script, base, number",
     [
         ("train.py", TINY, signal.SIGINT),
         ("train.py", TINY, signal.SIGUSR1),
@@ -269,7 +269,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "flags", "file"),
+    "megabytes, flags, file",
     [
         (1, "--sample-every 1 --num-samples 8 --num-sampling-steps 2", "samples/"),
         (0.2, "--log-every 1", "metrics.jsonl"),
@@ -380,7 +380,7 @@ def agents(training, *flags):
     return [replace(training, launcher=launcher).start() for _ in range(2)]
 
 
-@pytest.mark.parametrize(("flags", "is_killed"), [(["--shard"], False), ([], True)])
+@pytest.mark.parametrize("flags, is_killed", [(["--shard"], False), ([], True)])
 def test_two_nodes_equal_one_node_bit_for_bit_also_when_their_ranks_restart(
     flags, is_killed, undisturbed, tmp_path
 ):
