@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import statistics
 from argparse import Namespace
 
@@ -141,17 +142,11 @@ def test_the_figure_has_an_interval_for_each_arm_and_length(tmp_path, monkeypatc
     plots.plt.close(figures[0])
 
 
-def test_the_tables_show_all_that_was_tuned_and_compare_what_was_fixed():
-    lines = control.tuning_markdown(tuning_rows("flow", best=2, way="euler"))
-    text = "\n".join(lines)
-    assert text.count("| flow |") == 8
-    assert text.count("euler **90.0**") == 1
+def test_the_tables_compare_what_was_fixed():
     text = "\n".join(control.markdown(main_rows()))
     (primary, secondary) = text.split("## Co-primary endpoints")[1].split("## Secondary")
     assert primary.count(": lower") == 2  # flow, at 16 and 32 frames
-    assert (
-        primary.count("told-w minus eqm is +0.1") + primary.count("told-w minus eqm is +0.2") == 2
-    )
+    assert len(re.findall(r"told-w minus eqm is \+0.[12]", primary)) == 2
     assert "within 3 points at 16 frames and 8 points at 32 frames" in primary
     assert "- 16 frames, told-w and eqm: equal." in primary
     assert "- 32 frames, flow and eqm: not shown to be equal." in primary

@@ -91,16 +91,6 @@ def test_phases_are_one_curve_whose_steps_seconds_and_flops_add_up(tmp_path):
     assert texts(by_step.texts) == ["f4", "f8", "f16"]
 
 
-def test_a_schedule_is_split_into_phases_and_counts_nothing_twice(tmp_path):
-    scheduled = {"num_frames": lambda step: 4 if step <= 40 else 16}
-    (curve,) = curves_of(make_run(tmp_path / "EXP/000-EqM-S-4-f4-16-rope", 0, 100, **scheduled))
-    assert curve.label == "EXP/000-EqM-S-4-f4-16-rope"
-    assert steps(curve) == {"f4": (10, 40), "f16": (50, 100)}
-    _, by_flops, by_seconds = plot_curves([curve]).axes
-    assert np.allclose(by_seconds.lines[0].get_xdata(), np.arange(10, 101, 10) * 2 / 60)
-    assert np.allclose(by_flops.lines[0].get_xdata(), np.arange(10, 101, 10))
-
-
 def test_a_phase_from_the_middle_of_another_is_a_curve_that_branches_off(tmp_path):
     root = make_phases(tmp_path / "EXP")
     # of the same name, in another experiment
@@ -137,14 +127,20 @@ def test_a_phase_whose_start_is_not_given_is_a_curve_and_a_line_says_so(tmp_path
     assert not plot_curves([curve]).axes[0].patches
 
 
-def test_the_thin_line_is_as_logged_and_the_thick_one_a_mean_in_its_phase(tmp_path):
+def test_a_schedule_has_phases_whose_thin_line_is_as_logged_and_the_thick_one_a_mean(tmp_path):
     columns = {
         "train_loss": lambda step: 5 + step % 20 / 10 if step <= 50 else 1,
         "num_frames": lambda step: 4 if step <= 50 else 8,
     }
-    make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 600, **columns)
-    figure = plot_curves(curves_of(tmp_path / "E"))  # of 60 lines
-    thin, thick = figure.axes[0].lines
+    (curve,) = curves_of(make_run(tmp_path / "E/000-EqM-S-4-f4-8-rope", 0, 600, **columns))
+    assert curve.label == "E/000-EqM-S-4-f4-8-rope"
+    assert steps(curve) == {"f4": (10, 50), "f8": (60, 600)}
+    figure = plot_curves([curve])  # of 60 lines
+    by_step, by_flops, by_seconds = figure.axes
+    every = np.arange(10, 601, 10)  # nothing is counted twice
+    assert np.allclose(by_seconds.lines[0].get_xdata(), every * 2 / 60)
+    assert np.allclose(by_flops.lines[0].get_xdata(), every)
+    thin, thick = by_step.lines
     assert thin.get_linewidth() < thick.get_linewidth()
     assert np.allclose(thin.get_ydata(), [6, 5, 6, 5, 6, *[1] * 55])
     assert np.allclose(thick.get_ydata(), [5.5, 17 / 3, 16 / 3, 17 / 3, 5.5, *[1] * 55])
@@ -177,6 +173,7 @@ def test_validation_has_a_row_of_losses_that_were_finite(tmp_path):
     assert training.get_yscale() == "log"
     assert validation.get_xlabel() == "step"
     assert training.get_ylabel() == "training loss"
+    assert "of zero" not in validation.get_ylabel()
     (line,) = validation.lines
     expected = np.where(every == 30, np.nan, 50 / every)
     assert line.get_xdata().tolist() == every.tolist()
@@ -188,10 +185,9 @@ def test_validation_has_a_row_of_losses_that_were_finite(tmp_path):
     assert "of zero" in validation.get_ylabel()
 
 
-def test_validation_losses_of_one_clip_length_are_absolute_and_of_several_phases_relative(tmp_path):
+def test_validation_losses_of_several_phases_are_relative(tmp_path):
     losses = {"val_loss": lambda step: 50 / step, "val_loss_rel": lambda step: 5 / step}
     one = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, **losses)
-    assert "of zero" not in plot_curves(curves_of(one)).axes[3].get_ylabel()
     make_run(tmp_path / "E/001-EqM-S-4-f16-rope", 50, 90, one / "checkpoints/0000050.pt", **losses)
     validation = plot_curves(curves_of(tmp_path / "E")).axes[3]
     assert "of zero" in validation.get_ylabel()

@@ -53,11 +53,14 @@ def test_every_table_has_its_numbers_or_its_command_beside_it():
         assert path.with_suffix(".json").exists(), path.name
 
 
+def git(*words, lines=""):
+    """What git prints about the repository."""
+    words = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(words, input=lines, capture_output=True, text=True).stdout
+
+
 def has_full_history():
-    words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
-    if shutil.which("git") is None:
-        return False
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "false"
+    return shutil.which("git") and git("rev-parse", "--is-shallow-repository") == "false\n"
 
 
 def test_the_commits_of_results_exist_and_have_the_script_that_made_them():
@@ -66,10 +69,8 @@ def test_the_commits_of_results_exist_and_have_the_script_that_made_them():
         script = re.search(r"\S+\.(py|sh)\b", record["command"])
         asked.add(f"{record['code']}:{script[0]}")
     if has_full_history():  # neither a shallow clone nor an archive
-        words = ["git", "-C", str(ROOT), "cat-file", "--batch-check"]
-        lines = "\n".join(asked)
-        done = subprocess.run(words, input=lines, capture_output=True, text=True, check=True)
-        assert all(" blob " in line for line in done.stdout.splitlines()), done.stdout
+        printed = git("cat-file", "--batch-check", lines="\n".join(asked))
+        assert printed.count(" blob ") == len(asked), printed
     assert len(asked) > 10
 
 

@@ -59,11 +59,7 @@ SCRIPT = lab.Run.script  # in a process of its own
             "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds; p 0.004, by Holm 0.004): "
             "higher.",
         ),
-        ([1.0, -1.0], [0.0, 0.0], "no significant difference"),
-        ([0.0, 0.0], [0.0, 0.0], "p 1.000"),
         ([0.0, 0.0], [1.0, 1.0], "p < 0.001, by Holm < 0.001): lower."),
-        ([1.0], [0.0], "one seed"),
-        ([], [0.0], "- Loss, a minus b: not run yet."),
         ([math.inf, 1.0], [0.0, 0.0], "one seed, no interval; 1 of 2 diverged"),
         ([math.nan, 1.0, 2.0], [0.0, 0.0, 0.0], "2 seeds; 1 of 3 diverged; p"),
         ([math.nan], [0.0], "- Loss, a minus b: 1 of 1 diverged."),
@@ -93,18 +89,10 @@ def test_a_table_says_with_what_its_rows_were_made():
     assert lab.made_with(rows) == "Made with precision ?, fp32; machine a CPU; code 0123456789, ?."
 
 
-@pytest.mark.parametrize(
-    "p_values, adjusted",
-    [
-        # By hand: 4 x 0.005, 3 x 0.011, then 2 x 0.02 and 1 x 0.04
-        ([0.04, 0.005, 0.02, 0.011], [0.04, 0.02, 0.04, 0.033]),
-        ([0.03, 0.02, 0.9], [0.06, 0.06, 0.9]),  # never below that of a smaller p
-        ([0.6, 0.7], [1, 1]),
-        ([], []),
-    ],
-)
-def test_holm_multiplies_the_smallest_p_by_their_number_the_next_by_one_less(p_values, adjusted):
-    assert lab.holm(p_values) == pytest.approx(adjusted)
+def test_holm_multiplies_the_smallest_p_by_their_number_the_next_by_one_less():
+    # By hand: 5 x 0.01, 4 x 0.012 (never below that of a smaller p), 3 x 0.04, 2 x 0.6, 1 x 0.7
+    adjusted = lab.holm([0.04, 0.6, 0.01, 0.7, 0.012])
+    assert adjusted == pytest.approx([0.12, 1, 0.05, 1, 0.05])
 
 
 # Committed tables ---------------------------------------------------------------------------------
@@ -388,7 +376,6 @@ def test_a_study_has_a_row_per_run_that_says_how_it_was_made_and_runs_once(
         config = shapes.config_of(MINIATURE)
         _, flops = shapes.plan(config, arm.phases, arm.mix, MINIATURE.steps)
         assert row["flops"] == flops
-    assert "| 16 fixed | 100 |" in (trained / "study.md").read_text()
     commands.clear()
     for flags, words in ([], "all is done"), (["--list"], "2 of 2 runs are done"):
         run_miniature(study, trained, "--only", *TWO_ARMS, *SEED, *flags)
@@ -594,6 +581,6 @@ def test_rows_of_other_versions_are_refused(copied, capsys):
 def test_a_failing_script_is_a_one_line_error(tmp_path):
     run = lab.Run(tmp_path / "rows.json", about={"seed": 0})
     run.folder.mkdir(parents=True)
-    message = r"sample.sh ended with status 2 \(.*error: .*word.*\); see .*log"
+    message = r"weizmann.sh ended with status 2 \(.*error: .*word.*\); see .*log"
     with pytest.raises(UserError, match=message):
-        SCRIPT(run, "scripts/sample.sh", "word")
+        SCRIPT(run, "scripts/weizmann.sh", "word")
