@@ -156,13 +156,7 @@ def writer(tmp_path):
 
 def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(writer, monkeypatch):
     begin = threading.Event()
-    save = torch.save
-
-    def save_later(state, file):
-        begin.wait(60)
-        save(state, file)
-
-    monkeypatch.setattr(torch, "save", save_later)  # a slow disk
+    record_calls(monkeypatch, torch, "save", lambda *_: begin.wait(60))  # a slow disk
     state = make_state(step=7)
     writer.write(state, [], nothing, nothing)
     for weight in state["model"].values():

@@ -130,9 +130,8 @@ class Page:
     def files(self, tag, attribute, kind):
         """The files in the page, as bytes."""
         prefix = f"data:{kind};base64,"
-        values = self.values(tag, attribute)
-        assert all(value.startswith(prefix) for value in values)
-        return [base64.b64decode(value[len(prefix) :], validate=True) for value in values]
+        values = [value.removeprefix(prefix) for value in self.values(tag, attribute)]
+        return [base64.b64decode(value, validate=True) for value in values]
 
 
 # The page as a file -------------------------------------------------------------------------------

@@ -221,9 +221,12 @@ def test_a_run_without_an_intact_checkpoint_starts_over_in_its_folder(damage, wh
     assert compare(whole, copy) == []
 
 
-@pytest.mark.parametrize("script", [train, train_vae])
+@pytest.mark.parametrize(
+    "script, base, flags",
+    [(train, TINY, OFTEN), (train_vae, TINY_VAE, ["--save-minutes", 1e-9])],
+)
 def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(
-    script, whole, tmp_path, capsys, monkeypatch
+    script, base, flags, whole, tmp_path, capsys, monkeypatch
 ):
     write = checkpoint.Writer.write
 
@@ -233,11 +236,6 @@ def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(
 
     # so that nothing is deleted while the thread adds files to it
     monkeypatch.setattr(checkpoint.Writer, "write", write_and_wait)
-    base = TINY_VAE
-    flags = ["--save-minutes", 1e-9]
-    if script is train:
-        base = TINY
-        flags = OFTEN
 
     def delete(run, *names):
         for name in names:

@@ -456,6 +456,7 @@ def test_samples_of_positions_are_scored_together(commands, tmp_path, monkeypatc
 def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeypatch):
     few = {way: choices[:1] for way, choices in streaming.TUNED.items()}
     monkeypatch.setattr(streaming, "TUNED", few)
+    monkeypatch.setitem(streaming.MADE, "bouncing", ("--bounce", "--seconds", 1.4))  # short videos
     run_miniature(streaming, tmp_path, "--tune")
     run_miniature(streaming, tmp_path, *SEED)
     tuned = {"streaming_tuning": ["bouncing"], "streaming": streaming.COLUMNS}

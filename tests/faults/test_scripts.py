@@ -33,6 +33,8 @@ PHASES = {"PATH": PATH, "EXP": "E"}
 FLAGS = split("""
     --model EqM-Ti/4
     --depth 1
+    --vae none
+    --image-size 16
     --num-workers 0
     --log-every 1
     --val-clips 4
@@ -46,8 +48,7 @@ def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
         "CACHE": 0,
         "SCHEDULE": "4:4:4 8:2000:4 16:2001:4",
     }
-    flags = [*FLAGS, "--vae", "none", "--image-size", 16]
-    process = start_script("train_progressive.sh", tree, settings, *flags)
+    process = start_script("train_progressive.sh", tree, settings, *FLAGS)
     runs = Training(shapes, tree / "results/E", None)
     wait_until(lambda: runs.last_step() > 4, process)
     left = descendants(process.pid)
@@ -58,7 +59,7 @@ def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
     wait_gone(left)
     step = runs.last_step()
     settings["SCHEDULE"] = f"4:4:4 8:{step + 1}:4 16:{step + 2}:4"
-    end(start_script("train_progressive.sh", tree, settings, *flags), timeout=240)
+    end(start_script("train_progressive.sh", tree, settings, *FLAGS), timeout=240)
     names = ["000-EqM-Ti-4-f4-rope", "001-EqM-Ti-4-f8-rope", "002-EqM-Ti-4-f16-rope"]
     assert sorted(path.name for path in (tree / "results/E").glob("[0-9]*")) == names
 
@@ -86,7 +87,7 @@ def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes
         "CACHE": 0,
         "SCHEDULE": "4:2:4 8:10000:4",
     }
-    flags = [*FLAGS, "--vae", "none", "--image-size", 16, "--sample-every", 0]
+    flags = [*FLAGS, "--sample-every", 0]
     training = Training(shapes, tree / "results/E", None)
     process = start_script("train_slurm.sh", tree, settings, *flags)
     wait_until(lambda: training.last_step() > 4, process)
@@ -110,7 +111,7 @@ def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shape
         "GPUS": 1,
         "SCHEDULE": "4:1:4 8:2:4 16:3:4",
     }
-    flags = [*FLAGS, "--vae", "vae", "--image-size", 16, "--sample-every", 0]
+    flags = [*FLAGS, "--vae", "vae", "--sample-every", 0]
 
     def run(status=0):
         process = start_script("train_progressive.sh", tree, settings, *flags)
