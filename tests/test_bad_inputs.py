@@ -20,7 +20,15 @@ import published
 from test_actions import write_world
 from test_gallery import make_samples as make_shown
 from test_plot_metrics import make_run
-from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
+from tiny_data import (
+    Code,
+    flip_bit,
+    make_images,
+    make_latents,
+    make_samples,
+    make_vae,
+    save_checkpoint,
+)
 from tiny_videos import write_ucf_list, write_video
 from training import refused, snapshot
 
@@ -497,6 +505,7 @@ LACKING = """
     no-file     acted    2.actions.npy
     no-names    acted    actions.json
 """  # a folder, the folder it is a copy of, and the file that it lacks
+CUT = "cut.pt torn/2.actions.npy cut-samples/samples.npz cut-export/model.safetensors"
 VARIANTS = """
     other-class     samples   samples.json  ["A"] => ["C"]
     slow            samples   samples.json  0.04 => 0.48
@@ -553,25 +562,21 @@ def world(tmp_path_factory):
     for name, settings in CHECKPOINTS.items():
         save_checkpoint(root / f"{name}.pt", **settings)
     rope = root / "rope.pt"
-    content = bytearray(rope.read_bytes())
-    (root / "cut.pt").write_bytes(content[: len(content) // 2])
-    content[len(content) // 2] ^= 1
-    (root / "flipped.pt").write_bytes(content)
+    for name in ("cut.pt", "flipped.pt"):
+        shutil.copyfile(rope, root / name)
+    flip_bit(root / "flipped.pt", checkpoint.load(rope)["ema"]["blocks.0.attn.qkv.weight"])
     (root / "pickle.pt").write_bytes(pickle.dumps(Code()))
     torch.save({"model": Code()}, root / "code.pt")
     torch.save({"state_dict": {}}, root / "other.pt")
     published.write_export(root / "shared", checkpoint.load(rope), "fp32", "a card")
-    os.truncate(copy("shared", "cut-export") / "model.safetensors", 1000)
     write_world(root / "acted")
     for name, actions in (("brief", [0] * 5), ("unknown", [0] * 5 + [3]), ("decimal", [0.0] * 6)):
         np.save(copy("acted", name) / "2.actions.npy", np.array(actions))
-    os.truncate(copy("acted", "torn") / "2.actions.npy", 150)
     make_latents(root / "cache")
     (copy("cache", "partial") / "latents.json").rename(root / "partial/latents.partial.json")
     for name in ("empty", "samples", "piped", "taken.png"):
         (root / name).mkdir()
     make_samples(root / "samples")
-    os.truncate(copy("samples", "cut-samples") / "samples.npz", 200)
     clips = np.load(root / "samples/samples.npz")["arr_0"]
     labels = {"label-99": 99, "unlabeled": -1}
     for name, changed in {
@@ -593,6 +598,11 @@ def world(tmp_path_factory):
     copy("shown", "sampled/shown")
     for name, folder, file in map(str.split, LACKING.strip().splitlines()):
         (copy(folder, name) / file).unlink()
+    copy("acted", "torn")
+    copy("samples", "cut-samples")
+    copy("shared", "cut-export")
+    for file in split(CUT):
+        os.truncate(root / file, 150)
     torch.save({"decoder.conv_out.bias": Code()}, root / "code-vae/diffusion_pytorch_model.bin")
     make_run(root / "runs/E/0-f4", 0, 50)
     make_run(root / "runs/empty/0-f4", 0, 0)

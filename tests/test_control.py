@@ -12,6 +12,7 @@ import control
 import control_sprites
 import lab
 from scoring import plots
+from scoring.stats import half95
 from shapes import PATH_LENGTH
 from training import error_of
 
@@ -133,12 +134,11 @@ def test_the_figure_has_an_interval_for_each_arm_and_length(tmp_path, monkeypatc
     flow = axes.containers[1]
     frames, shares = flow.lines[0].get_data()
     assert [round(x) for x in frames] == [16, 32]  # 24 were not measured
-    wiggle = [0.2 * (seed % 3) for seed in control.SEEDS]
-    assert [*shares] == pytest.approx([80 + sum(wiggle) / 16] * 2)
+    values = [80 + 0.2 * (seed % 3) for seed in control.SEEDS]
+    assert [*shares] == pytest.approx([statistics.mean(values)] * 2)
     (bars,) = flow.lines[2]
     low, high = bars.get_segments()[0][:, 1]
-    error = statistics.stdev(wiggle) / 4
-    assert high - low == pytest.approx(2 * 2.131 * error, rel=1e-3)  # t of 15 degrees of freedom
+    assert high - low == pytest.approx(2 * half95(values))
     plots.plt.close(figures[0])
 
 
