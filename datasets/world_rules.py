@@ -6,6 +6,7 @@ that tile is grass. A frame shows the VIEW x VIEW tiles around the agent, of TIL
 """
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 VIEW = 5  # tiles; odd, because the agent is in the middle
 TILE = 4  # px
@@ -84,10 +85,9 @@ def step(maps, rows, positions, agents, actions):
 def views(maps, positions, agents):
     """The kinds of the tiles that frames show, (N, T, VIEW, VIEW). Arguments: see `simulate`."""
     padded = np.pad(maps, ((0, 0), (MIDDLE, MIDDLE), (MIDDLE, MIDDLE)), constant_values=WATER)
-    around = np.arange(VIEW)
-    ys = positions[:, :, 0, None, None] + around[:, None]
-    xs = positions[:, :, 1, None, None] + around
-    tiles = padded[np.arange(len(maps))[:, None, None, None], ys, xs]
+    around = sliding_window_view(padded, (VIEW, VIEW), axis=(1, 2))  # (N, S, S, VIEW, VIEW)
+    ys, xs = np.moveaxis(positions, -1, 0)
+    tiles = around[np.arange(len(maps))[:, None], ys, xs]
     tiles[:, :, MIDDLE, MIDDLE] = agents
     return tiles
 

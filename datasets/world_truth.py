@@ -235,11 +235,10 @@ def shifted(tiles, move):
     """What frames show after a move (y, x), of the tiles (..., VIEW, VIEW) before; else UNKNOWN."""
     before = tiles.copy()
     before[..., MIDDLE, MIDDLE] = GRASS  # where the agent stood
-    after = np.full_like(tiles, UNKNOWN)
-    places = np.arange(VIEW)
-    ys = places[(places + move[0] >= 0) & (places + move[0] < VIEW)]
-    xs = places[(places + move[1] >= 0) & (places + move[1] < VIEW)]
-    after[..., ys[:, None], xs] = before[..., ys[:, None] + move[0], xs + move[1]]
+    border = [(0, 0)] * (tiles.ndim - 2) + [(1, 1)] * 2
+    bordered = np.pad(before, border, constant_values=UNKNOWN)
+    y, x = 1 + move
+    after = bordered[..., y : y + VIEW, x : x + VIEW]
     after[..., MIDDLE, MIDDLE] = UNKNOWN  # the agent
     return after
 
@@ -351,13 +350,14 @@ def edges(moves):
 # Statistics ---------------------------------------------------------------------------------------
 
 
-def measure_clips(frames, tiles, real, actions, twins):
+def measure_clips(frames, tiles, margins, real, actions, twins):
     """{measure: float (N, G)} of the generated frames of N clips; NaN: does not count.
 
-    frames: uint8 (N, 1 + G, SIZE, SIZE, 3), of which the first is given; tiles (N, 1 + G, VIEW,
-    VIEW): what they show; real: the true tiles; actions: (N, 1 + G); twins: see `find_twins`.
+    frames: uint8 (N, 1 + G, SIZE, SIZE, 3), of which the first is given; tiles and margins (N, 1 +
+    G, VIEW, VIEW): what they show; real: the true tiles; actions: (N, 1 + G); twins: see
+    `find_twins`.
     """
-    is_sharp = decode(frames[:, 1:])[1] >= SHARP
+    is_sharp = margins[:, 1:] >= SHARP
     facings = real[:, 0, MIDDLE, MIDDLE]
     true = draw(real[:, 1:])
     from_true = psnr_of_frames(frames[:, 1:], true)
@@ -464,34 +464,34 @@ def summarize(frames, real, actions, starts, context=None, videos=()):
     starts: of each clip, what tells whether another one begins alike. context: the most frames
     before a frame that the model sees; None: all. videos: those of the clips.
     """
-    tiles, _ = decode(frames)
+    tiles, margins = decode(frames)
     measured = measure_clips(
         frames,
         tiles=tiles,
+        margins=margins,
         real=real,
         actions=actions,
         twins=find_twins(starts, actions),
     )
     entries = find_entries(tiles, actions)
+    generated = tiles[:, 1:]
+    true = real[:, 1:]
     result = {}
     for name, values in measured.items():
         of_clips = means(values)
-        result[name] = number_or_none(means(of_clips[None])[0])
+        result[name] = mean_or_none(of_clips)
         result[f"{name}_interval95"] = mean_interval(of_clips, videos)
-    result |= drift(tiles[:, 1:], real[:, 1:])
+    result |= drift(generated, true)
     result |= remember(entries, context)
     by_frame = {}
     for mark, part in columns(frames.shape[1] - 1).items():
-        column = {
-            name: number_or_none(means(values[:, part].reshape(1, -1))[0])
-            for name, values in measured.items()
-        }
-        column |= drift(tiles[:, 1:][:, part], real[:, 1:][:, part])
+        column = {name: mean_or_none(values[:, part]) for name, values in measured.items()}
+        column |= drift(generated[:, part], true[:, part])
         in_part = (entries[:, 0] > part.start) & (entries[:, 0] <= part.stop)
         column |= remember(entries[in_part], context)
         by_frame[str(mark)] = column
     result["by_frame"] = by_frame
-    result["shares_of_kinds"] = dict(zip(KINDS, shares_of_kinds(tiles[:, 1:]), strict=True))
+    result["shares_of_kinds"] = dict(zip(KINDS, shares_of_kinds(generated), strict=True))
     return result
 
 
@@ -501,9 +501,10 @@ def means(values):
     return np.where(counts, np.nansum(values, axis=1) / np.maximum(counts, 1), np.nan)
 
 
-def number_or_none(value):
-    """A float for JSON; None in place of NaN."""
-    return None if np.isnan(value) else float(value)
+def mean_or_none(values):
+    """The mean of the numbers among values, a float for JSON; None if there is none."""
+    (mean,) = means(values.reshape(1, -1))
+    return None if np.isnan(mean) else float(mean)
 
 
 def make_controls(real, actions):
