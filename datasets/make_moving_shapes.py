@@ -14,7 +14,6 @@ import json
 import math
 from layout import is_made, new_data_set, write_lists
 from argparse import Namespace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -90,7 +89,7 @@ def coverage(shape, center, radius, size):
     return np.diff(columns).mean(1) * heights[:, None]
 
 
-def draw_frame(shape, center, radius, size, color, background=(0, 0, 0)):
+def draw_frame(shape, center, radius, size, color, background):
     """An antialiased frame, uint8 (size, size, 3). center: (x, y) of the shape's centroid in px."""
     alpha = coverage(shape, center, radius, size)[..., None]
     return np.rint(alpha * np.array(color) + (1 - alpha) * np.array(background)).astype(np.uint8)
@@ -104,15 +103,18 @@ def draw_clip(video, size, frames):
     else:
         direction = np.array(DIRECTIONS[video["direction"]])
         centers += np.arange(frames)[:, None] * direction * video["speed"] / FPS
-    draw = partial(
-        draw_frame,
-        shape=video["shape"],
-        radius=video["radius"],
-        size=size,
-        color=video["rgb"],
-        background=video["background_rgb"],
-    )
-    return np.stack([draw(center=center) for center in centers])
+    drawn = [
+        draw_frame(
+            shape=video["shape"],
+            center=center,
+            radius=video["radius"],
+            size=size,
+            color=video["rgb"],
+            background=video["background_rgb"],
+        )
+        for center in centers
+    ]
+    return np.stack(drawn)
 
 
 def plan_video(shape, kind, index, args):
