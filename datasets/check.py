@@ -237,21 +237,15 @@ def too_many_corrupt(args, scan, corrupt):
 
 def check_data(args, source, corrupt):
     """The Data of the training, without corrupt videos. Raises UserError where train.py does."""
-    data = find_data(source, args.val_fraction, [args.num_frames], [], "--num-frames")
-    train = without_corrupt(data.train, corrupt)
-    if not train[args.num_frames]:
+    num_frames = args.num_frames
+    data = find_data(source, args.val_fraction, [num_frames], [], "--num-frames")
+    train = [video for video in data.train[num_frames] if video.path not in corrupt]
+    val = [video for video in data.val[num_frames] if video.path not in corrupt]
+    if not train:
         raise UserError(
             f"--data-path {args.data_path}: all training videos are corrupt; add videos"
         )
-    return replace(data, train=train, val=without_corrupt(data.val, corrupt))
-
-
-def without_corrupt(videos_of, corrupt):
-    """{number of frames: videos} without those with corrupt paths."""
-    readable = {}
-    for num_frames, videos in videos_of.items():
-        readable[num_frames] = [video for video in videos if video.path not in corrupt]
-    return readable
+    return replace(data, train={num_frames: train}, val={num_frames: val})
 
 
 def describe(scan):
@@ -550,7 +544,7 @@ def with_num_frames(flags, vae, source, corrupt):
     for num_frames in lengths:
         longer = cli.Flags(vars(flags) | {"num_frames": num_frames}, flags.typed)
         with suppress(UserError):
-            preflight.make_config(longer, vae, Start(Progress()), [longer.num_frames])
+            preflight.make_config(longer, vae, Start(Progress()), [num_frames])
             check_data(longer, source, corrupt)
             return longer
     return None
