@@ -68,8 +68,7 @@ class _Sampler:
             import sample_gd
 
             self.words = ["--video", "--ckpt", str(ckpt)]
-            loaded = checkpoint.load_model(ckpt, video=True)
-            self.model, self.config, self.step = loaded
+            self.model, self.config, self.step = checkpoint.load_model(ckpt, video=True)
             data = self.config["data"]
             flags = sample_gd.parse_args(self.words)
             self.vae = plans.open_vae(flags, self.model.config, data)

@@ -135,8 +135,10 @@ def main():
         fps=FPS,
     )
     write_lists(args.out, train, test)
-    about = f"{len(characters)} characters in {len(FIRST_TILE)} classes"
-    say(f"{args.out}: {about}; {plural(len(missing), 'video')} written")
+    say(
+        f"{args.out}: {len(characters)} characters in {len(FIRST_TILE)} classes; "
+        f"{plural(len(missing), 'video')} written"
+    )
 
 
 if __name__ == "__main__":

@@ -136,8 +136,10 @@ def main():
     )
     write_lists(args.out, train, test)
     numbers = " and ".join(map(str, sorted(held_out)))
-    about = f"{len(CLASSES)} classes with {len(people)} people each, person {numbers} held out"
-    say(f"{args.out}: {about}; {plural(len(clips), 'video')} written")
+    say(
+        f"{args.out}: {len(CLASSES)} classes with {len(people)} people each, person {numbers} held "
+        f"out; {plural(len(clips), 'video')} written"
+    )
 
 
 if __name__ == "__main__":

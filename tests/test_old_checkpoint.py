@@ -50,7 +50,7 @@ def videos(tmp_path_factory):
     for name in ("A/a.avi", "A/b.avi", "B/c.avi", "B/d.avi"):
         (root / name).parent.mkdir(exist_ok=True)
         with av.open(str(root / name), "w") as file:
-            encode(file, frames, 25, "mpeg4", "yuv420p", {})
+            encode(file, frames, 25, codec="mpeg4", pixel_format="yuv420p")
     return root
 
 

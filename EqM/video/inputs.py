@@ -5,7 +5,7 @@ Frames are scaled and cropped as in training, and taken at the frame rate of the
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,7 @@ class InputClip:
     path: str
     class_name: str | None  # the name of its folder, or the class of the sample
     number: int | None = None  # of the sample in its samples.npz
-    # see `open`; None until a file is opened
-    stored: tuple | None = field(default=None, repr=False)
+    stored: tuple | None = None  # see `open`; None until a file is opened
 
     def __str__(self):
         return self.path if self.number is None else f"{self.path}, sample {self.number}"
@@ -109,7 +108,7 @@ def find_clips(flag, path, kinds, cleared=None):
                 "folder of sample_gd.py"
             )
     for clip in clips if cleared else ():
-        if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(cleared):
+        if os.path.realpath(os.path.dirname(clip.path)) == os.path.realpath(cleared):
             raise UserError(
                 f"{flag}: {clip.path} is in --folder {cleared}, which is cleared; name another "
                 "folder"
