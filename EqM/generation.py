@@ -8,7 +8,6 @@ from torch import nn
 
 from causal import Cache
 from given import Details
-from models import Condition
 from plans import count_evaluations
 from runtime import distributed
 from runtime.cli import Bar, UserError, say
@@ -67,6 +66,7 @@ def generate(
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     total = len(batches) * len(plan.window_starts) * most
     bar = Bar(total=total, desc="sampling", unit="evaluation", leave=False)
+    planned = 0  # evaluations of the windows that are done
     began = time.monotonic()
 
     def on_evaluation(running):
@@ -99,19 +99,10 @@ def generate(
                     strict=strict,
                     on_evaluation=on_evaluation,
                 )
-            for part in advance(bar, windows, most):
+            for part in windows:
+                planned += most
+                bar.update(planned - bar.n)  # samples may have stopped early
                 yield batch, *part
-
-
-def advance(bar, parts, most):
-    """Yield these parts, each of which advances the bar by `most` evaluations, although samples may
-    stop early.
-    """
-    end = bar.n
-    for part in parts:
-        end += most
-        bar.update(end - bar.n)
-        yield part
 
 
 def whole_videos(plan, indices, parts):
@@ -221,9 +212,9 @@ class Stream:
         )
         self.reset()
 
-    def reset(self, clips=None, condition=None):
+    def reset(self, clips=None, conditions=()):
         """Begin again, with nothing, or with clips uint8 (n, 3, T, H, W) of whole temporal patches
-        and their Condition, or a list of what `step` takes for each patch.
+        and a list of what `step` takes for each patch.
 
         The same noise follows the same number of patches.
         """
@@ -233,17 +224,14 @@ class Stream:
         self.cache = Cache(config.depth, config.context_patches, tokens)
         self.num_patches = 0  # that were sampled or shown
         if clips is not None:
-            parts = clips.split(patch, dim=2)
-            conditions = condition if isinstance(condition, list) else [condition] * len(parts)
-            for part, condition_of_part in zip(parts, conditions, strict=True):
-                self.show(part, condition_of_part)
+            for part, condition in zip(clips.split(patch, dim=2), conditions, strict=True):
+                self.show(part, condition)
 
     @torch.no_grad()
-    def step(self, condition):
+    def step(self, condition=None):
         """Sample the next temporal patch of these samples.
 
-        condition: a Condition, or an action as in `Plan.condition_at`. Returns its frames, uint8
-        (n, pt, H, W, 3).
+        condition: a Condition; None = that of the Plan. Returns its frames, uint8 (n, pt, H, W, 3).
         """
         condition = self.to_condition(condition)
         latents, self.evaluations, _ = self.sample_latents(
@@ -253,7 +241,7 @@ class Stream:
         return self.plan.vae.decode(latents)
 
     @torch.no_grad()
-    def show(self, clips, condition):
+    def show(self, clips, condition=None):
         """Let the videos continue with a temporal patch of clips uint8 (n, 3, pt, H, W).
 
         condition: as in `step`. Returns its frames as the VAE decodes them, uint8 (n, pt, H, W, 3).
@@ -264,9 +252,9 @@ class Stream:
 
     def to_condition(self, condition):
         """The Condition of the next patch, on the device. condition: as in `step`."""
-        if not isinstance(condition, Condition):
+        if condition is None:
             frame = self.num_patches * self.plan.window
-            condition = self.plan.condition_at(self.indices, frame, condition)
+            condition = self.plan.condition_at(self.indices, frame)
         return condition.to(self.device)
 
     def remember(self, latents, condition):
@@ -305,18 +293,16 @@ def stream_windows(stream, details):
     details: of given first frames, or None.
     """
     plan = stream.plan
-    patch = plan.window
     num_given = 0
     if details:
         num_given = details.clips.shape[2]
         assert details.mask.all(), "a prefix"
     for start in plan.window_starts:
-        condition = plan.condition_at(stream.indices, frame=start)
         evaluations = torch.zeros(len(stream.indices), dtype=torch.int64)
         if start < num_given:
-            videos = stream.show(details.clips[:, :, start : start + patch], condition)
+            videos = stream.show(details.clips[:, :, start : start + plan.window])
         else:
-            videos = stream.step(condition)
+            videos = stream.step()
             evaluations = stream.evaluations
         videos = videos[:, : plan.num_frames - start]  # the last patch may reach beyond the video
         if details:

@@ -304,11 +304,11 @@ class Condition:
 
     Only this module, the data and the flags look inside. y is the input of `EqM.forward`, which a
     ClassEmbedder embeds: classes (B,) int64, or (B, 1 + T) with the class and the actions of T
-    frames. The value null_y means "no condition": a number or, for each column of y, (1 + T,).
+    frames. null_y, () or (1 + T,), is a row of y that means "no condition".
     """
 
     y: torch.Tensor
-    null_y: torch.Tensor | int
+    null_y: torch.Tensor
 
     @classmethod
     def of(cls, y, config):
@@ -316,17 +316,13 @@ class Condition:
 
         Negative numbers mean no class, and unknown actions.
         """
-        null_y = config.num_classes
-        if y.dim() == 2:
-            null_y = torch.full_like(y[0], len(config.action_names))
-            null_y[0] = config.num_classes
+        null_y = torch.full_like(y[0], len(config.action_names))
+        null_y.view(-1)[0] = config.num_classes
         return cls(torch.where(y < 0, null_y, y), null_y)
 
     def to(self, device):
-        null_y = self.null_y
-        if self.y.dim() == 2:
-            null_y = null_y.to(device, non_blocking=True)
-        return replace(self, y=self.y.to(device, non_blocking=True), null_y=null_y)
+        y = self.y.to(device, non_blocking=True)
+        return replace(self, y=y, null_y=self.null_y.to(device, non_blocking=True))
 
     def null(self, mask=True):
         """Return this condition, removed from the samples where mask (B,) is true."""
@@ -493,11 +489,10 @@ class Attention(nn.Module):
         elif masks.blocks is not None and torch.compiler.is_compiling():
             x = flex_attention(q, k, v, block_mask=masks.blocks)
         else:
-            parts = []
-            for part in masks.parts:
-                seen_k = part.seen_of(k)
-                seen_v = part.seen_of(v)
-                parts.append(attend(q[:, :, part.tokens], seen_k, seen_v, part.mask))
+            parts = [
+                attend(q[:, :, part.tokens], part.seen_of(k), part.seen_of(v), part.mask)
+                for part in masks.parts
+            ]
             x = torch.cat(parts, dim=2)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
@@ -680,9 +675,9 @@ class EqM(nn.Module):
             time_scale = torch.full((len(x),), 1 / REFERENCE_FPS, device=x.device)
         assert ((clean is None) != (cache is None)) == config.causal, "for causal models only"
         grid = config.grid(T)
+        (t, h, w) = grid
         pt = config.temporal_patch_size
         p = config.patch_size
-        N = math.prod(grid)
         # Under autocast the embedding is bf16. The tokens are not, or each of their 2 x depth sums
         # would be rounded.
         tokens = self.x_embedder(fill_patches(x, pt)).to(x.dtype)  # (B, N, D)
@@ -697,9 +692,9 @@ class EqM(nn.Module):
             rotary = self.rope(grid, time_scale, first=kept)
         masks = None
         if clean is not None:
-            seen = slice(clean_patches * grid[1] * grid[2])
+            seen = slice(clean_patches * h * w)
             rotary = tuple(torch.cat([angles[:, :, seen], angles], dim=2) for angles in rotary)
-            masks = self.masks_of(grid, x.device)
+            masks = self.masks_of(t, h * w, x.device)
         if config.has_table:  # a table of space alone serves every temporal patch
             tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(
                 1, 2
@@ -724,23 +719,21 @@ class EqM(nn.Module):
                 selective = recompute == "selective"
                 tokens = block(tokens, condition, rotary, masks, selective=selective, cache=part)
         if cache is not None and cache.fills:
-            cache.rotate(self.rope((cache.num_patches, *grid[1:]), time_scale))
-        tokens = tokens[:, -N:]
-        f = self.final_layer(tokens, condition[:, -grid[0] :])
-        (t, h, w) = grid
+            cache.rotate(self.rope((cache.num_patches, h, w), time_scale))
+        tokens = tokens[:, -t * h * w :]
+        f = self.final_layer(tokens, condition[:, -t:])
         f = rearrange(
             f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p
         )
         return f[:, :, :T], tokens
 
-    def masks_of(self, grid, device):
-        """Return the `attention_masks` of a grid. They are made once for each grid."""
-        key = (*grid, device)
+    def masks_of(self, num_patches, tokens, device):
+        """Return the `attention_masks` of a clip. They are made once for each length."""
+        key = (num_patches, device)
         if key not in self.masks:
-            (time, height, width) = grid
             self.masks[key] = attention_masks(
-                num_patches=time,
-                tokens=height * width,
+                num_patches,
+                tokens,
                 context=self.config.context_patches,
                 device=device,
                 for_flex=self.is_compiled and device.type in FLEX_DEVICES,

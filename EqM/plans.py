@@ -22,7 +22,7 @@ from runtime.cli import (
 from runtime.distributed import rank
 from samplers import DESCENTS, SOLVERS
 from vae import VAE, check_same, load_vae
-from video.actions import NO_ACTION, find_sequences, numbers_of
+from video.actions import NO_ACTION, find_sequences
 from video.index import name_some
 from video.samples import NO_LABEL, class_names
 
@@ -241,9 +241,9 @@ class Plan:
     def condition_at(self, indices, frame, action=None, labels=None):
         """The Condition of the samples `indices` in the window from a frame on.
 
-        action: what they do, in place of the plan's actions: its name, its number or (n,) numbers.
-        The first frame of a clip has none, as it leads from a frame that nobody sees. labels:
-        their classes (n,), in place of the plan's.
+        action: what they do, in place of the plan's actions: the numbers (n,). The first frame of a
+        clip has none, as it leads from a frame that nobody sees. labels: their classes (n,), in
+        place of the plan's.
         """
         config = self.model.config
         if labels is not None:
@@ -257,7 +257,7 @@ class Plan:
             planned = self.actions[indices, frame : frame + self.window]
             actions[:, : planned.shape[1]] = planned  # the last window may reach beyond them
             if action is not None:
-                actions[:] = numbers_of(action, config.action_names).reshape(-1, 1)
+                actions[:] = action[:, None]
             if frame == 0 or not config.causal:
                 actions[:, 0] = NO_ACTION
             y = torch.cat([y[:, None], actions], dim=1)  # (n, 1 + T)

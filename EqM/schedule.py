@@ -17,7 +17,7 @@ class Phase:
     num_frames: int
     last_step: int  # global
     # clips per step, over all ranks; None = as many tokens per step as in the first phase
-    batch_size: int | None
+    batch_size: int | None = None
 
     def __str__(self):
         return f"{self.num_frames}:{self.last_step}:{self.batch_size}"
@@ -34,7 +34,7 @@ def parse_schedule(text):
             f"got {text!r}, expected FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, numbers of at "
             "least 1, separated by commas"
         )
-    phases = [Phase(*(*map(int, part.split(":")), None)[:3]) for part in text.split(",")]
+    phases = [Phase(*map(int, part.split(":"))) for part in text.split(",")]
     steps = [phase.last_step for phase in phases]
     if steps != sorted(set(steps)):
         raise argparse.ArgumentTypeError(
@@ -156,15 +156,16 @@ def check_flags(args):
             f"--lr-decay-end {args.lr_decay_end}: expected at least the last step of --max-steps "
             "or --frames-schedule"
         )
+    if args.frames_schedule:
+        return
     parts = world_size() * args.grad_accum
-    if args.global_batch_size % parts and not args.frames_schedule:
+    if args.global_batch_size % parts:
         ranks = f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
         raise UserError(
             f"--global-batch-size {args.global_batch_size}: not a multiple of {ranks}; use a "
             f"multiple of {parts}"
         )
-    if not args.frames_schedule:
-        check_disp(args, args.global_batch_size)
+    check_disp(args, args.global_batch_size)
 
 
 def check_disp(args, batch_size):

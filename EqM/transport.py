@@ -265,30 +265,25 @@ def draw_gammas(
     gamma = gamma.masked_fill(is_pure, 0.0)
     if share == region_share == causal == 0 or num_frames <= patch:
         return gamma
-    rows = []
+    levels = gamma[:, None].repeat(1, num_frames)
     can_force = (~is_sample).tolist()
-    for level, index, forces in zip(gamma.tolist(), indices, can_force, strict=True):
+    for of_clip, index, forces in zip(levels, indices, can_force, strict=True):
         # more draws than are used: a change would give the clips of each seed other levels
         chance, kind, *draws = torch.rand(
             4 + num_frames, generator=generator(seed, "forcing", stream, index)
         ).tolist()
-        if (chance >= share or not forces) and not causal:
-            rows.append([level] * num_frames)
-        elif causal or kind < OWN_LEVELS:
-            of_patch = gammas_of(torch.tensor(draws, dtype=torch.float64), shift, draw).tolist()
-            rows.append([of_patch[frame // patch] for frame in range(num_frames)])
-        else:
-            clean = clean_frames(*draws[:3], math.ceil(num_frames / level_frames))
-            rows.append(
-                [1.0 if frame // level_frames in clean else level for frame in range(num_frames)]
-            )
-    levels = torch.tensor(rows)
+        is_forced = forces and chance < share
+        if causal or (is_forced and kind < OWN_LEVELS):
+            of_patch = gammas_of(torch.tensor(draws, dtype=torch.float64), shift, draw)
+            of_clip.copy_(of_patch.repeat_interleave(patch)[:num_frames])
+        elif is_forced:
+            for group in clean_frames(*draws[:3], math.ceil(num_frames / level_frames)):
+                of_clip[group * level_frames : (group + 1) * level_frames] = 1.0
     levels[is_pure] = 0.0
     if region_share == 0:
         return levels
     levels = levels[:, :, None, None].repeat(1, 1, size, size)
-    clips = zip(levels, gamma.tolist(), indices, can_force, strict=True)
-    for of_clip, level, index, forces in clips:
+    for of_clip, level, index, forces in zip(levels, gamma, indices, can_force, strict=True):
         chance, *draws = torch.rand(5, generator=generator(seed, "region", stream, index)).tolist()
         if chance < region_share and forces:
             height, width = noisy_region(*draws, size)

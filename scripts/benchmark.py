@@ -348,7 +348,7 @@ def measure_sampling(args, report):
     both_x = torch.cat([x, x])
     both_y = torch.cat([y, y])
     both_scales = torch.cat([time_scale, time_scale])
-    field = guided(model, Condition(y, NUM_CLASSES), time_scale, guidance=4.0)
+    field = guided(model, Condition.of(y, model.config), time_scale, guidance=4.0)
 
     def forward():
         for _ in range(evaluations):

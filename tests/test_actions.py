@@ -355,11 +355,10 @@ def test_a_program_plays_by_actions_what_sample_gd_makes(random_model, tmp_path)
     ]
     assert torch.equal(torch.cat(steps, dim=1), whole)
     stream.reset()
-    inner = stream._stream
-    for t, action in enumerate(["right", torch.tensor([1, 0]), torch.tensor([2, 0])]):
-        assert torch.equal(inner.step(action), whole[:, t : t + 1])  # the first does not count
+    for t, actions in enumerate([["right"], [1, 0], [2, 0]]):
+        assert torch.equal(stream.step(actions=actions), whole[:, t : t + 1])  # no first action
     with pytest.raises(ValueError, match="no action 'up'"):
-        inner.step("up")
+        stream.step(actions=["up"])
     shown = whole[:, :2]
     after = []
     for action in ("left", "right"):
