@@ -268,9 +268,8 @@ class Stream:
             y = torch.cat([condition.null().y, y])
             time_scale = time_scale.repeat(2)
         model = self.plan.model
-        told = {}
-        if model.config.learns.is_told:
-            told["gamma"] = torch.ones(len(y), device=self.device)
+        is_told = model.config.learns.is_told
+        told = {"gamma": torch.ones(len(y), device=self.device)} if is_told else {}
         self.cache.rows = slice(None)
         kept = [dict(vars(block)) for block in self.cache.blocks]
         self.cache.fills = True

@@ -105,18 +105,16 @@ def open_given(args, plan, clips, indices):
         plan.time_scales = [clip.seconds for clip in clip_of_sample]
     if args.classes != ["none"] and plan.spans is None:
         labels_by_name = {name: label for label, name in enumerate(plan.classes)}
-        labels = [NO_LABEL] * len(plan.conditions)
         # In training, clips without a class have no actions either
-        is_known = plan.actions is not None and len(plan.classes) == 1
-        if args.classes or is_known:
-            labels = plan.conditions.tolist()
+        is_known = args.classes or (plan.actions is not None and len(plan.classes) == 1)
+        labels = plan.conditions.tolist() if is_known else [NO_LABEL] * len(plan.conditions)
         unknown = []
         for sample, clip in enumerate(clip_of_sample):
             if clip.class_name in labels_by_name:
                 labels[sample] = labels_by_name[clip.class_name]
             elif clip.class_name is not None:
                 unknown.append(clip.class_name)
-        if unknown and not (args.classes or is_known):
+        if unknown and not is_known:
             say(
                 f"note: the model has no class {unknown[0]}, the folder of a given clip: no "
                 "label; --classes names one"
@@ -134,12 +132,12 @@ def set_given_actions(plan, given):
 
     Raises UserError.
     """
-    known = {}  # number of a clip -> the actions of its given frames
+    recorded = [
+        recorded_actions(plan, clip, frames)
+        for clip, frames in zip(given.clips, given.frames, strict=True)
+    ]
     for sample, number in enumerate(given.numbers):
-        frames = list(given.frames[number])
-        if number not in known:
-            known[number] = recorded_actions(plan, given.clips[number], frames)
-        plan.actions[sample, frames] = known[number]
+        plan.actions[sample, list(given.frames[number])] = recorded[number]
     plan.actions[:, 0] = NO_ACTION
 
 
@@ -191,12 +189,12 @@ def choose_frames(args, plan, clip):
     count = min(clip.count(plan.time_scale), config.whole_levels(T // 2))
     first_half = range(count // unit * unit)
     frames = args.given_frames or tuple(first_half)
-    if count < unit and not frames:
+    if not frames:
         raise UserError(
             f"--given {clip}: has {plural(count, 'frame')}; expected at least {unit}, a temporal "
             "patch"
         )
-    if not frames or not set(frames) < set(range(T)):
+    if not set(frames) < set(range(T)):
         raise UserError(
             f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}; expected "
             "some of them, but not all"
@@ -264,8 +262,10 @@ class Details:
         self.real = clips.permute(0, 2, 3, 4, 1)
         self.mask = mask
         self.keep_background = keep_background
-        # The last given frame so far: (decoded, as read, is it given?), (n, 1, ...), or empty.
-        self.last = self.real[:, :0], self.real[:, :0], mask[:, :0]
+        # The last given frame so far, decoded and as read, (2, n, 1, H, W, 3), and whether it is
+        # given (n, 1). At first both are empty.
+        self.last_frames = torch.stack([self.real[:, :0]] * 2)
+        self.last_mask = mask[:, :0]
 
     def add(self, videos, first):
         """Return decoded frames uint8 (n, k, H, W, 3) with detail.
@@ -280,25 +280,22 @@ class Details:
         mask = F.pad(mask, (0, after))
         if not self.keep_background:
             return torch.where(mask[:, :, None, None, None], real, videos)
-        last_decoded, last_real, last_mask = self.last
-        decoded = torch.cat([last_decoded, videos], dim=1)
-        real = torch.cat([last_real, real], dim=1)
-        mask = torch.cat([last_mask, mask], dim=1)
+        frames = torch.cat([self.last_frames, torch.stack([videos, real])], dim=2)
+        mask = torch.cat([self.last_mask, mask], dim=1)
         nearest = nearest_given(mask)
         rows = torch.arange(len(videos), device=videos.device)
         detailed = []
-        for t in range(last_decoded.shape[1], decoded.shape[1]):
-            # (n, H, W, 3)
-            given_decoded = decoded[rows, nearest[:, t]].float()
-            given_real = real[rows, nearest[:, t]].float()
+        for t in range(self.last_mask.shape[1], mask.shape[1]):
+            given_decoded, given_real = frames[:, rows, nearest[:, t]].float()  # (n, H, W, 3)
             is_given = mask[rows, nearest[:, t]]  # false without given frames
-            frame = decoded[:, t].float()
+            frame = frames[0, :, t].float()
             change = (frame - given_decoded).abs().amax(dim=-1, keepdim=True)
             static = torch.exp(-((change / STATIC) ** 2)) * is_given[:, None, None, None]
             frame = frame + static * (given_real - given_decoded)
             detailed.append(frame.round().clamp(0, 255).byte())
-        last = rows[:, None], nearest[:, -1:]
-        self.last = decoded[last], real[last], mask[last]
+        last = nearest[:, -1:]
+        self.last_frames = frames[:, rows[:, None], last]
+        self.last_mask = mask.gather(1, last)
         return torch.stack(detailed, dim=1)
 
 
@@ -426,7 +423,17 @@ def check_clips(args):
         if rank() == 0:  # the others wait for rank 0 in start()
             check_data_path(args.given, cached=False)
     elif args.given is not None:
-        find_clips("--given", args.given, ("video", "image"), args.folder)
+        given_clips(args)
     if args.init is not None:
-        kind = "video" if args.video else "image"
-        find_clips("--init", args.init, (kind,), args.folder)
+        init_clips(args)
+
+
+def given_clips(args):
+    """The clips of --given. Raises UserError."""
+    return find_clips("--given", args.given, ("video", "image"), args.folder)
+
+
+def init_clips(args):
+    """The clips of --init. Raises UserError."""
+    kind = "video" if args.video else "image"
+    return find_clips("--init", args.init, (kind,), args.folder)

@@ -337,12 +337,12 @@ class Condition:
         """
         if not config.actions:
             return None
-        first = self.y[:, :2]  # the class, and the action of the first frame
-        shape = (self.y.shape[1] - 2,)
         count = len(config.action_names)
-        rows = [torch.randint(count, shape, generator=generator) for generator in generators]
-        actions = torch.stack(rows).to(self.y.device)
-        return replace(self, y=torch.cat([first, actions], dim=1))
+        y = self.y.clone()
+        for row, generator in zip(y, generators, strict=True):
+            actions = row[2:]  # after the class and the action of the first frame
+            actions.copy_(torch.randint(count, actions.shape, generator=generator))
+        return replace(self, y=y)
 
     def is_null(self):
         """Return whether no sample has a condition."""
@@ -550,12 +550,16 @@ class Block(nn.Module):
 
     def forward(self, x, condition, rotary=None, masks=None, selective=False, cache=None):
         if selective:  # inside the block, so that torch.compile sees what to keep
-            options = {
-                "context_fn": KEEP_EXPENSIVE,
-                "use_reentrant": False,
-                "preserve_rng_state": False,
-            }
-            return checkpoint(self.forward, x, condition, rotary, masks, **options)
+            return checkpoint(
+                self.forward,
+                x,
+                condition,
+                rotary,
+                masks,
+                context_fn=KEEP_EXPENSIVE,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(
             6, dim=-1
         )

@@ -133,8 +133,7 @@ def assign(shapes, ranks):
     for index in sorted(range(len(shapes)), key=cost, reverse=True):
         owner = work.index(min(work))  # the rank with the least work so far
         work[owner] += cost(index)
-        batch = batches.setdefault((owner, tuple(shapes[index])), [])
-        batch.append(index)
+        batches.setdefault((owner, shapes[index]), []).append(index)
     return [(owner, indices) for (owner, _), indices in batches.items()]
 
 
@@ -171,8 +170,7 @@ def set_learning_rates(optimizers, args, step, last_step):
         steps_left = last_step - step + 1
         factor *= min(1, steps_left / (args.lr_decay * last_step))
     for optimizer, lr in zip(optimizers, (args.lr, args.muon_lr), strict=False):
-        (group,) = optimizer.param_groups
-        group["lr"] = lr * factor
+        optimizer.param_groups[0]["lr"] = lr * factor
 
 
 def learning_rates(optimizers):

@@ -442,11 +442,12 @@ def choose_windows(args, config, num_frames, trained_frames, data, time_scale, f
         raise UserError(f"{flag} {window}: {error}") from error
     if window == num_frames:
         return window, 0
-    # `whole_levels` is one patch at least, which may be the whole window
-    overlap = config.whole_levels(window // 2) if args.overlap is None else args.overlap
-    if overlap >= window and args.overlap is None:
-        raise UserError(f"--window {window}: expected two temporal patches")
-    if overlap >= window:
+    overlap = args.overlap
+    if overlap is None:
+        overlap = config.whole_levels(window // 2)  # at least a patch, perhaps the whole window
+        if overlap >= window:
+            raise UserError(f"--window {window}: expected two temporal patches")
+    elif overlap >= window:
         raise UserError(
             f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a "
             "smaller number"

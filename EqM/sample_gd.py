@@ -28,7 +28,7 @@ import given
 import plans
 import preflight
 from generation import cast_products, generate
-from given import ClipReader, DrawnClip, as_ranges, open_given
+from given import ClipReader, DrawnClip, as_ranges, given_clips, init_clips, open_given
 from models import EBMS, NAMES
 from plans import provenance, sampling_settings
 from runtime import cli, distributed
@@ -49,7 +49,6 @@ from scoring.manifest import is_of_samples
 from scoring.sources import find_real
 from transport import OBJECTIVES
 from video.actions import names_of
-from video.inputs import find_clips
 from video.samples import LATENTS, UNFINISHED, WRITTEN, is_sample_folder
 from video.writers import write_samples
 
@@ -249,12 +248,11 @@ def open_clips(args, plan, split=None):
             for index in range(clips.split["num_clips"])
         ]
     elif args.given is not None:
-        files = find_clips("--given", args.given, ("video", "image"), args.folder)
+        files = given_clips(args)
     if args.given is not None:
         clips.given = open_given(args, plan, files, clips.indices)
     if args.init is not None:
-        kind = "video" if args.video else "image"
-        files = find_clips("--init", args.init, (kind,), args.folder)
+        files = init_clips(args)
         frames = [range(plan.num_frames)] * len(files)
         clips.init = ClipReader(plan, files, frames, clips.indices)
     return clips

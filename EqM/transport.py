@@ -354,10 +354,13 @@ def own_context(network, clean, share, objective, seed, stream, indices, y, time
     """
     if not share:
         return clean
-    is_own = uniform(seed, "own context", stream, indices) < share
-    is_own = is_own.to(clean.device, non_blocking=True)
-    u = uniform(seed, "own context level", stream, indices)
-    gamma = (OWN_LEAST + (OWN_MOST - OWN_LEAST) * u).to(clean.device, non_blocking=True)
+
+    def draw(purpose):
+        numbers = uniform(seed, purpose, stream, indices)
+        return numbers.to(clean.device, non_blocking=True)
+
+    is_own = draw("own context") < share
+    gamma = OWN_LEAST + (OWN_MOST - OWN_LEAST) * draw("own context level")
     noise = normal(seed, "own context noise", stream, indices, clean.shape[1:], clean.device)
     x_gamma = interpolate(clean, noise, gamma)
     told = {"gamma": gamma} if objective.is_told else {}

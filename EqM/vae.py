@@ -180,23 +180,25 @@ def _download(name):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repo = REPOSITORIES[name]
+
+    def directory(**options):
+        hf_hub_download(repo, CONFIG, **options)
+        return os.path.dirname(hf_hub_download(repo, WEIGHTS, **options))
+
     try:
-        hf_hub_download(repo, CONFIG, local_files_only=True)
-        weights = hf_hub_download(repo, WEIGHTS, local_files_only=True)
+        return directory(local_files_only=True)
     except LocalEntryNotFoundError:
         say(
             f"--vae {name}: downloading {repo} (335 MB, once; without internet, pass a directory "
             "that holds it)"
         )
-        try:
-            hf_hub_download(repo, CONFIG)
-            weights = hf_hub_download(repo, WEIGHTS)
-        except OSError as error:  # huggingface_hub's errors: no connection, HTTP status, disk full
-            raise UserError(
-                f"--vae {name}: can't download {repo} ({type(error).__name__}): copy it to this "
-                "machine and pass its directory, or use --vae none"
-            ) from error
-    return os.path.dirname(weights)
+    try:
+        return directory()
+    except OSError as error:  # huggingface_hub's errors: no connection, HTTP status, disk full
+        raise UserError(
+            f"--vae {name}: can't download {repo} ({type(error).__name__}): copy it to this "
+            "machine and pass its directory, or use --vae none"
+        ) from error
 
 
 def _by_frames(function, clips):
