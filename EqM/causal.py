@@ -48,26 +48,25 @@ def attention_masks(num_patches, tokens, context, device=None, for_flex=False):
     sees = mask_function(num_patches, tokens, context)
     N = num_patches * tokens
     clean = clean_patches_of(num_patches) * tokens
-    number = torch.arange(clean + N, device=device)
+    both = clean + N
+    number = torch.arange(both, device=device)
     step = tokens * math.ceil(LEAST_TOKENS / tokens)
     parts = []
-    starts = [(0, first) for first in range(0, clean, step)]
-    starts += [(1, first) for first in range(0, N, step)]
-    for is_noisy, first in starts:
-        last = min(first + step, N if is_noisy else clean)
-        here = slice(is_noisy * clean + first, is_noisy * clean + last)
-        oldest = max(0, first - context * tokens)
-        seen = [slice(oldest, last)]
-        if is_noisy:  # a noisy patch does not see itself among the clean ones
-            seen = [slice(oldest, last - tokens), here]
-        seen = [part for part in seen if part.start < part.stop]
-        mask = None
-        if last - first > tokens:
-            mask = sees(0, 0, number[here, None], torch.cat([number[part] for part in seen]))
-        parts.append(Part(here, seen, mask))
+    for is_noisy, length in enumerate((clean, N)):
+        for first in range(0, length, step):
+            last = min(first + step, length)
+            here = slice(is_noisy * clean + first, is_noisy * clean + last)
+            oldest = max(0, first - context * tokens)
+            seen = [slice(oldest, last)]
+            if is_noisy:  # a noisy patch does not see itself among the clean ones
+                seen = [slice(oldest, last - tokens), here]
+            seen = [part for part in seen if part.start < part.stop]
+            mask = None
+            if last - first > tokens:
+                mask = sees(0, 0, number[here, None], torch.cat([number[part] for part in seen]))
+            parts.append(Part(here, seen, mask))
     blocks = None
     if for_flex:
-        both = clean + N
         blocks = create_block_mask(sees, B=None, H=None, Q_LEN=both, KV_LEN=both, device=device)
     return Masks(parts, blocks)
 

@@ -219,12 +219,12 @@ class Stream:
         The same noise follows the same number of patches.
         """
         config = self.plan.model.config
-        patch = config.temporal_patch_size
-        tokens = config.num_tokens(patch)
+        tokens = config.num_tokens(self.plan.window)
         self.cache = Cache(config.depth, config.context_patches, tokens)
         self.num_patches = 0  # that were sampled or shown
         if clips is not None:
-            for part, condition in zip(clips.split(patch, dim=2), conditions, strict=True):
+            parts = clips.split(self.plan.window, dim=2)
+            for part, condition in zip(parts, conditions, strict=True):
                 self.show(part, condition)
 
     @torch.no_grad()
@@ -422,5 +422,5 @@ def initial_latents(plan, indices, seed, device, init, init_gamma, window):
         return noise
     clips, _ = init(indices)
     encoded = plan.vae.encode(clips.to(device))
-    gamma = torch.full((len(indices),), init_gamma, device=device)
+    gamma = torch.tensor([init_gamma], device=device)
     return interpolate(encoded, noise, gamma)

@@ -265,14 +265,14 @@ class EqMConfig:
         """Count the FLOPs of a pass of so many temporal patches, of which `pairs` see each other,
         after so many clean ones that give no output.
         """
-        _, height, width = self.grid(self.temporal_patch_size)
-        N = time * height * width
-        both = N + clean * height * width
+        tokens = self.num_tokens(self.temporal_patch_size)  # of a patch
+        N = time * tokens
+        both = N + clean * tokens
         D = self.hidden_size
         number_embedder = 2 * (FEATURES * D + D * D)
         ends = 2 * (both + N) * D * self.values_per_token  # patches in and out
         linear_maps = 2 * both * D * (3 + 1 + 4 + 4) * D
-        attention = 2 * pairs * (height * width) ** 2 * D * 2
+        attention = 2 * pairs * tokens**2 * D * 2
         ada_ln = 2 * D * 6 * self.depth * D
         last_ada_ln = 2 * D * 2 * D
         flops = number_embedder + ends + self.depth * (linear_maps + attention)
@@ -806,8 +806,7 @@ def position_table(config):
         sizes = sizes[1:]
         half = D // 4
     count = partial(torch.arange, dtype=torch.float64, device="cpu")  # as `shapes_of` needs
-    axes = [count(size) for size in sizes]
-    positions = torch.cartesian_prod(*axes)  # (N, axes)
+    positions = torch.cartesian_prod(*map(count, sizes))  # (N, axes)
     if is_flat:
         positions = positions.flip(1)
     frequencies = 10_000.0 ** -(count(half) / half)

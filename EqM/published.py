@@ -102,10 +102,8 @@ def published_parts(state):
     """(weights, EMA weights, args as a dict) of a published file; None if it is something else."""
 
     def is_network(part):
-        if not isinstance(part, dict):
-            return False
         names = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight")
-        return all(torch.is_tensor(part.get(name)) for name in names)
+        return isinstance(part, dict) and all(torch.is_tensor(part.get(name)) for name in names)
 
     if is_network(state):
         return state, state, {}

@@ -72,8 +72,7 @@ class RotaryEmbedding3D(nn.Module):
         angles = [time * self.pairs(0, device)[0]]  # (B, T, 1, 1, n/2)
         for axis, index in ((1, height[:, None, None]), (2, width[:, None])):
             frequencies, speeds = self.pairs(axis, device)
-            moved = index + speeds * time if self.speed else index
-            angles.append(moved * frequencies)  # broadcasts to (B, T, H, W, n/2)
+            angles.append((index + speeds * time) * frequencies)  # (B, T, H, 1 or W, n/2)
         angles.append(torch.zeros(self.head_dim // 2 - sum(self.split) // 2, device=device))
         angles = torch.cat([part.expand(B, T, H, W, -1) for part in angles], dim=-1)
         angles = angles.flatten(1, 3)[:, None]  # (B, 1, N, d/2)

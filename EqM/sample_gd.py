@@ -312,8 +312,8 @@ def write_folder(args, plan, parts, clips):
     """
     folder = Path(args.folder)
     previews = not args.no_previews
-    evaluations = torch.zeros(len(plan.conditions), dtype=torch.int64)
-    windows = torch.zeros_like(evaluations)
+    evaluations = torch.zeros_like(plan.conditions)
+    windows = torch.zeros_like(plan.conditions)
     energies = []
     # if this fails, the samples of an earlier call stay
     parts = itertools.chain([next(parts)], parts)

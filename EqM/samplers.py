@@ -86,8 +86,8 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
     """
     x = x.clone()
     last_f = torch.zeros_like(x)
-    evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     keep = torch.arange(len(x), device=x.device)
+    evaluations = torch.zeros_like(keep)
     if stop_below is not None:
         keep = keep[moving > 0]
     observe(x[keep], keep)
