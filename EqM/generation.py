@@ -66,7 +66,6 @@ def generate(
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     total = len(batches) * len(plan.window_starts) * most
     bar = Bar(total=total, desc="sampling", unit="evaluation", leave=False)
-    planned = 0  # evaluations of the windows that are done
     began = time.monotonic()
 
     def on_evaluation(running):
@@ -99,10 +98,19 @@ def generate(
                     strict=strict,
                     on_evaluation=on_evaluation,
                 )
-            for part in windows:
-                planned += most
-                bar.update(planned - bar.n)  # samples may have stopped early
+            for part in advance(bar, windows, most):
                 yield batch, *part
+
+
+def advance(bar, parts, most):
+    """Yield these parts, each of which advances the bar by `most` evaluations, although samples may
+    stop early.
+    """
+    end = bar.n
+    for part in parts:
+        end += most
+        bar.update(end - bar.n)
+        yield part
 
 
 def whole_videos(plan, indices, parts):
