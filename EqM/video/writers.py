@@ -103,7 +103,7 @@ def write_grid(path, videos, fps):
     write_gif(path, add_notes(grid, notes), fps * len(shown) / T)
 
 
-def write_videos(folder, videos, fps, gifs, first=0, gif_frames=None, growing=()):
+def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growing=()):
     """Write 000000.mp4 (images: .png) and so on, from number `first`.
 
     fps: of all videos, or (N,); gifs: also GIFs of at most gif_frames frames. growing: Movies by
