@@ -78,10 +78,9 @@ class RealClips(NamedTuple):
 def parse_args(words=None):
     parser = cli.ArgumentParser(description="Score folders of samples against real clips.")
     add = parser.add_argument_group("clips and metric").add_argument
-    metrics = [*NUM_REAL, "prediction", "classifier", "world"]
     add(
         "--metric",
-        choices=metrics,
+        choices=[*NUM_REAL, "prediction", "classifier", "world"],
         default="motion",
         help="motion: Moving Shapes only; census: Sprites; world: World",
     )

@@ -158,8 +158,8 @@ def drifts(generated, real, videos=((), ())):
         interval = None
         if deviation:
             drift = middle / deviation
-        if deviation and not math.isnan(width):
-            interval = [(middle - width) / deviation, (middle + width) / deviation]
+            if not math.isnan(width):
+                interval = [(middle - width) / deviation, (middle + width) / deviation]
         drift_of[name] = {"drift": drift, "interval95": interval}
     return drift_of
 
@@ -194,8 +194,10 @@ def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
         )
     motion = change.mean().item()
     real_motion = real_change.mean().item()
-    drift_of = {name: entry["drift"] for name, entry in result["drift"].items()}
-    known = {name: drift for name, drift in drift_of.items() if drift is not None}
+    known = {}
+    for name, entry in result["drift"].items():
+        if entry["drift"] is not None:
+            known[name] = entry["drift"]
     worst = max(known, key=lambda name: abs(known[name]), default=None)
     return result | {
         "change_ratio": motion / real_motion if real_motion else None,

@@ -35,9 +35,8 @@ def protocol(args, samples, real):
     N = len(samples)
     kind = f"_{samples.num_frames}f"
     if metric == "classifier":
-        return (
-            f"classifier{N}{kind}_val" if args.classifier_test == "val" else f"classifier{N}{kind}"
-        )
+        test = "_val" if args.classifier_test == "val" else ""
+        return f"classifier{N}{kind}{test}"
     split = "" if split == SPLITS.get(metric, "val") else f"_{split}"
     if metric in ("prediction", "world"):
         kind = "best" if metric == "prediction" else "each"

@@ -180,10 +180,10 @@ def search(clips, windows, num_workers):
         terms = terms.view(N, T, len(frames), 2)
         starts = [t * interval for t in range(T)]
         sums = sum(terms[:, t, start : start + count] for t, start in enumerate(starts))
-        sums = sums.flatten(1)
-        least = sums.argmin(dim=1)  # (N,), number of the window * 2 + mirrored
+        # (N,) each; least: number of the window * 2 + mirrored
+        minima, least = sums.flatten(1).min(dim=1)
         place = torch.stack([torch.full_like(least, number), first + least // 2, least % 2], dim=1)
-        best = nearer(best, (energy + sums.gather(1, least[:, None])[:, 0], place))
+        best = nearer(best, (energy + minima, place))
     best = functools.reduce(nearer, distributed.gather([part.cpu() for part in best]))
     return best, sorted(distributed.gather_items(corrupt))
 

@@ -109,8 +109,8 @@ class Samples:
             real = self.about.get("real")
             if real is None:
                 yield f"does not continue the clips of a data set; {again}"
-            if len(self) != real["num_clips"] * real["samples_per_clip"]:
-                count = real["num_clips"] * real["samples_per_clip"]
+            count = real["num_clips"] * real["samples_per_clip"]
+            if len(self) != count:
                 yield (
                     f"does not have {real['samples_per_clip']} samples "
                     f"for each of {real['num_clips']} clips; {again} --num-samples {count}"

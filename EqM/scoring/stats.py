@@ -134,9 +134,11 @@ def wilson(hits, count):
 def share(hits, videos=()):
     """(the share of `hits` (N,) that are true, its 95% interval or None); hits may be shares, too.
 
-    The interval is around this share, for as many hits as there are units. Shares of units vary
-    less than single hits with the same mean, so it is cautious.
+    Both are None if N is 0. The interval is around this share, for as many hits as there are units.
+    Shares of units vary less than single hits with the same mean, so it is cautious.
     """
+    if not len(hits):
+        return None, None
     mean = float(sum(hits) / len(hits))
     units = by_unit(hits, videos)
     is_clustered = len(units) < len(hits)
@@ -150,12 +152,7 @@ def shares(hits, videos=()):
     """{name: share, name_interval95: its interval} of {name: bool (N,)}; None if N is 0."""
     result = {}
     for name, of_clips in hits.items():
-        mean = None
-        interval = None
-        if len(of_clips):
-            mean, interval = share(of_clips, videos)
-        result[name] = mean
-        result[f"{name}_interval95"] = interval
+        result[name], result[f"{name}_interval95"] = share(of_clips, videos)
     return result
 
 
