@@ -229,9 +229,7 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
             progress.count_step(args.global_batch_size, 0)
-            losses = {"train_loss": loss} | losses
-            values = {name: value.detach() for name, value in losses.items()}
-            run.stats.add(batch["videos"], **values, grad_norm=norm)
+            run.stats.add(batch["videos"], train_loss=loss, **losses, grad_norm=norm)
             update_ema(ema, model, ema_decay(args, progress.step))
             bar.update()
             if stop.resolve():  # raises Interrupted
@@ -339,8 +337,7 @@ def validate(ema, val_loader, train_loader, folder, step, device):
             write_sheet(sheet, rows.numpy(), ["frames", "VAE"])
             autoencoder.export(ema, folder / "vae", statistics)
     statistics["train_psnr"] = statistics.pop("psnr")
-    values = {"val_psnr": values["psnr"]} | statistics
-    return values, corrupt_val + corrupt_train
+    return {"val_psnr": values["psnr"]} | statistics, corrupt_val + corrupt_train
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ class StepStats:
         infinite or NaN.
         """
         self.flops += flops
-        self.rows.append(torch.stack(list(scalars.values())).float())
+        self.rows.append(torch.stack(list(scalars.values())).detach().float())
         self.files.append(files)
         self.names = list(scalars)
 
