@@ -232,14 +232,14 @@ def main():
             f"{args.out}: encoding {len(todo)} of {plural(len(files.videos()), 'video')}, "
             f"{size_text(todo, settings)}; {world_size()} x {device.type}"
         )
-    encode_videos(
-        args=args,
-        vae=vae.to(device),
-        device=device,
-        files=files,
-        todo=todo,
-        bad_videos=bad_videos,
-    )
+        encode_videos(
+            args=args,
+            vae=vae.to(device),
+            device=device,
+            files=files,
+            todo=todo,
+            bad_videos=bad_videos,
+        )
     if rank() == 0:
         finish_cache(args, settings, files, bad_videos)
     distributed.stop()
@@ -281,13 +281,11 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
     # a thread keeps all latents of its video in memory
     threads = source.THREADS if args.vae == "none" else 1
     size = ROUND * world_size()
-    hidden = rank() != 0 or not todo
     with Bar(
         total=count_frames(todo),
         desc="caching frames",
         unit="frame",
         smoothing=0,
-        disable=hidden,
     ) as bar:
         for first in range(0, len(todo), size):
             videos = todo[first + rank() : first + size : world_size()]

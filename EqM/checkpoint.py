@@ -573,7 +573,7 @@ def find_resumed(args, name, ckpt=None, read=load):
         remove_temporary_files(folder)
     check_not_deleted(folder)
     start.folder = folder
-    (start.path, start.state) = newest_checkpoint(folder, read)
+    start.path, start.state = newest_checkpoint(folder, read)
     if state := start.state:
         start.resumes = True
         start.bad_videos = state["run"]["bad_videos"]

@@ -368,7 +368,7 @@ def resolve_settings(args, start, config, lengths):
     if start.resumes:  # where the phase started, only as a record
         args = args.resolve(ckpt=start.resumed_flag("ckpt"), inflate=start.resumed_flag("inflate"))
     args = args.resolve(
-        start_sha256=start.resumed_flag("start_sha256") if start.resumes else start.sha256,
+        start_sha256=start.sha256 or start.resumed_flag("start_sha256"),
         shard=args.shard and world_size() > 1,
         model=args.model or trained.get("model", USUAL_NAME),
         precision=cli.resolve_precision(

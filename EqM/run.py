@@ -63,10 +63,9 @@ class Run:
 
     def __init__(self, start, args, name, run_config, source, wandb=False, together=False):
         self.folder = start.folder
-        if not self.folder:
-            is_first = rank() == 0
-            new_folder = runs.make_run_folder(args.results_dir, name) if is_first else None
-            self.folder = distributed.broadcast(new_folder)
+        if not self.folder and rank() == 0:
+            self.folder = runs.make_run_folder(args.results_dir, name)
+        self.folder = distributed.broadcast(self.folder)
         self.log = functools.partial(say, log=self.folder / "log.txt")
         warnings_as_lines(self.folder / "log.txt")
         if rank() == 0:
@@ -164,19 +163,18 @@ def make_run_config(args, config, phase, data, vae):
     # a student samples as its teacher did, but knows the longest time scale of its real clips
     longest = max(time_scale(part, args.frame_interval[-1]) for part in (data, data.files))
 
-    about_data = {
-        "vae": vae.name,
-        "vae_sha256": vae.sha256,
-        "image_size": args.image_size,
-        "fps": statistics.median(video.fps for video in data.train[phase.num_frames]),
-        "frame_interval": args.frame_interval,
-        "time_scale": time_scale(data, args.frame_interval[0]),
-        "longest_time_scale": longest,
-        "classes": data.scan.classes,
-    }
     return {
         "model": asdict(config) | {"num_frames": phase.num_frames},
-        "data": about_data,
+        "data": {
+            "vae": vae.name,
+            "vae_sha256": vae.sha256,
+            "image_size": args.image_size,
+            "fps": statistics.median(video.fps for video in data.train[phase.num_frames]),
+            "frame_interval": args.frame_interval,
+            "time_scale": time_scale(data, args.frame_interval[0]),
+            "longest_time_scale": longest,
+            "classes": data.scan.classes,
+        },
         "training": training,
         "typed": sorted(args.typed),
     }
@@ -283,10 +281,9 @@ def add_loading_flags(add, num_workers):
         default=0.1,
         help="fraction of the files that may be corrupt; one always may",
     )
-    workers = number(int, least=0, most=1024)
     add(
         "--num-workers",
-        type=workers,
+        type=number(int, least=0, most=1024),
         default=num_workers,
         help="loader processes per rank; 0 = in-process",
     )

@@ -430,7 +430,7 @@ def one_line_errors(*others):
         # If another loader process ends now, torch's handler would raise again
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         text = f"{type(error).__name__} {error}"
-        (first, *_) = str(error).split("\n")
+        first, *_ = str(error).split("\n")
         meanings = [
             meaning for pattern, meaning in LOST.items() if re.search(pattern, text, re.IGNORECASE)
         ]
