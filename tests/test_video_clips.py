@@ -27,14 +27,7 @@ FRAMES = {
     "Run/c": (30, 30.0),
 }
 VIDEOS = [
-    Video(
-        path=path,
-        class_name=path[:-2],
-        num_frames=num_frames,
-        fps=fps,
-        height=48,
-        width=64,
-    )
+    Video(path, path[:-2], num_frames, fps, height=48, width=64)
     for path, (num_frames, fps) in FRAMES.items()
 ]
 
@@ -80,16 +73,14 @@ def test_frames_are_the_interval_apart_or_the_largest_that_fits(num_frames, inte
 def test_a_sample_has_the_condition_of_its_video_and_a_batch_stacks_them():
     clips = make_clips()
     samples = [clips[index] for index in range(10)]
-    for index, sample in enumerate(samples):
-        assert sample["y"] == CLASSES.index(sample["video"].split("/")[0])
-        assert sample["index"] == index
-    batch = collate([samples[4], samples[9]])
-    assert torch.equal(batch["clips"], torch.stack([samples[4]["clip"], samples[9]["clip"]]))
-    assert batch["y"].tolist() == [samples[4]["y"], samples[9]["y"]]
+    batch = collate(samples)
+    assert torch.equal(batch["clips"], torch.stack([sample["clip"] for sample in samples]))
+    assert batch["videos"] == [sample["video"] for sample in samples]
+    names = [video.split("/")[0] for video in batch["videos"]]
+    assert batch["y"].tolist() == [CLASSES.index(name) for name in names]
     assert batch["y"].dtype == torch.int64
     assert batch["time_scales"].dtype == torch.float32
-    assert batch["indices"].tolist() == [4, 9]
-    assert len(batch["videos"]) == 2
+    assert batch["indices"].tolist() == [*range(10)]
     assert batch["corrupt"] == []
 
 
@@ -167,28 +158,16 @@ def check_replacements(clips, count, path):
     return bad
 
 
-DAMAGES = {
-    "scribbled": tiny.scribble,
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 3]),
-    "vanished": Path.unlink,
-}
-
-
 @pytest.mark.parametrize(
     "damage, suffix",
-    [
-        ("scribbled", "avi"),
-        ("scribbled", "mp4"),
-        ("truncated", "mkv"),
-        ("vanished", "avi"),
-    ],
+    [(tiny.scribble, "avi"), (tiny.scribble, "mp4"), (tiny.truncate, "mkv"), (Path.unlink, "avi")],
 )
 def test_a_corrupt_video_is_named_and_replaced_the_same_way_each_time(tmp_path, damage, suffix):
     root = tiny.write_equal_videos(tmp_path / "data")
     name = f"A/bad.{suffix}"
     tiny.write_video(root / name, codec="libx264" if suffix == "mp4" else "mpeg4")
     clips = tiny.clips_of(open_source(root, SIZE), 16, seed=3)
-    DAMAGES[damage](root / name)
+    damage(root / name)
     for sample in check_replacements(clips, 10, name):
         assert np.diff(tiny.frame_indices_of(sample["clip"])).tolist() == [1] * 15
         again = Clips(clips.source, clips.videos, clips.classes, 16, seed=3)[sample["index"]]
@@ -216,18 +195,15 @@ def spoil_exif(path):
     tiny.save(path, tiny.picture(), exif=b"Exif\x00\x00no TIFF header")
 
 
-IMAGE_DAMAGES = {"bomb": bomb, "palette": lose_palette, "exif": spoil_exif} | DAMAGES
-
-
 @pytest.mark.parametrize(
     "damage, suffix",
     [
-        ("truncated", "jpg"),
-        ("truncated", "webp"),
-        ("vanished", "jpg"),
-        ("bomb", "png"),
-        ("palette", "png"),
-        ("exif", "png"),
+        (tiny.truncate, "jpg"),
+        (tiny.truncate, "webp"),
+        (Path.unlink, "jpg"),
+        (bomb, "png"),
+        (lose_palette, "png"),
+        (spoil_exif, "png"),
     ],
 )
 def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix):
@@ -235,7 +211,7 @@ def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix)
     name = f"A/bad.{suffix}"
     tiny.save(root / name, tiny.picture(seed=9))
     clips = tiny.clips_of(open_source(root, SIZE, images=True), 1)
-    IMAGE_DAMAGES[damage](root / name)
+    damage(root / name)
     check_replacements(clips, 12, name)
 
 
@@ -259,16 +235,9 @@ def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
 def test_ranks_and_micro_batches_divide_every_step_without_gap_or_overlap(
     world_size, micro_batches
 ):
-    ranks = []  # (ranks, steps x micro-batches, samples)
-    for rank in range(world_size):
-        batches = rank_batches(
-            first=100,
-            steps=5,
-            global_batch=12,
-            rank=rank,
-            world_size=world_size,
-            micro_batches=micro_batches,
-        )
-        ranks.append(list(batches))
+    ranks = [  # (ranks, steps x micro-batches, samples)
+        list(rank_batches(100, 5, 12, rank, world_size, micro_batches))
+        for rank in range(world_size)
+    ]
     steps = torch.tensor(ranks).view(world_size, 5, -1).transpose(0, 1).reshape(5, 12)
     assert torch.equal(steps, torch.arange(100, 160).view(5, 12))

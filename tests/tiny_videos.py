@@ -83,6 +83,11 @@ def scribble(path, offset=0):
     path.write_bytes(data)
 
 
+def truncate(path):
+    """Keep the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def write_mixed_videos(root):
     """Two classes, five videos, three frame rates. Returns root."""
     write_video(root / "Run" / "a.avi", 40)
