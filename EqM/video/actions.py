@@ -114,16 +114,16 @@ def open_actions(root, videos):
                 "actions of their own; convert it (ffmpeg -i FILE -fps_mode cfr FILE.mp4), with an "
                 "action for each new frame"
             )
-        file = actions_path(root, video)
         try:
-            read_actions(file, video.num_frames, names)
+            read_actions(actions_path(root, video), video.num_frames, names)
         except FileNotFoundError as error:
             raise UserError(
-                f"{prefix}: no {file}; expected actions beside each video, or for none of them; "
-                f"add it, or remove {ACTIONS_FILE}"
+                f"{prefix}: no {error.filename}; expected actions beside each video, or for none "
+                f"of them; add it, or remove {ACTIONS_FILE}"
             ) from error
         except (OSError, ValueError) as error:
-            raise UserError(f"{prefix}: {file}: {error}; write it again") from error
+            path = actions_path(root, video)
+            raise UserError(f"{prefix}: {path}: {error}; write it again") from error
     return Actions(str(root), names, mirrored)
 
 

@@ -155,12 +155,13 @@ def _with_packets(packets, video, reader):
         num_frames, keyframes = read_packets(packets, video.num_frames)
         if not video.varies:  # else its frames are chosen from all that decord counts
             video = replace(video, num_frames=num_frames)
+        with_keyframes = replace(video, keyframes=keyframes)
         frames = decode_from(packets, keyframes[0], video.height, video.width)
         pixels = next(frames)()
         with suppress(*NO_VIDEO):  # decord fails if one packet of HEVC releases several frames
-            if not np.array_equal(pixels, _pixels(reader.next())):
-                return video
-        return replace(video, keyframes=keyframes)
+            is_same = np.array_equal(pixels, _pixels(reader.next()))
+            return with_keyframes if is_same else video
+        return with_keyframes
     return video
 
 

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from runtime.atomic import write_file
 from runtime.cli import Bar, UserError, plural, say
 from runtime.untrusted import read_json
 from video.files import SUFFIXES, UnreadableError, Video, has_suffix, probe
@@ -209,10 +208,13 @@ def save_index(scan, root, folder):
     scan.is_saved = True
     path = index_path(root, folder)
     rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
-    content = json.dumps({"format": INDEX_FORMAT, "videos": rows})
+    # several runs may start at once
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        write_file(path, content.encode(), shared=True)  # several runs may start at once
+        temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": rows}))
+        os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         say(f"{path} could not be written ({error.strerror})")
 
 
