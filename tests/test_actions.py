@@ -183,11 +183,14 @@ def test_a_model_with_equal_actions_is_the_model_of_their_sum_with_the_class():
 # Training -----------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_the_actions_and_none(run):
+def test_a_run_learns_the_actions_and_its_checkpoint_names_them(run):
     state = checkpoint.load(checkpoint_of(run))
+    assert state["config"]["model"]["actions"] == "stay,left,right"
+    table = "y_embedder.action_table.weight"
+    assert state["model"][table].shape == (4, 48)
     moments = [values["exp_avg"] for values in state["optimizer"]["states"][0]["state"].values()]
     (moment,) = [value for value in moments if value.shape == (4, 48)]
-    assert (moment[3] != 0).any()  # of "none"
+    assert (moment[3] != 0).any()  # "none" is learned
     (metrics,) = run.glob("*/metrics.jsonl")
     last = json.loads(metrics.read_text().splitlines()[-1])
     assert last["val_x_error"] > 0 and "val_action_psnr" in last
@@ -329,16 +332,27 @@ def random_model(tmp_path_factory):
     return random_checkpoint(path, **settings)
 
 
+def test_actions_change_the_frames_that_they_lead_to_and_none_before(random_model, tmp_path):
+    first, _ = sample_here(random_model, tmp_path / "a", "--actions", "left*4")
+    more = split("--actions left*2,right*9 --num-frames 5")
+    other, about = sample_here(random_model, tmp_path / "b", *more)
+    assert about["actions"][0] == ["none", "left", "left", "right", "right"]
+    assert (first[:, :3] == other[:, :3]).all() and (first[:, 3:] != other[:, 3:]).any()
+
+
 def test_a_program_plays_by_actions_what_sample_gd_makes(random_model, tmp_path):
     sampler = torch.hub.load(str(ROOT), "model", source="local", ckpt=random_model)
     few = {"num_sampling_steps": 4, "stepsize": 0.05}
     stream = sampler.stream(num_samples=2, **few)
     whole = sampler(num_samples=2, actions=["left,right", "stay*2"], **few)
-    flags = split("--actions left,right*9 stay*10 --num-frames 3")
+    flags = split("--actions left,right stay*2")
     clips, _ = sample_here(random_model, tmp_path / "samples", *flags)
     assert torch.equal(whole, torch.from_numpy(clips))
-    actions = [None, ["left", 0], ["right", "stay"]]
-    steps = [stream.step(actions=of_step) for of_step in actions]
+    steps = [
+        stream.step(),
+        stream.step(actions=["left", 0]),
+        stream.step(actions=["right", "stay"]),
+    ]
     assert torch.equal(torch.cat(steps, dim=1), whole)
     stream.reset()
     for t, actions in enumerate([["right"], [1, 0], [2, 0]]):

@@ -199,6 +199,9 @@ def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(
     header = json.dumps({"pixels": pixels}).encode()
     with open(path, "wb") as file:  # a sparse file of 512 MB
         file.write(len(header).to_bytes(8, "little") + header)
+        for number, frame_index in enumerate(frame_indices):
+            file.seek(8 + len(header) + 4096 * frame_index)
+            file.write(bytes([number]) * 4096)
         file.truncate(8 + len(header) + 2**29)
     resident = []  # KB
 
@@ -212,7 +215,10 @@ def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(
             resident.append(int(re.search(r"Rss: +(\d+)", part)[1]))
 
     monkeypatch.setattr(source, "safe_open", watched)
-    source.read_cache_file(path, ["pixels"], shape=(4, 32, 32), frame_indices=frame_indices)
+    (clip,) = source.read_cache_file(
+        path, ["pixels"], shape=(4, 32, 32), frame_indices=frame_indices
+    )
+    assert torch.equal(clip, torch.arange(16).byte().view(16, 1, 1).expand(4, 16, 32, 32))
     assert 0 < resident[0] < 2**19 / 8  # includes the read-ahead of the kernel
 
 

@@ -132,15 +132,18 @@ def test_accuracy_intervals_and_confusion_equal_their_definitions():
     assert found["windows"]["interval95"] == pytest.approx(wilson(1 + 0.5 + 1 + 2 / 3, 4))
     people = ["a/person1.mkv", "b/person1.mkv", "b/person2.mkv", "c/person2.mkv"]
     clustered = classifier.summarize(logits, [0, 1, 1, 2], people)
+    assert clustered["share"] == 0.5
     assert clustered["interval95"] is clustered["windows"]["interval95"] is None  # of two people
+    many = [f"{name}/{person}.mkv" for person in range(10) for name in "ab"]
+    clustered = classifier.summarize(logits * 5, [0, 1, 1, 2] * 5, many)
+    assert clustered["interval95"] == pytest.approx(wilson(5, 10))
 
 
 def test_inception_score_and_entropies_equal_their_closed_forms():
     sure = 1e4 * torch.eye(4)[:, None]  # one window per clip
     doubt = torch.zeros(3, 1, 4)
     log4 = math.log(4)
-    means = torch.eye(4) * math.log(7)  # 0.7 for one class, 0.1 for each other
-    likely = torch.stack([2 * means, 0 * means], dim=1)  # two windows per clip
+    likely = torch.eye(4)[:, None] * math.log(7)  # 0.7 for one class, 0.1 for each other
     entropy = -0.7 * math.log(0.7) - 0.3 * math.log(0.1)
     for logits, values in (
         (sure, (4, 0, log4)),
@@ -150,6 +153,11 @@ def test_inception_score_and_entropies_equal_their_closed_forms():
     ):
         found = classifier.sharpness([*logits])
         assert [*found.values()] == pytest.approx(values, abs=1e-6)
+    random = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
+    p = random.mean(dim=1).softmax(dim=1).numpy()
+    divergences = (p * np.log(p / p.mean(axis=0))).sum(axis=1)  # KL(p(y|x) || p(y))
+    naive = np.exp(divergences.mean())
+    assert classifier.sharpness([*random])["IS"] == pytest.approx(naive, rel=1e-5)
 
 
 def test_samples_that_move_less_than_real_clips_are_static():

@@ -49,13 +49,12 @@ def test_borders_are_the_first_frames_of_patches_and_of_new_frames_of_windows(
 
 
 def test_window_seams_and_fading_clips_are_measured():
-    steps = torch.full((5, 31), 2.0)
-    even = measure_all(flat(walk(steps)))
-    steps[:, [15, 23]] = 12
-    seams = measure_all(flat(walk(steps)))
+    place = torch.arange(31) + 1
+    steps = torch.where((place == 16) | (place == 24), 12.0, 2.0)
+    even = measure_all(flat(walk(torch.full((5, 31), 2.0))))
+    seams = measure_all(flat(walk(steps.expand(5, -1))))
     found = consistency.summarize(seams, even, 4, window=16, overlap=8)
     assert found["window_seam_score"] == pytest.approx(6)
-    assert found["change_ratio"] == pytest.approx(1 + 2 * 5 / 31)
     assert "window_seam_score" not in consistency.summarize(seams, even, 4)
     noise = random(4, 32, 6, 6, 3)
     fading = noise * torch.linspace(1, 0.2, 32, dtype=torch.float64)[:, None, None, None]
@@ -107,18 +106,33 @@ def test_jumps_at_borders_set_the_seam_score_and_other_jumps_do_not(patch):
     assert low < score < high and high - low > 0.3
 
 
-def test_clips_of_one_video_have_no_intervals():
-    statistics, change, _ = measure_all((random(10, 12, 6, 6, 3) * 255).byte())
-    several = statistics, change, range(10)
-    one = statistics, change, ["v"] * 10
-    found = consistency.summarize(several, several, 4)
+def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
+    sets = [measure_all((random(200, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
+    found = consistency.summarize(*sets, temporal_patch_size=4)
+    assert found["seam_score"] == pytest.approx(1, abs=0.01)
+    assert found["seam_score_interval95"][0] < 1 < found["seam_score_interval95"][1]
+    assert found["change_ratio"] == pytest.approx(1, abs=0.01)
+    assert abs(found["largest_drift"]) < 0.4
+    intervals = [entry["interval95"] for entry in found["drift"].values()]
+    assert sum(low <= 0 <= high for low, high in intervals) >= 5
     assert json.loads(json.dumps(found)) == found
-    low, high = found["seam_score_interval95"]
-    assert low < 1 < high
-    for generated, real in ((several, one), (one, several)):
-        found = consistency.summarize(generated, real, 4)
-        assert found["seam_score"] == 1 and found["seam_score_interval95"] is None
-        assert {drift["interval95"] for drift in found["drift"].values()} == {None}
+
+
+def test_intervals_are_as_wide_if_each_video_gives_several_clips():
+    sets = [measure_all((random(10, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
+    copies = []
+    for statistics, change, _ in sets:
+        copies.append((statistics.repeat(3, 1, 1), change.repeat(3, 1), [*range(10)] * 3))
+    once = consistency.summarize(*sets, 4)
+    found = consistency.summarize(*copies, 4)
+    assert found["seam_score_interval95"] == pytest.approx(once["seam_score_interval95"])
+    for name, drift in once["drift"].items():
+        assert found["drift"][name]["interval95"] == pytest.approx(drift["interval95"], rel=0.02)
+    one_video = (*copies[1][:2], ["v"] * 30)
+    found = consistency.summarize(copies[0], one_video, 4)
+    assert found["seam_score"] == pytest.approx(once["seam_score"])
+    assert found["seam_score_interval95"] is None
+    assert {drift["interval95"] for drift in found["drift"].values()} == {None}
 
 
 def test_drifts_have_the_intervals_of_a_difference_of_two_means():

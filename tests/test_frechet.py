@@ -49,16 +49,29 @@ def test_moments_cover_all_frames():
     assert found["cov"].numpy() == pytest.approx(np.cov(every.T), rel=1e-9)
 
 
+def test_the_bootstrap_error_equals_the_deviation_over_repeated_sets():
+    mean = torch.zeros(1).double()
+    cov = torch.ones(1, 1).double()
+    sets = [2 + normal(200, 1, seed=seed) for seed in range(400)]
+    distances = []
+    for part in sets:
+        cov_of_part = torch.cov(part.T).view(1, 1)
+        distances.append(frechet_distance(mean, cov, part.mean(dim=0), cov_of_part))
+    error = frechet.bootstrap_error(mean, cov, sets[0][:, None], 400, seed=0)
+    assert error == pytest.approx(np.std(distances), rel=0.15)
+    # of (mean - 0)^2 at 2, to first order
+    assert error == pytest.approx(2 * 2 / 200**0.5, rel=0.15)
+
+
 def test_the_bootstrap_resamples_whole_clips():
     def error_of(clips):
-        mean = torch.zeros(1).double()
-        return frechet.bootstrap_error(mean, torch.eye(1).double(), clips, 400, seed=0)
+        mean = torch.zeros(3).double()
+        return frechet.bootstrap_error(mean, torch.eye(3).double(), clips, 100, seed=0)
 
-    clips = 2 + normal(200, 1, 1)
-    expected = 2 * 2 / 200**0.5  # of (mean - 0)^2 at 2, to first order
-    assert error_of(clips) == pytest.approx(expected, rel=0.15)
-    assert error_of(clips.repeat(1, 8, 1)) == pytest.approx(expected, rel=0.15)  # static clips
-    assert error_of(clips.repeat(8, 1, 1)) == pytest.approx(expected / 8**0.5, rel=0.15)
+    clips = 1 + normal(60, 1, 3, seed=1)
+    alone = error_of(clips)
+    assert error_of(clips.repeat(1, 8, 1)) == pytest.approx(alone, rel=0.02)  # static clips
+    assert error_of(clips.repeat(8, 1, 1)) < 0.5 * alone  # more clips
 
 
 def test_clips_reach_the_detector_from_0_to_255_as_c_t_h_w():

@@ -27,7 +27,8 @@ def make(out, *flags):
 
 def plan(*flags):
     args = shapes.parse_args(["--out", "x", *map(str, flags)])
-    return shapes.plan_videos(Namespace(**vars(args), frames=round(args.seconds * 25)))
+    args = Namespace(**vars(args), frames=round(args.seconds * 25))
+    return args, shapes.plan_videos(args)
 
 
 def centroid(frame):
@@ -70,7 +71,7 @@ def test_moving_shapes_has_the_layout_and_split_lists_of_ucf101(made):
     assert all("_g01_" in name for name in test) and not any("_g01_" in name for name in train)
     # of 9: group 1 holds clips 1 and 2
     assert set(Counter(name.split("/")[0] for name in test).values()) == {2}
-    videos = plan()
+    _, videos = plan()
     assert 0.1 <= sum("_g01_" in key for key in videos) / len(videos) <= 0.2
     assert {video["color"] for video in videos.values()} == {"red", "green", "blue"}
 
@@ -117,21 +118,22 @@ def test_coverage_equals_a_count_of_points_and_sums_to_the_area(shape):
     assert np.abs(shapes.coverage(shape, (8.3, 7.9), 4.2, 16) - naive).max() < 0.03
 
 
-@pytest.mark.parametrize("seconds, size, radius", [(1, 64, 0.18), (3, 32, 0.05), (1, 64, 0.19)])
-def test_shapes_are_never_cut_off_and_cross_the_frame(seconds, size, radius):
-    flags = f"--videos-per-class 4 --seconds {seconds} --size {size} --radius {radius} {radius}"
-    for video in plan(*flags.split()).values():
-        assert video["speed"] * seconds == pytest.approx(size * 9 / 16)
-        direction = np.array(shapes.DIRECTIONS[video["direction"]])
-        for time in (0, seconds - 1 / 25):
-            center = video["start"] + time * video["speed"] * direction
-            share = shapes.coverage(video["shape"], center, video["radius"], size)
+@pytest.mark.parametrize("flags", ["", "--seconds 3 --size 32", "--radius 0.05 0.19"])
+def test_shapes_are_never_cut_off_and_cross_the_frame(flags):
+    args, videos = plan("--videos-per-class", 4, *flags.split())
+    for video in videos.values():
+        distance = video["speed"] * (args.frames - 1) / 25
+        assert video["speed"] * args.frames / 25 == pytest.approx(args.size * 9 / 16)
+        for moved in (0, distance):
+            direction = np.array(shapes.DIRECTIONS[video["direction"]])
+            center = np.array(video["start"]) + moved * direction
+            share = shapes.coverage(video["shape"], center, video["radius"], args.size)
             assert share.sum() == pytest.approx(video["area"], rel=0.02)
 
 
 def test_radii_colors_and_backgrounds_come_from_the_flags():
     flags = "--radius 0.1 0.18 --colors yellow cyan --backgrounds navy gray --videos-per-class 4"
-    videos = plan(*flags.split()).values()
+    videos = plan(*flags.split())[1].values()
     radii = [video["radius"] / 64 for video in videos]
     assert 0.1 <= min(radii) < 0.12 and 0.16 < max(radii) <= 0.18
     assert {video["color"] for video in videos} == {"yellow", "cyan"}
@@ -210,29 +212,29 @@ def ucf(tmp_path):
         assert len(done.stderr.splitlines()) == int(status == 2), done.stderr
         return done.stderr, content(data)
 
+    run.data = data
     return run
 
 
 @pytest.mark.parametrize("where", [".", "ucf-101"])
-def test_ucf101_is_arranged_and_resumes_after_an_interruption(ucf, where, tmp_path):
+def test_ucf101_is_arranged_and_resumes_after_an_interruption(ucf, where):
     _, files = ucf(archives=where)
     assert files.keys() >= {f"ucf-101/{name}" for name in VIDEOS}
     assert "ucfTrainTestlist/trainlist01.txt" in files
     assert ucf(PATH="/usr/bin:/bin")[1] == files  # nothing is unpacked again
-    shutil.rmtree(tmp_path / "data/ucf-101/YoYo")
-    unpacking = tmp_path / "data/ucf-101.unpacking"
-    (unpacking / "UCF-101/Half").mkdir(parents=True)
-    assert ucf()[1] == files and not unpacking.exists()
+    shutil.rmtree(ucf.data / "ucf-101/YoYo")
+    (ucf.data / "ucf-101.unpacking/UCF-101/Half").mkdir(parents=True)
+    assert ucf()[1] == files and not (ucf.data / "ucf-101.unpacking").exists()
 
 
-def test_ucf101_without_archives_with_missing_videos_or_foreign_files_is_refused(ucf, tmp_path):
+def test_ucf101_without_archives_with_missing_videos_or_foreign_files_is_refused(ucf):
     error, _ = ucf(status=2)
     assert "UCF101.rar" in error and "https://www.crcv.ucf.edu/data/UCF101.php" in error
-    (tmp_path / "data/UCF101.rar").write_text("archive")
+    (ucf.data / "UCF101.rar").write_text("archive")
     assert "UCF101TrainTestSplits-RecognitionTask.zip" in ucf(status=2)[0]
     error, _ = ucf(status=2, archives=".", EXPECT_VIDEOS="4")
     assert "3 videos in 2 classes" in error and "expected 4 videos" in error
-    mine = tmp_path / "data/ucf-101/YoYo/mine.avi"
+    mine = ucf.data / "ucf-101/YoYo/mine.avi"
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("mine")
     assert "YoYo" in ucf(status=2)[0] and mine.read_text() == "mine"

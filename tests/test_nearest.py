@@ -3,8 +3,6 @@ to end.
 """
 
 import functools
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +11,8 @@ import torch
 
 from sample_folders import read_clips, refused, run, write_samples
 from scoring import nearest
-from tiny_videos import make_video
 from training import record_calls
-from video.files import UnreadableError
+from video.files import UnreadableError, Video
 from video.source import Files
 
 
@@ -33,7 +30,7 @@ class Arrays(Files):
         self.damaged = damaged
 
     def decode(self, video, chunk_size):
-        number = int(Path(video.path).stem)
+        number = int(video.path)
         yield self.arrays[number][:5]
         if number in self.damaged:
             raise UnreadableError
@@ -48,7 +45,9 @@ class Samples(NamedTuple):
 
 def find(clips, arrays, intervals, of_rank=None, damaged=()):
     """What `search` finds for clips, an array (N, T, H, W, 3), in videos, arrays."""
-    videos = [make_video(f"A/{number}", len(pixels)) for number, pixels in enumerate(arrays)]
+    videos = []
+    for number, pixels in enumerate(arrays):
+        videos.append(Video(str(number), "A", len(pixels), 25.0, None, None))
     source = Arrays(arrays, damaged)
     windows = nearest.TrainingWindows(source, videos, Samples(clips.shape[1]))
     windows.intervals = intervals
@@ -90,8 +89,8 @@ def test_the_nearest_window_and_its_distance_equal_a_search_by_loops(monkeypatch
     assert places[:4] == shown and not corrupt
     parts = []
     for of_rank in ((5, 4), (0, 2, 3), (), (1,)):
-        *of_part, _ = find(clips, videos, intervals, of_rank)
-        parts.append([*map(torch.tensor, of_part)])
+        of_part = find(clips, videos, intervals, of_rank)
+        parts.append([torch.tensor(column) for column in of_part[:2]])
     shared = functools.reduce(nearest.nearer, parts)  # as the ranks do
     assert [column.tolist() for column in shared] == [distances, places]
 
@@ -113,15 +112,14 @@ def test_frames_before_damage_are_compared_and_the_video_is_named():
     videos = random_videos((9, 9))
     clips = np.stack([videos[1][1:4], videos[1][4:7]])
     distances, places, corrupt = find(clips, videos, (1, 1), damaged=[1])
-    assert distances[0] == 0 and places[0] == [1, 1, 0] and corrupt == ["A/1.avi"]
+    assert distances[0] == 0 and places[0] == [1, 1, 0] and corrupt == ["1"]
     assert distances[1] == naive(clips[1], [videos[0], videos[1][:5]], (1, 1))[0] > 0
 
 
 def test_the_frame_interval_is_the_closest_in_time_or_the_largest_that_fits():
-    videos = [
-        replace(make_video("A/a"), num_frames=num_frames, fps=fps)
-        for num_frames, fps in ((20, 25.0), (20, 12.5), (5, 25.0), (20, 3.0))
-    ]
+    videos = []
+    for num_frames, fps in ((20, 25.0), (20, 12.5), (5, 25.0), (20, 3.0)):
+        videos.append(Video("a", "A", num_frames, fps, None, None))
     windows = nearest.TrainingWindows(None, videos, Samples(4, 1 / 12.5))
     assert windows.intervals == [2, 1, 1, 1]
 
@@ -135,14 +133,18 @@ def test_means_ratio_and_shares_match_their_definitions():
     low, high = found["rmse_ratio_interval95"]
     assert low < 5 / 60 < high
     assert high - low == pytest.approx(3.92 * 11**0.5 / 12**0.5 / 60, rel=0.2)
-    for videos in ((["v"] * 12, range(101)), (range(12), ["v"] * 101)):
-        assert nearest.summarize(generated, real, videos)["rmse_ratio_interval95"] is None
+    assert nearest.summarize(generated[:8], real)["rmse_ratio_interval95"] is None
     assert found["nearer_than_all_real"] == found["nearer_than_95_percent"] == 1
     # 5% of the real ones are below 15
     found = nearest.summarize(np.array([9.0, 10, 14.9, 15, 50]), real)
     assert found["nearer_than_all_real"] == 0.2
     assert found["nearer_than_95_percent"] == 0.6
     assert nearest.summarize(generated, np.zeros(3))["rmse_ratio"] is None
+    once = nearest.summarize(generated, real)
+    videos = ([*range(12)] * 3, [*range(101)] * 3)
+    # several clips of each video
+    found = nearest.summarize(np.tile(generated, 3), np.tile(real, 3), videos)
+    assert found == {name: pytest.approx(value) for name, value in once.items()}
 
 
 def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(

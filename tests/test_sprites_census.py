@@ -117,7 +117,7 @@ def compare(frame, best, other):
 
     None if the two are equal.
     """
-    delta = other - best.astype(float)
+    delta = other - best
     square = (delta**2).sum()
     if square <= 9 * delta.size:
         return None
@@ -136,7 +136,8 @@ def naive(clip):
     by step.
     """
     clip = clip.astype(float)
-    key = min(TRUE, key=lambda other: ((clip - TRUE[other]) ** 2).sum())
+    true = {key: own.astype(float) for key, own in TRUE.items()}
+    key = min(true, key=lambda other: ((clip - true[other]) ** 2).sum())
     name, who = key.split("/character")
     choices = [(a, str(value)) for a in range(4) for value in VALUES[a]]
 
@@ -154,13 +155,13 @@ def naive(clip):
 
         def changes(pose, shown):
             name, t = pose
-            others = {one: TRUE[f"{name}/character{after(shown, *one)}"][t] for one in choices}
-            return lines_to(TRUE[f"{name}/character{shown}"][t], others)
+            others = {one: true[f"{name}/character{after(shown, *one)}"][t] for one in choices}
+            return lines_to(true[f"{name}/character{shown}"][t], others)
 
         others = {
-            pose: TRUE[f"{pose[0]}/character{who}"][pose[1]] for pose in product(ORDER, range(T))
+            pose: true[f"{pose[0]}/character{who}"][pose[1]] for pose in product(ORDER, range(T))
         }
-        every = lines_to(TRUE[key][t], others)
+        every = lines_to(true[key][t], others)
         gain, pose = max((line[1], pose) for pose, line in every.items())
         if gain <= max(0, *(line[1] for line in changes((name, t), who).values())):
             pose = name, t
@@ -182,7 +183,7 @@ def naive(clip):
         if of_choice:
             positions, _, squares = np.array(of_choice).T
             of_clip[a] = min(of_clip[a], 1 - 2 * (positions @ squares) / squares.sum())
-    rmse = np.sqrt(((clip - TRUE[key]) ** 2).mean(axis=(1, 2, 3)))
+    rmse = np.sqrt(((clip - true[key]) ** 2).mean(axis=(1, 2, 3)))
     return key, [*of_frames, min(poses)], of_clip, decoded, rmse
 
 
@@ -207,15 +208,40 @@ def test_clips_are_matched_and_decoded_as_step_by_step():
     assert signs == {*product((True, False), repeat=2)}
 
 
-def test_values_with_a_third_one_between_are_not_blended():
-    colors = COLORS[:, :1] * np.array([[1], [0.6], [0.3]])  # three shades of a color each
+@pytest.fixture(scope="module")
+def shades():
+    """(a world in which the three values of an attribute are shades of a color, {character: its
+    clip}).
+    """
+    colors = COLORS[:, :1] * np.array([[1], [0.6], [0.3]])  # (attributes, 3, RGB)
     values = [[0, 1, 2]] * 4
-    frames = np.stack([compose("Walk", who, colors) for who in product(*values)])
-    world = sprites_census.World(["Walk"], values, torch.tensor(frames[None]))
-    for value, expected in ((1, {0, 2}), (0, {1}), (2, {1})):
-        who = value * (27 + 9 + 3 + 1)  # the character with this value of all attributes
+    true = {who: compose("Walk", who, colors) for who in product(*values)}
+    frames = torch.tensor(np.stack([*true.values()]))[None]
+    return sprites_census.World(["Walk"], values, frames), true
+
+
+def test_a_frame_with_one_switched_attribute_shows_the_nearest_value(shades):
+    """The lines to two shades are one line, on which the farther shade has the smaller position."""
+    world, true = shades
+    count = 0
+    for who, a, value, t in product([(0, 0, 0, 0), (2, 2, 2, 2)], range(4), range(3), range(T)):
+        other = (*who[:a], value, *who[a + 1 :])
+        if np.array_equal(true[who][t], true[other][t]):
+            continue
+        clip = noisy(true[who])
+        clip[t] = noisy(true[other])[t]
+        found = sprites_census.measure(world, clip[None], "")
+        expected = [other if frame == t else who for frame in range(T)]
+        assert found["decoded"][0].tolist() == [*map(list, expected)], (who, other, t)
+        count += 1
+    assert count == 2 * 4 * 2 * T
+
+
+def test_values_with_a_third_one_between_are_not_blended(shades):
+    world, true = shades
+    for who, expected in (((1, 1, 1, 1), {0, 2}), ((0, 0, 0, 0), {1}), ((2, 2, 2, 2), {1})):
         for is_own in world.choices_of:
-            choices = sprites_census.blendable(world, (0, who), is_own)
+            choices = sprites_census.blendable(world, (0, [*true].index(who)), is_own)
             assert set((choices % 3).tolist()) == expected
 
 
@@ -257,10 +283,10 @@ def test_samples_get_the_reason_that_they_fail_for(data, noisy_vae, tmp_path, ca
     clips = [clip, held_out, held_out, switched, swapped, blended, spot, both]
     names = ["Walk", "Slash", *["Walk"] * 6]
     shown = ["0101", "1101", "1101", *["0101"] * 5]
-    given = [
-        {"source": f"sprites/Walk/character{who}.mkv, clip {number}", "frames": "0-3"}
-        for number, who in enumerate(["0102", *shown[1:]])
-    ]
+    given = []
+    for number, who in enumerate(["0102", *shown[1:]]):
+        source = f"sprites/Walk/character{who}.mkv, clip {number}"
+        given.append({"source": source, "frames": "0-3"})
     samples = write(tmp_path / "s", clips, names, given=given)
     made = run(tmp_path / "c.json", *flags_of(samples, data, "--num-real", 48))
     result = made["result"]
@@ -270,29 +296,19 @@ def test_samples_get_the_reason_that_they_fail_for(data, noisy_vae, tmp_path, ca
     reasons = ["attribute", "pose", "margin", "rmse", "attribute"]
     assert result["samples"]["reason"] == [*[""] * 3, *reasons]
     assert result["samples"]["matched"] == [f"Walk/character{who}" for who in shown]
-    assert result["samples"]["valid"] == [True] * 3 + [False] * 5
+    assert result["samples"]["valid"] == [True] * 3 + [False] * 5 and values["valid"] == 3 / 8
 
-    expected = {
-        "valid": 3 / 8,
-        "class_right": 7 / 8,
-        "body": 7 / 8,
-        "bottomwear": 1,
-        "topwear": 1,
-        "hair": 7 / 8,
-        "true_attributes": 5 / 8,  # a clip with a spot still decodes
-        "true_clip": 4 / 8,
-        "held_out": 2 / 3,
-        "held_out_expected": pytest.approx(3 / 24),
-        "characters": 2,
-        "characters_expected": pytest.approx(24 * (1 - (23 / 24) ** 3)),
-        "rmse_real": pytest.approx(values["rmse"], rel=0.5),
-        "real_true": 1,
-        "attribute_switched": 0,
-        "frames_swapped": 0,
-        "frame_shifted": 0,
-    }
-    assert {name: values[name] for name in expected} == expected
-    assert values["real_valid"] >= 5 / 6 and values["train_valid"] >= 0.99
+    assert values["class_right"] == 7 / 8 and values["topwear"] == values["bottomwear"] == 1
+    assert values["hair"] == 7 / 8 and values["body"] == 7 / 8
+    # a clip with a spot still decodes
+    assert values["true_attributes"] == 5 / 8 and values["true_clip"] == 4 / 8
+    assert values["held_out"] == 2 / 3 and values["held_out_expected"] == pytest.approx(3 / 24)
+    assert values["characters"] == 2
+    assert values["characters_expected"] == pytest.approx(24 * (1 - (23 / 24) ** 3))
+    assert values["rmse_real"] == pytest.approx(values["rmse"], rel=0.5)
+    assert values["real_true"] == 1 and values["real_valid"] >= 5 / 6
+    assert values["train_valid"] >= 0.99
+    assert values["attribute_switched"] == values["frames_swapped"] == values["frame_shifted"] == 0
     for name in sprites_census.ATTRIBUTES:
         curve = [values[f"{name}_blended_{percent}"] for percent in sprites_census.PERCENTS]
         assert curve == sorted(curve, reverse=True) and curve[2:] == [0, 0]
@@ -324,22 +340,42 @@ def test_one_and_two_ranks_and_a_moved_vae_give_the_same_values(data, tmp_path):
     assert again["machine"]["ranks"] == 2 and again["values"] == made["values"]
 
 
-def test_a_corrupt_video_ends_a_census(data, noisy_vae, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def corrupt_video(monkeypatch):
+    """The name of a video that can't be decoded."""
+
     def read(root, video, frame_indices):
         if video.path == WALK:
             raise UnreadableError(WALK)
 
     record_calls(monkeypatch, source, "read_frames", read)
+    return WALK
+
+
+def all_clips(data):
+    """(all clips of the data set, flags that read them)."""
+    clips, _, _ = sources.find_real(str(data), "all", 0.05, T, 1 / 8, SIZE)
+    return clips, SimpleNamespace(batch_size=4, num_workers=0, data_path=str(data))
+
+
+def test_a_real_stream_names_the_corrupt_videos_that_it_replaces(data, corrupt_video):
+    clips, args = all_clips(data)
+    corrupt = []
+    videos = [video for *_, video in sources.real_stream(clips, range(len(TRUE)), args, corrupt)]
+    assert corrupt == [corrupt_video]
+    assert len(videos) == len(TRUE) and corrupt_video not in videos
+
+
+def test_a_corrupt_video_ends_a_census(data, corrupt_video, noisy_vae, tmp_path, capsys):
     samples = write(tmp_path / "s", [*TRUE.values()][:2], ["Slash"] * 2)
-    words = [f"--data-path {data}: {WALK} can't be decoded", "make it again"]
+    words = [f"--data-path {data}: {corrupt_video} can't be decoded", "make it again"]
     flags = flags_of(samples, data, "--num-real", 4)
     refused(capsys, tmp_path / "c.json", *flags, words=words, status=1)
 
 
 def test_a_world_holds_the_clips_of_the_data_set(data):
-    clips, _, _ = sources.find_real(str(data), "all", 0.05, T, 1 / 8, SIZE)
-    args = SimpleNamespace(batch_size=4, num_workers=0)
-    assert torch.equal(sprites_census.read_world(clips, args, "cpu").clips, WORLD.clips)
+    world = sprites_census.read_world(*all_clips(data), "cpu")
+    assert torch.equal(world.clips, WORLD.clips)
 
 
 SHORT = {"codec": "ffv1", "size": (SIZE, SIZE), "pixel_format": "bgr0"}

@@ -36,7 +36,7 @@ def test_a_unit_is_a_video_or_what_videos_share():
 
 @pytest.mark.parametrize("flags", [[], ["--bounce"]])
 def test_each_video_of_moving_shapes_is_a_unit(flags):
-    videos = plan("--videos-per-class", 17, *flags)
+    _, videos = plan("--videos-per-class", 17, *flags)
     assert len({stats.unit_of(f"{key}.avi, clip 3") for key in videos}) == len(videos)
 
 
