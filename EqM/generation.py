@@ -430,5 +430,5 @@ def initial_latents(plan, indices, seed, device, init, init_gamma, window):
         return noise
     clips, _ = init(indices)
     encoded = plan.vae.encode(clips.to(device))
-    gamma = torch.tensor([init_gamma], device=device)
+    gamma = torch.full((len(indices),), init_gamma, device=device)
     return interpolate(encoded, noise, gamma)

@@ -418,6 +418,30 @@ def test_the_field_is_minus_the_gradient_of_the_defined_energy(energy):
             assert_close(along, -change / 2e-5, rtol=1e-5, atol=1e-6)
 
 
+def test_training_gradients_of_an_energy_equal_finite_differences(energy):
+    model, _, x = energy
+    target = torch.randn_like(x)
+
+    def loss():
+        return (model(x, TWO) - target).square().mean()
+
+    loss().backward()
+    for weight in (
+        model.blocks[0].attn.qkv.weight,
+        model.blocks[1].mlp.fc1.weight,
+        model.x_embedder.proj.weight,
+        model.final_layer.linear.bias,
+    ):
+        direction = torch.randn_like(weight)
+        along = (weight.grad * direction).sum()
+        weight.data += 1e-5 * direction
+        after = loss()
+        weight.data -= 2e-5 * direction
+        change = after - loss()
+        weight.data += 1e-5 * direction
+        assert along.item() == pytest.approx(change.item() / 2e-5, rel=1e-4)
+
+
 @pytest.mark.parametrize("ebm", ["dot", "l2"])
 def test_sampling_an_energy_gives_the_same_field_without_a_graph(ebm):
     model = tiny(ebm=ebm)
