@@ -297,6 +297,8 @@ def read_file(path, parts=None):
         reason = (
             "not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
         )
+        if Path(path).suffix == ".safetensors":
+            reason = f"weights without their config; expected their folder, {Path(path).parent}"
     except OSError as error:
         reason = f"can't be read ({error.strerror or error}); expected a checkpoint file"
     except Exception as error:

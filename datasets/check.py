@@ -297,7 +297,9 @@ def describe_skipped(args, scan, corrupt):
             continue
         if any(part.startswith(".") for part in Path(name).parts):  # in a hidden folder
             continue
-        if has_suffix("video", name) and name not in scanned and path.is_file():
+        if not path.is_file() or name in scanned:
+            continue
+        if has_suffix("video", name):
             skipped.append((name, "too deep; expected DIR/<class>/<video>"))
         elif path.suffix.lower() in (".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
             skipped.append((name, "another kind of video; convert it: ffmpeg -i FILE FILE.mp4"))

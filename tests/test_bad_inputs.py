@@ -117,6 +117,7 @@ train: train {model} {pixels} {steps} --video --num-frames 8 --use-rope --data-p
         --ckpt file | --ckpt other.pt => not a checkpoint
         --ckpt cut.pt | --ckpt flipped.pt => damaged
         --ckpt pickle.pt | --ckpt code.pt => holds code
+        --ckpt export/model.safetensors => weights without their config; folder, export
         --ckpt fixed.pt => cannot be converted: retrain with --use-rope
         --ckpt image.pt => holds an image model, --video needs; or train from it with --inflate
         --ckpt odd.pt => depth 2
@@ -566,6 +567,8 @@ def world(tmp_path_factory):
         shutil.copyfile(rope, root / name)
     flip_bit(root / "flipped.pt", checkpoint.load(rope)["ema"]["blocks.0.attn.qkv.weight"])
     (root / "pickle.pt").write_bytes(pickle.dumps(Code()))
+    (root / "export").mkdir()
+    (root / "export/model.safetensors").write_bytes(bytes(8))
     torch.save({"model": Code()}, root / "code.pt")
     torch.save({"state_dict": {}}, root / "other.pt")
     published.write_export(root / "shared", checkpoint.load(rope), "fp32", "a card")

@@ -55,11 +55,12 @@ def check_data(data, capsys):
 def test_it_names_the_files_that_train_validate_and_are_skipped(data, check_data):
     write_video(data / "Jump" / "deep" / "x.avi")
     (data / "Jump" / "old.3gp").write_text("no video")
+    (data / "Jump" / "tape.mpg").mkdir()  # a folder
     (data / ".trash").mkdir()
     (data / ".trash/older.3gp").write_text("no video")
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
     text, _ = check_data("--frame-interval", 3, "--max-steps", 1000)
-    assert ".trash" not in text
+    assert ".trash" not in text and "tape.mpg" not in text
     for words in (
         "10 videos in 2 classes; 0 files that can't be opened",
         "  Run: 8 videos, 7.5 s",

@@ -299,6 +299,7 @@ def test_all_positions_have_equal_compute(data_set, runs_of):
     runs = runs_of("positions", data_set, "--data-path", "DIR", "--compile")
     for run in runs:
         assert "--compile" in run.training
+        assert ("--frames-schedule" in run.training) == (run.about["positions"] != "fixed")
         assert run.more["flops"] == pytest.approx(runs[0].more["flops"], rel=1e-3)
 
 

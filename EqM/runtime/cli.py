@@ -75,13 +75,13 @@ class Flags(argparse.Namespace):
         object.__setattr__(self, "typed", frozenset(typed))
 
     def __setattr__(self, name, value):
-        raise AttributeError(f"{name}: flags are frozen; preflight resolves them")
+        raise AttributeError(f"{name}: flags are frozen; resolve returns a copy")
 
     def __reduce__(self):
         return Flags, (vars(self), self.typed)
 
     def resolve(self, **values):
-        """A copy of the flags with some values filled in. Only preflight calls this."""
+        """A copy of the flags with some values filled in. Only preflight and hubconf call this."""
         return Flags(vars(self) | values, self.typed)
 
 
