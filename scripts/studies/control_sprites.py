@@ -116,10 +116,10 @@ def tuning_markdown(rows):
     arms = {}
     for name, shift in itertools.product(ARMS, SHIFTS):
         arms[f"{name}, training shift {shift}"] = {"objective": name, "shift": shift}
-    columns = []
-    for guidance in GUIDANCES:
-        column = replace(VALID, title=f"guidance {guidance:g}", task=guidance_task(guidance))
-        columns.append(column)
+    columns = [
+        replace(VALID, title=f"guidance {guidance:g}", task=guidance_task(guidance))
+        for guidance in GUIDANCES
+    ]
     return lines + lab.arm_table(rows, arms, columns)
 
 

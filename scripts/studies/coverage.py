@@ -162,24 +162,20 @@ def markdown(content):
     """The lines of coverage.md."""
     few = f"{content['repeats']:,} data sets each"
     missing = f"For fewer than {stats.FEWEST} units, no interval is printed."
-    lines = [
-        "# Coverage of the 95% intervals",
-        "",
-        "`scripts/studies/coverage.py` wrote these tables. A cell is the share (%) of simulated "
-        "data",
-        "sets whose 95% interval holds the true value, so about 95 is right. Each unit (a video, "
-        "or",
-        f"videos of one person) has {CLIPS} clips. Half of the variance is between units.",
-        "",
-        "## Means",
-        "",
-        f"{content['repeats_of_means']:,} data sets each. *Bootstrap* and *1.96* are the intervals "
-        "of",
-        "earlier versions: quantiles of a bootstrap of the units, and 1.96 standard errors that "
-        "divide",
-        "by n. Skewed values are exponential.",
-        "",
-    ]
+    text = f"""\
+# Coverage of the 95% intervals
+
+`scripts/studies/coverage.py` wrote these tables. A cell is the share (%) of simulated data
+sets whose 95% interval holds the true value, so about 95 is right. Each unit (a video, or
+videos of one person) has {CLIPS} clips. Half of the variance is between units.
+
+## Means
+
+{content["repeats_of_means"]:,} data sets each. *Bootstrap* and *1.96* are the intervals of
+earlier versions: quantiles of a bootstrap of the units, and 1.96 standard errors that divide
+by n. Skewed values are exponential.
+"""
+    lines = text.split("\n")
     for kind in DRAWS:
         titles = [f"units, {kind} values", "Student's t", "bootstrap", "1.96"]
         rows = lab.rows_with({"values": kind}, content["means"])

@@ -34,7 +34,7 @@ from pathlib import Path
 import lab
 import shapes
 from lab import Column
-from runtime.cli import UserError, one_line_errors, wrong_input
+from runtime.cli import UserError, one_line_errors
 from shapes_tracker import DIRECTIONS, MIN_TRAVEL, look, track
 from video.samples import read_samples
 
@@ -202,15 +202,6 @@ def span_words(count):
     return " ".join(words)
 
 
-def tuning_tasks(args, settings):
-    """{name: (flags of sample_gd.py, metrics)} of a model, with each guidance."""
-    tasks = {}
-    for guidance in GUIDANCES:
-        usual = main_tasks(args, "bouncing", settings, guidance, TUNING_EVALUATIONS)
-        tasks[with_guidance(LONG, guidance)] = usual[LONG]
-    return tasks
-
-
 def main_tasks(args, data, settings, guidance, evaluations=EVALUATIONS):
     """{name: (flags of sample_gd.py, metrics)} of a model."""
     size = shapes.size_of(args)
@@ -258,7 +249,11 @@ def plan(size, data, compute, settings):
 
 
 def tuning_run(args, settings):
-    tasks = tuning_tasks(args, settings)
+    """The run that samples a model of bouncing shapes with each guidance."""
+    tasks = {}
+    for guidance in GUIDANCES:
+        usual = main_tasks(args, "bouncing", settings, guidance, TUNING_EVALUATIONS)
+        tasks[with_guidance(LONG, guidance)] = usual[LONG]
     return make_run(
         args,
         "bouncing",
@@ -271,8 +266,9 @@ def tuning_run(args, settings):
     )
 
 
-def main_run(args, data, way, seed, tuning):
-    """The run of a way with what tuning chose. tuning: the rows of the tuning runs."""
+def main_run(args, arm, seed, tuning):
+    """The run of an arm (data, way) with what tuning chose. tuning: the rows of the tuning runs."""
+    data, way = arm
     settings, guidance = choose(tuning, way)
     return make_run(
         args,
@@ -292,8 +288,7 @@ def make_run(args, data, settings, name, seed, compute, tasks, table):
     phases, flops = plan(size, data, compute, settings)
     _, last_step, _ = phases[-1]
     folder = Path(args.out, f"runs/{data}-shapes")
-    made = MADE[data]
-    videos = lab.data_sets(folder, size.videos, max(2, size.clips // 12), flags=made)
+    videos = lab.data_sets(folder, size.videos, max(2, size.clips // 12), flags=MADE[data])
     _, test = videos
     flags = f"{shapes.MOVING}{shapes.INTERVALS} {settings.training_flags()}"
     training = shapes.train_words(size, seed, shapes.phase_flags(phases, settings.mix), flags)
@@ -330,18 +325,6 @@ def choose(rows, way):
             shares.append(share if math.isfinite(share) else 0.0)  # it diverged: nothing is right
         scores[settings, guidance] = statistics.mean(shares)
     return max(scores, key=scores.get)
-
-
-def runs_of(args):
-    """All runs, those with extra seeds last."""
-    if args.tune:
-        return [tuning_run(args, settings) for settings in itertools.chain(*TUNED.values())]
-    tuning = lab.read_rows(Path(args.out, "streaming_tuning.json"))
-    runs = []
-    for seed, data, way in itertools.product(args.seeds, COLUMNS, TUNED):
-        with wrong_input():
-            runs.append(main_run(args, data, way, seed, tuning))
-    return runs
 
 
 def tuning_markdown(rows):
@@ -390,7 +373,13 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    lab.run_study(args, runs_of(args), tuning_markdown if args.tune else markdown)
+    if args.tune:
+        runs = [tuning_run(args, settings) for settings in itertools.chain(*TUNED.values())]
+        lab.run_study(args, runs, tuning_markdown)
+        return
+    cases = itertools.product(args.seeds, itertools.product(COLUMNS, TUNED))
+    runs = lab.tuned_runs(args, "streaming_tuning", cases, main_run)
+    lab.run_study(args, runs, markdown)
 
 
 if __name__ == "__main__":

@@ -202,49 +202,43 @@ def markdown(out, rows):
     codes = sorted({row["code"][:10] for row in rows})
     machines = sorted({row["machine"] for row in rows})
     compiled = " with --compile" if all(row["compiled"] for row in rows) else ""
-    lines = lab.heading(
-        "Which positions are best, and does a frame curriculum pay?",
-        f"`{script} --report` wrote this page from `study.csv` ({len(rows)} rows, version "
-        f"{VERSION}, size full). `{script}` measured the rows: {hours:.1f} hours of "
-        f"training{compiled} and sampling, on {', '.join(machines)}; code {', '.join(codes)}. "
-        "[study-first-edition.md](study-first-edition.md) answers other questions with earlier "
-        "code.",
-    )
-    lines += [
-        "An *arm* is a training recipe.",
-        "",
-        "- **Data and model**: Moving Shapes, 16 x 16 px, 1.4 s. Depth "
-        f"{size.depth}, width {size.width}, 4 heads, spatial patch 2, temporal patch "
-        "4, bf16.",
-        f"- **Compute**: every step has {shapes.TOKENS} tokens. 100% compute is "
-        f"{flops / 1e12:.3g} TFLOP: {size.steps} steps of 8 clips of 16 frames. The learning rate "
-        "decays to zero at the end of each run.",
-        f"- **Flags of all arms**: `{shapes.BASE}`.",
-        "- **Positions**: *fixed* is the default. *rotary* adds `--use-rope --rope-theta 100`. "
-        "*table* also adds `--position-table space`. *moving* also adds `--rope-speed 0.5`, about "
-        "the speed of all shapes (0.51 patches per temporal patch). *4-8-16* without one of these "
-        "words is rotary.",
-        "- **Frames**: *16* trains on 16 frames from the start. *4-8-16* gives a third of the "
-        "compute to each of 4, 8 and 16 frames, and draws the frame interval from 1 to 2. With "
-        "*mix*, a fifth of the later steps train on earlier frames. *16 moving intervals* also "
-        "draws the interval, so it differs from *4-8-16 moving* only in its number of frames.",
-        "- **Speeds**: *speed N* is *table* with `--rope-speed N`. *speed 0* has the spatial "
-        "frequencies of the other speeds. *speed 0.5* is *moving* again, by later code. Shapes "
-        "move half as fast with *slow* and twice as fast with *fast*.",
-        "- **Validation loss**: arms with frame intervals of 1 to 2 validate on such clips. "
-        "Compare their losses with each other, not with those in A.",
-        f"- **Samples**: {size.fewer} clips per run and length, 0.04 s per frame, `ngd`, "
-        f"{shapes.USUAL} evaluations, guidance {shapes.GUIDANCE:g}, averaged weights of the last "
-        "step.",
-        "- **Direction accuracy**: the share of samples with the motion of their class, measured "
-        "by a tracker. Chance is 25%; real clips reach at least 100%.",
-        "- **Cells**: mean ± standard error over seeds, with each seed in brackets. A dash means "
-        "that nothing was run, or that no direction was correct, so there is no speed. "
-        "Differences are paired by seed, with Student's 95% interval and p value. A difference is "
-        "significant if its p value, adjusted by Holm's method for the comparisons that are "
-        "listed above the same table, is at most 0.05.",
-        "",
-    ]
+    text = f"""\
+# Which positions are best, and does a frame curriculum pay?
+
+`{script} --report` wrote this page from `study.csv` ({len(rows)} rows, version {VERSION}, size \
+full). `{script}` measured the rows: {hours:.1f} hours of training{compiled} and sampling, on \
+{", ".join(machines)}; code {", ".join(codes)}. [study-first-edition.md](study-first-edition.md) \
+answers other questions with earlier code.
+
+An *arm* is a training recipe.
+
+- **Data and model**: Moving Shapes, 16 x 16 px, 1.4 s. Depth {size.depth}, width {size.width}, \
+4 heads, spatial patch 2, temporal patch 4, bf16.
+- **Compute**: every step has {shapes.TOKENS} tokens. 100% compute is {flops / 1e12:.3g} TFLOP: \
+{size.steps} steps of 8 clips of 16 frames. The learning rate decays to zero at the end of each run.
+- **Flags of all arms**: `{shapes.BASE}`.
+- **Positions**: *fixed* is the default. *rotary* adds `--use-rope --rope-theta 100`. *table* also \
+adds `--position-table space`. *moving* also adds `--rope-speed 0.5`, about the speed of all \
+shapes (0.51 patches per temporal patch). *4-8-16* without one of these words is rotary.
+- **Frames**: *16* trains on 16 frames from the start. *4-8-16* gives a third of the compute to \
+each of 4, 8 and 16 frames, and draws the frame interval from 1 to 2. With *mix*, a fifth of the \
+later steps train on earlier frames. *16 moving intervals* also draws the interval, so it differs \
+from *4-8-16 moving* only in its number of frames.
+- **Speeds**: *speed N* is *table* with `--rope-speed N`. *speed 0* has the spatial frequencies of \
+the other speeds. *speed 0.5* is *moving* again, by later code. Shapes move half as fast with \
+*slow* and twice as fast with *fast*.
+- **Validation loss**: arms with frame intervals of 1 to 2 validate on such clips. Compare their \
+losses with each other, not with those in A.
+- **Samples**: {size.fewer} clips per run and length, 0.04 s per frame, `ngd`, {shapes.USUAL} \
+evaluations, guidance {shapes.GUIDANCE:g}, averaged weights of the last step.
+- **Direction accuracy**: the share of samples with the motion of their class, measured by a \
+tracker. Chance is 25%; real clips reach at least 100%.
+- **Cells**: mean ± standard error over seeds, with each seed in brackets. A dash means that \
+nothing was run, or that no direction was correct, so there is no speed. Differences are paired by \
+seed, with Student's 95% interval and p value. A difference is significant if its p value, \
+adjusted by Holm's method for the comparisons that are listed above the same table, is at most 0.05.
+"""
+    lines = text.split("\n")
     for letter, (question, names) in QUESTIONS.items():
         lines += [f"## {letter}. {question}", "", f"`{script} --only {letter}`", ""]
         lines += differences(rows, PAIRS[letter])
