@@ -19,9 +19,7 @@ import control_sprites
 import coverage
 import disturb
 import few
-import given_frames
 import lab
-import objectives
 import people
 import positions
 import sample_gd
@@ -97,18 +95,13 @@ def test_holm_multiplies_the_smallest_p_by_their_number_the_next_by_one_less():
 
 # Committed tables ---------------------------------------------------------------------------------
 
-MAIN_ROWS = lab.read_rows(ROOT / "results/studies/objectives/objectives.json")
 TABLES = {  # in results/
     "studies/few/few": few.markdown,
     "studies/few/few_tuning": few.tuning_markdown,
-    "studies/objectives/given_frames": given_frames.markdown,
     "old/sprites-2h": sprites.markdown,
     "studies/objectives/control_tuning": control.tuning_markdown,
     "studies/objectives/disturb": disturb.markdown,
     "studies/objectives/disturb-few": disturb.markdown,
-    "studies/objectives/few": partial(objectives.few_markdown, MAIN_ROWS),
-    "studies/objectives/given_frames_objectives": given_frames.markdown,
-    "studies/objectives/objectives": objectives.markdown,
     "studies/people/people": people.markdown,
     "studies/positions/bouncing": partial(positions.markdown, "bouncing"),
     "studies/positions/seeds": seeds.markdown,
@@ -224,9 +217,6 @@ def test_several_processes_may_write_the_same_table_at_once(tmp_path):
 # The tunings that some of them read are committed; those of the control are not complete yet.
 COMMANDS = """
     study --seeds 0
-    objectives --seeds 0 6
-    objectives --seeds 0 --few
-    given_frames --seeds 0 --objectives eqm flow blind blind-w told-c told-w
     control --out {out} --tune
     control --out {out} --seeds 200
     few --tune
@@ -410,26 +400,22 @@ def test_a_study_goes_on_after_a_diverged_run(tmp_path, monkeypatch, diverges):
     assert losses == [math.inf, math.inf]
 
 
-def test_given_frames_are_scored_and_only_what_is_missing_is_made_again(
-    trained, commands, monkeypatch
-):
-    tasks = given_frames.given_tasks
-
-    def two(*args):
-        return dict([*tasks(*args).items()][1::6])
-
-    monkeypatch.setattr(given_frames, "given_tasks", two)
-    flags = ["--shares", 0.75, *SEED]
-    run_miniature(given_frames, trained, *flags)
-    text = (trained / "given_frames.md").read_text()
-    assert re.search(r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|", text, re.M)
-    (row,) = read_json(trained / "given_frames.json")
-    (trained / "given_frames.json").write_text("[]")
-    next(trained.glob("runs/0.75-0*/*/prediction.json")).unlink()
+def test_forced_models_complete_clips_and_only_what_is_missing_is_made_again(commands, tmp_path):
+    tables = {name: tmp_path / f"control{name}.json" for name in ("", "_tuning")}
+    lab.add_rows(tables["_tuning"], tuning_rows("eqm", 5, "euler"))
+    flags = ["--arms", "eqm-forced", "--seeds", 200]
+    run_miniature(control, tmp_path, *flags)
+    (row,) = read_json(tables[""])
+    for task in control.GIVEN:
+        assert math.isfinite(row["values"][task]["psnr_gain"])
+    gain = row["values"]["8 of 16 frames given"]["psnr_gain"]
+    assert f"| eqm-forced | {gain:.1f} |" in (tmp_path / "control.md").read_text()
+    tables[""].write_text("[]")
+    next(tmp_path.glob("runs/*/8*/prediction.json")).unlink()
     commands.clear()
-    run_miniature(given_frames, trained, *flags)
+    run_miniature(control, tmp_path, *flags)
     assert {command for command, *_ in commands if command.startswith("EqM")} == {"EqM/evaluate.py"}
-    (again,) = read_json(trained / "given_frames.json")
+    (again,) = read_json(tables[""])
     assert again["values"] == row["values"]
 
 

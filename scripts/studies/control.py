@@ -38,7 +38,6 @@ from shapes import (
     PATH_LENGTH,
     USUAL,
     data_of,
-    draw_lengths,
     make_task,
     scores_by_seed,
     shapes_run,
@@ -403,10 +402,27 @@ def compare(values, compared):
 
 
 def draw(rows, path):
-    """Draw the clips of each length that are right, of the tuned arms."""
-    abouts = {name: {"objective": name} for name in TUNED}
-    tasks = {frames: frames_task(frames) for frames in LENGTHS}
-    draw_lengths(path, rows, abouts, tasks)
+    """Draw the clips of each length that are right, of the tuned arms, with 95% intervals over
+    seeds. An arm with a single seed has no interval, and is not drawn.
+    """
+    from scoring import plots  # matplotlib loads slowly
+
+    figure, axes = plots.plt.subplots()
+    styles = zip(TUNED, plots.COLORS, plots.MARKERS, strict=False)
+    for index, (name, color, marker) in enumerate(styles):
+        points = []
+        for frames in LENGTHS:
+            column = BOTH_RIGHT.of(frames_task(frames))
+            shares = [*scores_by_seed(rows, {"objective": name}, column).values()]
+            if len(shares) > 1:
+                x = frames + 0.3 * (index - (len(TUNED) - 1) / 2)  # intervals don't overlap
+                points.append((x, statistics.mean(shares), half95(shares)))
+        if points:
+            axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, label=name)
+    axes.set(xlabel="frames", ylabel="both right (%)", xticks=LENGTHS)
+    axes.set_ylim(top=101)  # intervals of few seeds go beyond 100%
+    axes.legend()
+    plots.save_figure(figure, path)
 
 
 def tune(args):

@@ -1,14 +1,12 @@
 """Models of Moving Shapes for all studies: their sizes, recipes of equal compute, and samples."""
 
 import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import lab
 from models import model_config
 from samplers import SOLVERS
-from scoring.stats import half95
 
 lab.refuse_to_run(__name__, "scripts/studies/study.py")
 
@@ -214,30 +212,3 @@ def scores_by_seed(rows, about, column):
     if column.value != BOTH_RIGHT.value:
         return numbers
     return {seed: 0.0 if math.isnan(number) else number for seed, number in numbers.items()}
-
-
-def draw_lengths(path, rows, abouts, tasks):
-    """Draw the clips of each length that are right, with 95% intervals over seeds.
-
-    abouts: {name of an arm: fields of its rows}; tasks: {number of frames: name of the task}. What
-    has a single seed has no interval, and is not drawn.
-    """
-    from scoring import plots  # matplotlib loads slowly
-
-    assert len(abouts) <= len(plots.COLORS)
-    figure, axes = plots.plt.subplots()
-    styles = zip(abouts.items(), plots.COLORS, plots.MARKERS, strict=False)
-    for index, ((name, about), color, marker) in enumerate(styles):
-        points = []
-        for frames, task in tasks.items():
-            values = lab.by_seed(rows, about, BOTH_RIGHT.of(task)).values()
-            shares = [*filter(math.isfinite, values)]
-            if len(shares) > 1:
-                x = frames + 0.3 * (index - (len(abouts) - 1) / 2)  # intervals don't overlap
-                points.append((x, statistics.mean(shares), half95(shares)))
-        if points:
-            axes.errorbar(*zip(*points, strict=True), color=color, marker=marker, label=name)
-    axes.set(xlabel="frames", ylabel="both right (%)", xticks=[*tasks])
-    axes.set_ylim(top=101)  # intervals of few seeds go beyond 100%
-    axes.legend()
-    plots.save_figure(figure, path)
