@@ -300,7 +300,7 @@ def describe_skipped(args, scan, corrupt):
         if not path.is_file() or name in scanned:
             continue
         if has_suffix("video", name):
-            skipped.append((name, "too deep; expected DIR/<class>/<video>"))
+            skipped.append((name, "in the wrong place; expected DIR/<class>/<video>"))
         elif path.suffix.lower() in (".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
             skipped.append((name, "another kind of video; convert it: ffmpeg -i FILE FILE.mp4"))
     for video in scan.videos:

@@ -58,6 +58,7 @@ def is_made(out, title, file, settings):
 @contextmanager
 def new_data_set(out):
     """A temporary folder beside `out`, which becomes `out` when the body ends without an error."""
+    out = out.resolve()  # if it is a link, what it leads to
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary,

@@ -69,7 +69,7 @@ def test_it_names_the_files_that_train_validate_and_are_skipped(data, check_data
         "frames per second: 25 to 25",
         "10 of 64 x 48",
         "skipped: Jump/torn.mov: can't be decoded to its end",
-        "skipped: Jump/deep/x.avi: too deep",
+        "skipped: Jump/deep/x.avi: in the wrong place; expected DIR/<class>/<video>",
         "skipped: Jump/brief.avi: 5 frames, fewer than --num-frames 8",
         "skipped: Jump/old.3gp: another kind of video",
         "training: 6 videos in 2 classes; validation: 2 videos, Run/2.m4v, Run/3.m4v\n",

@@ -143,6 +143,15 @@ def test_radii_colors_and_backgrounds_come_from_the_flags():
         assert tuple(background) == shapes.BACKGROUNDS[video["background"]]
 
 
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("disk")
+    make(link, "--videos-per-class", 2)
+    assert link.is_symlink()
+    assert (tmp_path / "disk/shapes.json").exists()
+
+
 def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, made, capsys):
     out = shutil.copytree(made[0], tmp_path / "set")
     before = snapshot(out)
