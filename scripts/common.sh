@@ -30,6 +30,10 @@ find_model() { # set CKPT to the newest best.pt of results/$EXP, or to that fold
     "Folders: $(cd results 2>/dev/null && printf '%q ' */)"
 }
 
+shapes() { # make DATA if it is the default and missing, as quickstart.sh does
+  [[ -d $DATA || $DATA != datasets/moving-shapes ]] || python datasets/make_moving_shapes.py --out="$DATA" --seconds 1.4
+}
+
 activate() { # use the environment of setup.sh or the active one; set RUN to what starts a script in GPUS processes
   counts GPUS
   if [[ -d .venv ]]; then source .venv/bin/activate; fi

@@ -33,7 +33,7 @@ must "not a metric; see --help" "motion|consistency|nearest|classifier|census" M
 [[ -d $DATA || $DATA == datasets/moving-shapes ]] || complain "DATA=$(printf %q "$DATA"): no such folder; expected videos"
 begin CKPT PAIRS EPOCHS RECIPE REAL DATA SAMPLES SEED
 mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
-[[ -d $DATA || $DATA != datasets/moving-shapes ]] || python datasets/make_moving_shapes.py --out="$DATA" --seconds 1.4
+shapes
 BEST=$CKPT OUT=samples/$EXP
 sample "$OUT-pairs" --num-samples "$PAIRS" --seed $((SEED + 1)) --batch-size 32 --no-previews --save-latents
 sample "$OUT-teacher" --num-samples "$SAMPLES" --seed "$SEED" --batch-size 32

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Check that this machine computes the same as a CPU and that every way of training works, and measure its speed. This
-# takes 10 minutes on one large GPU, and writes results/gpu.md. If a check fails, a line names it and the status is 1.
+# Check that this machine computes the same as a CPU and that every way of training works, and measure its speed. We expect
+# this to take 10 minutes on one large GPU. It writes results/gpu.md. If a check fails, a line names it and the status is 1.
 #
 #   bash scripts/gpu_check.sh [GPUS] [--out FILE]      default: all GPUs of this machine
 #

@@ -3,7 +3,7 @@
 # and 24 frames, and their scores by a motion tracker. Run it again to continue from its last checkpoint.
 #
 #   EXP=quickstart                  results go to results/$EXP, samples to samples/$EXP-f16 and so on
-#   DATA=datasets/moving-shapes     made if it is missing, with VIDEOS=60 of each class
+#   DATA=datasets/moving-shapes     Moving Shapes; made if they are missing, with VIDEOS=60 of each class
 #   GPUS, PRECISION                 processes, bf16 or fp32; default: what suits the machine
 #   STEPS_1=1000, STEPS_2=1680, STEPS_3=2200      global steps at which the phases end
 #   BATCH_1=32, BATCH_2=16, BATCH_3=8             clips per step

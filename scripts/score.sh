@@ -8,7 +8,7 @@
 #
 #   EXP=demo                an experiment in results/
 #   CKPT                    a checkpoint, or a folder of scripts/export.py; default: the newest best.pt of EXP
-#   DATA                    folder of the real videos; default: datasets/moving-shapes
+#   DATA                    folder of the real videos; default: datasets/moving-shapes, made if it is missing
 #   METRIC=motion           one or more of motion fvd fid consistency nearest classifier census, or prediction
 #   FRAMES=16, SAMPLES=96   frames per sample, number of samples
 #   REAL                    number of real clips; default: the default of evaluate.py; for prediction: 256
@@ -28,6 +28,7 @@ must "expected metrics; see --help" '((motion|fvd|fid|consistency|nearest|classi
 [[ -n $DETECTOR || $METRIC != *f[iv]d* ]] || complain "METRIC=$METRIC: no detector; set DETECTOR to a TorchScript file"
 [[ -n $CKPT ]] || find_model
 activate
+shapes
 if [[ $METRIC == prediction ]]; then
   SAMPLES=$((${REAL:-256} * SAMPLES_PER_CLIP)) REAL=
   KIND=(--given="$DATA" --given-split="$SPLIT" --val-fraction="$VAL_FRACTION" --given-frames="$GIVEN" --no-keep-background

@@ -28,6 +28,7 @@ import random
 import statistics
 import time
 from argparse import Namespace
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -357,11 +358,15 @@ def best_so_far(rows, name):
 
 
 def markdown(rows):
+    seeds = Counter(row["objective"] for row in rows)
+    counts = ", ".join(f"{name} {count}" for name, count in seeds.items())
     lines = lab.heading(
-        "Why EqM wins",
+        "The control",
         "`scripts/studies/control.py` wrote these tables. Cells: directions and shapes both right "
-        f"(%), the mean over seeds, and the range. {USUAL} evaluations unless said otherwise. "
-        f"{lab.made_with(rows)}",
+        f"(%), the mean over seeds ({counts}), and the range. {USUAL} evaluations unless said "
+        "otherwise. Tuning chose the sampler of each arm, also for each other number of "
+        "evaluations. *By a solver* replaces a descent by the best solver. RMSE: to the nearest "
+        f"training clip, relative to that of held-out clips. {lab.made_with(rows)}",
     )
     abouts = {name: {"objective": name} for name in ARMS}
     forced = [name for name, arm in ARMS.items() if arm.is_forced]
