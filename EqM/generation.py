@@ -408,7 +408,8 @@ def kept_part(plan, x, start, details, tail):
     latents = torch.zeros_like(x)
     is_kept = torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
     if details is not None:
-        is_kept[:, : plan.num_frames - start] = details.mask[:, start : start + plan.window]
+        given = details.mask[:, start : start + plan.window]
+        is_kept[:, : given.shape[1]] = given
         # encoding takes long, so only frames that some sample is given
         frames = is_kept.any(dim=0).nonzero()[:, 0]
         if len(frames):

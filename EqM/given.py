@@ -36,6 +36,8 @@ class ClipReader:
         self.plan = plan
         self.clips = clips
         self.frames = frames
+        # what is read lasts as long, for each clip, however long the video becomes
+        self.num_frames = 1 + max(map(max, frames))
         # each sample's clip
         self.numbers = [index // per_clip % len(clips) for index in range(len(plan.conditions))]
         self.read = lru_cache(KEPT_CLIPS)(self.read_clip)
@@ -46,10 +48,10 @@ class ClipReader:
     def read_clip(self, number):
         """Return the frames to read, uint8 (3, T, H, W), others black, and a mask (T,) of them.
 
-        For a causal model, T is the number of given frames, however long the video becomes.
+        The last frame that is read from some clip is number T - 1.
         """
         frames = list(self.frames[number])
-        T = len(frames) if self.plan.model.config.causal else self.plan.num_frames
+        T = self.num_frames
         size = self.plan.image_size
         clip = torch.zeros(3, T, size, size, dtype=torch.uint8)
         mask = torch.zeros(T, dtype=torch.bool)

@@ -342,6 +342,7 @@ evaluate: evaluate --metric=motion --samples=samples --data-path videos --out ne
         --samples other-class --metric classifier \
             => has class C, --data-path videos has A, B; pass the data
         --samples unlabeled --metric classifier => has samples without a class
+        --samples changing => has samples whose class changes, --metric motion needs one class
         --data-path long --metric classifier \
             => 1 class, 2 groups in A; expected at least 2 of both
         --data-path listed --metric classifier => no training video of class B; lower --val-fraction
@@ -510,6 +511,7 @@ CUT = "cut.pt torn/2.actions.npy cut-samples/samples.npz cut-export/model.safete
 VARIANTS = """
     other-class     samples   samples.json  ["A"] => ["C"]
     slow            samples   samples.json  0.04 => 0.48
+    changing        samples   samples.json  "classes" => "spans": [[0, 1]], "classes"
     lost            cache     latents.json  "ema" => "vae"
     scaled          lost      latents.json  0.18215 => 0.5
     others-vae      lost      latents.json  "vae", => "vae", "vae_sha256": "0123",

@@ -105,22 +105,25 @@ def test_fvd_and_fid_equal_a_naive_version(metric, shapes, samples, fvd, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("source", "label", "name"),
+    ("source", "label", "name", "about"),
     [
-        ({"guidance": 4.0, "guidance_chosen": False}, None, None),
-        ({"guidance": 1.5, "guidance_chosen": True}, None, "cfg1.5"),
+        ({"guidance": 4.0, "guidance_chosen": False}, None, None, {}),
+        ({"guidance": 1.5, "guidance_chosen": True}, None, "cfg1.5", {}),
         # without classes there is no guidance
-        ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1"),
-        # except by a weaker model
-        ({"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"}, -1, "auto2"),
+        ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1", {}),
+        ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1", {"actions": [["none"] * 8] * 2}),
+        # except by actions, the class of a later patch or a weaker model
+        ({"guidance": 1.5, "guidance_chosen": True}, -1, "cfg1.5", {"actions": [["up"] * 8] * 2}),
+        ({"guidance": 4.0, "guidance_chosen": False}, -1, None, {"spans": [[-1, 0]] * 2}),
+        ({"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"}, -1, "auto2", {}),
     ],
 )
 def test_frechet_protocols_name_the_guidance_that_the_user_chose(
-    source, label, name, shapes, fvd, tmp_path, capsys
+    source, label, name, about, shapes, fvd, tmp_path, capsys
 ):
     clips, labels, classes = read_clips(shapes, "val", 2)
     labels = [label] * 2 if label else labels
-    fvd[3] = write_samples(tmp_path / "s", clips, labels, classes, source=source)
+    fvd[3] = write_samples(tmp_path / "s", clips, labels, classes, source=source, **about)
     if name is None:
         words = ["sample again with --cfg-scale (1 turns it off)"]
         refused(capsys, tmp_path / "a.json", *fvd, words=words)

@@ -2,13 +2,14 @@
 
 from argparse import ArgumentTypeError
 from shlex import split
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from given import Details, as_ranges, frame_ranges, nearest_given
+from given import ClipReader, Details, as_ranges, frame_ranges, nearest_given
 from sample_folders import write_samples
 from tiny_videos import halves, picture, save, write_video
 from training import error_of, record_calls, sample_here
@@ -237,6 +238,19 @@ def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_p
     assert "given" not in about
     assert "trained without --forcing" not in capsys.readouterr().out
     assert not has_mark()
+
+
+def test_clips_are_read_up_to_the_last_given_frame_however_long_the_video(places, sample):
+    plan = SimpleNamespace(conditions=[0] * 3, num_frames=24, image_size=16, time_scale=0.04)
+    path = places / "B/b.mp4"
+    reader = ClipReader(plan, [only(path)] * 2, frames=[(0, 1), (2, 5)], indices=[0])
+    clips, masks = reader(range(3))
+    assert clips.shape == (3, 3, 6, 16, 16)
+    assert masks[1].nonzero()[:, 0].tolist() == [2, 5]
+    flags = split("--num-frames 24 --window 8 --given-frames 0-2,5 --no-keep-background")
+    clips, _ = sample("pixels", "--given", path, *flags)
+    known = [0, 1, 2, 5]
+    assert np.array_equal(clips[0, known], frames_of(path, known))
 
 
 def random_video(frames, low=50, high=200):

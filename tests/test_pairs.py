@@ -1,6 +1,7 @@
 """Pairs of noise and sample: what sample_gd.py keeps, and students that train on it."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -163,6 +164,8 @@ def test_samples_of_a_causal_model_have_noise_of_each_patch_and_their_actions(wo
     assert_close(noise.clamp(-1, 1), pixels, atol=1 / 127, rtol=0)
     actions = {tuple(y) for y in batch["y"][:, 1:].tolist()}
     assert actions == {(-1, 1, 1, 1), (-1, 0, 1, 1)}
+    source.actions_made = [["none"] * FRAMES] * 10
+    assert source.open_actions([]) is None  # a student from scratch has no actions
 
 
 def test_a_causal_student_trains_on_the_samples_of_a_causal_teacher(world, tmp_path):
@@ -388,6 +391,22 @@ MISTAKES = """
 --real-data nowhere => --real-data nowhere: no such folder
 --real-data real --data-path latents --ckpt latents.pt => both or none; name a latent cache
 """
+
+
+def test_latents_that_are_not_those_of_the_samples_are_refused(places, tmp_path, capsys):
+    latents = np.load(places / "latents/latents.npy")
+    wrong = {
+        "few": (latents[1:], "9, .* not the latents of 10 samples of 4 frames; sample again"),
+        "short": (latents[:, :, 1:], "not the latents of 10 samples of 4 frames; sample again"),
+        "precise": (latents.astype(np.float64), "latents.npy holds float64"),
+    }
+    for name, (changed, expected) in wrong.items():
+        folder = altered(places, tmp_path / name, kind="latents")
+        np.save(folder / "latents.npy", changed)
+        flags = student(places, "--data-path", folder, teacher="latents")
+        assert re.search(expected, refused(capsys, train, *flags))
+    os.truncate(folder / "latents.npy", 200)
+    assert "latents.npy is damaged" in refused(capsys, train, *flags)
 
 
 @pytest.mark.parametrize("flags, expected", mistakes(MISTAKES))

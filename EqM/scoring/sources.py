@@ -5,6 +5,7 @@ seconds per frame, video). A generated clip that continues no video is its own v
 """
 
 import hashlib
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -17,11 +18,12 @@ from runtime import distributed
 from runtime.cli import Bar, UserError, plural, say
 from runtime.runs import results_of
 from runtime.untrusted import file_sha256
+from video.actions import NONE
 from video.clips import Clips, collate
 from video.drawing import drawable
 from video.index import split_videos
 from video.loader import batches_of, worker_settings
-from video.samples import class_name, read_samples, time_scales_of
+from video.samples import NO_LABEL, class_name, read_samples, time_scales_of
 from video.source import open_source
 
 # of the start frames of real clips: predictions are compared with the clips they continue
@@ -56,14 +58,22 @@ class Samples:
         self.videos = [entry["source"] for entry in given] or range(len(labels))
         # of the model that guides instead of the class, or None
         self.weak = self.source.get("weak_sha256")
+        # the labels of each sample's patches
+        self.spans = self.about.get("spans") or [[label] for label in self.labels]
         self.guidance = None  # the user did not choose it
-        if not any(self.names) and not self.weak:
+        if not self.has_conditions() and not self.weak:
             self.guidance = 1.0
         elif self.source.get("guidance_chosen"):
             self.guidance = self.source.get("guidance")
 
     def __len__(self):
         return len(self.clips)
+
+    def has_conditions(self):
+        """Whether some sample has a class or an action, which guidance can amplify."""
+        labels = itertools.chain.from_iterable(self.spans)
+        actions = itertools.chain.from_iterable(self.about.get("actions", ()))
+        return bool({*labels} - {NO_LABEL} or {*actions} - {NONE})
 
     def shown_class(self, name):
         """The name of a class, or None, as a picture can show it."""
@@ -98,8 +108,14 @@ class Samples:
                 f"--metric {metric} depends on the guidance; "
                 "sample again with --cfg-scale (1 turns it off)"
             )
-        if metric in ("motion", "classifier", "census") and None in self.names:
-            yield f"has samples without a class, --metric {metric} needs the class of each"
+        if metric in ("motion", "classifier", "census"):
+            if None in self.names:
+                yield f"has samples without a class, --metric {metric} needs the class of each"
+            if any(len({*labels}) > 1 for labels in self.spans):
+                yield (
+                    f"has samples whose class changes, --metric {metric} needs one class for "
+                    "each; sample again with whole videos of a class"
+                )
         if metric == "consistency" and "temporal_patch_size" not in self.source:
             yield "its samples.json does not say the temporal_patch_size of the model; sample again"
         if metric == "prediction" and self.image_size < 11:  # its window

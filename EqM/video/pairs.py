@@ -72,6 +72,8 @@ class Pairs(Source):
             for video, index in zip(videos, indices, strict=True):
                 self.pairs[video.path] = (self.made["seed"], index, self.made["window"])
         self.has_latents = os.path.exists(Path(root, LATENTS))
+        if self.has_latents:
+            check_latents(here, Path(root, LATENTS), clips)
         self.clips = None  # mapped into memory by each process that reads them
 
     @property
@@ -92,6 +94,8 @@ class Pairs(Source):
             raise UserError(
                 f"--data-path {self.root}: {error}; pass the model that made the samples as --ckpt"
             ) from error
+        if not names:  # samples of a model with actions, all without any
+            return None
         return SampleActions(self.root, names, mirrored=None, rows=np.array(rows))
 
     def __getstate__(self):
@@ -168,6 +172,24 @@ def check_samples(here, about, labels):
         raise UserError(
             f"{here}: samples without a class; expected one for each; sample again without "
             "--classes none"
+        )
+
+
+def check_latents(here, path, clips):
+    """Raise UserError unless a file holds latents (N, C, T, h, w) of clips (N, T, H, W, 3)."""
+    try:
+        latents = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{here}: {path.name} is damaged ({error}); sample again, or remove this file to "
+            "encode the samples"
+        ) from error
+    is_right = latents.ndim == 5 and latents.dtype == np.float32
+    if not is_right or (len(latents), latents.shape[2]) != clips.shape[:2]:
+        raise UserError(
+            f"{here}: {path.name} holds {latents.dtype} {latents.shape}, which are not the latents "
+            f"of {len(clips)} samples of {clips.shape[1]} frames; sample again, or remove this "
+            "file to encode the samples"
         )
 
 
