@@ -31,6 +31,16 @@ def tuning_rows(name, best, way):
     return rows
 
 
+def row_of(name, seed, values):
+    return {
+        "objective": name,
+        "configuration": 0,
+        "seed": seed,
+        "precision": "fp32",
+        "values": values,
+    }
+
+
 def main_rows():
     """Rows of the main runs: flow is 10 points below eqm, told-w equals it. Without the weight,
     told-w has 5 points less.
@@ -42,10 +52,10 @@ def main_rows():
         wiggle = 0.002 * (seed % 3) * (name != "eqm")
         tasks = map(control.frames_task, control.PRIMARY_FRAMES)
         values = {task: {"both_accuracy": right + wiggle, "rmse_ratio": 1.0} for task in tasks}
-        rows.append({"objective": name, "configuration": 0, "seed": seed, "values": values})
+        rows.append(row_of(name, seed, values))
     for seed, (name, gain) in itertools.product(control.SEEDS[:3], gains.items()):
         values = {task: {"psnr_gain": gain + 0.1 * (seed % 3)} for task in control.GIVEN}
-        rows.append({"objective": name, "configuration": 0, "seed": seed, "values": values})
+        rows.append(row_of(name, seed, values))
     return rows
 
 
@@ -155,6 +165,25 @@ def test_the_tables_compare_what_was_fixed():
     assert "blind-w minus eqm: not run yet." in secondary
     assert "(dB): flow-forced minus eqm-forced is -3.00" in secondary
     assert "16 frames, 15 evaluations: told-w minus flow-as-told-w is +5.00" in text
+
+
+def test_runs_are_compared_with_those_of_their_seed_and_precision(tmp_path):
+    rows = main_rows()
+    for row in rows:
+        if row["objective"] == "told-w" and row["seed"] == 200:
+            row["precision"] = "bf16"
+    text = "\n".join(control.markdown(rows))
+    assert re.search(r"16 frames, .* told-w minus eqm is .*, 15 seeds", text)
+    assert re.search(r"16 frames, .* flow minus eqm is .*, 16 seeds", text)
+    lab.add_rows(tmp_path / "control.json", rows)
+    args = Namespace(**vars(ARGS) | {"out": tmp_path})
+    tuning = tuning_rows("told-w", best=5, way="heun")
+    for seed, precision in ((200, "fp32"), (99, lab.PRECISION)):  # as eqm; of no row
+        run = control.main_run(args, "told-w", seed, tuning)
+        assert run.more["precision"] == precision
+        for words in (run.training, run.tasks["16 frames, 15 evaluations"][0]):
+            last = len(words) - 1 - words[::-1].index("--precision")
+            assert words[last + 1] == precision
 
 
 def test_flow_as_told_w_differs_from_told_w_by_the_objective_alone():

@@ -11,7 +11,7 @@ and flow against eqm, by Holm over the four. Two arms are equal if the 95% inter
 EQUAL points.
 
 flow-as-told-w is flow with the configuration and the sampler of told-w, so that these two differ by
-the weight alone.
+the weight alone. Runs with the same seed are compared only if they have the same precision.
 
 With the same seed, all arms have the same data, noise and gammas, but those that are told gamma
 start from other weights than the others, because they draw those of its MLP first. Forced arms that
@@ -117,7 +117,8 @@ ARMS = {
     "told-c": Arm("told-c", seeds=8),
     "blind": Arm("blind"),
     "told-4": Arm("told-4", tuned_as="flow"),
-    "flow-as-told-w": Arm("flow", seeds=8, tuned_as="told-w"),
+    # the first five can't be paired: told-w had another precision
+    "flow-as-told-w": Arm("flow", seeds=13, tuned_as="told-w"),
     "flow-logit-normal": Arm("flow", LOGIT_NORMAL, tuned_as="flow"),
     "told-w-logit-normal": Arm("told-w", LOGIT_NORMAL, tuned_as="told-w"),
     "eqm-forced": Arm("eqm", FORCED, tuned_as="eqm", is_forced=True),
@@ -141,6 +142,7 @@ GIVEN = {  # task: flags of sample_gd.py
     "4 + 4 of 16 frames given": "--given-frames 0-3,12-15",
 }
 EQUAL = {16: 3, 32: 8}  # points
+PRECISIONS = "bf16", "fp32"  # what is fastest depends on the machine
 RMSE_RATIO = lab.Column(
     "RMSE to the nearest training clip / of held-out clips", "rmse_ratio", factor=1, digits=2
 )
@@ -185,6 +187,15 @@ def way_task(number, way, count, more="", **settings):
     return make_task(way, count, more=more, **settings)
 
 
+def precision_of(args, seed):
+    """--precision of the runs of a seed: that of its run of eqm, with which they are compared, else
+    what is fastest on this machine.
+    """
+    rows = lab.read_rows(Path(args.out, "control.json"))
+    of_eqm = lab.rows_with({"objective": "eqm", "seed": seed}, rows)
+    return of_eqm[0]["precision"] if of_eqm else lab.PRECISION
+
+
 def make_run(args, name, number, seed, tasks, table):
     """The run of an arm with a configuration and a seed."""
     configuration = CONFIGURATIONS[number]
@@ -197,6 +208,7 @@ def make_run(args, name, number, seed, tasks, table):
         tasks=tasks,
         flags=flags,
         more={"settings": asdict(configuration)},
+        precision=precision_of(args, seed),
     )
 
 
@@ -366,7 +378,8 @@ def markdown(rows):
         f"(%), the mean over seeds ({counts}), and the range. {USUAL} evaluations unless said "
         "otherwise. Tuning chose the sampler of each arm, also for each other number of "
         "evaluations. *By a solver* replaces a descent by the best solver. RMSE: to the nearest "
-        f"training clip, relative to that of held-out clips. {lab.made_with(rows)}",
+        "training clip, relative to that of held-out clips. Differences pair runs with the same "
+        f"seed and precision. {lab.made_with(rows)}",
     )
     abouts = {name: {"objective": name} for name in ARMS}
     forced = [name for name, arm in ARMS.items() if arm.is_forced]
@@ -378,7 +391,7 @@ def markdown(rows):
     for title, column in (columns | gains).items():
         values[title] = {}
         for name, about in abouts.items():
-            values[title][name] = scores_by_seed(rows, about, column)
+            values[title][name] = scores(rows, about, column)
     for frames in PRIMARY_FRAMES:
         if by_solver := values.get(solver_task(frames)):
             for name, usual in values[frames_task(frames)].items():
@@ -394,6 +407,16 @@ def markdown(rows):
     lines += ["## Secondary", "", *compare(values, secondary), ""]
     lines += ["## Added when five seeds of the co-primary endpoints were known", ""]
     return lines + compare(values, itertools.product(map(frames_task, LENGTHS), ADDED))
+
+
+def scores(rows, about, column):
+    """{(seed, precision): number} of an arm. Both are paired, because rounding changes results."""
+    numbers = {}
+    for precision in PRECISIONS:
+        of_seeds = scores_by_seed(rows, about | {"precision": precision}, column)
+        for seed, number in of_seeds.items():
+            numbers[seed, precision] = number
+    return numbers
 
 
 def equality(values):

@@ -147,7 +147,7 @@ def make_task(
     return f"{flags}{sampling(way, evaluations)} {more}".split(), metrics
 
 
-def train_words(size, seed, phases, more):
+def train_words(size, seed, phases, more, precision=lab.PRECISION):
     """Flags of train.py, as words, but for the data. phases: of `phase_flags`; more: flags that
     override others, as text.
     """
@@ -156,7 +156,7 @@ def train_words(size, seed, phases, more):
         f"--video {BASE} --depth {size.depth} --hidden-size {size.width} --num-heads 4 "
         f"--global-seed {seed} {phases} --val-frames 16 --val-clips {size.val_clips} "
         "--cache-frames "  # the same clips in two thirds of the time
-        f"--precision {lab.PRECISION} {more}"
+        f"--precision {precision} {more}"
     ).split()
 
 
@@ -167,7 +167,7 @@ def data_of(args):
     return lab.data_sets(folder, size.videos, max(2, size.clips // 12))
 
 
-def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
+def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None, precision=lab.PRECISION):
     """The lab.Run of a model of Moving Shapes with the seed in `about`.
 
     table: the name of the json file; flags: of train.py, in addition to those of the arm; more: for
@@ -184,9 +184,15 @@ def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
     _, last_step, _ = phases[-1]
     data = data_of(args)
     videos, test = data
-    training = train_words(size, seed, phase_flags(phases, arm.mix), f"{arm.flags} {flags}")
+    training = train_words(
+        size,
+        seed,
+        phases=phase_flags(phases, arm.mix),
+        more=f"{arm.flags} {flags}",
+        precision=precision,
+    )
     training += ["--data-path", videos]
-    common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
+    common = f"--seed {seed} --precision {precision} --batch-size 32".split()
     real = ["--num-real", size.fewer]
     on_test = ["--data-path", test, "--split", "all"]
     return lab.Run(
@@ -202,7 +208,7 @@ def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None):
             "consistency": ["--data-path", videos, *real],
             "prediction": ["--data-path", test],
         },
-        more={"flops": flops, "precision": lab.PRECISION} | (more or {}),
+        more={"flops": flops, "precision": precision} | (more or {}),
     )
 
 
