@@ -224,8 +224,10 @@ class _Stream:
 
 
 def _listed(names):
-    """A list of names, of which the caller may have given a single one; None stays None."""
-    return [names] if isinstance(names, str) else names
+    """A list of names or indices, of which the caller may have given a single one; None stays
+    None.
+    """
+    return [names] if isinstance(names, (str, int)) else names
 
 
 def _refuse(message):

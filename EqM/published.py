@@ -33,7 +33,7 @@ def write_export(folder, state, dtype, card, vae=None):
     """Write the EMA weights, config.json, a card and a copy of the model's own `vae` to a folder,
     all or nothing.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder).resolve()  # if it is a link, what it leads to
     config = state["config"]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash

@@ -135,8 +135,9 @@ def main():
         source = open_source(args.data_path, image_size=None)
         open_actions(args.data_path, source.videos())  # raises UserError if some are wrong
         copies, train, val = plan_copies(source, args)
-        out = Path(args.out).absolute()
-        folder = out if out.exists() else out.with_name(f".{out.name}.partial")
+        out = Path(args.out).resolve()
+        is_new = not out.exists() or not any(out.iterdir())
+        folder = out.with_name(f".{out.name}.partial") if is_new else out
         missing = missing_videos(folder, copies)
         seed_file = folder / SEED_FILE
         seed = seed_file.read_text().strip() if seed_file.exists() else f"{args.seed}"

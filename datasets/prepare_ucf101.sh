@@ -14,7 +14,7 @@ DIR=${DIR%/}
 PARENT=$(dirname "$DIR") UNPACKED=$DIR.unpacking RAR='' ZIP=''
 EXPECTED="${EXPECT_VIDEOS:-13320} videos in ${EXPECT_CLASSES:-101} classes"
 found_in() { # FOLDER
-  find "$1" -mindepth 2 -maxdepth 2 -name '*.avi' 2>/dev/null |
+  find -H "$1" -mindepth 2 -maxdepth 2 -name '*.avi' 2>/dev/null |
     awk -F/ '!seen[$(NF - 1)]++ { classes++ } END { print NR " videos in " classes + 0 " classes" }'
 }
 archive() { # NAME: print its path

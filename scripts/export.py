@@ -189,6 +189,7 @@ def make_card(state, config, dtype, vae, scores):
     """The model card (README.md) of an exported folder. config: its EqMConfig."""
     video = "--video " if state["config"]["training"]["video"] else ""
     rope = "--use-rope " if config.use_rope else ""
+    frames = f"--num-frames {state['config']['training']['num_frames']} " if video else ""
     rows = []
     for key, value in facts(state, config, dtype, vae):
         text = one_line(value).replace("|", "/")
@@ -199,7 +200,7 @@ def make_card(state, config, dtype, vae, scores):
         and_actions=" and actions" if config.actions else "",
         about="\n".join(rows),
         sample=f"{video}--ckpt FOLDER --num-samples 16 --folder samples",
-        train=f"{video}{rope}--ckpt FOLDER --data-path DATA",
+        train=f"{video}{frames}{rope}--ckpt FOLDER --data-path DATA",
         steps=state["step"] + 10_000,
         scores=scores or "\nNo scores yet.\n",
     )

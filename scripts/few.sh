@@ -44,7 +44,6 @@ for count in $EVALUATIONS; do
   sample "$OUT-$count" --num-samples "$SAMPLES" --seed "$SEED" --batch-size 32 --num-sampling-steps $((count + 1))
   FOLDERS+=("$OUT-$count")
 done
-RUN=(python)
-score "$METRIC.json" --metric "$METRIC" --samples "${FOLDERS[@]}"
+python EqM/evaluate.py --metric "$METRIC" --samples "${FOLDERS[@]}" --data-path="$DATA" --out="$METRIC.json" --num-workers 0
 python scripts/gallery.py "${FOLDERS[@]}" --rows 2 --png "$OUT.png"
 echo "$SECONDS s; see $OUT.png and $METRIC.json in ${FOLDERS[*]}"

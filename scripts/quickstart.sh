@@ -18,15 +18,15 @@ EXP=${EXP:-quickstart} DATA=${DATA:-datasets/moving-shapes} VIDEOS=${VIDEOS:-60}
 STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # 840 and 1580: one seed was weak
 BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}        # 2,048 tokens per step
 SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
+MODEL=${MODEL:-} FORCING=${FORCING:-} LR_DECAY=${LR_DECAY:-} GAMMA_SHIFT=${GAMMA_SHIFT:-}
 MORE=(${MODEL:+--model="$MODEL"} ${FORCING:+--forcing="$FORCING"} ${LR_DECAY:+--lr-decay="$LR_DECAY"}
   ${GAMMA_SHIFT:+--gamma-shift="$GAMMA_SHIFT"})
-suit
 counts VIDEOS SAMPLES {STEPS,BATCH}_{1,2,3}
 must "not counts; expected one or more, as in '16 7'" '([1-9][0-9]* *)+' FRAMES
 must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
-bash scripts/setup.sh # after all mistakes
-activate
+begin DATA VIDEOS MODEL FORCING LR_DECAY GAMMA_SHIFT SEED
 python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="$VIDEOS" --seconds 1.4
+mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
 MORE+=("${MIXED[@]}" --global-seed "$SEED")
 SCHEDULE="4:$STEPS_1:$BATCH_1 8:$STEPS_2:$BATCH_2 16:$STEPS_3:$BATCH_3"
 if [[ $ONE_RUN == 1 ]]; then

@@ -52,6 +52,9 @@ WORLD_SIZE=${EQM_RANKS:-$GPUS} python "${TRAIN[@]}" "${FLAGS[@]}" "${FROM[@]}" -
   --frames-schedule="$(IFS=, && echo "${PHASES[*]}")" --dry-run >/dev/null
 if [[ $CACHE != 0 && ! -f $DATA/latents.json ]]; then
   [[ $CACHE != 1 ]] || CACHE=$DATA-latents
+  IFS=: read -r frames last clips <<<"${PHASES[0]}" # its flags, too, before the long work
+  WORLD_SIZE=${EQM_RANKS:-$GPUS} python "${TRAIN[@]}" "${FLAGS[@]}" "${FROM[@]}" --data-path="$DATA" --num-frames="$frames" \
+    --max-steps="$last" --global-batch-size="$clips" --dry-run >/dev/null
   run "${RUN[@]}" EqM/cache_latents.py --with-flips --skip-others "${FLAGS[@]}" --data-path="$DATA" --out="$CACHE"
   DATA=$CACHE
 fi

@@ -21,6 +21,9 @@ counts SAMPLES LONG REAL CLASSIFIER_STEPS
 steps VAE_STEPS=5000 STEPS_1=2400 STEPS_2=4800 STEPS_3=8000
 begin HOURS DATA HOLD_OUT VAE_STEPS STEPS_1 STEPS_2 STEPS_3 SAMPLES LONG REAL CLASSIFIER_STEPS
 complete "$DATA" || python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
+HELD=$(awk -F "person|[.]" '{ print $2 }' "$DATA/ucfTrainTestlist/testlist01.txt" | sort -nu) # Bend/person7.mkv
+[[ $HELD == "$(printf '%s\n' $HOLD_OUT | sort -nu)" ]] ||
+  complain "HOLD_OUT=$(printf %q "$HOLD_OUT"): $DATA holds out $(echo $HELD); set another DATA"
 MORE=$DATA-more # seven copies of each training video in other colors and places, for training only
 complete "$MORE" || python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
 mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"

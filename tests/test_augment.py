@@ -73,17 +73,20 @@ def test_copies_have_actions_and_corrupt_videos_are_named(data, tmp_path, capsys
     assert "-copy1, the name of a copy" in refused(capsys, augment, *flags)
 
 
+@pytest.mark.parametrize("is_there", [False, True])
 def test_a_full_disk_leaves_no_data_set_and_the_next_run_completes_it(
-    data, larger, tmp_path, capsys, monkeypatch
+    is_there, data, larger, tmp_path, capsys, monkeypatch
 ):
     out = tmp_path / "out"
+    if is_there:  # an empty folder
+        out.mkdir()
     flags = ["--data-path", data, "--out", out, "--copies", 2]
     with monkeypatch.context() as patch:
         patch.setattr(augment, "write_lossless", no_space)
         run_main(augment, *flags, status=1)
     error = capsys.readouterr().err
     assert "copy1.mkv can't be written (No space left on device; the disk" in error
-    assert not out.exists()
+    assert not out.exists() or not any(out.iterdir())
     run_main(augment, *flags)
     assert content(out).keys() == content(larger).keys()
     assert [*tmp_path.iterdir()] == [out]

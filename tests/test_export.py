@@ -35,7 +35,7 @@ weights of step 10
 1.0000
 | 16 px |
 | none, the model works on pixels |
---video --use-rope
+--video --num-frames 4 --use-rope
 sampler gd
 | student of | 000-teacher, guidance 4 |
 No scores yet."""
@@ -48,6 +48,15 @@ def exported(tmp_path_factory):
     path = random_checkpoint(folder / "best.pt", training=LOCAL, **VIDEO)
     run_main(export, path, folder / "shared")
     return path, folder / "shared"
+
+
+def test_an_export_may_go_through_a_link_to_an_empty_folder(exported, tmp_path):
+    ckpt, shared = exported
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    run_main(export, ckpt, tmp_path / "link")
+    assert content(tmp_path / "disk") == content(shared)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
 @pytest.mark.parametrize(

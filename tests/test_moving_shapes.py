@@ -236,6 +236,16 @@ def test_ucf101_is_arranged_and_resumes_after_an_interruption(ucf, where):
     assert ucf()[1] == files and not (ucf.data / "ucf-101.unpacking").exists()
 
 
+def test_ucf101_may_be_a_link(ucf):
+    ucf(archives=".")
+    folder = ucf.data / "ucf-101"
+    folder.rename(ucf.data / "disk")
+    folder.symlink_to("disk")
+    for name in ("UCF101.rar", "UCF101TrainTestSplits-RecognitionTask.zip"):
+        (ucf.data / name).unlink()
+    ucf()
+
+
 def test_ucf101_without_archives_with_missing_videos_or_foreign_files_is_refused(ucf):
     error, _ = ucf(status=2)
     assert "UCF101.rar" in error and "https://www.crcv.ucf.edu/data/UCF101.php" in error

@@ -165,6 +165,29 @@ def test_an_experiment_keeps_all_variables_that_determine_its_results(
     assert f"EXP=mine: made with HOURS=1, got {settings}; set another EXP" in done.stderr
 
 
+def test_quickstart_does_not_score_an_old_model_as_that_of_another_seed(bash, tmp_path):
+    (tmp_path / "results/quickstart").mkdir(parents=True)
+    (tmp_path / "results/quickstart/settings").write_text("DATA=x VIDEOS=60 SEED=0\n")
+    done = bash("scripts/quickstart.sh", DATA="x", SEED="1")
+    assert done.returncode == 2
+    assert "made with DATA=x VIDEOS=60 SEED=0, got DATA=x VIDEOS=60 SEED=1" in done.stderr
+
+
+def test_weizmann_refuses_data_that_holds_out_others(recorded, tmp_path):
+    (tmp_path / "scripts/setup.sh").write_text("")
+    for name in ("weizmann", "weizmann-more"):
+        lists = tmp_path / f"datasets/{name}/ucfTrainTestlist"
+        lists.mkdir(parents=True)
+        (lists / "trainlist01.txt").touch()
+        (lists / "testlist01.txt").write_text("Bend/person7.mkv\nWave/person7.mkv\n")
+    settings = {"GPUS": "1", "PRECISION": "fp32"}
+    _, calls = recorded("weizmann.sh", status=2, HOLD_OUT="7 8", **settings)
+    assert calls == []
+    # without mkdir here, this ends later
+    _, (vae, *_) = recorded("weizmann.sh", status=127, HOLD_OUT="7", **settings)
+    assert vae[0] == "EqM/train_vae.py"
+
+
 @pytest.mark.parametrize("script", ["sample.sh", "train_progressive.sh"])
 def test_one_process_is_python_and_of_several_our_line_comes_last(script, bash):
     wrong = '[[ -z ${EQM_ERROR_FILE:-} ]] || echo "wrong flag" >>"$EQM_ERROR_FILE"'
@@ -285,11 +308,12 @@ def test_train_progressive_passes_odd_names_and_flags_in_order(recorded, tmp_pat
     (tmp_path / f"{ODD}.txt").touch()
     names = {"DATA": f"{ODD}data", "CACHE": f"{ODD}latents", "RECIPE": f"{ODD}.txt"}
     flags = [f"--rest={ODD}", "--max-bad-fraction", "0.5"]
-    printed, (check, cache, *calls) = recorded(
+    printed, (check, first, cache, *calls) = recorded(
         "train_progressive.sh", *flags, GPUS="1", **PHASES | names
     )
     given = " ".join([f"@{ODD}.txt", *flags, f"--data-path={ODD}"])
     assert f"{given}data" in " ".join(check)
+    assert "--num-frames=4" in first and "--dry-run" in first
     assert cache[0] == "EqM/cache_latents.py"
     assert f"{given}data --out={ODD}latents" in " ".join(cache)
     every = [["--val-every=3", "--sample-every=3"], ["--val-every=2", "--sample-every=2"], []]
