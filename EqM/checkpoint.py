@@ -215,6 +215,10 @@ def complete_names(start, phases, every):
 # Loading ------------------------------------------------------------------------------------------
 
 
+class DamagedError(UserError):
+    """The content of a checkpoint is damaged, so that no code can read it."""
+
+
 def load(path, parts=PARTS, model=None, ebm=None):
     """The dict of a checkpoint. model, ebm: --model and --ebm, for published files.
 
@@ -301,12 +305,13 @@ def read_file(path, parts=None):
             reason = f"weights without their config; expected their folder, {Path(path).parent}"
     except OSError as error:
         reason = f"can't be read ({error.strerror or error}); expected a checkpoint file"
+        raise UserError(f"--ckpt {path}: {reason}") from error
     except Exception as error:
         reason = (
             f"damaged or cut short ({type(error).__name__}); use another checkpoint, or copy it "
             "again"
         )
-    raise UserError(f"--ckpt {path}: {reason}")
+    raise DamagedError(f"--ckpt {path}: {reason}")
 
 
 def from_elsewhere(config, model, ema, step, version=VERSION):
@@ -670,17 +675,23 @@ def check_not_deleted(folder):
 def newest_checkpoint(folder, read=load):
     """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one.
 
-    Names damaged ones.
+    Names damaged ones. Raises UserError if none can be read, and one is not damaged, but of another
+    version, for example: the run must not start over in its folder.
     """
     intact = []
+    refusal = None
     latest = Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
         try:
             intact.append((path, read(path)))
         except UserError as error:
             say(f"note: {error}")
+            if not isinstance(error, DamagedError):
+                refusal = refusal or error
         if intact and path == latest:  # always the newest
             break
+    if refusal and not intact:
+        raise refusal
     return max(intact, key=lambda one: one[1]["step"], default=(None, None))
 
 

@@ -207,8 +207,7 @@ def main():
     )
     run.report_corrupt(data.files.scan.unreadable, progress.step)
 
-    def remove_old():
-        runs.keep_last(run.folder, args.keep_last, {phase.last_step for phase in phases})
+    phase_ends = {phase.last_step for phase in phases}
 
     def save(names=()):
         progress.seconds = time.monotonic() - began
@@ -220,6 +219,8 @@ def main():
             scaler=scaler,
             progress=progress,
         )
+        # a thread calls it later
+        remove_old = partial(runs.keep_last, run.folder, args.keep_last, progress.step, phase_ends)
         run.save(state, names, after=remove_old)
 
     bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step")

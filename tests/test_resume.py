@@ -221,6 +221,14 @@ def test_a_run_without_an_intact_checkpoint_starts_over_in_its_folder(damage, wh
     assert compare(whole, copy) == []
 
 
+def test_a_run_whose_checkpoints_only_other_code_reads_stays_unchanged(copy, capsys, monkeypatch):
+    before = content(copy.folder)
+    monkeypatch.setattr(checkpoint, "VERSION", checkpoint.VERSION + 1)
+    line = refused(capsys, train, *copy.command_flags(*OFTEN, "--resume"))
+    assert "latest.pt: has format version" in line
+    assert content(copy.folder) == before
+
+
 @pytest.mark.parametrize(
     "script, base, flags",
     [(train, TINY, OFTEN), (train_vae, TINY_VAE, ["--save-minutes", 1e-9])],

@@ -77,9 +77,12 @@ def test_the_last_checkpoints_and_those_of_phases_are_kept_and_half_written_file
     for name in ("0000010.pt", "0000020.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"):
         (folder / name).touch()
     before = names(folder)
-    runs.keep_last(folder.parent, None)
+    runs.keep_last(folder.parent, None, step=10**7)
     assert names(folder) == before
-    runs.keep_last(folder.parent, 2, always={10})
+    runs.keep_last(folder.parent, 1, step=20)
+    assert names(folder) == before[1:]  # those after step 20 are of a run that went back
+    (folder / "0000010.pt").touch()
+    runs.keep_last(folder.parent, 2, step=10**7, always={10})
     assert names(folder) == ["0000010.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"]
     kept = names(folder)
     # of a killed process

@@ -89,16 +89,20 @@ def remove_temporary_files(folder):
             path.unlink()
 
 
-def keep_last(folder, count, always=()):
-    """Remove a run's numbered checkpoints but the last `count` (None: all) and steps `always`."""
+def keep_last(folder, count, step, always=()):
+    """Remove a run's numbered checkpoints but the last `count` (None: all) and steps `always`.
+
+    Those after `step`, which a run that went back has left, do not count and stay.
+    """
     steps = {
         int(path.stem): path
         for path in Path(folder, "checkpoints").glob("*.pt")
         if path.stem.isdecimal()
     }
-    for step in sorted(steps)[:-count] if count else ():
-        if step not in always:
-            steps[step].unlink()
+    past = sorted(one for one in steps if one <= step)
+    for old in past[:-count] if count else ():
+        if old not in always:
+            steps[old].unlink()
 
 
 def job_name():
