@@ -621,8 +621,9 @@ def check_same_data(start, args):
 def check_began_from(start, args, path):
     """Raise UserError if a resumed run did not begin from `path`, of --ckpt or --inflate."""
     name = "inflate" if args.inflate else "ckpt"
-    if path.resolve().is_relative_to(start.folder.resolve()):
-        return  # one of the files of this run
+    if path.resolve().is_relative_to(start.folder.resolve()):  # one of the files of this run
+        check_newest(start, args, path, name)
+        return
     began = f"{flag_text(args, name)}: --resume continues {start.folder}, which began"
     if not start.resumed_flag(name):
         raise UserError(f"{began} without it; remove one of the two")
@@ -645,6 +646,16 @@ def check_began_from(start, args, path):
     if differs:
         raise UserError(
             f"{began} from other weights ({start.resumed_flag(name)}); remove one of the two"
+        )
+
+
+def check_newest(start, args, path, name):
+    """Raise UserError if a resumed run would not continue from its own file `path`."""
+    step = load(path, [])["step"]
+    if step != start.progress.step:
+        raise UserError(
+            f"{flag_text(args, name)}: has step {step}, but --resume continues {start.folder} from "
+            f"step {start.progress.step}; remove this flag, or remove --resume to start a phase"
         )
 
 

@@ -182,6 +182,10 @@ def test_a_phase_resumes_only_with_its_first_weights(copy, tmp_path, capsys, mon
     for wrong in (other, earlier):
         refuse(longer, wrong, other_weights)
     refuse(copy, start.parents[2] / "gone.pt", "without it; remove one of the two")
+    own = shutil.copy(earlier, latest.with_name("0000004.pt"))
+    line = refused(capsys, train, *longer.command_flags(*OFTEN, "--resume", "--ckpt", own))
+    assert f"--ckpt {own}: has step 4, but --resume continues {longer.folder} from step" in line
+    own.unlink()
     assert f"note: --ckpt {gone}: no such file" in accept(gone)  # nothing to compare with
 
     state = checkpoint.load(latest)

@@ -63,6 +63,15 @@ def test_a_restarted_rank_waits_until_the_lock_is_written(tmp_path, monkeypatch)
     assert runs.is_restarted(tmp_path)
 
 
+def test_a_restarted_job_finds_its_own_run_beside_a_newer_one(tmp_path, monkeypatch):
+    for job in (runs.job_name(), "another"):
+        folder = runs.make_run_folder(tmp_path, "a")
+        (folder / "lock").write_text(json.dumps({"job": job}))
+    assert runs.newest_run(tmp_path, "a") == folder
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert runs.newest_run(tmp_path, "a") == tmp_path / "000-a"
+
+
 def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys):
     no_locks = Mock(side_effect=OSError(38, "Function not implemented"))
     monkeypatch.setattr(runs.fcntl, "flock", no_locks)

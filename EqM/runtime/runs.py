@@ -1,6 +1,7 @@
 """Run folders: names, the lock that allows one writer, and the run of a restarted process."""
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -44,8 +45,13 @@ def make_run_folder(results_dir, name):
 
 
 def newest_run(results_dir, name):
-    """Return the newest run folder of that name, a glob pattern, or None."""
-    return max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
+    """Return the newest run folder of that name, a glob pattern, or None.
+
+    After a restart by torchrun, it is the newest one of this job: others may run beside it.
+    """
+    folders = sorted(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, reverse=True)
+    of_job = filter(is_restarted, folders)
+    return next(itertools.chain(of_job, folders), None)
 
 
 def name_similar(results_dir, name):
