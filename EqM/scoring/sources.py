@@ -72,7 +72,7 @@ class Samples:
     def has_conditions(self):
         """Whether some sample has a class or an action, which guidance can amplify."""
         labels = itertools.chain.from_iterable(self.spans)
-        actions = itertools.chain.from_iterable(self.about.get("actions", ()))
+        actions = itertools.chain.from_iterable(self.about.get("actions") or ())
         return bool({*labels} - {NO_LABEL} or {*actions} - {NONE})
 
     def shown_class(self, name):
