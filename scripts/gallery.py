@@ -40,7 +40,7 @@ from video.drawing import draw_sheet, evenly_spaced, few, stack, text_line
 from video.index import split_videos
 from video.samples import class_name
 from video.source import check_data_path, open_source
-from video.writers import write_videos
+from video.writers import write_video
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL = 128  # px; the page does not smooth smaller samples
@@ -260,7 +260,7 @@ def make_card(samples, index, real):
 def clip_file(clip, fps):
     """The bytes of a clip uint8 (T, H, W, 3) as an mp4 file, or as a PNG file if T = 1."""
     with tempfile.TemporaryDirectory() as folder:
-        write_videos(folder, clip[None], fps, gifs=False)
+        write_video(Path(folder, "clip"), clip, fps)
         return next(Path(folder).iterdir()).read_bytes()
 
 

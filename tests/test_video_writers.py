@@ -14,7 +14,14 @@ from training import content
 from video import writers
 from video.drawing import GAP, add_notes, drawable, enlarge, evenly_spaced, text_line, tile
 from video.samples import read_samples
-from video.writers import write_gif, write_lossless, write_mp4, write_samples, write_sheet
+from video.writers import (
+    write_gif,
+    write_lossless,
+    write_mp4,
+    write_samples,
+    write_sheet,
+    write_videos,
+)
 
 
 def noise(*shape):
@@ -282,6 +289,8 @@ def test_samples_in_parts_give_the_files_of_samples_at_once(tmp_path, monkeypatc
     parts = in_windows(videos, ends, [range(3), range(3, 4), range(4, 9)])
     write(tmp_path / "new/parts", parts)
     assert files_of(once) == files_of(tmp_path / "new/parts")
+    write_videos(tmp_path / "videos", videos, 25)
+    assert files_of(tmp_path / "videos").items() < files_of(once).items()
     suffixes = ["mp4", "gif"] if T > 1 else ["png"]
     files = {f"{index:06d}.{suffix}" for index in range(9) for suffix in suffixes}
     files.add("samples.npz")

@@ -65,17 +65,16 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
                     growing[number].add(map(enlarge, frames))
             file.flush()
             if is_last:
-                count = numbers[-1] + 1
-                videos = np.memmap(file, np.uint8, "r", shape=(count, *video_shape))
-                write_videos(
-                    folder=folder,
-                    videos=videos[numbers[0] :],
-                    fps=rates[numbers[0] : count],
-                    first=numbers[0],
-                    gifs=previews,
-                    gif_frames=GIF_FRAMES if first else num_frames,
-                    growing=growing,
-                )
+                videos = np.memmap(file, np.uint8, "r", shape=(numbers[-1] + 1, *video_shape))
+                gif_frames = GIF_FRAMES if first else num_frames
+                for number in numbers:
+                    write_video(
+                        path=folder / f"{number:06d}",
+                        video=videos[number],
+                        fps=rates[number],
+                        gif_frames=gif_frames if previews else 0,
+                        movie=growing.pop(number, None),
+                    )
         videos = np.memmap(file, np.uint8, "r", shape=(len(labels), *video_shape))
         with atomic_write(folder / "samples.npz") as archive:
             pixels = videos if num_frames > 1 else videos[:, 0]  # images: no axis of time
@@ -103,30 +102,32 @@ def write_grid(path, videos, fps):
     write_gif(path, add_notes(grid, notes), fps * len(shown) / T)
 
 
-def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None, growing=()):
-    """Write 000000.mp4 (images: .png) and so on, from number `first`.
-
-    fps: of all videos, or (N,); gifs: also GIFs of at most gif_frames frames. growing: Movies by
-    number, which have all frames already; they are ended and removed.
-    """
+def write_videos(folder, videos, fps):
+    """Write (N, T, H, W, 3) as 000000.mp4 and .gif (images: .png) and so on."""
     folder = Path(folder)
-    T = videos.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
-    shown = evenly_spaced(T, gif_frames or T)
-    rates = np.broadcast_to(fps, len(videos)).tolist()
-    for index, (video, rate) in enumerate(zip(videos, rates, strict=True), start=first):
-        if T == 1:
-            Image.fromarray(video[0]).save(folder / f"{index:06d}.png")
-            continue
-        if index in growing:
-            movie = growing.pop(index)
-            movie.finish()
-            movie.file.close()
-        else:
-            write_mp4(folder / f"{index:06d}.mp4", video, rate)
-        if gifs:
-            gif_fps = rate * len(shown) / T
-            write_gif(folder / f"{index:06d}.gif", video[shown], gif_fps)
+    for number, video in enumerate(videos):
+        write_video(folder / f"{number:06d}", video, fps, gif_frames=len(video))
+
+
+def write_video(path, video, fps, gif_frames=0, movie=None):
+    """Write (T, H, W, 3) as PATH.mp4, an image as PATH.png.
+
+    gif_frames: also as a GIF of at most so many frames; 0 = none. movie: the Movie of a growing
+    mp4, which has all frames already; it is ended.
+    """
+    T = len(video)
+    if T == 1:
+        Image.fromarray(video[0]).save(f"{path}.png")
+        return
+    if movie:
+        movie.finish()
+        movie.file.close()
+    else:
+        write_mp4(f"{path}.mp4", video, fps)
+    if gif_frames:
+        shown = evenly_spaced(T, gif_frames)
+        write_gif(f"{path}.gif", video[shown], fps * len(shown) / T)
 
 
 # H.264 in the pixel format that all players support. crf 12 is close to lossless: you see the
@@ -188,14 +189,12 @@ class Movie:
         rate = Fraction(fps).limit_denominator(1001)  # such as 30000/1001
         self.stream = file.add_stream(codec, rate=rate, options=options)
         self.stream.pix_fmt = pixel_format
-        self.is_empty = True
 
     def add(self, frames):
         """Encode an iterator over frames, uint8 (H, W, 3)."""
         for pixels in frames:
-            if self.is_empty:
+            if not self.stream.codec_context.is_open:
                 self.stream.height, self.stream.width = pixels.shape[:2]
-                self.is_empty = False
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             self.file.mux(self.stream.encode(frame))
 
