@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from runtime.atomic import write_file
 from runtime.cli import Bar, UserError, plural, say
 from runtime.untrusted import read_json
 from video.files import SUFFIXES, UnreadableError, Video, has_suffix, probe
@@ -208,13 +209,10 @@ def save_index(scan, root, folder):
     scan.is_saved = True
     path = index_path(root, folder)
     rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
-    # several runs may start at once
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+    content = json.dumps({"format": INDEX_FORMAT, "videos": rows})
     try:
-        temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": rows}))
-        os.replace(temporary, path)
+        write_file(path, content.encode(), shared=True)  # several runs may start at once
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         say(f"{path} could not be written ({error.strerror})")
 
 
