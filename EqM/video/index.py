@@ -153,13 +153,9 @@ def scan_videos(root, index_folder=None, images=False):
         return Scan(videos, classes, unreadable=[])
     indexed = read_index(index_path(root, index_folder)) if index_folder else {}
     stamps = {path: file_stamp(root, path) for path in class_names}
-    entries = {}  # path -> (stamp, Video)
-    new = []
-    for path, stamp in stamps.items():
-        if path in indexed and indexed[path][0] == stamp:
-            entries[path] = indexed[path]
-        else:
-            new.append(path)
+    # path -> (stamp, Video)
+    entries = {path: entry for path, entry in indexed.items() if entry[0] == stamps.get(path)}
+    new = [path for path in stamps if path not in entries]
     errors = {}  # path -> why it can't be opened
     for path in Bar(new, desc="opening videos", unit="video", disable=not new):
         try:
