@@ -335,7 +335,8 @@ def finish_cache(args, settings, files, bad_videos):
             f"--data-path {args.data_path}: can't decode any of its videos; name others"
         )
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
-    actions.copy_actions(args.data_path, videos, args.out, path_of=cached_path)
+    copies = {cached_path(video): video for video in videos}
+    actions.copy_actions(args.data_path, copies, args.out)
     rows = []
     for video in videos:
         row = asdict(video) | {"path": cached_path(video)}

@@ -116,14 +116,6 @@ def plan_copies(source, args):
     return copies, sorted(train_names), sorted(val_names)
 
 
-def write_actions(root, copies, folder):
-    """Copy the actions of all videos, if they have some, to their copies in a folder."""
-    for number in {copy for _, copy in copies.values()}:
-        files = {video.path: file for file, (video, copy) in copies.items() if copy == number}
-        videos = [video for video, copy in copies.values() if copy == number]
-        copy_actions(root, videos, folder, path_of=lambda video, files=files: files[video.path])
-
-
 @cli.one_line_errors(UnreadableError)
 def main():
     args = parse_args()
@@ -162,7 +154,8 @@ def main():
                 random = generator(args.seed, "copies", video.key, copy)
                 write_lossless(path, changed_frames(source, video, random), video.fps)
     with cli.writing(folder):
-        write_actions(args.data_path, copies, folder)
+        videos = {file: video for file, (video, _) in copies.items()}
+        copy_actions(args.data_path, videos, folder)
     folder.replace(out)
     before = len(train) // (args.copies + 1)
     after = len(train)

@@ -114,15 +114,15 @@ def open_actions(root, videos):
                 "actions of their own; convert it (ffmpeg -i FILE -fps_mode cfr FILE.mp4), with an "
                 "action for each new frame"
             )
+        path = actions_path(root, video)
         try:
-            read_actions(actions_path(root, video), video.num_frames, names)
+            read_actions(path, video.num_frames, names)
         except FileNotFoundError as error:
             raise UserError(
-                f"{prefix}: no {error.filename}; expected actions beside each video, or for none "
+                f"{prefix}: no {path}; expected actions beside each video, or for none "
                 f"of them; add it, or remove {ACTIONS_FILE}"
             ) from error
         except (OSError, ValueError) as error:
-            path = actions_path(root, video)
             raise UserError(f"{prefix}: {path}: {error}; write it again") from error
     return Actions(str(root), names, mirrored)
 
@@ -152,15 +152,14 @@ def parse_names(content):
     return names, [names.index(mirror.get(name, name)) for name in names]
 
 
-def copy_actions(root, videos, out, path_of):
-    """Copy the actions of videos to a cache, where a video has the path path_of(video).
+def copy_actions(root, copies, out):
+    """Copy the actions of videos to another data folder; copies: {path in out: Video}.
 
     Removes those of an earlier call if the videos have none by now.
     """
     pairs = [(Path(root, ACTIONS_FILE), Path(out, ACTIONS_FILE))]
-    for video in videos:
-        copy = Path(out, path_of(video)).with_suffix(SUFFIX)
-        pairs.append((actions_path(root, video), copy))
+    for path, video in copies.items():
+        pairs.append((actions_path(root, video), Path(out, path).with_suffix(SUFFIX)))
     for source, copy in pairs:
         if os.path.exists(source):
             shutil.copyfile(source, copy)  # not its mode: a later call must overwrite it
