@@ -69,7 +69,7 @@ def enlarge(video, min_side=MIN_SIDE):
     >= min_side px.
     """
     H, W = video.shape[-3:-1]
-    factor = max(1, math.ceil(min_side / min(H, W)))
+    factor = math.ceil(min_side / min(H, W))
     has_odd_side = H % 2 or W % 2
     if has_odd_side and factor % 2:  # H.264's 4:2:0 needs even sides
         factor += 1
