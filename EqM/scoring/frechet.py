@@ -13,7 +13,6 @@ themselves (224 and 299 px). Any other TorchScript works that takes the same cal
 features (B, D).
 """
 
-import functools
 import itertools
 import json
 import warnings
@@ -61,23 +60,21 @@ def score_frechet(generated, real, args, detector, cached, device, corrupt):
     cached: the `cache_path`. Real clips are read only if this file is missing or damaged. corrupt:
     the list of corrupt real videos, to which `real`, or else this file, adds.
     """
-    features_of = functools.partial(
-        all_features, detector=detector.to(device), args=args, device=device
-    )
+    detector.to(device)
     reference = None
     if distributed.rank() == 0 and cached.exists():
         reference, bad_videos = read_moments(cached)
         corrupt += bad_videos
     from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
-        features = features_of(real)
+        features = all_features(real, detector, args, device)
         bad_videos = sorted(set(distributed.gather_items(corrupt)))
         if distributed.rank() == 0:
             reference = moments_of(features)
             cached.parent.mkdir(parents=True, exist_ok=True)
             metadata = {"bad_videos": json.dumps(bad_videos)}
             write_file(cached, safetensors.torch.save(reference, metadata), shared=True)
-    features = features_of(generated)
+    features = all_features(generated, detector, args, device)
     if distributed.rank() != 0:
         return None
     moments = moments_of(features)
