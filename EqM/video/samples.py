@@ -86,11 +86,12 @@ def read_samples(here, folder):
 
     Raises UserError with a text that begins with `here`.
     """
+    archive = Path(folder, "samples.npz")
     try:
         about = read_json(Path(folder, "samples.json"))
-        check_regular(Path(folder, "samples.npz"))
-        clips = map_npz(Path(folder, "samples.npz"), "arr_0")
-        labels = map_npz(Path(folder, "samples.npz"), "labels")
+        check_regular(archive)
+        clips = map_npz(archive, "arr_0")
+        labels = map_npz(archive, "labels")
         shape = list(clips.shape)
         if clips.dtype != np.uint8 or len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
             raise ValueError(f"got {clips.dtype} {shape}, expected uint8 [N, T, H, W, 3]")
