@@ -392,7 +392,7 @@ def test_a_corrupt_latents_file_is_handled_like_a_corrupt_video(cache_copy, dama
     damage(cache_copy / "Run/a.safetensors")
     check_replacements(clips, 10, "Run/a.safetensors")
     with pytest.raises(UnreadableError, match="a.safetensors"):
-        clips.source.read(clips.videos[2], [20, 21])
+        clips.source.read(clips.videos[2], [20, 21], False)
 
 
 @pytest.mark.parametrize("name", ["latents.json", "latents.partial.json"])

@@ -101,7 +101,7 @@ class Pairs(Source):
     def __getstate__(self):
         return vars(self) | {"clips": None}
 
-    def read(self, video, frame_indices, flipped=False):
+    def read(self, video, frame_indices, flipped):
         """A whole clip, uint8 (3, T, H, W), or its latents as those of a latent cache, without
         noise: float32 (2, C, T, h, w).
         """

@@ -58,7 +58,7 @@ class Source:
     def videos(self):
         return self.scan.videos
 
-    def read(self, video, frame_indices, flipped=False):
+    def read(self, video, frame_indices, flipped):
         """The frames at `frame_indices`, which ascend, in the form that training takes.
 
         Raises UnreadableError. Pixels are uint8 (3, T, H, W). Latents are the posterior's mean and
@@ -96,7 +96,7 @@ class Files(Source):
         super().__init__(root, scan)
         self.image_size = image_size
 
-    def read(self, video, frame_indices, flipped=False):
+    def read(self, video, frame_indices, flipped):
         frames = self.fit(read_frames(self.root, video, frame_indices))
         frames = frames.flip(-1) if flipped else frames
         return frames.transpose(0, 1).contiguous()
@@ -167,7 +167,7 @@ class Cache(Source):
         self.has_latents = settings["vae"] != "none"
         self.shape = (settings["channels"], side, side)
 
-    def read(self, video, frame_indices, flipped=False):
+    def read(self, video, frame_indices, flipped):
         path = os.path.join(self.root, video.path)
         suffix = "_flipped" if flipped else ""
         if not self.has_latents:
@@ -360,7 +360,7 @@ class CachedFiles(Files):
         ):
             pass  # a corrupt video is named when a clip needs it
 
-    def read(self, video, frame_indices, flipped=False):
+    def read(self, video, frame_indices, flipped):
         try:
             return read_pixels(
                 path=self.cache_path(video),
