@@ -443,7 +443,6 @@ def start_phase(args, data, phases, phase, progress, device):
         num_frames: Clips(
             data.source,
             data.val[num_frames],
-            classes=data.scan.classes,
             num_frames=num_frames,
             frame_interval=args.frame_interval,
             flip=False,
@@ -500,7 +499,6 @@ def training_clips(args, data, stream):
         clips[num_frames] = Clips(
             data.source,
             videos,
-            classes=data.scan.classes,
             num_frames=num_frames,
             frame_interval=args.frame_interval,
             flip=not (args.no_flip or data.source.has_samples),  # noise can't be mirrored

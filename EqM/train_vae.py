@@ -247,7 +247,7 @@ def main():
 
 def make_loaders(args, data, progress, device):
     """(iterator over this rank's batches, loaders of its validation and its statistics frames)."""
-    shared = {"source": data.source, "classes": data.scan.classes, "num_frames": 1}
+    shared = {"source": data.source, "num_frames": 1}
     train = Clips(
         videos=data.train[1],
         flip=not args.no_flip,

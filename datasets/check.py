@@ -318,7 +318,6 @@ def write_clips(args, data, out):
     clips = Clips(
         source=data.source,
         videos=shown,
-        classes=data.scan.classes,
         num_frames=args.num_frames,
         frame_interval=args.frame_interval,
         flip=False,

@@ -150,7 +150,6 @@ def real_clips(source, videos, title, num_frames, fps):
     clips = Clips(
         source,
         videos,
-        source.scan.classes,
         num_frames,
         (interval,),
         flip=False,

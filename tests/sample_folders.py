@@ -34,9 +34,7 @@ def read_clips(root, split, count, frames=FRAMES, stream="real", interval=1):
     videos = source.videos()
     if split != "all":
         videos = split_videos(root, videos, 0.05)[split == "val"]
-    clips = Clips(
-        source, videos, source.scan.classes, frames, (interval, interval), flip=False, stream=stream
-    )
+    clips = Clips(source, videos, frames, (interval, interval), flip=False, stream=stream)
     items = [clips[index] for index in range(count)]
     pixels = torch.stack([item["clip"].permute(1, 2, 3, 0) for item in items]).numpy()
     return pixels, [item["y"] for item in items], source.scan.classes

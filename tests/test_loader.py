@@ -22,7 +22,7 @@ KEYS = [[(4, 0), (4, 1)], [(8, 2), (8, 3)], [(4, 4), (4, 5)], [(8, 6), (8, 7)], 
 
 def test_loader_processes_get_no_scan(tmp_path):
     source = open_source(write_equal_videos(tmp_path), 16)
-    clips = Clips(source, source.videos()[:1], source.scan.classes, 4)
+    clips = Clips(source, source.videos()[:1], 4)
     sent = pickle.dumps(clips)
     assert source.videos()[1].path.encode() not in sent
     assert differences(pickle.loads(sent)[0], clips[0]) == []

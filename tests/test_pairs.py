@@ -87,7 +87,7 @@ def student(places, *flags, teacher="pixels"):
 
 def read_batch(source, indices):
     """The batch of these samples of the stream of a source."""
-    clips = Clips(source, source.videos(), source.scan.classes, FRAMES, flip=False)
+    clips = Clips(source, source.videos(), FRAMES, flip=False)
     return collate([clips[index] for index in indices])
 
 

@@ -138,6 +138,6 @@ def test_chunks_hold_clips_of_one_length_and_at_most_four_of_each_video():
 def test_a_few_clips_of_many_videos_cover_the_classes(tmp_path):
     videos = [make_video(f"{'AB'[number % 2]}/{number:02d}") for number in range(84)]
     source = Files(tmp_path, Scan(videos, ["A", "B"], []), 16)
-    clips = Clips(source, videos, ["A", "B"], 4, flip=False, stream="validation")
+    clips = Clips(source, videos, 4, flip=False, stream="validation")
     classes = [clips.draw(index)[0].class_name for index in range(32)]
     assert 8 < classes.count("B") < 24

@@ -48,7 +48,7 @@ class Numbers(Source):
 
 
 def make_clips(num_frames=4, videos=VIDEOS, corrupt=(), flip=False, **settings):
-    return Clips(Numbers(corrupt), videos, CLASSES, num_frames, flip=flip, **settings)
+    return Clips(Numbers(corrupt), videos, num_frames, flip=flip, **settings)
 
 
 def numbers(sample):
@@ -141,7 +141,7 @@ def test_no_replacement_has_failed_before_and_spare_videos_come_last():
     with pytest.raises(CorruptDataError, match=message):
         make_clips(videos=VIDEOS[:2], corrupt=keys, spare=VIDEOS[2:4])[0]
     with pytest.raises(UserError, match="--data-path /gone: was deleted") as error:
-        Clips(Numbers(keys, "/gone"), VIDEOS[:2], CLASSES, 4)[0]
+        Clips(Numbers(keys, "/gone"), VIDEOS[:2], 4)[0]
     assert not isinstance(error.value, CorruptDataError)  # which has status 2
 
 
@@ -170,7 +170,7 @@ def test_a_corrupt_video_is_named_and_replaced_the_same_way_each_time(tmp_path, 
     damage(root / name)
     for sample in check_replacements(clips, 10, name):
         assert np.diff(tiny.frame_indices_of(sample["clip"])).tolist() == [1] * 15
-        again = Clips(clips.source, clips.videos, clips.classes, 16, seed=3)[sample["index"]]
+        again = Clips(clips.source, clips.videos, 16, seed=3)[sample["index"]]
         assert torch.equal(again["clip"], sample["clip"])
 
 

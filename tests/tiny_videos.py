@@ -120,7 +120,7 @@ def halves(frames):
 
 def clips_of(source, num_frames, **settings):
     """Clips of all videos of a source."""
-    return Clips(source, source.videos(), source.scan.classes, num_frames, **settings)
+    return Clips(source, source.videos(), num_frames, **settings)
 
 
 def frame_indices_of(clip):

@@ -202,7 +202,6 @@ def find_real(
     clips = Clips(
         source=source,
         videos=usable,
-        classes=source.scan.classes,
         num_frames=num_frames,
         frame_interval=(interval,),
         flip=False,

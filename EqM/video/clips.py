@@ -29,7 +29,6 @@ class Clips(torch.utils.data.Dataset):
 
     source: object  # see source.py
     videos: list  # each of at least num_frames frames
-    classes: list
     num_frames: int
     # smallest and perhaps largest distance of frames; each clip draws one that fits its video
     frame_interval: tuple = (1,)
@@ -46,6 +45,10 @@ class Clips(torch.utils.data.Dataset):
 
         A ClipsByFrames replaces this method.
         """
+
+    @property
+    def classes(self):
+        return self.source.classes
 
     @property
     def parts(self):

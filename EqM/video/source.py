@@ -54,6 +54,7 @@ class Source:
     def __init__(self, root, scan):
         self.root = root
         self.scan = scan
+        self.classes = scan.classes
 
     def videos(self):
         return self.scan.videos

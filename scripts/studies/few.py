@@ -435,7 +435,6 @@ def recall(folder, test, num_clips):
     stream = Clips(
         source,
         source.videos(),
-        source.scan.classes,
         clips.shape[1],
         flip=False,
         stream="recall",

@@ -100,7 +100,7 @@ def read_clips(folder, num_frames, images=False, index_folder=None):
     source = open_source(folder, 16, images, index_folder)
     videos = long_enough(source.videos(), num_frames, "training", "--num-frames")
     videos = [video for part in split_videos(folder, videos, 0.3) for video in part]
-    clips = Clips(source, videos, source.scan.classes, num_frames, frame_interval=(1, 2))
+    clips = Clips(source, videos, num_frames, frame_interval=(1, 2))
     collate([clips[index] for index in range(len(videos))])
     return videos
 
