@@ -191,16 +191,6 @@ def test_a_report_shows_missing_and_diverged_runs(copied):
     assert re.search(f"Loss: 16 moving minus 16 fixed is -0.0.. {interval}", text)
 
 
-def test_rows_of_an_earlier_format_stay_when_others_are_added(tmp_path):
-    committed = ROOT / "results/studies/objectives/given_frames_objectives.json"
-    path = tmp_path / "rows.json"
-    path.write_text(committed.read_text())
-    lab.add_rows(path, [{"seed": 9, "values": {}}])
-    *rows, added = lab.read_rows(path)
-    assert rows == lab.read_rows(committed)
-    assert added["seed"] == 9
-
-
 def test_several_processes_may_write_the_same_table_at_once(tmp_path):
     def write(number):
         lab.write_results(tmp_path, "table", [f"| {number} |"] * 1000, [number])

@@ -448,28 +448,7 @@ def data_sets(folder, count, test_count, flags=("--seconds", 1.4)):
 
 def read_rows(path):
     """The rows of a json file; none if it does not exist."""
-    content = json.loads(path.read_text()) if path.exists() else []
-    return rows_by_seed(content) if "seeds" in content else content
-
-
-def rows_by_seed(content):
-    """The rows of a file of an earlier version, which has the numbers of tables, a list over seeds.
-
-    {"made", "seeds", "tasks": {task: {model: {title: list}}}}.
-    """
-    tasks = content["tasks"]
-    rows = []
-    models = dict.fromkeys(itertools.chain.from_iterable(tasks.values()))
-    for model, (index, seed) in itertools.product(models, enumerate(content["seeds"])):
-        values = {}
-        for task, of_models in tasks.items():
-            if model in of_models:
-                values[task] = {}
-                for title, numbers in of_models[model].items():
-                    if index < len(numbers):
-                        values[task][title] = numbers[index]
-        rows.append(content.get("made", {}) | {"model": model, "seed": seed, "values": values})
-    return rows
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def rows_with(about, rows):
