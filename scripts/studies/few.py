@@ -24,7 +24,6 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import lab
 
@@ -37,7 +36,7 @@ import disturb
 from control import loss_scale
 from make_moving_shapes import COLORS
 from runtime.atomic import write_file
-from runtime.cli import UserError, one_line_errors, wrong_input
+from runtime.cli import UserError, one_line_errors
 from runtime.rng import normal
 from samplers import SOLVERS
 from shapes import (
@@ -561,12 +560,9 @@ def main():
             runs.append(tuning_run(args, name, seed, number))
         lab.run_study(args, runs, tuning_markdown)
         return
-    tuning = lab.read_rows(Path(args.out, "few_tuning.json"))
-    teachers = dict.fromkeys(ARMS[name].teacher for name in args.arms)
-    runs = []
-    for seed, name in itertools.product(args.seeds, dict.fromkeys((*teachers, *args.arms))):
-        with wrong_input():
-            runs.append(model_run(args, name, seed, tuning))
+    teachers = [ARMS[name].teacher for name in args.arms]
+    cases = itertools.product(args.seeds, dict.fromkeys((*teachers, *args.arms)))
+    runs = lab.tuned_runs(args, "few_tuning", cases, model_run)
     lab.run_study(args, runs, markdown)
 
 
