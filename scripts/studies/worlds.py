@@ -191,37 +191,26 @@ def count_flops(phases, arm):
     return flops
 
 
-def make_task(args, test, frames, evaluations, shift):
-    """(flags of sample_gd.py, metrics): a walk on each held-out map from its first frame.
-
-    shift: of the steps in sampling.
-    """
-    flags = (
-        f"--num-frames {1 + frames} --num-sampling-steps {evaluations + 1} --solver-shift {shift} "
-        f"--given {test} --given-split val --given-frames 0 --no-keep-background "
-        f"--actions {test}/walks.npy --num-samples {size_of(args).held_out}"
-    )
-    return flags, ("world",)
-
-
 def make_run(args, name, settings, seed, tasks, table):
-    """The lab.Run of an arm with Settings. tasks: {name: (frames, evaluations, shift)}."""
+    """The lab.Run of an arm with Settings.
+
+    tasks: {name: (frames, evaluations, shift of the steps in sampling)}, each a walk on each
+    held-out map from its first frame.
+    """
     size = size_of(args)
     arm = ARMS[name]
     phases = phases_of(args, arm)
     folder = Path(args.out, "runs/world")
     test = folder.with_name("world-test")
-    common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 64"
     flags_of = {}
     for task, (frames, evaluations, shift) in tasks.items():
-        flags, metrics = make_task(
-            args,
-            test,
-            frames=frames,
-            evaluations=evaluations,
-            shift=shift,
+        flags = (
+            f"--num-frames {1 + frames} --num-sampling-steps {evaluations + 1} --solver-shift "
+            f"{shift} --given {test} --given-split val --given-frames 0 --no-keep-background "
+            f"--actions {test}/walks.npy --num-samples {size.held_out} --seed {seed} "
+            f"--precision {lab.PRECISION} --batch-size 64"
         )
-        flags_of[task] = (f"{flags} {common}".split(), metrics)
+        flags_of[task] = (flags.split(), ("world",))
     schedule = ",".join(map(str, phases))
     training = (
         f"--video --frames-schedule {schedule} --objective {arm.objective} --sampler euler "
