@@ -81,6 +81,7 @@ def test_a_size_halves_its_clips_until_they_fit(monkeypatch, capsys):
         return f"{args.batch_size} | a | b | c | d | e"
 
     monkeypatch.setattr(benchmark, "time_step", step)
+    monkeypatch.setattr(benchmark.gc, "collect", list)  # takes seconds in a process of many tests
     monkeypatch.setattr(benchmark, "SIZES", {"EqM-Ti/4": 12 * 64})
     monkeypatch.setattr(benchmark, "FRAMES", (4, 8))
     benchmark.measure_sizes(ARGS, None)
