@@ -1,7 +1,6 @@
 """sample_gd.py: a folder of samples that no crash leaves half, settings of the sampler, windows."""
 
 import shutil
-import signal
 from dataclasses import replace
 from shlex import split
 from types import SimpleNamespace
@@ -14,17 +13,14 @@ import sample_gd
 import train
 from generation import generate
 from plans import SAMPLER
-from process import end, spawn, wait_until
 from published import write_export
 from runtime.untrusted import read_json
 from scoring import manifest
 from test_generation import TUNED
 from tiny_data import random_checkpoint
-from tiny_videos import decode, write_equal_videos
+from tiny_videos import write_equal_videos
 from training import (
     FEW_STEPS,
-    PYTHON,
-    ROOT,
     TINY,
     Training,
     content,
@@ -141,23 +137,6 @@ def test_samples_never_become_training_videos(places, tmp_path, capsys):
     scan = scan_videos(root)
     assert scan.classes == ["A", "B"]
     assert len(scan.videos) == 4
-
-
-def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path):
-    folder = tmp_path / "s"
-    sampling = ["--video", "--ckpt", places / "pixels.pt", "--folder", folder, *FEW_STEPS]
-    process = spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *sampling, "--num-frames", 4000)  # endless
-    film = folder / "000000.mp4"
-    wait_until(lambda: film.exists() and film.stat().st_size > 4000, process)
-    process.kill()
-    end(process, -signal.SIGKILL)
-    assert (folder / "samples.unfinished").exists()
-    assert not [name for name in content(folder) if name.endswith((".gif", ".npz", ".json"))]
-    frames, _ = decode(film)  # what there is of it
-    assert 0 < len(frames) < 4000
-    clips, _ = sample_here(places / "pixels.pt", folder)
-    assert clips.shape[:2] == (2, 8)
-    assert not [name for name in content(folder) if name.endswith((".tmp", ".unfinished"))]
 
 
 @pytest.mark.parametrize(("model", "window"), [("pixels", 8), ("plain", 20)])
