@@ -430,18 +430,16 @@ def test_samples_of_positions_are_scored_together(commands, tmp_path, monkeypatc
     assert "): moving minus fixed is " in (tmp_path / "bouncing.md").read_text()
 
 
-def test_streams_are_tuned_and_compared_with_windows(commands, tmp_path, monkeypatch):
-    few = {way: choices[:1] for way, choices in streaming.TUNED.items()}
-    monkeypatch.setattr(streaming, "TUNED", few)
+def test_streams_are_compared_with_windows(commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "choose", lambda rows, way: (streaming.TUNED[way][0], 1))
+    monkeypatch.setitem(streaming.COMPUTE, "bouncing", 1)
     monkeypatch.setitem(streaming.MADE, "bouncing", ("--bounce", "--seconds", 1.4))  # short videos
-    run_miniature(streaming, tmp_path, "--tune")
     run_miniature(streaming, tmp_path, *SEED)
-    tuned = {"streaming_tuning": ["bouncing"], "streaming": streaming.COLUMNS}
-    for name, data_sets in tuned.items():
-        rows = read_json(tmp_path / f"{name}.json")
-        assert {(row["data"], row["way"]) for row in rows} == {*itertools.product(data_sets, few)}
-        assert "| causal, patch 4, shift 3, context 16" in (tmp_path / f"{name}.md").read_text()
-    (streamed,) = lab.rows_with({"data": "moving", "way": "causal"}, rows)  # of the main runs
+    rows = read_json(tmp_path / "streaming.json")
+    arms = {*itertools.product(streaming.COLUMNS, streaming.TUNED)}
+    assert {(row["data"], row["way"]) for row in rows} == arms
+    assert "| causal, patch 4, shift 3, context 16" in (tmp_path / "streaming.md").read_text()
+    (streamed,) = lab.rows_with({"data": "moving", "way": "causal"}, rows)
     assert 0 <= streamed["values"]["24 spans, guidance 2"]["spans_moved"] <= 1
 
 
@@ -483,20 +481,18 @@ def test_worlds_take_the_settings_with_the_best_mean():
     assert worlds.choose(rows, "flow") == (worlds.TUNED[2], 3)
 
 
-def test_streams_take_the_settings_with_the_best_mean_of_both_shares(monkeypatch):
+def test_streams_take_the_settings_with_the_best_mean_of_both_shares(runs_of, monkeypatch):
     """The best turns alone, or the best objects alone, don't decide."""
     settings = streaming.TUNED["causal"][:2]
     monkeypatch.setattr(streaming, "TUNED", {"causal": settings})
     # turns and objects of both settings, with both guidances
     shares = iter([(0.25, 0.70), (0.40, 0.50), (0.30, 0.85), (0.35, 0.90)])
     rows = []
-    for choice in settings:
+    for run in runs_of("streaming", "--tune"):
         values = {}
-        for guidance in streaming.GUIDANCES:
-            task = streaming.with_guidance(streaming.LONG, guidance)
+        for task in run.tasks:
             values[task] = dict(zip(("turns_right", "one_object"), next(shares), strict=True))
-        seed = streaming.TUNING_SEED
-        rows.append({"settings": choice.name, "seed": seed, "values": values})
+        rows.append(run.about | {"values": values})
     assert streaming.choose(rows, "causal") == (settings[1], streaming.GUIDANCES[1])
     assert "not tuned yet" in error_of(streaming.choose, rows[1:], "causal")
     rows[1]["values"] = {"": {"val_loss": math.inf}} | dict.fromkeys(rows[1]["values"], {})
