@@ -10,9 +10,7 @@ import pytest
 import checkpoint
 import train
 import train_vae
-from tiny_data import make_images
 from training import (
-    IMAGES,
     OFTEN,
     TINY,
     TINY_VAE,
@@ -74,13 +72,7 @@ KINDS = {  # data, flags that replace TINY's or add to them
         CACHED,
         "--causal --temporal-patch-size 2 --context 2 --context-noise 0.2 --own-context 0.5 --disp",
     ),
-    "images": ("images", IMAGES, ""),
 }
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"), 8)
 
 
 @pytest.mark.parametrize("data, base, flags", KINDS.values(), ids=KINDS)
