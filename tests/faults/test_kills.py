@@ -225,23 +225,6 @@ def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
     end(process, -signal.SIGKILL)  # until nobody holds the other end of the pipe
 
 
-def test_readers_can_open_latest_and_best_at_any_time(make):
-    flags = split("""
-        --log-every 1
-        --val-every 1
-        --ckpt-every 1
-        --keep-last 2
-        --sample-every 0
-    """)
-    training = make(60, flags=flags)
-    process = training.start(until=2)
-    loaded = set()
-    while process.poll() is None:
-        loaded |= {training.saved(name)["step"] for name in ("latest.pt", "best.pt")}
-    end(process)
-    assert len(loaded) > 5
-
-
 def test_a_second_writer_is_refused_and_the_first_continues(make):
     training = make()
     process = training.start(until=3)
