@@ -352,14 +352,9 @@ def corrupt_video(monkeypatch):
     return WALK
 
 
-def all_clips(data):
-    """(all clips of the data set, flags that read them)."""
-    clips, _, _ = sources.find_real(str(data), "all", 0.05, T, 1 / 8, SIZE)
-    return clips, SimpleNamespace(batch_size=4, num_workers=0, data_path=str(data))
-
-
 def test_a_real_stream_names_the_corrupt_videos_that_it_replaces(data, corrupt_video):
-    clips, args = all_clips(data)
+    clips, _, _ = sources.find_real(str(data), "all", 0.05, T, 1 / 8, SIZE)
+    args = SimpleNamespace(batch_size=4, num_workers=0)
     corrupt = []
     videos = [video for *_, video in sources.real_stream(clips, range(len(TRUE)), args, corrupt)]
     assert corrupt == [corrupt_video]
@@ -371,11 +366,6 @@ def test_a_corrupt_video_ends_a_census(data, corrupt_video, noisy_vae, tmp_path,
     words = [f"--data-path {data}: {corrupt_video} can't be decoded", "make it again"]
     flags = flags_of(samples, data, "--num-real", 4)
     refused(capsys, tmp_path / "c.json", *flags, words=words, status=1)
-
-
-def test_a_world_holds_the_clips_of_the_data_set(data):
-    world = sprites_census.read_world(*all_clips(data), "cpu")
-    assert torch.equal(world.clips, WORLD.clips)
 
 
 SHORT = {"codec": "ffv1", "size": (SIZE, SIZE), "pixel_format": "bgr0"}
