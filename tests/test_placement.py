@@ -196,7 +196,6 @@ SAMPLING = "--num-frames 6 --num-samples 3 --batch-size 2 --no-previews --precis
 @pytest.mark.parametrize(
     ("flags", "ebm"),
     [
-        ("--sampler gd", "none"),
         ("--sampler ngd --mu 0.3 --cfg-scale 1", "none"),
         ("--sampler ngd --stop-below 1", "none"),
         ("--sampler heun", "none"),
