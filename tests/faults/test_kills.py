@@ -19,18 +19,23 @@ import sample_gd
 import train
 import train_vae
 from faults import kill_something, stop_launcher, storm
-from process import descendants, end, free_port, kill, ranks, wait_gone, wait_until
+from process import descendants, end, free_port, kill, ranks, spawn, wait_gone, wait_until
+from tiny_videos import decode
 from training import (
     ANY_LENGTH,
+    FEW_STEPS,
     PYTHON,
+    ROOT,
     TINY,
     TINY_VAE,
     TORCHRUN,
     Training,
     compare,
+    content,
     on_two_ranks,
     refused,
     run_main,
+    sample_here,
 )
 
 OFTEN = split("""
@@ -223,6 +228,23 @@ def test_saving_by_the_clock_does_not_change_the_result(make):
 def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
     process = make(10, sabotaged("killed_while_it_starts_a_loader"), WORKERS).start()
     end(process, -signal.SIGKILL)  # until nobody holds the other end of the pipe
+
+
+def test_killed_samples_are_no_half_file_and_the_next_call_cleans_up(places, tmp_path):
+    folder = tmp_path / "s"
+    sampling = ["--video", "--ckpt", places / "pixels.pt", "--folder", folder, *FEW_STEPS]
+    process = spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *sampling, "--num-frames", 4000)  # endless
+    film = folder / "000000.mp4"
+    wait_until(lambda: film.exists() and film.stat().st_size > 4000, process)
+    process.kill()
+    end(process, -signal.SIGKILL)
+    assert (folder / "samples.unfinished").exists()
+    assert not [name for name in content(folder) if name.endswith((".gif", ".npz", ".json"))]
+    frames, _ = decode(film)  # what there is of it
+    assert 0 < len(frames) < 4000
+    clips, _ = sample_here(places / "pixels.pt", folder)
+    assert clips.shape[:2] == (2, 8)
+    assert not [name for name in content(folder) if name.endswith((".tmp", ".unfinished"))]
 
 
 def test_a_second_writer_is_refused_and_the_first_continues(make):
