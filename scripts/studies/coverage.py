@@ -73,10 +73,10 @@ def holds(interval, true):
     return float(is_inside.mean())
 
 
-def cover_means(repeats, kinds=DRAWS, counts=UNITS):
+def cover_means(repeats):
     """A row for each kind of values and number of units: coverage of the mean's intervals."""
     rows = []
-    for kind, count in itertools.product(kinds, counts):
+    for kind, count in itertools.product(DRAWS, UNITS):
         random = np.random.default_rng([SEED, count])
         values = draw_clustered(DRAWS[kind], random, (count, repeats))
         units = stats.by_unit(values, videos_of(count)).numpy()

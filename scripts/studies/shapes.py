@@ -160,11 +160,14 @@ def train_words(size, seed, phases, more, precision=lab.PRECISION):
     ).split()
 
 
-def data_of(args):
-    """The `data` of a lab.Run: training videos, and test videos for `Size.clips` clips."""
+def data_of(args, name="moving", flags=("--seconds", 1.4)):
+    """The `data` of a lab.Run: training videos, and test videos for `Size.clips` clips.
+
+    flags: of make_moving_shapes.py.
+    """
     size = size_of(args)
-    folder = Path(args.out, "runs/moving-shapes")
-    return lab.data_sets(folder, size.videos, max(2, size.clips // 12))
+    folder = Path(args.out, f"runs/{name}-shapes")
+    return lab.data_sets(folder, size.videos, max(2, size.clips // 12), flags)
 
 
 def shapes_run(args, table, about, tasks, flags="", arm=Arm(), more=None, precision=lab.PRECISION):

@@ -287,9 +287,8 @@ def make_run(args, data, settings, name, seed, compute, tasks, table):
     size = shapes.size_of(args)
     phases, flops = plan(size, data, compute, settings)
     _, last_step, _ = phases[-1]
-    folder = Path(args.out, f"runs/{data}-shapes")
-    videos = lab.data_sets(folder, size.videos, max(2, size.clips // 12), flags=MADE[data])
-    _, test = videos
+    videos = shapes.data_of(args, data, MADE[data])
+    folder, test = videos
     flags = f"{shapes.MOVING}{shapes.INTERVALS} {settings.training_flags()}"
     training = shapes.train_words(size, seed, shapes.phase_flags(phases, settings.mix), flags)
     common = f"--seed {seed} --precision {lab.PRECISION} --batch-size 32".split()
