@@ -37,7 +37,7 @@ def newest_metrics(name, kind):
 
 
 def begin_run(name, script, tasks):
-    """(what all experiments have in a run, results {task: result} of the samples).
+    """(what all experiments have in a run, {task: what evaluate.py wrote about its samples}).
 
     The command is that of the whole experiment, the commit that of the first score.
     """
@@ -50,7 +50,7 @@ def begin_run(name, script, tasks):
     model = newest_metrics(name, "EqM")[-1]
     paths = {task: Path("samples", f"{name}-{task}.json") for task in tasks}
     scores = {task: json.loads(path.read_text()) for task, path in paths.items()}
-    results = {task: score["result"] for task, score in scores.items()}
+    classified = scores["classifier"]["result"]
     text = Path("results", name, "settings").read_text().strip()
     run = made() | {"command": f"EXP={shlex.quote(name)} {text} bash scripts/{script}"}
     run["code"] = scores[tasks[0]].get("code") or run["code"]
@@ -63,9 +63,9 @@ def begin_run(name, script, tasks):
     }
     for kind in ("real", "samples"):
         run[f"classifier_{kind}"] = {
-            key: value for key, value in results["classifier"][kind].items() if key in CLASSIFIED
+            key: value for key, value in classified[kind].items() if key in CLASSIFIED
         }
-    return run, results
+    return run, scores
 
 
 @dataclass

@@ -8,10 +8,8 @@ It reads results/EXP and samples/EXP-*.json, and adds columns to people.md and p
 results/studies/people.
 """
 
-import json
 import re
 from operator import itemgetter
-from pathlib import Path
 
 from experiments import ExperimentTable, begin_run, newest_metrics
 from scoring.stats import cell
@@ -25,7 +23,7 @@ PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
-    run, results = begin_run(name, "weizmann.sh", [*PREDICTIONS, "nearest", "classifier"])
+    run, scores = begin_run(name, "weizmann.sh", [*PREDICTIONS, "nearest", "classifier"])
     rows = newest_metrics(name, "EqM")
     last_phase = [row for row in rows if row["num_frames"] == rows[-1]["num_frames"]]
     validated = [row for row in last_phase if "val_loss" in row]
@@ -33,11 +31,11 @@ def read_run(name):
     run |= {"best_step": best["step"], "val_loss": best["val_loss"]}
     kept = re.compile(r"samples_per_clip|clips|interval_units|(psnr|ssim)(?!.*by_frame)")
     for task in PREDICTIONS:
-        result = results[task]
+        result = scores[task]["result"]
         run[task] = {key: result[key] for key in result if kept.match(key)}
-    run["interval_units"] = results["classifier"].get("interval_units")
-    nearest = json.loads(Path("samples", f"{name}-nearest.json").read_text())
-    run["nearest"] = dict(nearest["values"])
+    run["interval_units"] = scores["classifier"]["result"].get("interval_units")
+    nearest = scores["nearest"]
+    run["nearest"] = nearest["values"]
     for key in ("rmse_ratio_interval95", "interval_units"):
         run["nearest"][key] = nearest["result"].get(key)
     return run

@@ -38,14 +38,14 @@ SHARES |= {
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
-    run, results = begin_run(name, "sprites.sh", TASKS)
+    run, scores = begin_run(name, "sprites.sh", TASKS)
     settings = read_settings(name)
     run["seed"] = int(settings["SEED"])
     objective = settings.get("OBJECTIVE", "eqm")
     if objective != "eqm":
         run["objective"] = objective
     for task in ("census", "predicted-census", "predicted"):
-        result = results[task]
+        result = scores[task]["result"]
         kept = [key for key in result if key not in LONG and "by_frame" not in key]
         run[task] = {key: result[key] for key in kept}
     return run
