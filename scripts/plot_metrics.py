@@ -285,13 +285,14 @@ def points(curve, axis, size, name, window=1):
 
 
 def smooth(y, window):
-    """Mean over `window` values around each value of y (n,), fewer at both ends, without NaNs."""
+    """Mean over `window` values around each value of y (n,), fewer at both ends, of finite ones."""
     first = np.arange(len(y)) - window // 2
     last = (first + window).clip(max=len(y))
     first = first.clip(0)
-    sums = np.cumsum([0, *np.nan_to_num(y)])
-    counts = np.cumsum([0, *np.isfinite(y)])
-    with np.errstate(invalid="ignore"):  # a window of NaNs only
+    is_finite = np.isfinite(y)
+    sums = np.cumsum([0, *np.where(is_finite, y, 0)])
+    counts = np.cumsum([0, *is_finite])
+    with np.errstate(invalid="ignore"):  # no finite value in a window
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
 
 

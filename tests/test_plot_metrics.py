@@ -151,6 +151,7 @@ def test_a_schedule_has_phases_whose_thin_line_is_as_logged_and_the_thick_one_a_
 def test_smoothing_is_the_mean_of_the_finite_neighbors(window):
     y = np.random.default_rng(0).normal(size=20)
     y[[3, 4, 5, 17]] = np.nan
+    y[8] = np.inf
     means = smooth(y, window)
     for index, mean in enumerate(means):
         first = max(0, index - window // 2)

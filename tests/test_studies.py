@@ -244,9 +244,10 @@ def test_scripts_take_the_flags_of_every_run(runs_of, tmp_path, monkeypatch):
         rows = sprites_tuning(name, (1, 1.5))
         lab.add_rows(tmp_path / "control_sprites_tuning.json", rows)
     for command in COMMANDS.format(out=tmp_path).strip().splitlines():
-        runs = runs_of(*command.split())
+        runs = runs_of(*command.split(), "--compile")
         assert runs, command
         for run in runs:
+            assert "--compile" in run.training, command
             monkeypatch.setattr("sys.argv", ["train", *map(str, run.training)])
             train.parse_args()
             for flags, metrics in run.tasks.values():
@@ -276,9 +277,8 @@ def test_all_arms_have_equal_compute_and_tokens_per_step():
 
 @pytest.mark.parametrize("data_set", positions.DATA_SETS)
 def test_all_positions_have_equal_compute(data_set, runs_of):
-    runs = runs_of("positions", data_set, "--data-path", "DIR", "--compile")
+    runs = runs_of("positions", data_set, "--data-path", "DIR")
     for run in runs:
-        assert "--compile" in run.training
         assert ("--frames-schedule" in run.training) == (run.about["positions"] != "fixed")
         assert run.more["flops"] == pytest.approx(runs[0].more["flops"], rel=1e-3)
 

@@ -318,6 +318,7 @@ def student_run(args, name, number, about, tasks, teacher):
     training += ["--data-path", teacher.path(arm.pairs).parent, "--max-steps", last_step]
     training += ["--global-seed", seed, "--precision", lab.PRECISION, "--val-every", steps, *real]
     training += CONFIGURATIONS[number].training_flags().split() + arm.flags.split()
+    training += ["--compile"] * args.compile
     of_clip = config_of(size_of(args)).training_flops(16)
     flops = steps * BATCH * of_clip
     passes = PASSES[arm.pairs]

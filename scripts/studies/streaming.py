@@ -297,7 +297,7 @@ def make_run(args, data, settings, name, seed, compute, tasks, table):
         about={"data": data, "settings": name, "way": settings.way, "seed": seed}
         | ({"size": "miniature"} if args.miniature else {}),
         data=videos,
-        training=[*training, "--data-path", folder],
+        training=[*training, "--data-path", folder] + ["--compile"] * args.compile,
         last_step=last_step,
         tasks={task: (words + common, metrics) for task, (words, metrics) in tasks.items()},
         metrics={"motion": ["--data-path", test, "--split", "all", "--num-real", size.fewer]},

@@ -298,7 +298,7 @@ def student_run(args, seed, tuning):
         about=teacher.about | {"arm": STUDENT},
         data=teacher.data,
         maker=teacher.maker,
-        training=training.split(),
+        training=training.split() + ["--compile"] * args.compile,
         last_step=last_step,
         tasks={task: words for task, words in teacher.tasks.items() if task != few.PAIRS},
         metrics=teacher.metrics,
