@@ -231,13 +231,17 @@ BOUNCING = "--bounce --seed 3 --size 32 --videos-per-class 2 --seconds 6.4"  # 1
 VIDEOS = list(plan(*BOUNCING.split())[1].values())
 
 
+def truth_of(folder, videos):
+    """The truth about videos of bouncing shapes."""
+    about = {"size": 32, "videos": videos, "settings": {"bounce": True}}
+    (folder / "shapes.json").write_text(json.dumps(about))
+    return shapes_tracker.Truth(folder)
+
+
 @pytest.fixture(scope="module")
 def follow(tmp_path_factory):
     """What the tracker says of a clip of a video."""
-    path = tmp_path_factory.mktemp("bounce") / "shapes.json"
-    about = {"size": 32, "videos": dict(enumerate(VIDEOS)), "settings": {"bounce": True}}
-    path.write_text(json.dumps(about))
-    truth = shapes_tracker.Truth(path.parent)
+    truth = truth_of(tmp_path_factory.mktemp("bounce"), dict(enumerate(VIDEOS)))
 
     def follow(clip, video):
         return shapes_tracker.follow(clip, truth(video["class"], 32, 1 / 25))
@@ -251,9 +255,7 @@ def draw(video, **changes):
 
 def test_objects_of_different_sizes_turn_at_different_places(tmp_path):
     _, videos = plan(*BOUNCING.split(), "--radius", "0.1", "0.19")
-    about = {"size": 32, "videos": videos, "settings": {"bounce": True}}
-    (tmp_path / "shapes.json").write_text(json.dumps(about))
-    truth = shapes_tracker.Truth(tmp_path)
+    truth = truth_of(tmp_path, videos)
     for video in videos.values():
         expected = truth(video["class"], 32, 1 / 25)
         lost, _, turns = shapes_tracker.follow(draw(video), expected)
