@@ -4,6 +4,7 @@ faults/test_readme.py runs the commands of the README.
 """
 
 import json
+from dataclasses import replace
 from shlex import split
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 import sample_gd
 import train
-from training import Training, by_torchrun, content, on_two_ranks, run_main
+from training import TORCHRUN, Training, content, on_two_ranks, run_main
 
 VIDEO = split("""
     --model EqM-Ti/4
@@ -41,11 +42,10 @@ def previews_of(run):
 
 
 def test_two_sharded_ranks_learn_and_sample_what_one_does(shapes, tmp_path):
-    alone, sharded = (
-        Training(shapes, tmp_path / name, 3, base=VIDEO) for name in ("alone", "sharded")
-    )
+    alone = Training(shapes, tmp_path / "alone", 3, base=VIDEO)
+    sharded = replace(alone, results=tmp_path / "sharded", launcher=TORCHRUN)
     run_main(train, *alone.command_flags("--grad-accum", 2))
-    by_torchrun("train.py", *sharded.command_flags("--shard"))
+    sharded.run("--shard")
     for row, row_alone in zip(sharded.rows(), alone.rows(), strict=True):
         for key in ("train_loss", "grad_norm", "val_loss"):
             assert row.get(key, 0) == pytest.approx(row_alone.get(key, 0), rel=1e-4)

@@ -273,11 +273,6 @@ def on_two_ranks(script, *flags, status=0):
     return printed
 
 
-def by_torchrun(script, *flags):
-    """Start a script of EqM by torchrun, on two ranks in real processes. Returns its output."""
-    return end(spawn(*TORCHRUN, ROOT / "EqM" / script, *flags), timeout=240)
-
-
 def no_space(*_, **__):
     """Replaces a function that writes to a disk, which is full."""
     raise OSError(28, "No space left on device")
