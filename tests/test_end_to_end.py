@@ -41,17 +41,20 @@ def previews_of(run):
     return np.asarray(Image.open(run.folder / "samples/0000003.png").convert("RGB")).astype(int)
 
 
-def test_two_sharded_ranks_learn_and_sample_what_one_does(shapes, tmp_path):
+def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(shapes, tmp_path):
     alone = Training(shapes, tmp_path / "alone", 3, base=VIDEO)
-    sharded = replace(alone, results=tmp_path / "sharded", launcher=TORCHRUN)
+    two = replace(alone, results=tmp_path / "two", launcher=TORCHRUN)
+    sharded = replace(alone, results=tmp_path / "sharded")
     run_main(train, *alone.command_flags("--grad-accum", 2))
-    sharded.run("--shard")
-    for row, row_alone in zip(sharded.rows(), alone.rows(), strict=True):
-        for key in ("train_loss", "grad_norm", "val_loss"):
-            assert row.get(key, 0) == pytest.approx(row_alone.get(key, 0), rel=1e-4)
+    two.run()
+    on_two_ranks(train, *sharded.command_flags("--shard"))
     samples = previews_of(alone)
-    assert previews_of(sharded).shape == samples.shape  # each sample once
-    assert abs(previews_of(sharded) - samples).max() <= 1
+    for run in (two, sharded):
+        for row, row_alone in zip(run.rows(), alone.rows(), strict=True):
+            for key in ("train_loss", "grad_norm", "val_loss"):
+                assert row.get(key, 0) == pytest.approx(row_alone.get(key, 0), rel=1e-4)
+        assert previews_of(run).shape == samples.shape  # each sample once
+        assert abs(previews_of(run) - samples).max() <= 1
     first = samples[:128, -128:]
     second = samples[130:258, -128:]
     assert abs(first - second).max() > 100  # so another order would be noticed
