@@ -125,7 +125,7 @@ def resolve_sampler(args, training, objective):
 
     "guidance_chosen" is True if somebody gave --cfg-scale, here or in training. Raises UserError.
     """
-    usual = SAMPLER | {"sampler": objective.usual_sampler}
+    usual = SAMPLER | {"sampler": "gd" if objective.has_equilibria else "euler"}
     kept = {name: training.get(name, value) for name, value in usual.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:

@@ -71,11 +71,6 @@ class Objective:
         """Whether gradient descent on the field ends at data."""
         return self.has_decay and not self.is_told
 
-    @property
-    def usual_sampler(self):
-        """The default of --sampler."""
-        return "gd" if self.has_equilibria else "euler"
-
     def factor(self, gamma):
         """Return the factor of x - noise in the target, shaped as gamma: c(gamma) or `scale`."""
         return decay(gamma) if self.has_decay else torch.full_like(gamma, self.scale)
@@ -368,12 +363,6 @@ def own_context(network, clean, share, objective, seed, stream, indices, y, time
         f = network(x_gamma, y, time_scale, clean=clean, **told)
     estimate = objective.data_estimate(x_gamma, f.float(), gamma)
     return torch.where(_broadcast(is_own), estimate, clean)
-
-
-def first_given(gamma, num_frames, given):
-    """Expand gamma (B,) to (B, T) and make the first `given` frames clean (gamma = 1)."""
-    is_first = torch.arange(num_frames, device=gamma.device) < given
-    return torch.where(is_first, 1.0, gamma[:, None])
 
 
 # Flags --------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def measure(ema, model, vae, batch, precision, device, given):
         loss, _, _ = losses(ema, gamma=gamma)
         if given and config.temporal_patch_size < T:
             half = config.whole_levels(T // 2)
-            levels = transport.first_given(gamma, T, half)
+            is_given = torch.arange(T, device=device) < half
+            levels = torch.where(is_given, 1.0, gamma[:, None])  # (B, T)
             loss_given, _, _ = losses(ema, gamma=levels, first=half)
         if others is not None and T > 1:
             low = MOSTLY_NOISE * gamma
