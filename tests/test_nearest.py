@@ -13,6 +13,7 @@ from sample_folders import read_clips, refused, run, write_samples
 from scoring import nearest
 from training import record_calls
 from video.files import UnreadableError, Video
+from video.index import Scan
 from video.source import Files
 
 
@@ -25,7 +26,7 @@ class Arrays(Files):
     """A source of arrays, whose frames come 5 at a time. The damaged videos end after these."""
 
     def __init__(self, arrays, damaged):
-        super().__init__("", None, arrays[0].shape[1])
+        super().__init__("", Scan([], ["A"], unreadable=[]), arrays[0].shape[1])
         self.arrays = arrays
         self.damaged = damaged
 
