@@ -119,7 +119,8 @@ ARMS = {
     "told-4": Arm("told-4", tuned_as="flow"),
     # the first five can't be paired: told-w had another precision
     "flow-as-told-w": Arm("flow", seeds=13, tuned_as="told-w"),
-    "flow-logit-normal": Arm("flow", LOGIT_NORMAL, tuned_as="flow"),
+    # three seeds were planned; five were added because these were far above flow
+    "flow-logit-normal": Arm("flow", LOGIT_NORMAL, seeds=8, tuned_as="flow"),
     "told-w-logit-normal": Arm("told-w", LOGIT_NORMAL, tuned_as="told-w"),
     "eqm-forced": Arm("eqm", FORCED, tuned_as="eqm", is_forced=True),
     "flow-forced": Arm("flow", FORCED, tuned_as="flow", is_forced=True),
@@ -134,8 +135,18 @@ LENGTHS = (16, 24, 32)  # of the figure
 COUNTS = (2, 4, 8, 30)  # other numbers of evaluations
 PRIMARY = (("told-w", "eqm"), ("flow", "eqm"))
 SECONDARY = (*PRIMARY, ("blind-w", "eqm"), ("told-c", "eqm"))
-# the weight alone; added when five seeds of the primary pairs were known
-ADDED = (("told-w", "flow-as-told-w"), ("flow-as-told-w", "eqm"))
+ADDED = {  # heading: pairs at all LENGTHS
+    # the weight alone
+    "Added when five seeds of the co-primary endpoints were known": (
+        ("told-w", "flow-as-told-w"),
+        ("flow-as-told-w", "eqm"),
+    ),
+    # the draw of gamma alone
+    "Added when three seeds of *flow-logit-normal* were known": (
+        ("flow-logit-normal", "flow"),
+        ("flow-logit-normal", "eqm"),
+    ),
+}
 FORCED_PAIRS = (("told-w-forced", "eqm-forced"), ("flow-forced", "eqm-forced"))
 GIVEN = {  # task: flags of sample_gd.py
     "8 of 16 frames given": "--given-frames 0-7",
@@ -405,8 +416,10 @@ def markdown(rows):
     secondary += itertools.product(gains, FORCED_PAIRS)
     lines += ["## Co-primary endpoints", "", *compare(values, primary), "", *equality(values), ""]
     lines += ["## Secondary", "", *compare(values, secondary), ""]
-    lines += ["## Added when five seeds of the co-primary endpoints were known", ""]
-    return lines + compare(values, itertools.product(map(frames_task, LENGTHS), ADDED))
+    for heading, pairs in ADDED.items():
+        added = itertools.product(map(frames_task, LENGTHS), pairs)
+        lines += [f"## {heading}", "", *compare(values, added), ""]
+    return lines[:-1]
 
 
 def scores(rows, about, column):
