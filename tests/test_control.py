@@ -260,9 +260,9 @@ def test_main_runs_on_sprites_sample_with_the_chosen_guidance():
 def test_the_table_of_sprites_compares_with_eqm():
     rows = []
     for seed, (name, valid) in itertools.product(range(3), (("eqm", 0.4), ("told-w", 0.3))):
-        values = {"samples": {"valid": valid + 0.01 * seed, "asked_class": 1, "characters": 50}}
+        values = {"samples": {"valid": valid + 0.01 * seed, "body": 0.9, "characters": 50}}
         rows.append({"objective": name, "seed": seed, "values": values})
     text = "\n".join(control_sprites.markdown(rows))
-    assert "| eqm | 41.0 (40.0 to 42.0) | 100.0" in text
+    assert "| eqm | 41.0 (40.0 to 42.0) | 90.0 (90.0 to 90.0)" in text
     assert "- valid samples (%): told-w minus eqm is -10.00" in text
     assert "flow minus eqm: not run yet" in text

@@ -8,8 +8,8 @@
 Models, data and compute are those of positions.py, with the positions of the recipe. Of each arm,
 the training shift and the guidance count that gave the most valid samples in tuning. Predictions
 have no guidance, which does not help them. eqm takes the descent of the recipe, the others as many
-Euler steps. A run takes about 40 minutes of one core. In tuning, hardly any sample was valid after a
-quarter of the compute, so the main table has a milder score, too: one body in all frames.
+Euler steps. A run takes about 40 minutes of one core. Hardly any sample was valid in tuning, so the
+main table has a milder score, too: one body in all frames.
 
 When all runs are sampled, the script scores them and writes control_sprites.md and .json in
 results/studies/objectives, with --tune control_sprites_tuning.md and .json. Models, samples and
