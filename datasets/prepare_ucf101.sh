@@ -7,7 +7,7 @@
 # It makes DIR/<Class>/*.avi and, beside DIR, ucfTrainTestlist/*.txt from two archives. Download them into DIR or beside
 # it first; the script downloads nothing. Exit status 2: something is missing or wrong, see the message.
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-HELP=$0
+EQM_HELP=$0
 source "$(dirname "$0")/../scripts/common.sh"
 DIR=${1:-$(dirname "$0")/ucf-101}
 DIR=${DIR%/}

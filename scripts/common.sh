@@ -1,10 +1,10 @@
 # What all scripts share. A script changes to the repository's root, then sources this file with its own arguments.
 set -euo pipefail
-SCRIPT=${SCRIPT:-$(basename "$0")}             # Slurm runs a copy with another name
+SCRIPT=${EQM_SCRIPT:-$(basename "$0")}         # Slurm runs a copy with another name
 export EQM_ADVICE="run the same command again" # what a stopped training tells the user
 
 if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then # print the comment at the top of the script, nothing else
-  awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) { sub(/^# ?/, ""); print } }' "${HELP:-scripts/$SCRIPT}"
+  awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) { sub(/^# ?/, ""); print } }' "${EQM_HELP:-scripts/$SCRIPT}"
   exit
 fi
 
@@ -18,6 +18,7 @@ must() { # "WHAT IS WRONG" PATTERN NAMES of variables: each must match the patte
   done
 }
 
+seeds() { must "not a seed; expected a whole number of at least 0" '0|[1-9][0-9]{0,8}' "$@"; }              # NAMES of variables
 counts() { must "not a count; expected a whole number of at least 1" '[1-9][0-9]{0,9}' "$@"; } # NAMES of variables
 
 find_model() { # set CKPT to the newest best.pt of results/$EXP, or to that folder if it is an export

@@ -1,5 +1,6 @@
 # What quickstart.sh, sprites.sh, weizmann.sh, few.sh and world.sh share: they train, sample and score a model on any machine.
 source scripts/common.sh
+trap 'exit 130' INT # a training that Ctrl-C stopped has saved, and must not be sampled
 
 suit() { # set GPUS and PRECISION to what suits this machine, unless they are set, and MIXED to the flag
   local gpus=1 best= # train.py knows the best precision of a GPU

@@ -18,15 +18,16 @@
 #   SEED=0                          of the student and of the samples that are scored; the pairs have the next one
 #   GPUS, PRECISION                 processes, bf16 or fp32; default: what suits the machine
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
 no_words "$@"
 CKPT=${CKPT:-results/demo} EXP=${EXP:-few} PAIRS=${PAIRS:-1152} EPOCHS=${EPOCHS:-7} RECIPE=${RECIPE:-scripts/recipes/few.txt}
 REAL=${REAL:-} DATA=${DATA:-datasets/moving-shapes} METRIC=${METRIC:-motion} SAMPLES=${SAMPLES:-192}
 EVALUATIONS=${EVALUATIONS:-1 2 4 8} SEED=${SEED:-0}
 counts PAIRS EPOCHS SAMPLES
 must "not counts; expected one or more, as in '2 4'" '([1-9][0-9]* *)+' EVALUATIONS
-must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
+seeds SEED
 must "not a metric; see --help" "motion|consistency|nearest|classifier|census" METRIC
+[[ $CKPT/ != "results/$EXP/"* ]] || complain "EXP=$(printf %q "$EXP"): holds the teacher CKPT; set another EXP"
 [[ -e $CKPT ]] || complain "CKPT=$(printf %q "$CKPT"): not found; expected a checkpoint or an exported folder"
 [[ -f $RECIPE ]] || complain "RECIPE=$(printf %q "$RECIPE"): no such file; expected flags of train.py"
 [[ -z $REAL || -d $REAL ]] || complain "REAL=$(printf %q "$REAL"): no such folder; expected videos"

@@ -6,6 +6,6 @@
 #
 # Without a GPU it runs tiny sizes in 2 processes, for 2 minutes, and writes a file only with --out.
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/common.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 bash scripts/setup.sh dev
 .venv/bin/python scripts/gpu_check.py "$@"

@@ -12,7 +12,7 @@
 #   SEED=0                          seed of every random draw of the training
 #   SAMPLES=48, FRAMES="16 7 24"    samples of each length, lengths in frames
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
 no_words "$@"
 EXP=${EXP:-quickstart} DATA=${DATA:-datasets/moving-shapes} VIDEOS=${VIDEOS:-60} SEED=${SEED:-0} ONE_RUN=${ONE_RUN:-1}
 STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # 840 and 1580: one seed was weak
@@ -23,7 +23,7 @@ MORE=(${MODEL:+--model="$MODEL"} ${FORCING:+--forcing="$FORCING"} ${LR_DECAY:+--
   ${GAMMA_SHIFT:+--gamma-shift="$GAMMA_SHIFT"})
 counts VIDEOS SAMPLES {STEPS,BATCH}_{1,2,3}
 must "not counts; expected one or more, as in '16 7'" '([1-9][0-9]* *)+' FRAMES
-must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
+seeds SEED
 begin DATA VIDEOS MODEL FORCING LR_DECAY GAMMA_SHIFT SEED
 python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="$VIDEOS" --seconds 1.4
 mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"

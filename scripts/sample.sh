@@ -15,7 +15,7 @@
 # The sampler has the settings of the training; --sampler, --num-sampling-steps, --stepsize and --cfg-scale change them.
 # Samples of another run are replaced only with --overwrite. Paths are relative to the repository.
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/common.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 GPUS=${GPUS:-1} CKPT=${CKPT:-} SAMPLES=${SAMPLES:-16}
 read -ra FRAMES <<<"${FRAMES:-16}"
 [[ -n $CKPT ]] && EXP=${EXP:-model} || EXP=${EXP:-demo}

@@ -19,7 +19,7 @@
 #
 # Samples of another run are replaced only with --overwrite. Paths are relative to the repository.
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/common.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 CKPT=${CKPT:-} DATA=${DATA:-datasets/moving-shapes} METRIC=${METRIC:-motion} DETECTOR=${DETECTOR:-} REAL=${REAL:-}
 FRAMES=${FRAMES:-16} SAMPLES=${SAMPLES:-96} SPLIT=${SPLIT:-val} GIVEN=${GIVEN:-0-7} GPUS=${GPUS:-1} EXP=${EXP:-demo}
 OUT=${OUT:-samples/score} SAMPLES_PER_CLIP=${SAMPLES_PER_CLIP:-1} VAL_FRACTION=${VAL_FRACTION:-0.05} KIND=()

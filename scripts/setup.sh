@@ -8,7 +8,7 @@
 #   TORCH_INDEX=URL                install torch from another index. PyTorch's own index has small builds for CPUs, and
 #                                  builds for each version of CUDA: see pytorch.org, "Get started"
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/common.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 [[ ${*:-dev} == dev ]] || complain "$(printf %q "$*"): unexpected argument; expected dev or nothing"
 PYTHON=${PYTHON:-python3} TORCH_INDEX=${TORCH_INDEX:-} REQUIREMENTS=requirements${1:+-dev}.txt
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||

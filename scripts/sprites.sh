@@ -14,13 +14,13 @@
 #   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
 #   SAMPLES=2592, PREDICTIONS=2664   samples, a multiple of 9; clips of held-out characters to predict
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
 no_words "$@"
 HOURS=${HOURS:-2} EXP=${EXP:-sprites} SEED=${SEED:-0} VAE=${VAE:-} OBJECTIVE=${OBJECTIVE:-eqm} READERS=1
 SOURCE=${SOURCE:-datasets/sprites-sheets} DATA=${DATA:-datasets/sprites} SAMPLES=${SAMPLES:-2592}
 PREDICTIONS=${PREDICTIONS:-2664}
 counts SAMPLES PREDICTIONS
-must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
+seeds SEED
 must "unknown; expected eqm, flow or blind" "eqm|flow|blind" OBJECTIVE
 [[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
 steps VAE_STEPS=2700 STEPS_1=750 STEPS_2=5500 WEAK=2500 # the checkpoint of step WEAK guides the samples

@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh [arguments of pytest, such as tests/test_rope.py or -k name]
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/common.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 bash scripts/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

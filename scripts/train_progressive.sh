@@ -17,7 +17,7 @@
 # All else is a flag, such as --model EqM-B/4, and takes precedence over the recipe. By default, a phase validates and
 # samples 20 times (--val-every, --sample-every), and --compile is on if there is a GPU (--no-compile).
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/common.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/common.sh || exit
 for old in {FRAMES,STEPS,BATCH}_{1,2,3}=SCHEDULE MODEL=--model FORCING=--forcing LR_DECAY=--lr-decay LATENTS=CACHE \
   VAE=--vae IMAGE_SIZE=--image-size FLIPS=--no-flip COMPILE=--no-compile ONE_RUN="train.py --frames-schedule"; do
   name=${old%%=*}

@@ -17,8 +17,8 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-SCRIPT=train_slurm.sh # Slurm runs a copy of this script with another name, from another folder
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" && source scripts/common.sh || exit
+EQM_SCRIPT=train_slurm.sh # Slurm runs a copy of this script with another name, from another folder
+CDPATH= cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" && source scripts/common.sh || exit
 [[ -n ${SLURM_JOB_ID:-} ]] || complain "not a job of Slurm; start it with: sbatch scripts/train_slurm.sh"
 GPUS=${GPUS:-8}
 counts GPUS

@@ -13,7 +13,7 @@
 #   SAMPLES=96, LONG=16, REAL=64   samples of 16 frames, of 64 frames, held-out clips to continue
 #   CLASSIFIER_STEPS=250        training steps of the classifier of actions
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
 no_words "$@"
 HOURS=${HOURS:-2} EXP=${EXP:-weizmann} SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann}
 HOLD_OUT=${HOLD_OUT:-7 8} SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}

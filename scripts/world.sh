@@ -11,14 +11,15 @@
 #   SEED=0                    of training and sampling; the data set has its own
 #   GPUS, PRECISION           processes, bf16 or fp32; default: what suits the machine
 [ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
-cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
+CDPATH= cd "$(dirname "$0")/.." && source scripts/experiment.sh || exit
 no_words "$@"
 EXP=${EXP:-world} DATA=${DATA:-datasets/world} SCHEDULE=${SCHEDULE:-}
 EVALUATIONS=${EVALUATIONS:-4} CLIPS=${CLIPS:-64} FRAMES=${FRAMES:-129} SEED=${SEED:-0}
-counts CLIPS FRAMES
+counts CLIPS
+must "expected 2 to 129 frames, as long as an episode" '[2-9]|[1-9][0-9]|1[01][0-9]|12[0-9]' FRAMES
 must "not counts; expected one or more, as in '2 4'" '([1-9][0-9]* *)+' EVALUATIONS
 must "not phases; expected FRAMES:LAST_STEP:CLIPS, as in '2:500:32 4:900:16'" '([0-9]+:[0-9]+:[0-9]+ *)*' SCHEDULE
-must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED
+seeds SEED
 begin DATA SCHEDULE CLIPS FRAMES SEED
 mkdir -p "results/$EXP" && echo "$SETTINGS" >"results/$EXP/settings"
 python datasets/make_world.py --out="$DATA"

@@ -94,6 +94,7 @@ GPUS=0 weizmann.sh => GPUS=0:
 HOURS=two weizmann.sh => HOURS=two: not a number
 HOURS=two sprites.sh => HOURS=two: not a number
 SEED=a sprites.sh => SEED=a: not a seed
+SEED=08 world.sh => SEED=08: not a seed
 VAE=none sprites.sh => VAE=none: no such folder; unset VAE
 few.sh please => please; --help
 CKPT=none.pt few.sh => CKPT=none.pt: not found; expected a checkpoint
@@ -109,6 +110,9 @@ VIDEOS=0 quickstart.sh => VIDEOS=0:
 EVALUATIONS=four world.sh => EVALUATIONS=four: not counts
 SCHEDULE=2:500 world.sh => SCHEDULE=2:500: not phases
 CLIPS=0 world.sh => CLIPS=0:
+FRAMES=130 world.sh => FRAMES=130: expected 2 to 129 frames
+EXP=demo few.sh => EXP=demo: holds the teacher CKPT
+CDPATH=bin:. SCRIPT=x HELP=y few.sh please => please; --help
 FRAMES='a[$(touch hacked)]' quickstart.sh => FRAMES=
 SCHEDULE='4:a[$(touch hacked)]:8' train_progressive.sh => SCHEDULE=; FRAMES:LAST_STEP:CLIPS
 SCHEDULE='4:9:8 8:10:8 4:11:8' train_progressive.sh => two phases have the same frames
@@ -231,6 +235,22 @@ def test_a_signal_reaches_a_run_of_one_process_once_and_the_last_line_gives_advi
     send(process.pid, signal.Signals[f"SIG{name}"])
     advice = "train_progressive.sh: stopped; to continue, run the same command again\n"
     assert end(process, status, timeout=20) == f"saved\n{advice}"
+
+
+def test_an_interrupted_training_is_not_sampled(bash, tmp_path):
+    (tmp_path / "scripts/setup.sh").write_text("")
+    training = "trap 'echo saved; exit' INT; echo started; while true; do sleep 0.05; done"
+    fake = f"case $1 in EqM/train.py) {training};; EqM/*) echo went on;; esac"
+    write_commands(tmp_path / "bin", {"python": fake, "torchrun": ""})
+    settings = {
+        "GPUS": "1",
+        "PRECISION": "fp32",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
+    process = spawn("bash", "scripts/world.sh", cwd=tmp_path, environment=settings)
+    assert process.stdout.readline() == "started\n"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert end(process, 130, timeout=20) == "saved\n"
 
 
 # The commands that the scripts run ----------------------------------------------------------------
