@@ -410,6 +410,7 @@ study: study --out new
         --list --report => not allowed with
         --report => new/study.json has no rows
         --out file --report => --out file:
+        --miniature --out results/studies/x => --miniature: its rows would join those in results
 positions: positions sprites --out new
         => --data-path: expected the videos of sprites
 control: control --out new

@@ -92,7 +92,7 @@ def study_parser(doc, study, seeds, trains=True, tunes=False, arms=()):
     """
     parser = out_parser(doc, study, "the tables and the runs")
     add = parser.add_argument
-    add("--miniature", action="store_true", help="use tiny models and few steps, to try the script")
+    add("--miniature", action="store_true", help="tiny models and few steps, for a try; needs --out")
     if trains:
         add(
             "--compile",
@@ -147,6 +147,8 @@ def tuned_runs(args, table, cases, main_run):
 
 def run_study(args, runs, markdown):
     """Run what is missing and write the table of all rows. markdown(rows): its lines."""
+    if args.miniature and Path(args.out).resolve().parent == Path("results/studies").resolve():
+        fail(f"--miniature: its rows would join those in {args.out}; add another --out")
     if not runs:
         fail(f"--seeds {args.seeds[0]}: these arms have other seeds; remove the flag")
     out = runs[0].out
