@@ -92,7 +92,7 @@ def study_parser(doc, study, seeds, trains=True, tunes=False, arms=()):
     """
     parser = out_parser(doc, study, "the tables and the runs")
     add = parser.add_argument
-    add("--miniature", action="store_true", help="tiny models and few steps, for a try; needs --out")
+    add("--miniature", action="store_true", help="use tiny models, to try the script; needs --out")
     if trains:
         add(
             "--compile",
