@@ -389,6 +389,21 @@ def test_a_second_finger_does_nothing_and_a_change_ends_a_stroke(page):
     assert shorter.isfinite().all()
 
 
+def test_a_tap_on_a_frame_paints_it_although_the_click_of_an_older_browser_names_no_finger(page):
+    before = state(page)
+    page.ask("""
+        const canvas = document.querySelector("#frames > :nth-child(3) canvas");
+        const box = canvas.getBoundingClientRect();
+        const middle = {clientX: box.x + box.width / 2, clientY: box.y + box.width / 2};
+        const finger = {...middle, pointerType: "touch", pointerId: 5};
+        canvas.dispatchEvent(new PointerEvent("pointerdown", finger));
+        canvas.dispatchEvent(new MouseEvent("click", middle));
+    """)
+    page.wait("!stroke")
+    changed = (before != state(page)).any(dim=1)[0]
+    assert changed.sum(dim=(1, 2)).tolist() == [36 * (frame == 2) for frame in range(16)]
+
+
 def test_a_gif_has_all_frames_and_their_colors(page):
     set_value(page, "frameCount", 5)
     file = Image.open(io.BytesIO(bytes(page.ask("[...eqm.gif()]"))))
