@@ -29,6 +29,8 @@ from runtime.cli import (
     ArgumentParser,
     UserError,
     check_writable,
+    fail,
+    flag_text,
     one_line_errors,
     say,
     wrong_input,
@@ -342,6 +344,10 @@ def write_picture(args):
 @one_line_errors()
 def main():
     args = parse_args()
+    unused = "num_samples" if args.png else "rows"
+    if unused in args.typed:
+        output = "a picture" if args.png else "a page"
+        fail(f"{flag_text(args, unused)}: does not apply to {output}; remove the flag")
     if args.png:
         write_picture(args)
     else:

@@ -419,6 +419,8 @@ control on sprites: control_sprites --data-path videos --out new --arms eqm
         => eqm, training shift 1: not tuned yet; run with --tune first
 few: few --out new
         --arms 'cheap pairs' => the tuning of pairs is not complete; run with --tune first
+        --seeds 3 --tune => --seeds: tuning has its own seeds; remove the flag, or --tune
+        --arms 'cheap pairs' --tune => --arms cheap pairs: has no tuning of its own
 people: people --out new
         nothing => nothing/settings: no such file; expected finished runs of scripts/weizmann.sh
 sprites: sprites --out new
@@ -436,9 +438,11 @@ gallery: gallery
         shown --data-path cache --out new.html => name the folder of its videos
         shown --num-samples 0 --out new.html => --num-samples
         shown longer => FOLDER longer: a page shows one folder; remove it or add --png
+        shown --out new.html --rows 2 => --rows 2: does not apply to a page; remove the flag
 picture: gallery --png new.png
         begun => not finished: run sample_gd.py again
         shown --out new.html => not allowed with
+        shown --num-samples 2 => --num-samples 2: does not apply to a picture
         shown --png videos => --png videos: a folder
         shown --data-path videos => a picture has no real clips; remove it
 plot: plot_metrics --out new/loss.png

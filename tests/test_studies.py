@@ -15,7 +15,6 @@ import torch
 from matplotlib.figure import Figure
 
 import control
-import control_sprites
 import coverage
 import disturb
 import few
@@ -35,7 +34,7 @@ from runtime.cli import UserError
 from runtime.untrusted import read_json
 from schedule import Phase
 from shapes import FULL, MINIATURE
-from test_control import sprites_tuning, tuning_rows
+from test_control import tuning_rows
 from test_shapes_tracker import clip_of
 from training import ROOT, counted_steps, error_of, refused, run_main
 
@@ -204,11 +203,11 @@ def test_several_processes_may_write_the_same_table_at_once(tmp_path):
 # Runs ---------------------------------------------------------------------------------------------
 
 
-# The tunings that some of them read are committed; those of the control are not complete yet.
+# The tunings that some of them read are committed.
 COMMANDS = """
     study --seeds 0
-    control --out {out} --tune
-    control --out {out} --seeds 200
+    control --tune
+    control --seeds 200
     few --tune
     few --seeds 0
     positions bouncing --seeds 0
@@ -217,8 +216,8 @@ COMMANDS = """
     streaming --seeds 0
     worlds --tune
     worlds --seeds 0
-    control_sprites --out {out} --data-path DIR --tune
-    control_sprites --out {out} --data-path DIR --seeds 0
+    control_sprites --data-path DIR --tune
+    control_sprites --data-path DIR --seeds 0
 """
 
 
@@ -237,13 +236,8 @@ def runs_of(monkeypatch):
     return runs_of
 
 
-def test_scripts_take_the_flags_of_every_run(runs_of, tmp_path, monkeypatch):
-    for name in control.TUNED:
-        lab.add_rows(tmp_path / "control_tuning.json", tuning_rows(name, 5, "euler"))
-    for name in control_sprites.ARMS:
-        rows = sprites_tuning(name, (1, 1.5))
-        lab.add_rows(tmp_path / "control_sprites_tuning.json", rows)
-    for command in COMMANDS.format(out=tmp_path).strip().splitlines():
+def test_scripts_take_the_flags_of_every_run(runs_of, monkeypatch):
+    for command in COMMANDS.strip().splitlines():
         runs = runs_of(*command.split(), "--compile")
         assert runs, command
         for run in runs:

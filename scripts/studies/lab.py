@@ -149,6 +149,11 @@ def run_study(args, runs, markdown):
     """Run what is missing and write the table of all rows. markdown(rows): its lines."""
     if args.miniature and Path(args.out).resolve().parent == Path("results/studies").resolve():
         fail(f"--miniature: its rows would join those in {args.out}; add another --out")
+    is_tuning = "tune" in args and args.tune
+    if is_tuning and "seeds" in args.typed:
+        fail("--seeds: tuning has its own seeds; remove the flag, or --tune")
+    if is_tuning and not runs:
+        fail(f"--arms {args.arms[0]}: has no tuning of its own; name other arms")
     if not runs:
         fail(f"--seeds {args.seeds[0]}: these arms have other seeds; remove the flag")
     out = runs[0].out
