@@ -56,7 +56,8 @@ SCRIPT = lab.Run.script  # in a process of its own
             "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds; p 0.004, by Holm 0.004): "
             "higher.",
         ),
-        ([0.0, 0.0], [1.0, 1.0], "p < 0.001, by Holm < 0.001): lower."),
+        ([0.0, 0.0], [1.0, 1.0], "is -1.000 (the same with 2 seeds, no interval)."),
+        ([0.0, 0.01], [1.0, 1.01001], "p < 0.001, by Holm < 0.001): lower."),
         ([math.inf, 1.0], [0.0, 0.0], "one seed, no interval; 1 of 2 diverged"),
         ([math.nan, 1.0, 2.0], [0.0, 0.0, 0.0], "2 seeds; 1 of 3 diverged; p"),
         ([math.nan], [0.0], "- Loss, a minus b: 1 of 1 diverged."),

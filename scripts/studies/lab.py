@@ -625,9 +625,12 @@ def compare(cases):
         if error is None:
             lines.append(f"{line} (one seed, no interval{note}).")
             continue
+        p = next(adjusted)
+        if error == 0:
+            lines.append(f"{line} (the same with {len(gaps)} seeds, no interval{note}).")
+            continue
         half = half95(gaps)
         interval = f"{mean - half:+.{digits}f} to {mean + half:+.{digits}f}"
-        p = next(adjusted)
         verdict = "no significant difference"
         if p <= SIGNIFICANT:
             verdict = "higher" if mean > 0 else "lower"
@@ -639,10 +642,13 @@ def compare(cases):
 
 
 def student_p(values):
-    """The two-sided p value of the mean of two or more values against zero (Student's t)."""
+    """The two-sided p value of the mean of two or more values against zero (Student's t).
+
+    1 for equal values: shares of few clips are equal by chance, which is no proof.
+    """
     mean, error = mean_and_error(values)
     if error == 0:
-        return float(mean == 0)
+        return 1.0
     t = abs(mean) / error
     return float(2 * stdtr(len(values) - 1, -t))
 
